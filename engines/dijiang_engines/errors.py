@@ -1,0 +1,74 @@
+"""Typed errors: what failed, what was found, what was expected, and what to do about it.
+
+Every error that a user can cause is a `DijiangError`. The command line prints `str(error)` and
+exits with `error.exit_code`; a library user catches the class.
+"""
+
+from __future__ import annotations
+
+
+class DijiangError(Exception):
+    """A failure with one clear message.
+
+    Args:
+        what: what failed, as a sentence fragment without a full stop.
+        got: what was found, if that is a value worth showing.
+        expected: what would have been right.
+        hint: what the user can do next.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object | None = None,
+        expected: object | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.got = None if got is None else str(got)
+        self.expected = None if expected is None else str(expected)
+        self.hint = hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.got is not None:
+            lines.append(f"  got: {self.got}")
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if self.hint is not None:
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class UsageError(DijiangError):
+    """The call itself is wrong: a missing argument, a value out of range, an option that excludes another."""
+
+    exit_code = 2
+
+
+class CheckpointError(DijiangError):
+    """A checkpoint folder that cannot be read as a DiJiang (or, for `convert`, a vanilla) model."""
+
+
+class BundleError(DijiangError):
+    """A bundle that is missing, incomplete, corrupt, of another version, or unsafe to open."""
+
+
+class RunnerError(DijiangError):
+    """A runtime that is absent, or that cannot run what it was given."""
+
+
+class PositionError(RunnerError):
+    """A sequence that would run past the last position that the model knows."""
+
+
+class ValidationMismatch(DijiangError):
+    """Outputs differ from the recorded reference by more than the tolerance."""
+
+
+class OutputError(DijiangError):
+    """An output that cannot be written: it exists, its folder is read-only, or the disk is full."""

@@ -1,0 +1,70 @@
+"""The Runner protocol: what a runtime must do so that generate, validate and bench can use it.
+
+A runner owns two graphs (prefill, any L; step, L = 1) and hands out states. A state belongs to the
+runner that made it and stays where the runtime wants it (host memory, GPU memory); `export_state` and
+`import_state` are the only ways across. All arrays at this interface are NumPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from dijiang_engines.spec import ModelSpec
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+State = Any
+"""A runner's own recurrent state for a batch; opaque to callers."""
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """One loaded model on one runtime."""
+
+    name: str
+    """For tables and --runner: "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"."""
+    spec: ModelSpec
+    all_logits: bool
+    """True if `prefill` returns logits of every token rather than of each row's last valid one."""
+
+    def new_state(self, batch: int) -> State:
+        """A zeroed state for `batch` sequences."""
+        ...
+
+    def prefill(
+        self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: State
+    ) -> FloatArray:
+        """Consume up to L tokens a row and update `state` in place.
+
+        Args:
+            input_ids: [B, L] int64; right padding holds any id below vocab_size.
+            positions: [B] int64, tokens already in each row's state.
+            seq_lens: [B] int64, valid tokens of each row in this call, 0..L.
+            state: made by this runner for B rows.
+
+        Returns:
+            Logits float32 [B, 1, V] of each row's last valid token, or [B, L, V] if `all_logits`.
+            Rows without a valid token: finite, unspecified.
+
+        Raises:
+            PositionError: positions + seq_lens exceeds spec.max_positions.
+        """
+        ...
+
+    def step(
+        self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: State
+    ) -> FloatArray:
+        """`prefill` for L = 1, through the graph made for it. Returns [B, 1, V]."""
+        ...
+
+    def export_state(self, state: State) -> list[FloatArray]:
+        """Copies of the state, one [B, H, d, d] float32 array per layer."""
+        ...
+
+    def import_state(self, layers: list[FloatArray]) -> State:
+        """A state that holds copies of `layers` (the inverse of `export_state`)."""
+        ...
