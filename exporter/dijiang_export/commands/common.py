@@ -1,0 +1,238 @@
+"""What all commands share: `--quiet` and `--json`, results on stdout, logs and progress on stderr.
+
+Imports nothing heavier than click: rich is loaded when the first table or progress bar is drawn, so that
+`--help` and the first generated token do not wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+F = TypeVar("F", bound=Callable[..., Any])
+Unit = Literal["bytes", "items"]
+
+DEFAULT_BUNDLE = "tiny-stdlib.bundle"
+"""What `to-onnx` writes and the other commands read when no path is given."""
+
+
+class Progress(Protocol):
+    """Where long work reports how far it is. Amounts are in the unit given to `Output.progress`."""
+
+    def advance(self, amount: float = 1) -> None:
+        """Add `amount` to what is done."""
+        ...
+
+    def update(self, completed: float, total: float | None = None) -> None:
+        """Set what is done, and optionally how much there is."""
+        ...
+
+    def describe(self, text: str) -> None:
+        """Replace the description."""
+        ...
+
+
+class _NoProgress:
+    """Draws nothing: quiet, or stderr is not a terminal."""
+
+    def advance(self, amount: float = 1) -> None:
+        pass
+
+    def update(self, completed: float, total: float | None = None) -> None:
+        pass
+
+    def describe(self, text: str) -> None:
+        pass
+
+
+class _RichProgress:
+    def __init__(self, bars: Any, task: Any) -> None:
+        self._bars = bars
+        self._task = task
+
+    def advance(self, amount: float = 1) -> None:
+        self._bars.advance(self._task, amount)
+
+    def update(self, completed: float, total: float | None = None) -> None:
+        self._bars.update(self._task, completed=completed, total=total)
+
+    def describe(self, text: str) -> None:
+        self._bars.update(self._task, description=text)
+
+
+class Output:
+    """Where a command's words go.
+
+    Attributes:
+        quiet: no logs and no progress; results and errors still appear.
+        json: the result is one JSON document on stdout, an error one JSON object on stderr.
+    """
+
+    def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
+        self.quiet = quiet
+        self.json = json
+        self._live: Console | None = None
+
+    @property
+    def shows_progress(self) -> bool:
+        """True if a progress bar would be drawn: not quiet, and stderr is a terminal."""
+        return not self.quiet and _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
+
+    def log(self, message: str = "") -> None:
+        """One line on stderr, unless quiet."""
+        if self.quiet:
+            return
+        if self._live is not None:
+            self._live.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            click.echo(message, err=True)
+
+    def print_result(
+        self, result: Any, table: Callable[[], RenderableType] | Callable[[], str] | None = None
+    ) -> None:
+        """Print a command's result on stdout.
+
+        Args:
+            result: JSON-like data; dataclasses, paths, NumPy scalars and arrays are converted, and
+                non-finite floats become the strings "nan", "inf" and "-inf", which JSON has no numbers for.
+            table: called unless `--json` was given; a string, or anything that rich can draw. Without it
+                the JSON is printed either way.
+        """
+        if self.json or table is None:
+            click.echo(json.dumps(jsonable(result), indent=2, ensure_ascii=False, allow_nan=False))
+            return
+        shown = table()
+        if isinstance(shown, str):
+            click.echo(shown)
+        else:
+            self.print_rich(shown)
+
+    def print_rich(self, *renderables: RenderableType) -> None:
+        """Draw tables and the like on stdout; wide enough for any table where it is not a terminal."""
+        from rich.console import Console
+
+        width = None if _is_terminal(sys.stdout) or os.environ.get("COLUMNS") else 200
+        console = Console(file=sys.stdout, width=width, highlight=False)
+        for renderable in renderables:
+            console.print(renderable)
+
+    @contextmanager
+    def progress(
+        self, description: str, total: float | None = None, unit: Unit = "items"
+    ) -> Iterator[Progress]:
+        """A progress bar on stderr for the length of the block; nothing if quiet or not a terminal.
+
+        Args:
+            description: what is being done, a few words.
+            total: how much there is, in `unit`; None while that is unknown.
+            unit: "bytes" shows sizes and speed, "items" counts.
+        """
+        if not self.shows_progress or self._live is not None:  # one bar at a time: an inner one stays silent
+            yield _NoProgress()
+            return
+        from rich import progress as rp
+        from rich.console import Console
+
+        counts: tuple[rp.ProgressColumn, ...]
+        if unit == "bytes":
+            counts = (rp.DownloadColumn(binary_units=True), rp.TransferSpeedColumn())
+        else:
+            counts = (rp.MofNCompleteColumn(),)
+        console = Console(file=sys.stderr)
+        columns = (rp.TextColumn("{task.description}", markup=False), rp.BarColumn(), *counts)
+        with rp.Progress(*columns, rp.TimeRemainingColumn(), console=console, transient=True) as bars:
+            self._live = console
+            try:
+                yield _RichProgress(bars, bars.add_task(description, total=total))
+            finally:
+                self._live = None
+
+
+def jsonable(value: Any) -> Any:
+    """`value` as what `json.dumps(..., allow_nan=False)` accepts."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(jsonable(item) for item in value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays, without importing NumPy
+        return jsonable(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def output_options(function: F) -> F:
+    """Give a command `-q/--quiet` and `--json`, and pass it `output: Output` as first argument.
+
+    The group takes the same two options: before and after the command's name they mean the same.
+    """
+
+    @_QUIET
+    @_JSON
+    @click.pass_context
+    @wraps(function)
+    def wrapper(ctx: click.Context, /, *args: Any, **kwargs: Any) -> Any:
+        return function(current_output(ctx), *args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def current_output(ctx: click.Context) -> Output:
+    """The invocation's one `Output`, made on first use."""
+    output = ctx.find_object(Output)
+    if output is None:
+        output = ctx.find_root().obj = Output()
+    return output
+
+
+def _set_quiet(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        current_output(ctx).quiet = True
+
+
+def _set_json(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        current_output(ctx).json = True
+
+
+# Eager: an error in a later option is then already reported in the wanted form.
+_QUIET = click.option(
+    "-q", "--quiet", is_flag=True, is_eager=True, expose_value=False, callback=_set_quiet,
+    help="No logs, no progress bars: only results and errors.",
+)  # fmt: skip
+_JSON = click.option(
+    "--json", is_flag=True, is_eager=True, expose_value=False, callback=_set_json,
+    help="The result, or an error, as JSON.",
+)  # fmt: skip
+
+
+def group_output_options(function: F) -> F:
+    """`-q/--quiet` and `--json` for the group itself, which takes no `Output`."""
+    return _QUIET(_JSON(function))
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # closed, or not a stream
+        return False
