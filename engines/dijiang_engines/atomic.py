@@ -1,0 +1,281 @@
+"""Output folders that appear whole or not at all.
+
+`output_folder` hands out a temporary folder beside the target; when the block ends well, the folder is
+flushed to disk and renamed into place, and when it does not, nothing is left. A process that is killed
+cannot clean up after itself: its temporary folder's name tells the next run who made it, and that run
+removes it once that process is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dijiang_engines.errors import OutputError
+
+# .<target name>.dijiang-<tmp|old>-<machine>-<pid>-<start time>-<counter>
+_MADE_BY_US = re.compile(
+    r"^\.(?P<target>.+)\.dijiang-(?P<role>tmp|old)-(?P<machine>[0-9a-f]{8})"
+    r"-(?P<pid>\d+)-(?P<start>\d+)-\d+$",
+    re.DOTALL,
+)
+_LONGEST_NAME = 150  # bytes of the target's name kept in the temporary name; file systems allow 255 in all
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100  # linux/fcntl.h
+_counter = itertools.count()
+
+
+@contextmanager
+def output_folder(
+    path: str | Path,
+    *,
+    force: bool = False,
+    markers: Sequence[str] = ("manifest.json", "config.json"),
+) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the block ends without an exception.
+
+    Args:
+        path: where the folder shall appear. Missing parents are made.
+        force: replace a folder that is already there, in one step: at every moment the old or the new
+            one is complete under its name (where the file system can exchange two names; otherwise there
+            is a short moment with neither, which the next run repairs).
+        markers: `force` replaces only a folder that is empty or holds one of these files, so that a
+            mistyped path cannot cost somebody their documents.
+
+    Yields:
+        The temporary folder, beside `path` and so on the same file system, with ordinary permissions.
+
+    Raises:
+        OutputError: `path` exists; it cannot be written to; the disk is full, also when that happens
+            inside the block. Other exceptions of the block pass unchanged. In every case, also for
+            KeyboardInterrupt, nothing is left behind.
+    """
+    target = Path(os.path.abspath(path))
+    _check_target(target, force, markers)
+    try:
+        made_parents = _make_parents(target.parent)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    temporary = target.parent / _own_name(target, "tmp")
+    try:
+        try:
+            remove_stale(target.parent)
+            temporary.mkdir()
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        try:
+            yield temporary
+            _flush_tree(temporary)
+        except Exception as error:
+            translated = _translate(target, temporary, error)
+            if translated is None:
+                raise
+            raise translated from error
+        _check_target(target, force, markers)
+        try:
+            _put_in_place(temporary, target)
+            _flush(target.parent)
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in reversed(made_parents):
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def remove_stale(folder: Path) -> list[Path]:
+    """Remove what killed processes of this machine left in `folder`; returns what was there.
+
+    A folder that such a process had moved aside, and whose replacement never arrived, gets its name back.
+    """
+    found = []
+    for entry in sorted(folder.iterdir()):
+        match = _MADE_BY_US.match(entry.name)
+        if match is None or entry.is_symlink() or not entry.is_dir():
+            continue
+        if match["machine"] != _machine() or _is_alive(int(match["pid"]), int(match["start"])):
+            continue
+        target = folder / match["target"]
+        if match["role"] == "old" and not os.path.lexists(target):
+            os.rename(entry, target)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+        found.append(entry)
+    return found
+
+
+def _check_target(target: Path, force: bool, markers: Sequence[str]) -> None:
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputError(
+            f"the output {target} already exists", hint="choose another name, or replace it with --force"
+        )
+    if target.is_symlink() or not target.is_dir():
+        raise OutputError(
+            f"the output {target} exists and is not a folder",
+            hint="--force replaces only folders: remove it yourself, or choose another name",
+        )
+    here = Path.cwd()
+    if target == here or target in here.parents:
+        raise OutputError(
+            f"the output {target} is the current folder or above it", hint="choose another name"
+        )
+    try:
+        names = {entry.name for entry in target.iterdir()}
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    if names and not names & set(markers):
+        raise OutputError(
+            f"the output {target} holds something else, so that --force does not replace it",
+            got=", ".join(sorted(names)[:5]),
+            expected=f"an empty folder, or one with {' or '.join(markers)}",
+            hint="choose another name",
+        )
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make `folder` and what is missing above it; returns what was made, outermost first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = folder.parent
+    made: list[Path] = []
+    for parent in reversed(missing):
+        try:
+            parent.mkdir(exist_ok=True)
+        except OSError:
+            for done in reversed(made):
+                done.rmdir()
+            raise
+        made.append(parent)
+    return made
+
+
+def _own_name(target: Path, role: str) -> str:
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = "sha256-" + hashlib.sha256(os.fsencode(name)).hexdigest()
+    pid = os.getpid()
+    return f".{name}.dijiang-{role}-{_machine()}-{pid}-{_start_time(pid) or 0}-{next(_counter)}"
+
+
+def _machine() -> str:
+    """8 hex digits for this machine and container: process ids mean nothing elsewhere (shared folders)."""
+    return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
+
+
+def _start_time(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot; None if it is gone or /proc is absent."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    # proc_pid_stat(5): field 22; field 2 is the command in parentheses and may hold anything
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _is_alive(pid: int, start: int) -> bool:
+    if Path("/proc/self/stat").exists():
+        return _start_time(pid) == start
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if not os.path.lexists(target):
+        os.rename(temporary, target)
+        return
+    if _exchange(temporary, target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    old = target.parent / _own_name(target, "old")
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names at once, renameat2(2); False where the system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return bool(done == 0)
+
+
+def _flush_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _flush(Path(root, name))
+        _flush(Path(root))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some file systems cannot flush folders, and say so this way
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _translate(target: Path, temporary: Path, error: Exception) -> OutputError | None:
+    """An OutputError for an exception that says that the output could not be written, or None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OutputError):
+            return None
+        if isinstance(cause, OSError):
+            if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return _cannot_write(target, cause)
+            where = [os.fsdecode(n) for n in (cause.filename, cause.filename2) if isinstance(n, (str, bytes))]
+            ours = any(Path(name).is_relative_to(temporary) for name in where)
+            if ours and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+                return _cannot_write(target, cause)
+        # libraries in other languages put the system's error into words
+        elif "No space left on device" in str(cause) or "(os error 28)" in str(cause):
+            return _cannot_write(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _cannot_write(target: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = ""
+        with suppress(OSError):
+            free = f", {shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free"
+        return OutputError(
+            f"no space left to write {target}",
+            got=f"{error.strerror}{free}",
+            hint="make room or choose an output on another disk; nothing was left behind",
+        )
+    return OutputError(
+        f"cannot write the output {target}",
+        got=error.strerror or str(error),
+        hint="choose an output in a folder that you may write to",
+    )
