@@ -1,0 +1,75 @@
+# Everything a developer runs. `make help` lists the targets; each sets up what it needs.
+#
+# PYTHON       the Python (3.10 or newer) that .venv is made with            default: python3
+# VENV         where the virtual environment is                              default: .venv
+# TORCH_INDEX  where to find PyTorch, if not in the default package index: for the CPU build
+#              TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# ARGS         more arguments for pytest                                     e.g. ARGS="-k cli"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+CLI := $(BIN)/dijiang-export
+INSTALLED := $(VENV)/.installed
+BUNDLE := build/demo/tiny-stdlib.bundle
+PROMPT := def read_file(path):
+
+EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
+	! -path '*/__pycache__/*' 2>/dev/null)
+
+.PHONY: help setup demo test lint format bench clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make the virtual environment, with the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt tools/setup_venv.py
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: there is no $(PYTHON)"; \
+		echo "hint: apt-get install python3, or name another: make PYTHON=... $(MAKECMDGOALS)"; exit 1; } >&2
+	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --torch-index "$(TORCH_INDEX)"
+	@touch $@
+
+demo: $(BUNDLE)/manifest.json ## export the trained sample, validate the result, generate text
+	@echo
+	@echo "== Compare ONNX Runtime with the cases that were recorded from PyTorch"
+	$(CLI) validate $(BUNDLE)
+	@echo
+	@echo "== Generate, with ONNX Runtime alone"
+	$(CLI) generate $(BUNDLE) --prompt '$(PROMPT)' --max-tokens 60
+
+$(BUNDLE)/manifest.json: $(EXPORT_SOURCES) | $(INSTALLED)
+	@echo "== Export the sample checkpoint, a small DiJiang model of Python code, to ONNX"
+	@mkdir -p $(dir $(BUNDLE))
+	$(CLI) to-onnx samples/tiny-stdlib --output $(BUNDLE) --force
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff format and sort
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BUNDLE)/manifest.json ## measure speed and memory on this machine
+	$(CLI) bench $(BUNDLE)
+
+clean: ## remove what was built; the virtual environment stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find exporter engines samples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environment too
+	rm -rf $(VENV)
