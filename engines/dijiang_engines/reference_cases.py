@@ -1,0 +1,163 @@
+"""Recorded cases: what the PyTorch reference computed, for `validate` to compare with.
+
+`reference.safetensors` holds teacher-forced cases. Case `c` has B rows of up to T tokens; the states
+start at zero even where positions do not:
+
+    c.input_ids    int64 [B, T]         right-padded with 0
+    c.seq_lens     int64 [B]            tokens of each row
+    c.positions    int64 [B]            where each row starts
+    c.marks        int64 [B, M]         ascending token counts; the last is seq_lens
+    c.logits       float32 [B, M, V]    of the last of the first marks[b, m] tokens
+    c.state_marks  int64 [S]            indices into M
+    c.state.{i}    float32 [B, S, H, d, d]   layer i's state after marks[b, state_marks[s]] tokens
+
+Metadata: format "dijiang-reference", version "1", cases (a JSON list), compute_dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dijiang_engines.errors import BundleError
+from dijiang_engines.safe_files import parse_json
+from dijiang_engines.spec import ModelSpec
+
+FORMAT = "dijiang-reference"
+VERSION = "1"
+MAX_CASES = 1000
+
+_CASE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+@dataclass(frozen=True)
+class ReferenceCase:
+    """One case. The small arrays are here; logits and states are read when asked for."""
+
+    name: str
+    input_ids: npt.NDArray[np.int64]
+    """[B, T]"""
+    seq_lens: npt.NDArray[np.int64]
+    """[B]"""
+    positions: npt.NDArray[np.int64]
+    """[B]"""
+    marks: npt.NDArray[np.int64]
+    """[B, M]"""
+    state_marks: npt.NDArray[np.int64]
+    """[S]"""
+    _file: Any
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return int(self.input_ids.shape[0])
+
+    def logits(self, row: int | None = None) -> npt.NDArray[np.float32]:
+        """[B, M, V], or [M, V] of one row, freshly read."""
+        return self._read("logits", row)
+
+    def state(self, layer: int, row: int | None = None) -> npt.NDArray[np.float32]:
+        """[B, S, H, d, d] of one layer, or [S, H, d, d] of one row, freshly read."""
+        return self._read(f"state.{layer}", row)
+
+    def _read(self, field: str, row: int | None) -> npt.NDArray[np.float32]:
+        key = f"{self.name}.{field}"
+        data = self._file.get_tensor(key) if row is None else self._file.get_slice(key)[row : row + 1][0]
+        return np.asarray(data, dtype=np.float32)
+
+
+class Reference:
+    """An opened reference.safetensors whose names, types and shapes have been checked.
+
+    Attributes:
+        path: the file.
+        cases: name -> ReferenceCase, in recorded order.
+        compute_dtype: "float32" or "float64": what the reference computed in.
+    """
+
+    def __init__(self, path: Path, spec: ModelSpec) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        self._spec = spec
+        try:
+            self._file: Any = safe_open(str(path), framework="numpy")
+            metadata: dict[str, str] = self._file.metadata() or {}
+            self._names = set(self._file.keys())
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"{path} is not a safetensors file", got=str(error)) from error
+        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+            raise BundleError(
+                f"{path} does not hold recorded cases of a version that this program knows",
+                got=f"format {metadata.get('format')!r}, version {metadata.get('version')!r}",
+                expected=f"format {FORMAT!r}, version {VERSION!r}",
+            )
+        self.compute_dtype: str = metadata.get("compute_dtype", "")
+        if self.compute_dtype not in ("float32", "float64"):
+            raise BundleError(f"{path} has a bad compute_dtype", got=repr(self.compute_dtype)[:80])
+        names = parse_json(metadata.get("cases", "").encode(), f"the list of cases in {path}")
+        if not isinstance(names, list) or len(names) > MAX_CASES or len(set(map(str, names))) != len(names):
+            raise BundleError(f"{path} has a bad list of cases")
+        self.cases: Mapping[str, ReferenceCase] = MappingProxyType({n: self._case(n) for n in names})
+
+    def _case(self, name: Any) -> ReferenceCase:
+        if not isinstance(name, str) or not _CASE_NAME.fullmatch(name):
+            raise BundleError(f"{self.path} has a case with an odd name", got=repr(name)[:100])
+        spec = self._spec
+        batch, length = self._shape(name, "input_ids", "I64", (None, None))
+        self._shape(name, "seq_lens", "I64", (batch,))
+        self._shape(name, "positions", "I64", (batch,))
+        _, marks = self._shape(name, "marks", "I64", (batch, None))
+        (states,) = self._shape(name, "state_marks", "I64", (None,))
+        self._shape(name, "logits", "F32", (batch, marks, spec.vocab_size))
+        for layer in range(spec.num_layers):
+            self._shape(name, f"state.{layer}", "F32", (batch, states, *spec.state_shape))
+        case = ReferenceCase(
+            name,
+            self._ints(name, "input_ids"),
+            self._ints(name, "seq_lens"),
+            self._ints(name, "positions"),
+            self._ints(name, "marks"),
+            self._ints(name, "state_marks"),
+            self._file,
+        )
+        good = (
+            ((case.input_ids >= 0) & (case.input_ids < spec.vocab_size)).all()
+            and ((case.seq_lens >= 1) & (case.seq_lens <= length)).all()
+            and (case.positions >= 0).all()
+            and marks > 0
+            and (case.marks >= 1).all()
+            and (np.diff(case.marks, axis=1) >= 0).all()
+            and (case.marks[:, -1] == case.seq_lens).all()
+            and ((case.state_marks >= 0) & (case.state_marks < marks)).all()
+        )
+        if not good:
+            raise BundleError(f"case {name!r} in {self.path} has values out of range")
+        return case
+
+    def _ints(self, case: str, field: str) -> npt.NDArray[np.int64]:
+        return np.asarray(self._file.get_tensor(f"{case}.{field}"), dtype=np.int64)
+
+    def _shape(self, case: str, field: str, dtype: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
+        key = f"{case}.{field}"
+        if key not in self._names:
+            raise BundleError(f"{self.path} lacks the tensor {key!r}")
+        view = self._file.get_slice(key)
+        shape, found = tuple(view.get_shape()), str(view.get_dtype())
+        fits = len(shape) == len(expected) and all(
+            e is None or e == s for e, s in zip(expected, shape, strict=True)
+        )
+        if found != dtype or not fits or 0 in shape[:1]:
+            raise BundleError(
+                f"tensor {key!r} in {self.path} has another type or shape than the model needs",
+                got=f"{found} {list(shape)}",
+                expected=f"{dtype} {['any' if e is None else e for e in expected]}",
+            )
+        return shape
