@@ -50,5 +50,6 @@ def _axes_to_attribute(node: ir.Node) -> None:
         if constant is None:
             raise AssertionError(f"{node.op_type} ({node.name}) has axes that are not constant")
         node.attributes["axes"] = ir.AttrInt64s("axes", constant.numpy().tolist())
+    node.attributes.pop("noop_with_empty_axes", None)
     node.replace_input_with(1, None)
     node.resize_inputs(1)

@@ -1,0 +1,53 @@
+"""Lower DijiangAttention to what a target runs: standard operators, or a TensorRT plugin node."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx_ir as ir
+
+from dijiang_export.graph import contract
+from dijiang_export.graph.body_common import Op
+from dijiang_export.graph.body_prefill import prefill_body
+from dijiang_export.graph.body_step import step_body
+from dijiang_export.graph.builder import Builder
+
+
+def lower_to_standard(model: ir.Model, kind: Literal["prefill", "step"]) -> None:
+    """Replace every DijiangAttention by standard ONNX operators, in place: runs on any runtime.
+
+    What does not depend on a layer's weights (masks, RoPE angles, chunk edges) is built once per graph.
+    """
+    graph = model.graph
+    builder = Builder(graph)
+    body = step_body if kind == "step" else prefill_body
+    for node in _ops(graph):
+        assert node.name is not None
+        builder.scope = node.name.removesuffix(f"/{contract.OP_NAME}")
+        results = body(builder, Op.of(node))
+        for old, new in zip(node.outputs, results, strict=True):
+            new.shape, new.type = old.shape, old.type
+            if old.is_graph_output():
+                new.name = old.name
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        graph.insert_before(node, builder.nodes)
+        builder.nodes = []
+        graph.remove(node, safe=True)
+    graph.opset_imports.pop(contract.DOMAIN, None)
+
+
+def lower_to_tensorrt(model: ir.Model) -> None:
+    """Mark every DijiangAttention as a TensorRT plugin node, in place.
+
+    TensorRT's parsers differ in what they look a plugin up by: 8.6 reads the op type and the
+    `plugin_version` and `plugin_namespace` attributes; later ones the node's domain too. All three are there.
+    """
+    for node in _ops(model.graph):
+        node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", contract.DOMAIN)
+        node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(contract.OP_VERSION))
+
+
+def _ops(graph: ir.Graph) -> list[ir.Node]:
+    nodes = [node for node in graph if node.domain == contract.DOMAIN]
+    assert nodes, "no DijiangAttention in the graph"
+    return nodes
