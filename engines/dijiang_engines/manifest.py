@@ -1,0 +1,256 @@
+"""manifest.json: what a bundle says about itself, checked value by value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines import io_names
+from dijiang_engines.errors import BundleError
+from dijiang_engines.safe_files import is_plain_name, parse_json, read_bounded
+from dijiang_engines.spec import ModelSpec
+
+FORMAT = "dijiang-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.data"
+REFERENCE = "reference.safetensors"
+TOKENIZER = "tokenizer.json"
+CONFIG = "config.json"
+DTYPES = ("float32", "float16", "bfloat16")
+
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_FILES = 1000
+
+_IO_DTYPES = ("int64", "int32", "float32")
+
+RETRY = "export the checkpoint again, or copy the bundle again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a graph. A dimension is a size, or the name of one that varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """One graph of a bundle."""
+
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a file must be."""
+
+    sha256: str
+    bytes: int
+
+
+def graph_io(
+    spec: ModelSpec, *, step: bool, all_logits: bool
+) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    """The inputs and outputs that a graph of this model has, in order.
+
+    Args:
+        spec: the model.
+        step: the graph for one token (L = 1) rather than the one for any number.
+        all_logits: logits of every token rather than of each row's last valid one.
+    """
+    batch, length = io_names.BATCH_DIM, 1 if step else io_names.SEQUENCE_DIM
+    state = (batch, *spec.state_shape)
+    layers = range(spec.num_layers)
+    inputs = (
+        TensorInfo(io_names.INPUT_IDS, "int64", (batch, length)),
+        TensorInfo(io_names.POSITIONS, "int64", (batch,)),
+        TensorInfo(io_names.SEQ_LENS, "int64", (batch,)),
+        *(TensorInfo(io_names.past_state(i), "float32", state) for i in layers),
+    )
+    outputs = (
+        TensorInfo(io_names.LOGITS, "float32", (batch, length if all_logits else 1, spec.vocab_size)),
+        *(TensorInfo(io_names.present_state(i), "float32", state) for i in layers),
+    )
+    return inputs, outputs
+
+
+class Manifest:
+    """A checked manifest.
+
+    Attributes:
+        raw: the JSON object.
+        spec: the model's geometry.
+        dtype: float32, float16 or bfloat16.
+        logits: "last" or "all".
+        files: name -> FileInfo, every file but the manifest.
+        graphs: name -> GraphInfo.
+        cases: names of the recorded cases, None without a reference file.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        if not isinstance(raw, dict):
+            raise BundleError(f"{MANIFEST} is not a JSON object", hint=RETRY)
+        self.raw: dict[str, Any] = raw
+        _check_header(raw)
+        self.spec = ModelSpec.from_json(raw.get("spec", {}))
+        self.dtype: str = raw["dtype"]
+        self.logits: str = raw["logits"]
+        self.files = _file_table(raw)
+        self.graphs = self._graph_table()
+        reference = raw.get("reference")
+        self.cases: list[str] | None = None if reference is None else list(reference["cases"])
+
+    def _graph_table(self) -> dict[str, GraphInfo]:
+        graphs = self.raw.get("graphs")
+        if not isinstance(graphs, dict) or not {"prefill", "step"} <= set(graphs):
+            raise _bad_manifest("graphs", "an object with at least prefill and step")
+        table = {}
+        for name, entry in graphs.items():
+            file = entry.get("file") if isinstance(entry, dict) else None
+            if not isinstance(file, str) or not file.endswith(".onnx") or file not in self.files:
+                raise _bad_manifest(f"graphs.{name}.file", "an .onnx file that `files` lists")
+            info = GraphInfo(
+                file,
+                _tensor_infos(entry.get("inputs"), f"graphs.{name}.inputs"),
+                _tensor_infos(entry.get("outputs"), f"graphs.{name}.outputs"),
+            )
+            self._check_io(name, info)
+            table[name] = info
+        return table
+
+    def _check_io(self, name: str, info: GraphInfo) -> None:
+        step = name.partition("_")[0] == "step"
+        for kind, found, expected in zip(
+            ("inputs", "outputs"),
+            (info.inputs, info.outputs),
+            graph_io(self.spec, step=step, all_logits=self.logits == "all"),
+            strict=True,
+        ):
+            if _fixed_part(found) != _fixed_part(expected):
+                raise BundleError(
+                    f"the manifest's {kind} of graph {name!r} do not fit its model spec",
+                    got=_differences(found, expected),
+                    expected=_differences(expected, found),
+                    hint=RETRY,
+                )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder`/manifest.json.
+
+    Raises:
+        BundleError: it is too large, not JSON, of another version, or does not make sense.
+    """
+    return Manifest(parse_json(read_bounded(folder / MANIFEST, MAX_MANIFEST_BYTES), MANIFEST))
+
+
+def _check_header(manifest: dict[str, Any]) -> None:
+    if manifest.get("format") != FORMAT:
+        raise BundleError(
+            f"{MANIFEST} is not a bundle's", got=repr(manifest.get("format"))[:80], expected=repr(FORMAT)
+        )
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        raise BundleError(
+            "the bundle has a format version that this program does not know",
+            got=repr(version)[:80],
+            expected=FORMAT_VERSION,
+            hint="update dijiang-export" if newer else "export the checkpoint again",
+        )
+    if manifest.get("dtype") not in DTYPES:
+        raise _bad_manifest("dtype", " | ".join(DTYPES))
+    if manifest.get("logits") not in ("last", "all"):
+        raise _bad_manifest("logits", "last | all")
+    op = manifest.get("op")
+    if not isinstance(op, dict) or (op.get("domain"), op.get("name")) != ("dijiang", "DijiangAttention"):
+        raise _bad_manifest("op", "dijiang::DijiangAttention")
+    if op.get("version") != 1:
+        raise BundleError(
+            "the bundle's graphs use another version of DijiangAttention",
+            got=repr(op.get("version"))[:80],
+            expected=1,
+            hint="export the checkpoint again with this version of dijiang-export",
+        )
+    weights = manifest.get("weights")
+    if not isinstance(weights, dict) or weights.get("file") != WEIGHTS:
+        raise _bad_manifest("weights", repr(WEIGHTS))
+    reference = manifest.get("reference")
+    if reference is not None:
+        cases = reference.get("cases") if isinstance(reference, dict) else None
+        if not isinstance(cases, list) or reference.get("file") != REFERENCE:
+            raise _bad_manifest("reference", f"null, or the file {REFERENCE} and a list of cases")
+
+
+def _file_table(manifest: dict[str, Any]) -> dict[str, FileInfo]:
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
+        raise _bad_manifest("files", f"an object of at most {MAX_FILES} files")
+    table = {}
+    for name, entry in files.items():
+        if not is_plain_name(name) or name == MANIFEST:
+            raise BundleError(
+                "the manifest lists a file name that a bundle cannot have",
+                got=repr(name)[:200],
+                expected="letters, digits, '.', '_', '-' and '+', and no folders",
+            )
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        size = entry.get("bytes") if isinstance(entry, dict) else None
+        hexadecimal = (
+            isinstance(digest, str) and len(digest) == 64 and not set(digest) - set("0123456789abcdef")
+        )
+        if not hexadecimal or not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise _bad_manifest(f"files.{name}", "a sha256 of 64 hex digits and a size in bytes")
+        table[name] = FileInfo(str(digest), size)
+    missing = [name for name in (WEIGHTS,) if name not in table]
+    missing += [REFERENCE] if manifest.get("reference") and REFERENCE not in table else []
+    if missing:
+        raise _bad_manifest("files", " and ".join(missing))
+    return table
+
+
+def _tensor_infos(entries: Any, where: str) -> tuple[TensorInfo, ...]:
+    if not isinstance(entries, list):
+        raise _bad_manifest(where, "a list of tensors")
+    infos = []
+    for entry in entries:
+        name, dtype, shape = (
+            (entry.get("name"), entry.get("dtype"), entry.get("shape"))
+            if isinstance(entry, dict)
+            else (None,) * 3
+        )
+        good_shape = isinstance(shape, list) and all(
+            isinstance(dim, str) or (isinstance(dim, int) and not isinstance(dim, bool) and dim > 0)
+            for dim in shape
+        )
+        if not isinstance(name, str) or dtype not in _IO_DTYPES or not good_shape:
+            raise _bad_manifest(where, "tensors with a name, a dtype and a shape")
+        infos.append(TensorInfo(name, str(dtype), tuple(shape or ())))
+    return tuple(infos)
+
+
+def _fixed_part(tensors: tuple[TensorInfo, ...]) -> set[tuple[str, str, tuple[int | None, ...]]]:
+    """What two descriptions must agree in: not the order, and not the names of sizes that vary."""
+    return {
+        (t.name, t.dtype, tuple(dim if isinstance(dim, int) else None for dim in t.shape)) for t in tensors
+    }
+
+
+def _differences(tensors: tuple[TensorInfo, ...], other: tuple[TensorInfo, ...]) -> str:
+    known = _fixed_part(other)
+    shown = [t for t in tensors if not _fixed_part((t,)) <= known][:3]
+    return "; ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in shown) or "no such tensor"
+
+
+def _bad_manifest(where: str, expected: str) -> BundleError:
+    return BundleError(f"{MANIFEST} has a bad or missing value for {where}", expected=expected, hint=RETRY)

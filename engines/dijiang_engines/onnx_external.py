@@ -1,0 +1,266 @@
+"""Where an ONNX file keeps its weights, read without the onnx package.
+
+A device that runs a bundle has ONNX Runtime or TensorRT, but not `onnx`. Before a runtime is given a
+graph, the places that it would read from must be known to be harmless: ONNX Runtime, for one, takes
+some spellings of an external location for an address in memory. This module walks the protobuf wire
+format of a ModelProto and returns every tensor that claims external data, wherever it hides: initializers,
+sparse initializers, node attributes, subgraphs, functions and training information.
+
+It is deliberately stricter than a protobuf parser. Whatever two parsers could read differently (a
+repeated key, a tensor marked external without a location, a group) is refused.
+
+The field numbers are those of onnx/onnx.proto (onnx@v1.23.0), which never change within ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dijiang_engines.errors import BundleError
+
+MAX_DEPTH = 64
+"""Nesting of messages; a graph in a node in a graph counts three. Real exports reach about 10."""
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+# Message kind -> field number -> kind of the message in that field. Fields that cannot lead to a tensor
+# are skipped unread.
+_CHILDREN: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 13, 14
+_LOCATION_EXTERNAL = 1
+
+# TensorProto.DataType -> bytes of one element, for the types that weights come in.
+_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+
+_KEYS = ("location", "offset", "length", "checksum")
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """A tensor whose bytes are in another file."""
+
+    name: str
+    data_type: int
+    """TensorProto.DataType: 1 float32, 10 float16, 16 bfloat16, 7 int64, ..."""
+    dims: tuple[int, ...]
+    location: str
+    offset: int
+    """Bytes from the start of the file."""
+    length: int
+    """Bytes."""
+
+
+def external_tensors(model: bytes) -> list[ExternalTensor]:
+    """Every tensor of a serialised ModelProto that keeps its data in another file, in file order.
+
+    Raises:
+        BundleError: the bytes are not a well-formed model, or a tensor's external data is stated in a
+            way that readers could take differently.
+    """
+    found: list[ExternalTensor] = []
+    view = memoryview(model)
+    stack = [("model", view, 1)]
+    has_graph = False
+    while stack:
+        kind, message, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise BundleError("an ONNX graph is nested too deeply", expected=f"at most {MAX_DEPTH} levels")
+        if kind == "tensor":
+            tensor = _tensor(message)
+            if tensor is not None:
+                found.append(tensor)
+            continue
+        children = _CHILDREN[kind]
+        nested = []
+        for number, wire, value in _fields(message):
+            child = children.get(number)
+            if child is None:
+                continue
+            nested.append((child, _as_bytes(wire, value), depth + 1))
+            has_graph = has_graph or (kind == "model" and number == 7)
+        stack.extend(reversed(nested))
+    if not has_graph:
+        raise BundleError("an ONNX file holds no graph")
+    return found
+
+
+def check_external_data(model: bytes, *, location: str, file_bytes: int) -> list[ExternalTensor]:
+    """The external tensors of a model, all of them inside the one file that they may use.
+
+    Args:
+        model: a serialised ModelProto.
+        location: the only file name that may be named, exactly.
+        file_bytes: that file's size.
+
+    Raises:
+        BundleError: a tensor names another file, lies (partly) outside the file, or has a length that
+            is not its shape's.
+    """
+    tensors = external_tensors(model)
+    for tensor in tensors:
+        if tensor.location != location:
+            raise BundleError(
+                f"tensor {tensor.name!r} keeps its data outside the bundle's weights",
+                got=repr(tensor.location[:200]),
+                expected=repr(location),
+            )
+        if tensor.offset + tensor.length > file_bytes:
+            raise BundleError(
+                f"tensor {tensor.name!r} lies outside {location}",
+                got=f"bytes {tensor.offset} to {tensor.offset + tensor.length}",
+                expected=f"at most {file_bytes} bytes",
+            )
+        item = _ITEM_BYTES.get(tensor.data_type)
+        if item is None:
+            raise BundleError(
+                f"tensor {tensor.name!r} has an element type that weights do not come in",
+                got=f"TensorProto.DataType {tensor.data_type}",
+            )
+        size = item
+        for dim in tensor.dims:
+            size *= dim
+        if size != tensor.length:
+            raise BundleError(
+                f"tensor {tensor.name!r} has another length than its shape",
+                got=f"{tensor.length} bytes for {list(tensor.dims)}",
+                expected=f"{size} bytes",
+            )
+    return tensors
+
+
+def _tensor(message: memoryview) -> ExternalTensor | None:
+    dims: list[int] = []
+    data_type = 0
+    name = ""
+    external = False
+    entries: dict[str, str] = {}
+    for number, wire, value in _fields(message):
+        if number == _TENSOR_DIMS:
+            # proto2 repeated int64: one varint a field, or (packed) many in one run of bytes.
+            dims.extend([value] if isinstance(value, int) and wire == _VARINT else _packed(wire, value))
+        elif number == _TENSOR_TYPE:
+            data_type = _as_int(wire, value)
+        elif number == _TENSOR_NAME:
+            name = bytes(_as_bytes(wire, value)[:200]).decode("utf-8", "replace")
+        elif number == _TENSOR_LOCATION:
+            external = external or _as_int(wire, value) == _LOCATION_EXTERNAL
+        elif number == _TENSOR_EXTERNAL:
+            key, text = _entry(_as_bytes(wire, value))
+            if key in entries or key not in _KEYS:
+                raise BundleError(
+                    f"tensor {name!r} states its external data in an unknown way",
+                    got=repr(key[:80]),
+                    expected="location, offset and length, once each",
+                )
+            entries[key] = text
+    if not external and not entries:
+        return None
+    if any(key not in entries for key in ("location", "offset", "length")):
+        raise BundleError(
+            f"tensor {name!r} keeps its data outside the graph but does not say where",
+            got=", ".join(sorted(entries)) or "nothing",
+            expected="location, offset and length",
+        )
+    if any(dim >= 2**63 for dim in dims):
+        raise BundleError(f"tensor {name!r} has a negative dimension")
+    return ExternalTensor(
+        name, data_type, tuple(dims), entries["location"],
+        _decimal(name, "offset", entries["offset"]), _decimal(name, "length", entries["length"]),
+    )  # fmt: skip
+
+
+def _decimal(name: str, key: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise BundleError(f"tensor {name!r} has a bad {key}", got=repr(text[:80]), expected="a byte count")
+    return int(text)
+
+
+def _entry(message: memoryview) -> tuple[str, str]:
+    texts: dict[int, str] = {}
+    for number, wire, value in _fields(message):
+        if number not in (1, 2) or number in texts:
+            raise BundleError("an ONNX file's external data entry is malformed")
+        try:
+            texts[number] = bytes(_as_bytes(wire, value)).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError("an ONNX file's external data entry is not text") from error
+    return texts.get(1, ""), texts.get(2, "")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
+    """(field number, wire type, value) of each field: an int for varints, else the raw bytes."""
+    position, end = 0, len(message)
+    while position < end:
+        key, position = _varint(message, position)
+        number, wire = key >> 3, key & 7
+        if number == 0 or number >= 2**29:
+            raise _malformed("field number 0 or too large")
+        value: int | memoryview
+        if wire == _VARINT:
+            value, position = _varint(message, position)
+        else:
+            if wire == _BYTES:
+                length, position = _varint(message, position)
+            elif wire == _FIXED64:
+                length = 8
+            elif wire == _FIXED32:
+                length = 4
+            else:
+                raise _malformed(f"wire type {wire}")
+            if length > end - position:
+                raise _malformed("a field runs past the end")
+            value = message[position : position + length]
+            position += length
+        yield number, wire, value
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    result = shift = 0
+    end = len(message)
+    while position < end:
+        byte = message[position]
+        position += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if result >= 2**64:
+                raise _malformed("an integer of more than 64 bits")
+            return result, position
+        shift += 7
+        if shift >= 70:
+            break
+    raise _malformed("an integer that does not end")
+
+
+def _packed(wire: int, value: int | memoryview) -> list[int]:
+    data = _as_bytes(wire, value)
+    result, position = [], 0
+    while position < len(data):
+        number, position = _varint(data, position)
+        result.append(number)
+    return result
+
+
+def _as_bytes(wire: int, value: int | memoryview) -> memoryview:
+    if wire != _BYTES or isinstance(value, int):
+        raise _malformed("a number where a message or text belongs")
+    return value
+
+
+def _as_int(wire: int, value: int | memoryview) -> int:
+    if wire != _VARINT or not isinstance(value, int):
+        raise _malformed("text where a number belongs")
+    return value
+
+
+def _malformed(why: str) -> BundleError:
+    return BundleError("not a well-formed ONNX file", got=why)
