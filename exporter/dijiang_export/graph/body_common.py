@@ -52,7 +52,7 @@ class Op:
         attributes = {name: node.attributes[name].value for name in contract.ATTRIBUTES}
         dtype = node.outputs[0].dtype
         assert dtype is not None
-        return cls(**values, **attributes, dtype=dtype)  # type: ignore[arg-type]
+        return cls(**values, **attributes, dtype=dtype)
 
     @property
     def size(self) -> int:
@@ -90,7 +90,7 @@ def rotate(b: Builder, op: Op, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.
         b.op("Sub", b.op("Mul", first, cos), b.op("Mul", second, sin), label="rope/Sub"),
         b.op("Add", b.op("Mul", second, cos), b.op("Mul", first, sin), label="rope/Add"),
     ]
-    return b.op("Concat", *turned, *parts[2:], axis=-1, label="rope/Concat")  # type: ignore[no-any-return]
+    return b.op("Concat", *turned, *parts[2:], axis=-1, label="rope/Concat")
 
 
 def feature_map(b: Builder, op: Op, x: ir.Value) -> ir.Value:
@@ -99,7 +99,7 @@ def feature_map(b: Builder, op: Op, x: ir.Value) -> ir.Value:
     if op.dtype != ir.DataType.FLOAT:
         proj = b.op("Cast", b.op("Cast", proj, to=op.dtype.value), to=FLOAT)
     projected = b.op("MatMul", x, proj, label="feature_map/MatMul")
-    return b.op("Softmax", projected, axis=-1, label="feature_map/Softmax")  # type: ignore[no-any-return]
+    return b.op("Softmax", projected, axis=-1, label="feature_map/Softmax")
 
 
 def share_heads(b: Builder, op: Op, x: ir.Value) -> ir.Value:
@@ -108,7 +108,7 @@ def share_heads(b: Builder, op: Op, x: ir.Value) -> ir.Value:
     if group == 1:
         return x
     index = b.ints(*(head // group for head in range(op.num_heads)))
-    return b.op("Gather", x, index, axis=1, label="share_heads")  # type: ignore[no-any-return]
+    return b.op("Gather", x, index, axis=1, label="share_heads")
 
 
 def table_rows(b: Builder, op: Op, table: ir.Value, token_positions: ir.Value) -> ir.Value:
@@ -117,13 +117,13 @@ def table_rows(b: Builder, op: Op, table: ir.Value, token_positions: ir.Value) -
     def rows() -> ir.Value:
         assert table.shape is not None
         last = b.constant(int(table.shape[0]) - 1, np.int32)
-        return b.op("Min", token_positions, last, label="table_rows")  # type: ignore[no-any-return]
+        return b.op("Min", token_positions, last, label="table_rows")
 
-    return b.op("Gather", table, b.shared("table_rows", rows), axis=0)  # type: ignore[no-any-return]
+    return b.op("Gather", table, b.shared("table_rows", rows), axis=0)
 
 
 def norm_and_gate(b: Builder, op: Op, o: ir.Value, valid: ir.Value) -> ir.Value:
-    """silu(gate) · GroupNorm(o) on valid tokens, zero elsewhere. o [B, L, A], valid float32 [B, L, 1] -> T."""
+    """silu(gate) · GroupNorm(o) on valid tokens, zero elsewhere: o [B, L, A], valid [B, L, 1] -> T."""
     grouped = b.reshape(o, 0, 0, op.head_dim, op.num_heads, label="group_norm/groups")
     normed = _wide_range_norm(b, op, grouped) if op.read_scale is not None else _norm(b, op, grouped)
     normed = b.reshape(normed, 0, 0, op.size, label="group_norm/merge")
@@ -138,17 +138,22 @@ def norm_and_gate(b: Builder, op: Op, o: ir.Value, valid: ir.Value) -> ir.Value:
 def _norm(b: Builder, op: Op, grouped: ir.Value) -> ir.Value:
     """A group's normalisation is LayerNormalization over its H channels without an affine part."""
     ones = b.constant(np.ones(op.num_heads), np.float32)
-    return b.op(  # type: ignore[no-any-return]
-        "LayerNormalization", grouped, ones, axis=-1, epsilon=op.epsilon, label="group_norm/LayerNormalization"
+    return b.op(
+        "LayerNormalization",
+        grouped,
+        ones,
+        axis=-1,
+        epsilon=op.epsilon,
+        label="group_norm/LayerNormalization",
     )
 
 
 def _wide_range_norm(b: Builder, op: Op, grouped: ir.Value) -> ir.Value:
     """The same, dividing each group by its largest magnitude first: a large read_scale cannot overflow."""
     largest = b.op("ReduceMax", b.op("Abs", grouped), axes=[-1], keepdims=1)
-    scale = b.op("Max", largest, b.float(1.0), label="group_norm/scale")
+    scale = b.op("Max", largest, b.real(1.0), label="group_norm/scale")
     small = b.op("Div", grouped, scale)
     centred = b.op("Sub", small, b.op("ReduceMean", small, axes=[-1], keepdims=1))
     variance = b.op("ReduceMean", b.op("Mul", centred, centred), axes=[-1], keepdims=1)
-    epsilon = b.op("Div", b.op("Div", b.float(op.epsilon), scale), scale)
-    return b.op("Div", centred, b.op("Sqrt", b.op("Add", variance, epsilon)))  # type: ignore[no-any-return]
+    epsilon = b.op("Div", b.op("Div", b.real(op.epsilon), scale), scale)
+    return b.op("Div", centred, b.op("Sqrt", b.op("Add", variance, epsilon)))

@@ -63,7 +63,7 @@ class Chunks:
 
 @dataclass(frozen=True)
 class ChunkDecay:
-    """M, rest, W and fade of one layer, broadcastable over [B, H, nc, C, ...]; gain and read_scale or None."""
+    """M, rest, W and fade of one layer, broadcastable over [B, H, nc, C, ...]; gain, read_scale or None."""
 
     inside: ir.Value
     rest: ir.Value
@@ -109,7 +109,9 @@ def prefill_body(b: Builder, op: Op) -> tuple[ir.Value, ir.Value]:
     present = b.reshape(final, 0, heads, d, d, label="present")
 
     faded = b.op("Mul", q, decay.fade, label="read/fade")
-    carried = b.op("MatMul", faded, b.reshape(starts, 0, heads, -1, d, d, label="read/starts"), label="read/MatMul")
+    carried = b.op(
+        "MatMul", faded, b.reshape(starts, 0, heads, -1, d, d, label="read/starts"), label="read/MatMul"
+    )
     o = b.reshape(b.op("Add", inside, carried), 0, heads, -1, d, label="unchunked")
     if decay.read_scale is not None:
         o = b.op("Mul", o, decay.read_scale, label="read_scale")
@@ -142,7 +144,7 @@ def _chunks(b: Builder, op: Op) -> Chunks:
 
     inner = _range(b, size, "inner")  # [C]
     gap = b.op("Sub", b.op("Unsqueeze", inner, one), b.op("Unsqueeze", inner, zero))
-    causal = b.op("Cast", b.op("GreaterOrEqual", gap, b.int(0)), to=FLOAT, label="causal")
+    causal = b.op("Cast", b.op("GreaterOrEqual", gap, b.scalar(0)), to=FLOAT, label="causal")
 
     edges_all = b.op("Mul", _range(b, b.op("Add", count, one), "edges"), size)  # [nc+1]
     edges = b.op("Min", b.op("Unsqueeze", edges_all, zero), lens, label="E")  # [B, nc+1]
@@ -150,9 +152,10 @@ def _chunks(b: Builder, op: Op) -> Chunks:
     edge_gap = b.op("Sub", rows, b.op("Unsqueeze", edges, b.ints(1, 2)))
     index = _range(b, b.op("Add", count, one), "chunk")
     chunk_gap = b.op("Sub", b.op("Unsqueeze", index, one), b.op("Unsqueeze", index, zero))
+    states_causal = b.op("Cast", b.op("GreaterOrEqual", chunk_gap, b.scalar(0)), to=FLOAT)
     ends = b.op("Slice", edges, one, b.ints(np.iinfo(np.int64).max), one)  # [B, nc], E_{c+1}
     by_chunk = b.reshape(tokens, 1, 1, -1, size, 1)
-    rest = b.op("Sub", b.op("Sub", b.op("Unsqueeze", ends, b.ints(1, 3, 4)), by_chunk), b.int(1))
+    rest = b.op("Sub", b.op("Sub", b.op("Unsqueeze", ends, b.ints(1, 3, 4)), by_chunk), b.scalar(1))
     return Chunks(
         batch=batch,
         length=length,
@@ -164,8 +167,8 @@ def _chunks(b: Builder, op: Op) -> Chunks:
         valid_output=b.op("Unsqueeze", output_tokens, b.ints(2), label="valid_output"),
         distance=_count(b, gap, "distance"),
         causal=causal,
-        states_causal=b.op("Cast", b.op("GreaterOrEqual", chunk_gap, b.int(0)), to=FLOAT, label="states_causal"),
-        fade_count=_count(b, b.op("Add", b.op("Unsqueeze", inner, one), b.int(1)), "fade_count"),
+        states_causal=states_causal,
+        fade_count=_count(b, b.op("Add", b.op("Unsqueeze", inner, one), b.scalar(1)), "fade_count"),
         rest_count=_count(b, rest, "rest_count"),
         states_distance=_count(b, edge_gap, "states_distance"),
     )
@@ -174,53 +177,55 @@ def _chunks(b: Builder, op: Op) -> Chunks:
 def _range(b: Builder, size: ir.Value, label: str) -> ir.Value:
     """0, 1, ... size - 1 as int64, for size int64 [1]."""
     stop = b.op("Squeeze", size, b.ints(0))
-    return b.op("Range", b.int(0), stop, b.int(1), label=label)  # type: ignore[no-any-return]
+    return b.op("Range", b.scalar(0), stop, b.scalar(1), label=label)
 
 
 def _count(b: Builder, x: ir.Value, label: str) -> ir.Value:
     """max(x, 0) as float32."""
-    return b.op("Cast", b.op("Max", x, b.int(0)), to=FLOAT, label=label)  # type: ignore[no-any-return]
+    return b.op("Cast", b.op("Max", x, b.scalar(0)), to=FLOAT, label=label)
 
 
 def _geometric(b: Builder, op: Op, chunks: Chunks) -> ChunkDecay:
     heads = op.num_heads
-    rate = b.op("Max", op.log_decay, b.float(LEAST_LOG_DECAY), label="decay/rate")
+    rate = b.op("Max", op.log_decay, b.real(LEAST_LOG_DECAY), label="decay/rate")
     rate5 = b.reshape(rate, 1, heads, 1, 1, 1)
     rate4 = b.reshape(rate, 1, heads, 1, 1)
-    inside = b.op("Mul", b.op("Exp", b.op("Mul", rate5, chunks.distance)), chunks.causal, label="decay/inside")
-    states = b.op(
-        "Mul", b.op("Exp", b.op("Mul", rate4, chunks.states_distance)), chunks.states_causal, label="decay/states"
-    )
+
+    def decayed(rate: ir.Value, counts: ir.Value, label: str) -> ir.Value:
+        return b.op("Exp", b.op("Mul", rate, counts), label=label)
+
+    inside = decayed(rate5, chunks.distance, "decay/inside")
+    states = decayed(rate4, chunks.states_distance, "decay/states")
     return ChunkDecay(
-        inside=inside,
-        rest=b.op("Exp", b.op("Mul", rate5, chunks.rest_count), label="decay/rest"),
-        states=states,
-        fade=b.op("Exp", b.op("Mul", rate5, chunks.fade_count), label="decay/fade"),
+        inside=b.op("Mul", inside, chunks.causal, label="decay/inside_causal"),
+        rest=decayed(rate5, chunks.rest_count, "decay/rest"),
+        states=b.op("Mul", states, chunks.states_causal, label="decay/states_causal"),
+        fade=decayed(rate5, chunks.fade_count, "decay/fade"),
     )
 
 
 def _tables(b: Builder, op: Op, chunks: Chunks) -> ChunkDecay:
     assert op.gain is not None and op.read_scale is not None
-    heads, zero = op.num_heads, b.float(0.0)
+    heads, zero = op.num_heads, b.real(0.0)
 
     def per_token(table: ir.Value) -> ir.Value:
         rows = table_rows(b, op, table, chunks.token_positions)  # [B, Lp, H]
         columns = b.op("Transpose", rows, perm=[0, 2, 1])
-        return b.op("Unsqueeze", columns, b.ints(3))  # type: ignore[no-any-return]  # [B, H, Lp, 1]
+        return b.op("Unsqueeze", columns, b.ints(3))  # [B, H, Lp, 1]
 
-    rate = b.op("Max", per_token(op.log_decay), b.float(LEAST_LOG_DECAY))
+    rate = b.op("Max", per_token(op.log_decay), b.real(LEAST_LOG_DECAY))
     rate = b.reshape(b.op("Mul", rate, chunks.valid), 0, heads, -1, chunks.size)  # [B, H, nc, C]
-    total = b.op("CumSum", rate, b.int(3), label="decay/total")
+    total = b.op("CumSum", rate, b.scalar(3), label="decay/total")
     gap = b.op("Sub", b.op("Unsqueeze", total, b.ints(4)), b.op("Unsqueeze", total, b.ints(3)))
     whole = b.op("Slice", total, b.ints(-1), b.ints(np.iinfo(np.int64).max), b.ints(3))  # [B, H, nc, 1]
     # Sums over all chunks grow long; their differences must not lose the short ones: float64.
-    edges = b.op("CumSum", b.op("Cast", whole, to=DOUBLE), b.int(2))
+    edges = b.op("CumSum", b.op("Cast", whole, to=DOUBLE), b.scalar(2))
     edges = b.op("Pad", edges, b.ints(0, 0, 1, 0, 0, 0, 0, 0))  # [B, H, nc+1, 1]
     edge_gap = b.op("Cast", b.op("Sub", edges, b.op("Transpose", edges, perm=[0, 1, 3, 2])), to=FLOAT)
 
     def decayed(exponent: ir.Value, mask: ir.Value, label: str) -> ir.Value:
         # Above the diagonal exponents are positive: cut before exp, masked after.
-        return b.op("Mul", b.op("Exp", b.op("Min", exponent, zero)), mask, label=label)  # type: ignore[no-any-return]
+        return b.op("Mul", b.op("Exp", b.op("Min", exponent, zero)), mask, label=label)
 
     return ChunkDecay(
         inside=decayed(gap, chunks.causal, "decay/inside"),

@@ -61,9 +61,9 @@ def _rotation(b: Builder, op: Op) -> tuple[ir.Value, ir.Value]:
 
 
 def _decay(b: Builder, op: Op) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """(fade [B, H, 1, 1], gain [B, H or 1, 1], read_scale [B, H, 1, 1] or None); rows without a token keep S."""
+    """fade [B, H, 1, 1], gain [B, H or 1, 1], read_scale [B, H, 1, 1] or None; no token, no change of S."""
     valid = b.shared("valid", lambda: _valid(b, op))  # [B, 1, 1]
-    least = b.float(LEAST_LOG_DECAY)
+    least = b.real(LEAST_LOG_DECAY)
     if op.gain is None or op.read_scale is None:
         rate = b.op("Max", op.log_decay, least)  # [H]
         fade = b.op("Exp", b.op("Mul", valid, rate))  # [B, 1, H]

@@ -44,7 +44,9 @@ class Builder:
         if key not in self._constants:
             name = self._unique(f"constant.{array.dtype.name}")
             tensor = ir.tensor(array, name=name)
-            result = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            result = ir.Value(
+                name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
+            )
             self.graph.register_initializer(result)
             self._constants[key] = result
         return self._constants[key]
@@ -53,11 +55,11 @@ class Builder:
         """An int64 vector."""
         return self.constant(values, np.int64)
 
-    def int(self, value: int) -> ir.Value:
+    def scalar(self, value: int) -> ir.Value:
         """An int64 scalar."""
         return self.constant(value, np.int64)
 
-    def float(self, value: float) -> ir.Value:
+    def real(self, value: float) -> ir.Value:
         """A float32 scalar."""
         return self.constant(value, np.float32)
 
@@ -78,13 +80,16 @@ class Builder:
             key = "shape:" + ",".join(str(part.name) for part in parts)
             # Dynamic sizes are made once per graph, so their shape vectors are too.
             target = self.shared(key, lambda: self.op("Concat", *parts, axis=0))
-        return self.op("Reshape", x, target, label=label)  # type: ignore[no-any-return]
+        return self.op("Reshape", x, target, label=label)
 
     def split(self, x: ir.Value, sizes: Sequence[int], axis: int, label: str | None = None) -> list[ir.Value]:
         """Split along `axis`; empty parts are left out by the caller."""
         if len(sizes) == 1:
             return [x]
-        return self.op("Split", x, self.ints(*sizes), outputs=len(sizes), axis=axis, label=label)  # type: ignore[no-any-return]
+        parts: list[ir.Value] = self.op(
+            "Split", x, self.ints(*sizes), outputs=len(sizes), axis=axis, label=label
+        )
+        return parts
 
     def _unique(self, name: str) -> str:
         count = self._names.get(name, 0)

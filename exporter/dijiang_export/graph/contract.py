@@ -56,6 +56,8 @@ ATTRIBUTES = {
     "rotary_dim": "int",
     "epsilon": "float",
 }
+PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version")
+"""Strings that TensorRT's parsers look the plugin up by; only on nodes lowered for TensorRT."""
 T_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 
 
@@ -82,7 +84,11 @@ def onnx_schema() -> defs.OpSchema:
         outputs=[parameter(f) for f in OUTPUTS],
         type_constraints=[("T", list(T_TYPES), "The model's type; arithmetic inside is float32.")],
         attributes=[
-            defs.OpSchema.Attribute(name, kinds[kind], required=True) for name, kind in ATTRIBUTES.items()
+            *(defs.OpSchema.Attribute(name, kinds[kind], required=True) for name, kind in ATTRIBUTES.items()),
+            *(
+                defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.STRING, required=False)
+                for name in PLUGIN_ATTRIBUTES
+            ),
         ],
     )
 
@@ -116,7 +122,7 @@ def attention(
     geometry = Geometry(num_heads, num_kv_heads, head_dim, rotary_dim, epsilon)
     return dijiang_attention(
         qkv, gate, past_state, positions, seq_lens, proj, norm_weight, norm_bias, inv_freq,
-        Decay(log_decay, gain, read_scale), geometry,
+        decay=Decay(log_decay, gain, read_scale), geometry=geometry,
     )  # fmt: skip
 
 

@@ -43,8 +43,9 @@ def lower_to_tensorrt(model: ir.Model) -> None:
     `plugin_version` and `plugin_namespace` attributes; later ones the node's domain too. All three are there.
     """
     for node in _ops(model.graph):
-        node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", contract.DOMAIN)
-        node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(contract.OP_VERSION))
+        values = (contract.DOMAIN, str(contract.OP_VERSION))
+        for name, value in zip(contract.PLUGIN_ATTRIBUTES, values, strict=True):
+            node.attributes[name] = ir.AttrString(name, value)
 
 
 def _ops(graph: ir.Graph) -> list[ir.Node]:

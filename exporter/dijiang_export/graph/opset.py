@@ -17,8 +17,10 @@ _REDUCTIONS = {
     "ReduceLogSumExp", "ReduceSumSquare",
 }  # fmt: skip
 # Changed at 18 in ways that these graphs do not use, or new at 18: must not occur.
-_UNSUPPORTED = {"ScatterElements", "ScatterND", "Resize", "BitwiseAnd", "BitwiseOr", "BitwiseNot",
-                "BitwiseXor", "CenterCropPad", "Col2Im", "Mish", "OptionalGetElement", "GroupNormalization"}  # fmt: skip
+_UNSUPPORTED = {
+    "ScatterElements", "ScatterND", "Resize", "BitwiseAnd", "BitwiseOr", "BitwiseNot", "BitwiseXor",
+    "CenterCropPad", "Col2Im", "Mish", "OptionalGetElement", "GroupNormalization",
+}  # fmt: skip
 
 
 def downgrade_to_17(model: ir.Model) -> None:

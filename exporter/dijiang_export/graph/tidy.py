@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from dijiang_engines import io_names
+from dijiang_engines.manifest import graph_io
 from dijiang_engines.spec import ModelSpec
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
@@ -20,31 +20,19 @@ def name_inputs_and_outputs(
     graph: ir.Graph, spec: ModelSpec, kind: Literal["prefill", "step"], all_logits: bool
 ) -> None:
     """Give inputs and outputs the contract's names and symbolic dimensions; check the rest."""
-    batch, sequence = io_names.BATCH_DIM, io_names.SEQUENCE_DIM
-    length = 1 if kind == "step" else sequence
-    states = [batch, *spec.state_shape]
-    expected_inputs: list[tuple[str, list[int | str]]] = [
-        (io_names.INPUT_IDS, [batch, length]),
-        (io_names.POSITIONS, [batch]),
-        (io_names.SEQ_LENS, [batch]),
-    ]
-    expected_inputs += [(io_names.past_state(i), [*states]) for i in range(spec.num_layers)]
-    tokens = length if all_logits else 1
-    expected_outputs: list[tuple[str, list[int | str]]] = [(io_names.LOGITS, [batch, tokens, spec.vocab_size])]
-    expected_outputs += [(io_names.present_state(i), [*states]) for i in range(spec.num_layers)]
-
+    inputs, outputs = graph_io(spec, step=kind == "step", all_logits=all_logits)
     symbols: dict[str, str] = {}
-    values = list(graph.inputs)[: len(expected_inputs)] + list(graph.outputs)
-    for value, (name, dims) in zip(values, expected_inputs + expected_outputs, strict=True):
-        _learn_symbols(value, dims, symbols)
-        value.name = name
+    values = list(graph.inputs)[: len(inputs)] + list(graph.outputs)
+    for value, info in zip(values, inputs + outputs, strict=True):
+        _learn_symbols(value, info.shape, symbols)
+        value.name = info.name
     for value in _all_values(graph):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
     graph.name = kind
 
 
-def _learn_symbols(value: ir.Value, dims: list[int | str], symbols: dict[str, str]) -> None:
+def _learn_symbols(value: ir.Value, dims: tuple[int | str, ...], symbols: dict[str, str]) -> None:
     """Match a traced shape such as [s3, 5] with the contract's; a mismatch is a tracing error."""
     shape = value.shape
     if shape is None or len(shape) != len(dims):

@@ -66,7 +66,9 @@ class TokenTerms:
     read_scale: Tensor
 
 
-def token_terms(decay: Decay, positions: Tensor, seq_lens: Tensor, length: int, dtype: torch.dtype) -> TokenTerms:
+def token_terms(
+    decay: Decay, positions: Tensor, seq_lens: Tensor, length: int, dtype: torch.dtype
+) -> TokenTerms:
     """Look up the factors of `length` tokens that start at `positions` [B], valid up to `seq_lens` [B]."""
     offsets = torch.arange(length, device=positions.device)
     valid = (offsets < seq_lens.unsqueeze(-1)).to(dtype).unsqueeze(1)  # [B, 1, L]
@@ -139,13 +141,13 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: fl
     largest magnitude if that exceeds one, and epsilon by its square: the same value, but a large
     read_scale cannot overflow the square.
     """
-    grouped = x.unflatten(-1, (groups, -1))
+    grouped = x.reshape(*x.shape[:-1], groups, -1)
     scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1)
     grouped = grouped / scale
     centred = grouped - grouped.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    normed = centred * torch.rsqrt(variance + epsilon / scale / scale)
-    return normed.flatten(-2) * weight + bias
+    normed = (centred * torch.rsqrt(variance + epsilon / scale / scale)).flatten(-2)
+    return normed * weight + bias
 
 
 def dijiang_attention(
@@ -158,9 +160,9 @@ def dijiang_attention(
     norm_weight: Tensor,
     norm_bias: Tensor,
     inv_freq: Tensor,
+    *,
     decay: Decay,
     geometry: Geometry,
-    *,
     form: Form = "chunked",
     official_angles: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -176,9 +178,9 @@ def dijiang_attention(
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     heads, kv_heads, d = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
     length = qkv.shape[1]
-    q, k, v = qkv.to(dtype).split((heads * d, kv_heads * d, kv_heads * d), dim=-1)
-    q = q.unflatten(-1, (heads, d)).transpose(1, 2)
-    k, v = (x.unflatten(-1, (kv_heads, d)).transpose(1, 2) for x in (k, v))
+    q, k, v = torch.split(qkv.to(dtype), [heads * d, kv_heads * d, kv_heads * d], dim=-1)
+    q = q.reshape(*q.shape[:2], heads, d).transpose(1, 2)
+    k, v = (x.reshape(*x.shape[:2], kv_heads, d).transpose(1, 2) for x in (k, v))
     if geometry.rotary_dim:
         token_positions = positions.unsqueeze(-1) + torch.arange(length, device=qkv.device)
         cos, sin = rotation(token_positions, inv_freq, dtype, official_angles=official_angles)

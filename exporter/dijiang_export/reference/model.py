@@ -7,6 +7,7 @@ canonical (docs/architecture.md): `dijiang_export.checkpoint` translates each fa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,13 @@ class DijiangAttention(nn.Module):
             self.read_scale = constant(spec.decay_rows, spec.num_heads)
 
     def forward(
-        self, x: Tensor, past_state: Tensor, positions: Tensor, seq_lens: Tensor, inv_freq: Tensor, op: AttentionOp
+        self,
+        x: Tensor,
+        past_state: Tensor,
+        positions: Tensor,
+        seq_lens: Tensor,
+        inv_freq: Tensor,
+        op: AttentionOp,
     ) -> tuple[Tensor, Tensor]:
         """x [B, L, h] -> (y [B, L, h], present_state [B, H, d, d])."""
         output, present = op(
@@ -120,7 +127,13 @@ class Block(nn.Module):
         self.mlp = MLP(spec)
 
     def forward(
-        self, x: Tensor, past_state: Tensor, positions: Tensor, seq_lens: Tensor, inv_freq: Tensor, op: AttentionOp
+        self,
+        x: Tensor,
+        past_state: Tensor,
+        positions: Tensor,
+        seq_lens: Tensor,
+        inv_freq: Tensor,
+        op: AttentionOp,
     ) -> tuple[Tensor, Tensor]:
         """x [B, L, h] -> (x' [B, L, h], present_state)."""
         inner = x if self.post_norm else self.attention_norm(x)
@@ -143,7 +156,9 @@ class ReferenceModel(nn.Module):
         logits, states = model(input_ids, positions, seq_lens, model.new_states(batch))
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype = torch.float32, device: str | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype = torch.float32, device: str | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
         with torch.device(device) if device else torch.device(torch.get_default_device()):
@@ -168,7 +183,7 @@ class ReferenceModel(nn.Module):
         cast_weights(self, dtype)
 
     def new_states(self, batch: int) -> list[Tensor]:
-        """Zeroed states for `batch` sequences: one [B, H, d, d] per layer, float32 (float64 if the model is)."""
+        """Zeroed states for `batch` sequences: [B, H, d, d] per layer, float32 (float64 if the model is)."""
         weight = self.embed_tokens.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         shape = (batch, *self.spec.state_shape)
@@ -231,9 +246,9 @@ class ReferenceModel(nn.Module):
             states = self.new_states(batch)
         if op is None:
 
-            def op(*tensors: Tensor, decay: Decay, geometry: Geometry) -> tuple[Tensor, Tensor]:
+            def op(*tensors: Any, decay: Decay, geometry: Geometry) -> tuple[Tensor, Tensor]:
                 return dijiang_attention(
-                    *tensors, decay, geometry, form=form, official_angles=official_angles
+                    *tensors, decay=decay, geometry=geometry, form=form, official_angles=official_angles
                 )
 
         hidden = self.embed(input_ids, positions)
@@ -256,7 +271,7 @@ def last_valid(hidden: Tensor, seq_lens: Tensor) -> Tensor:
 
 
 def is_op_constant(name: str) -> bool:
-    """Whether a canonical parameter is one of the op's constants, which are never stored in half precision."""
+    """Whether a canonical parameter is one of the op's constants, never stored in half precision."""
     return name.rsplit(".", 1)[-1] in {"proj", "norm_weight", "norm_bias", "log_decay", "gain", "read_scale"}
 
 

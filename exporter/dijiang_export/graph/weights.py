@@ -1,0 +1,173 @@
+"""weights.data: one file of raw tensors that all graphs of a bundle share, streamed from the checkpoint.
+
+Tensors lie one after another in the order of the graphs' inputs, little-endian, row-major, at offsets
+that are multiples of 4096 for large tensors (so that a runtime can map them) and of 64 for small ones.
+Linear weights are stored transposed, [in, out]. docs/bundle-format.md describes the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from dijiang_engines.errors import CheckpointError
+from dijiang_engines.progress import Progress
+from dijiang_export.graph.tidy import TRANSPOSED_KEY
+
+FILE_NAME = "weights.data"
+PAGE, CACHE_LINE = 4096, 64
+BLOCK_BYTES = 64 << 20
+"""Most of one tensor that is in memory at a time."""
+
+TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
+
+
+class WeightSource(Protocol):
+    """Where canonical tensors come from: `checkpoint.Checkpoint`, or tensors in memory."""
+
+    def row_blocks(self, name: str, max_bytes: int = ...) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) blocks of the canonical tensor `name`, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One tensor in weights.data."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    """As stored: [in, out] if transposed."""
+    transposed: bool
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return int(np.prod(self.shape)) * int(self.dtype.itemsize)
+
+
+def plan(weights: Iterable[ir.Value]) -> dict[str, StoredWeight]:
+    """Lay out the weight inputs of a traced graph; the same for every graph of one model and type."""
+    layout: dict[str, StoredWeight] = {}
+    end = 0
+    for value in weights:
+        assert value.name is not None and value.shape is not None and value.dtype is not None
+        shape = tuple(int(dim) for dim in value.shape)
+        stored = StoredWeight(value.name, value.dtype, shape, TRANSPOSED_KEY in value.metadata_props, 0)
+        alignment = PAGE if stored.nbytes >= PAGE else CACHE_LINE
+        offset = -(-end // alignment) * alignment
+        layout[value.name] = StoredWeight(stored.name, stored.dtype, shape, stored.transposed, offset)
+        end = offset + stored.nbytes
+    return layout
+
+
+def write(
+    path: Path, layout: dict[str, StoredWeight], source: WeightSource, bar: Progress, extra: dict[str, Tensor]
+) -> None:
+    """Write every tensor of `layout` to a new file, with one block in memory at a time.
+
+    Args:
+        path: weights.data, which must not exist.
+        layout: from `plan`.
+        source: delivers canonical tensors.
+        bar: advanced by bytes written.
+        extra: tensors that no checkpoint holds (inv_freq).
+
+    Raises:
+        CheckpointError: a value that the bundle's type cannot hold.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        size = max(weight.offset + weight.nbytes for weight in layout.values())
+        os.ftruncate(descriptor, size)
+        for weight in layout.values():
+            if weight.name in extra:
+                blocks: Iterable[tuple[int, Tensor]] = [(0, extra[weight.name])]
+            else:
+                blocks = source.row_blocks(weight.name, BLOCK_BYTES)
+            for start, block in blocks:
+                _write_block(descriptor, weight, start, block)
+                bar.advance(block.numel() * weight.dtype.itemsize)
+    finally:
+        os.close(descriptor)
+
+
+def _write_block(descriptor: int, weight: StoredWeight, start: int, block: Tensor) -> None:
+    data = round_to(block, TORCH_DTYPES[weight.dtype], weight.name)
+    raw = _as_bytes(data)
+    item = int(weight.dtype.itemsize)
+    if not weight.transposed:
+        row = int(np.prod(weight.shape[1:])) * item
+        _write_all(descriptor, raw, weight.offset + start * row)
+        return
+    columns = weight.shape[1]
+    turned = np.ascontiguousarray(raw.view(f"u{item}").reshape(block.shape).T)
+    if block.shape[0] == columns:
+        _write_all(descriptor, turned, weight.offset)
+        return
+    for index, part in enumerate(turned):
+        _write_all(descriptor, part, weight.offset + (index * columns + start) * item)
+
+
+def round_to(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`block` in the bundle's type.
+
+    Raises:
+        CheckpointError: a finite value overflows it.
+    """
+    rounded = block.to(dtype)
+    if rounded.dtype != block.dtype and not bool(torch.isfinite(rounded).all()):
+        largest = block.abs().max().item()
+        raise CheckpointError(
+            f"{name} does not fit into {str(dtype).removeprefix('torch.')}",
+            got=f"a weight of magnitude {largest:.4g}",
+            expected=f"at most {torch.finfo(dtype).max:.4g}",
+            hint="export with --dtype float32 or --dtype bfloat16",
+        )
+    return rounded
+
+
+def _as_bytes(data: Tensor) -> npt.NDArray[np.uint8]:
+    flat = data.contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()
+
+
+def _write_all(descriptor: int, data: npt.NDArray[Any], offset: int) -> None:
+    view = data.reshape(-1).view(np.uint8).data
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def attach(graph: ir.Graph, layout: dict[str, StoredWeight], folder: Path) -> None:
+    """Turn a graph's weight inputs into initializers that point into weights.data."""
+    for value in [v for v in graph.inputs if v.name in layout]:
+        assert value.name is not None
+        weight = layout[value.name]
+        graph.inputs.remove(value)
+        value.const_value = ir.ExternalTensor(
+            FILE_NAME,
+            weight.offset,
+            weight.nbytes,
+            weight.dtype,
+            shape=ir.Shape(weight.shape),
+            name=weight.name,
+            doc_string="stored transposed, [in, out]" if weight.transposed else None,
+            base_dir=folder,
+        )
+        value.metadata_props.clear()
+        graph.register_initializer(value)

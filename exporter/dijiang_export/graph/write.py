@@ -1,0 +1,116 @@
+"""Make the four graphs of a bundle and check them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from dijiang_engines import __version__
+from dijiang_engines.spec import ModelSpec
+from dijiang_export.graph import contract, lower, opset, trace, weights
+
+Target = Literal["standard", "trt"]
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One of the bundle's graphs: its key in the manifest, its file, and how it is made."""
+
+    key: str
+    file: str
+    kind: trace.GraphName
+    target: Target
+
+
+GRAPHS = (
+    GraphFile("prefill", "prefill.onnx", "prefill", "standard"),
+    GraphFile("step", "step.onnx", "step", "standard"),
+    GraphFile("prefill_trt", "prefill.trt.onnx", "prefill", "trt"),
+    GraphFile("step_trt", "step.trt.onnx", "step", "trt"),
+)
+
+
+def make_graphs(
+    spec: ModelSpec, dtype: torch.dtype, *, all_logits: bool
+) -> tuple[dict[str, ir.Model], dict[str, weights.StoredWeight]]:
+    """Trace twice, lower to each target: (model by manifest key, layout of weights.data).
+
+    The models still have their weights as inputs; `save` attaches them.
+    """
+    models: dict[str, ir.Model] = {}
+    layout: dict[str, weights.StoredWeight] = {}
+    for kind in ("prefill", "step"):
+        traced = trace.trace(spec, dtype, kind, all_logits=all_logits)
+        planned = weights.plan(trace.weight_inputs(traced.graph, spec))
+        assert not layout or planned == layout, "the two graphs disagree about the weights"
+        layout = planned
+        for graph_file in GRAPHS:
+            if graph_file.kind != kind:
+                continue
+            model = traced.clone()
+            if graph_file.target == "standard":
+                lower.lower_to_standard(model, graph_file.kind)
+            else:
+                lower.lower_to_tensorrt(model)
+            models[graph_file.key] = model
+    return models, layout
+
+
+def save(
+    model: ir.Model, layout: dict[str, weights.StoredWeight], folder: Path, graph_file: GraphFile
+) -> dict[str, Any]:
+    """Attach the weights, write the graph beside them, and return its manifest entry."""
+    model.producer_name, model.producer_version = "dijiang-export", __version__
+    model.graph.name = graph_file.kind
+    weights.attach(model.graph, layout, folder)
+    _remove_unused_initializers(model.graph)
+    ir.save(model, folder / graph_file.file)
+    return {
+        "file": graph_file.file,
+        "inputs": [_describe(value) for value in model.graph.inputs],
+        "outputs": [_describe(value) for value in model.graph.outputs],
+    }
+
+
+def check(path: Path, target: Target) -> None:
+    """onnx.checker with strict shape inference; opset and IR are what every target reads.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError, AssertionError: a defect here.
+    """
+    if target == "trt":
+        _register_schema()
+    onnx.checker.check_model(str(path), full_check=True, check_custom_domain=target == "trt")
+    model = onnx.load(path, load_external_data=False)
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    expected = {"": opset.OPSET}
+    if target == "trt":
+        expected[contract.DOMAIN] = contract.OP_VERSION
+    assert versions == expected, f"{path.name} imports {versions}"
+    assert model.ir_version == opset.IR_VERSION, f"{path.name} has IR version {model.ir_version}"
+    assert not model.functions, f"{path.name} carries function bodies"
+
+
+def _register_schema() -> None:
+    """The checker looks custom ops up in onnx's registry."""
+    if not onnx.defs.has(contract.OP_NAME, contract.DOMAIN):
+        onnx.defs.register_schema(contract.onnx_schema())
+
+
+def _remove_unused_initializers(graph: ir.Graph) -> None:
+    """Constants that lost their reader, and inv_freq in a standard graph without RoPE."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+
+
+def _describe(value: ir.Value) -> dict[str, Any]:
+    assert value.shape is not None and value.dtype is not None
+    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    names = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64", ir.DataType.INT32: "int32"}
+    return {"name": value.name, "dtype": names[value.dtype], "shape": shape}

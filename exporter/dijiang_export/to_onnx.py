@@ -1,0 +1,180 @@
+"""Assemble a bundle: graphs, weights, recorded cases, tokenizer, manifest; whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dijiang_engines import __version__, manifest
+from dijiang_engines.atomic import output_folder
+from dijiang_engines.errors import UsageError
+from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_engines.safe_files import sha256_of
+from dijiang_engines.spec import ModelSpec
+from dijiang_export.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.graph import contract, opset, weights, write
+from dijiang_export.record import Cases, record_cases
+from dijiang_export.reference.rope import inverse_frequencies
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Logits = Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_bundle` made, and how long each part took, in seconds."""
+
+    path: Path
+    spec: ModelSpec
+    dtype: str
+    logits: Logits
+    weights_bytes: int
+    cases: list[str]
+    notes: list[str]
+    seconds: dict[str, float]
+
+
+def export_bundle(
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    logits: Logits = "last",
+    cases: Cases = "short",
+    max_positions: int | None = None,
+    extend_decay: bool = False,
+    force: bool = False,
+    progress: ProgressFactory = silent,
+) -> ExportReport:
+    """Export a DiJiang checkpoint folder to a bundle folder.
+
+    Args:
+        source: Hugging Face folder of a DiJiang checkpoint.
+        output: the bundle to make.
+        dtype: float32, float16 or bfloat16: the type of weights and activations; the op's arithmetic,
+            state and logits are float32 in all three.
+        logits: of each row's last valid token, or of all tokens.
+        cases: how many reference cases to record.
+        max_positions: keep so many rows of trained tables.
+        extend_decay: let trained tables go on past their last row instead of stopping.
+        force: replace an existing bundle.
+        progress: opens progress bars.
+
+    Raises:
+        UsageError: an unknown dtype, logits or cases.
+        CheckpointError: the checkpoint cannot be read or does not fit the type.
+        OutputError: the bundle cannot be written.
+    """
+    _check_choice("dtype", dtype, tuple(DTYPES))
+    _check_choice("logits", logits, ("last", "all"))
+    _check_choice("cases", cases, ("none", "short", "full"))
+    clock = _Clock()
+    with (
+        open_checkpoint(source, extend_decay=extend_decay, max_positions=max_positions) as checkpoint,
+        output_folder(output, force=force) as folder,
+        ThreadPoolExecutor(1) as background,
+    ):
+        spec = checkpoint.spec
+        # Hashing the source overlaps with the work; both stream.
+        source_files = background.submit(lambda: {p.name: _file_entry(p) for p in checkpoint.files})
+        with clock("graphs"):
+            graphs, layout = _write_graphs(checkpoint, dtype, logits, folder, progress)
+        with clock("weights"):
+            total = sum(weight.nbytes for weight in layout.values())
+            with progress("Writing weights", total, "bytes") as bar:
+                extra = {"inv_freq": inverse_frequencies(spec)}
+                weights.write(folder / weights.FILE_NAME, layout, checkpoint, bar, extra)
+        with clock("check"):
+            for graph_file in write.GRAPHS:
+                write.check(folder / graph_file.file, graph_file.target)
+        with clock("cases"):
+            recorded = record_cases(checkpoint, DTYPES[dtype], folder / manifest.REFERENCE, cases, progress)
+        for path in (checkpoint.path / manifest.CONFIG, *checkpoint.tokenizer_files):
+            shutil.copyfile(path, folder / path.name)
+        with clock("hashes"):
+            files = {p.name: _file_entry(p) for p in sorted(folder.iterdir())}
+            data = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
+            text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+            (folder / manifest.MANIFEST).write_text(text, encoding="utf-8")
+        report = ExportReport(
+            Path(output), spec, dtype, logits, total, recorded, checkpoint.decay_notes, clock.seconds
+        )
+    return report
+
+
+def _write_graphs(
+    checkpoint: Checkpoint, dtype: str, logits: Logits, folder: Path, progress: ProgressFactory
+) -> tuple[dict[str, Any], dict[str, weights.StoredWeight]]:
+    with progress("Tracing graphs", None, "items"):
+        models, layout = write.make_graphs(checkpoint.spec, DTYPES[dtype], all_logits=logits == "all")
+        entries = {g.key: write.save(models[g.key], layout, folder, g) for g in write.GRAPHS}
+    return entries, layout
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    dtype: str,
+    logits: Logits,
+    graphs: dict[str, Any],
+    cases: list[str],
+    source_files: dict[str, Any],
+    files: dict[str, Any],
+) -> dict[str, Any]:
+    libraries = ("torch", "onnx", "onnx-ir", "onnxscript")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    return {
+        "format": manifest.FORMAT,
+        "format_version": manifest.FORMAT_VERSION,
+        "created_by": {"dijiang-export": __version__, **versions},
+        "source": {"name": checkpoint.path.resolve().name, "files": source_files},
+        "spec": checkpoint.spec.to_json(),
+        "dtype": dtype,
+        "logits": logits,
+        "op": {"domain": contract.DOMAIN, "name": contract.OP_NAME, "version": contract.OP_VERSION},
+        "opset": opset.OPSET,
+        "ir_version": opset.IR_VERSION,
+        "graphs": graphs,
+        "weights": {"file": weights.FILE_NAME},
+        "reference": {"file": manifest.REFERENCE, "cases": cases} if cases else None,
+        "decay_notes": checkpoint.decay_notes,
+        "files": files,
+    }
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": sha256_of(file), "bytes": path.stat().st_size}
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"unknown {name} {value!r}", expected=" or ".join(allowed))
+
+
+class _Clock:
+    """Seconds spent in named parts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> _Span:
+        return _Span(self.seconds, name)
+
+
+class _Span:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] = round(time.monotonic() - self.start, 3)
