@@ -1,0 +1,244 @@
+"""Validate a runner against recorded cases, without PyTorch: replay, compare, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dijiang_engines.errors import UsageError, ValidationMismatch
+from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_engines.reference_cases import Reference
+from dijiang_engines.replay import REPLAYS, Check, Replayer
+from dijiang_engines.runners.base import Runner
+from dijiang_engines.tolerances import tolerance
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MAX_FAILURES = 100
+"""Failed checks that a report keeps in full; it counts all of them."""
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """One case replayed in one way: its checks summed up.
+
+    Errors are the largest, cosines the least, over all checks; None where nothing was compared.
+    """
+
+    case: str
+    replay: str
+    checks: int
+    failed: int
+    logits_error: float | None
+    """In standard deviations of the case's recorded logits."""
+    state_error: float | None
+    """In units of the head's largest recorded absolute value."""
+    padding_error: float | None
+    """Against the same tokens with other padding."""
+    max_abs_error: float | None
+    """Of logits, in their own unit."""
+    cosine: float | None
+    """Of logits and states."""
+    top1: float | None
+    """Share of compared logits whose largest entry is the record's."""
+    kl: float | None
+    """In nats."""
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """True if something was compared and nothing failed."""
+        return self.checks > 0 and self.failed == 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `validate` found."""
+
+    runner: str
+    dtype: str
+    """The bundle's, which chose the tolerances."""
+    results: tuple[ReplayResult, ...]
+    failures: tuple[Check, ...]
+    """Failed checks in the order in which they were found, at most `MAX_FAILURES`."""
+
+    @property
+    def passed(self) -> bool:
+        """True if every replay compared something and nothing failed."""
+        return bool(self.results) and all(result.passed for result in self.results)
+
+    @property
+    def first_failure(self) -> Check | None:
+        """The first failed check: the earliest token, and there the first layer."""
+        return self.failures[0] if self.failures else None
+
+    def raise_on_mismatch(self) -> None:
+        """Raise if anything failed.
+
+        Raises:
+            ValidationMismatch: names the first failing layer, row and token, and how many checks failed.
+        """
+        if self.passed:
+            return
+        first = self.first_failure
+        failed = sum(result.failed for result in self.results)
+        total = sum(result.checks for result in self.results)
+        if first is None:
+            raise ValidationMismatch("nothing was compared")
+        raise ValidationMismatch(
+            f"{failed} of {total} checks on {self.runner} failed; first: {first.place}",
+            got=first.comparison.reason,
+            hint=_hint(first),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        first = self.first_failure
+        return {
+            "passed": self.passed,
+            "runner": self.runner,
+            "dtype": self.dtype,
+            "tolerances": {q: asdict(tolerance(self.dtype, q)) for q in ("logits", "state", "padding")},
+            "results": [asdict(result) | {"passed": result.passed} for result in self.results],
+            "first_failure": None if first is None else first.to_json(),
+            "failures": [check.to_json() for check in self.failures],
+        }
+
+    def table(self) -> Table:
+        """For people: one line for each case and replay."""
+        from rich.table import Table
+
+        bound = tolerance(self.dtype, "logits").max_error
+        state_bound = tolerance(self.dtype, "state").max_error
+        table = Table(
+            title=f"{self.runner}, {self.dtype}: relative errors, at most {bound:g} (logits, in standard "
+            f"deviations) and {state_bound:g} (states)"
+        )
+        for name in ("case", "replay"):
+            table.add_column(name)
+        for name in ("checks", "logits", "states", "padding", "1 - cosine", "top-1", "KL", "seconds"):
+            table.add_column(name, justify="right")
+        table.add_column("result")
+        for r in self.results:
+            table.add_row(
+                r.case,
+                r.replay,
+                str(r.checks),
+                _number(r.logits_error),
+                _number(r.state_error),
+                _number(r.padding_error),
+                _number(None if r.cosine is None else max(1 - r.cosine, 0.0)),
+                "-" if r.top1 is None else f"{100 * r.top1:.1f}%",
+                _number(r.kl),
+                f"{r.seconds:.2f}",
+                "[green]pass[/]" if r.passed else f"[red]FAIL[/] ({r.failed})",
+            )
+        return table
+
+
+def validate(
+    runner: Runner,
+    reference: Reference,
+    *,
+    dtype: str = "float32",
+    cases: Sequence[str] | None = None,
+    replays: Sequence[str] | None = None,
+    progress: ProgressFactory = silent,
+) -> Report:
+    """Replay recorded cases through `runner` and compare logits and states.
+
+    Args:
+        runner: any runner; only the protocol is used.
+        reference: `Bundle.reference()`.
+        dtype: the bundle's, which chooses the tolerances.
+        cases: names of recorded cases; default all.
+        replays: names from `dijiang_engines.replay.REPLAYS`; default all.
+        progress: for the runner's calls.
+
+    Raises:
+        UsageError: an unknown case or replay.
+        BundleError: the record contradicts itself.
+        RunnerError: the runner cannot run the model at all.
+    """
+    chosen = _replays(replays)
+    names = _cases(reference, cases)
+    results: list[ReplayResult] = []
+    failures: list[Check] = []
+    for name in names:
+        replayer = Replayer(runner, reference.cases[name], dtype)
+        bad = replayer.bad_record()
+        if bad is not None:
+            failures.append(bad)
+            results.append(_summary(name, "record", [bad], 0.0))
+            continue
+        for way in chosen:
+            with progress(f"Validating {name}, {way}", replayer.calls(way), "items") as bar:
+                start = time.perf_counter()
+                checks = list(replayer.run(way, bar.advance))
+                seconds = time.perf_counter() - start
+            results.append(_summary(name, way, checks, seconds))
+            failures += [check for check in checks if not check.comparison.passed]
+    return Report(runner.name, dtype, tuple(results), tuple(failures[:MAX_FAILURES]))
+
+
+def _cases(reference: Reference, names: Sequence[str] | None) -> tuple[str, ...]:
+    known = tuple(reference.cases)
+    if names is None:
+        return known
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"the bundle has no recorded case {name!r}", expected=f"one of {', '.join(known)}"
+            )
+    return tuple(name for name in known if name in names)
+
+
+def _replays(names: Sequence[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return tuple(REPLAYS)
+    for name in names:
+        if name not in REPLAYS:
+            raise UsageError(f"there is no replay {name!r}", expected=f"one of {', '.join(REPLAYS)}")
+    return tuple(name for name in REPLAYS if name in names)
+
+
+def _summary(case: str, replay: str, checks: list[Check], seconds: float) -> ReplayResult:
+    logits = [c.comparison for c in checks if c.quantity == "logits"]
+    states = [c.comparison for c in checks if c.quantity == "state"]
+    padding = [c.comparison for c in checks if c.quantity == "padding"]
+    top1 = [c.top1 for c in logits if c.top1 is not None]
+    return ReplayResult(
+        case=case,
+        replay=replay,
+        checks=len(checks),
+        failed=sum(not c.comparison.passed for c in checks),
+        logits_error=_most([c.relative_error for c in logits]),
+        state_error=_most([c.relative_error for c in states]),
+        padding_error=_most([c.relative_error for c in padding]),
+        max_abs_error=_most([c.max_abs_error for c in logits]),
+        cosine=min((c.cosine for c in logits + states if c.cosine is not None), default=None),
+        top1=sum(top1) / len(top1) if top1 else None,
+        kl=_most([c.kl for c in logits]),
+        seconds=seconds,
+    )
+
+
+def _most(values: list[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _hint(first: Check) -> str:
+    if first.quantity == "reference":
+        return "the bundle's recorded cases are corrupt: export the checkpoint again"
+    if first.quantity == "kept":
+        return "the runtime changes the state of rows that have no tokens left"
+    if first.quantity == "padding":
+        return "a row's result depends on how much padding stands beside it"
+    return "the bundle's weights or graphs, or the runtime, are not what the record was made with"
