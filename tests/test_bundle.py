@@ -110,7 +110,8 @@ def test_damaged_files_are_refused(toy: Toy, name: str, damage: str) -> None:
         os.mkfifo(file)
     words = {
         "missing": "is missing", "truncated": "wrong size", "flipped": "SHA-256 differs",
-        "symlink": "symbolic link", "hardlink": "hard link", "folder": "ordinary file", "pipe": "ordinary file",
+        "symlink": "symbolic link", "hardlink": "hard link",
+        "folder": "ordinary file", "pipe": "ordinary file",
     }  # fmt: skip
     message = str(refusal(folder))
     assert words[damage] in message

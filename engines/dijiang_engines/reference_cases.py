@@ -37,6 +37,12 @@ MAX_CASES = 1000
 _CASE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
+def _open(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(str(path), framework="numpy")
+
+
 @dataclass(frozen=True)
 class ReferenceCase:
     """One case. The small arrays are here; logits and states are read when asked for."""
@@ -83,12 +89,12 @@ class Reference:
     """
 
     def __init__(self, path: Path, spec: ModelSpec) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         self.path = path
         self._spec = spec
         try:
-            self._file: Any = safe_open(str(path), framework="numpy")
+            self._file = _open(path)
             metadata: dict[str, str] = self._file.metadata() or {}
             self._names = set(self._file.keys())
         except (SafetensorError, OSError) as error:
