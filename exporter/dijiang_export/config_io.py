@@ -1,0 +1,272 @@
+"""config.json and its neighbours -> family and ModelSpec, in every spelling that published files use."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines.errors import CheckpointError
+from dijiang_engines.spec import Activation, ModelSpec
+from dijiang_export.families import FAMILIES, REQUIRED, Family, Key
+from dijiang_export.weights_io import read_json
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""transformers' names (ACT2FN) -> ours."""
+
+GROUP_NORM_EPSILON = 1e-5
+"""torch.nn.GroupNorm's default, which the official code leaves (@3459531:111)."""
+
+HEAD_SIZES = range(16, 257, 16)
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
+    """config.json of a checkpoint folder, and the family that it names.
+
+    `auto_map` is not looked at: code in a checkpoint is never run.
+
+    Raises:
+        CheckpointError: there is no such folder or file, or the architecture is not supported.
+    """
+    if not folder.is_dir():
+        hint = "give the folder of a Hugging Face checkpoint"
+        if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
+            hint = f"if that is a model on the Hugging Face hub, download it first: hf download {folder}"
+        raise CheckpointError(f"{folder} is not a folder", hint=hint)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} has no config.json", hint="give the folder of a Hugging Face checkpoint"
+        )
+    config = read_json(folder / "config.json")
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
+    for family in FAMILIES.values():
+        known = any(name in family.architectures for name in architectures)
+        if model_type == family.name and (known or not architectures):
+            return config, family
+        if model_type is None and known:
+            return config, family
+    supported = [f"{f.architectures[0]} ({f.name})" for f in FAMILIES.values()]
+    raise CheckpointError(
+        f"{folder / 'config.json'} names an architecture that is not supported",
+        got=f"{', '.join(map(str, architectures)) or 'no architectures'}, model_type {model_type!r}",
+        expected=" or ".join(supported),
+    )
+
+
+def build_spec(folder: Path, config: dict[str, Any], family: Family) -> ModelSpec:
+    """The geometry that config.json describes; decay as if it were geometric.
+
+    Raises:
+        CheckpointError: a value is missing, of the wrong type, or not supported.
+    """
+    where = folder / "config.json"
+    for name, value in family.refused.items():
+        if name in config and config[name] == value:
+            raise CheckpointError(f"{where}: {name} = {value} is not supported")
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{where} describes a quantised checkpoint", hint="save the weights in float16 or wider"
+        )
+    parameters = config.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{where} has bad rope_parameters", got=repr(parameters))
+    flat = config | {k: v for k, v in parameters.items() if k in ("rope_theta", "partial_rotary_factor")}
+    v = {name: _read(where, flat, key) for name, key in family.keys.items()}
+    heads, hidden = v["num_heads"], v["hidden_size"]
+    head_dim = v["head_dim"] or _divide(where, hidden, heads)
+    if head_dim not in HEAD_SIZES:
+        raise CheckpointError(
+            f"{where}: heads of this size are not supported",
+            got=f"{head_dim} = hidden_size {hidden} / {heads} heads" if not v["head_dim"] else head_dim,
+            expected="a multiple of 16 from 16 to 256",
+        )
+    kv_heads = v["num_kv_heads"] or heads
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{where}: num_key_value_heads does not divide num_attention_heads", got=f"{kv_heads}, {heads}"
+        )
+    rotary = int(head_dim * v["rotary_fraction"])
+    if rotary % 2:
+        raise CheckpointError(
+            f"{where}: RoPE would turn an odd number of dimensions",
+            got=f"{rotary} = int({head_dim} · {v['rotary_fraction']})",
+            expected="an even number: they turn in pairs",
+        )
+    bos, eos = _special_tokens(folder, config, v["vocab_size"])
+    return ModelSpec(
+        family=family.name,
+        vocab_size=v["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=v["intermediate_size"],
+        num_layers=v["num_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=rotary,
+        rope_theta=float(v["rope_theta"]),
+        rope_scaling=rope_scaling(where, config) if rotary else None,
+        norm=family.norm,
+        norm_epsilon=float(v["norm_epsilon"]),
+        activation=v["activation"],
+        gated_mlp=family.gated_mlp,
+        parallel_residual=v["parallel_residual"],
+        post_norm=not v["pre_norm"],
+        final_norm=v["pre_norm"] and not v["remove_final_norm"],
+        attention_bias=v["attention_bias"],
+        dense_bias=v["dense_bias"],
+        mlp_bias=v["mlp_bias"],
+        position_embeddings=v["max_position_embeddings"] if family.position_offset else 0,
+        position_offset=family.position_offset,
+        embedding_size=v["embedding_size"] or hidden,
+        tied_embeddings=v["tied_embeddings"],
+        max_position_embeddings=v["max_position_embeddings"],
+        decay="geometric",
+        decay_rows=0,
+        decay_extended=False,
+        group_norm_epsilon=GROUP_NORM_EPSILON,
+        bos_token_id=bos,
+        eos_token_ids=eos,
+    )
+
+
+def rope_scaling(where: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """rope_scaling (or rope_parameters, transformers >= 5) as {"rope_type": ..., ...}; None if there is none.
+
+    Raises:
+        CheckpointError: a kind other than default, linear and llama3, or missing numbers.
+    """
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    raw = config.get(key)
+    if raw is None or raw == {}:
+        return None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{where} has a bad {key}", got=repr(raw))
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind in (None, "default"):
+        return None
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if not isinstance(kind, str) or kind not in needed:
+        raise CheckpointError(
+            f"{where}: {key} of type {kind!r} is not supported",
+            expected="default, linear or llama3",
+            hint="dynamic, yarn and longrope make angles depend on the sequence's length",
+        )
+    out: dict[str, Any] = {"rope_type": kind}
+    for name in needed[kind]:
+        value: Any = raw.get(name)
+        if not (_is_number(value) and value > 0):
+            raise CheckpointError(f"{where}: {key} of type {kind!r} needs {name}", got=repr(value))
+        out[name] = value
+    if kind == "llama3" and not out["high_freq_factor"] > out["low_freq_factor"]:
+        raise CheckpointError(f"{where}: {key} needs high_freq_factor > low_freq_factor", got=repr(raw))
+    return out
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Compare tokenizer.json, if there is one, with the model's vocabulary.
+
+    Raises:
+        CheckpointError: it is not a tokenizer, or has ids that the model has no embedding for. (Fewer tokens
+            than vocab_size are normal: vocabularies are padded.)
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    content = read_json(path)
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    added = content.get("added_tokens") or []
+    ids: dict[int, str] = {}
+    if isinstance(vocab, dict):
+        ids = {i: token for token, i in vocab.items() if isinstance(i, int)}
+    elif isinstance(vocab, list):  # Unigram: [[token, score], ...]
+        ids = {len(vocab) - 1: str(vocab[-1])} if vocab else {}
+    else:
+        raise CheckpointError(
+            f"{path} is not a tokenizer", expected="model.vocab", hint="remove or replace it"
+        )
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int):
+            ids[entry["id"]] = str(entry.get("content"))
+    largest = max(ids, default=-1)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            "the tokenizer does not fit the model: it has ids that the vocabulary lacks",
+            got=f"id {largest} ({ids[largest]!r}) in {path.name}",
+            expected=f"ids below vocab_size = {vocab_size}",
+            hint="use the tokenizer that the model was trained with",
+        )
+
+
+def _special_tokens(folder: Path, config: dict[str, Any], vocab: int) -> tuple[int | None, tuple[int, ...]]:
+    """bos and eos: generation_config.json's where it has them, as in transformers' generate."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    out: dict[str, list[int]] = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        value = generation.get(name, config.get(name))
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        for item in values:
+            if type(item) is not int or not 0 <= item < vocab:
+                raise CheckpointError(
+                    f"{folder}: {name} is not a token of the model",
+                    got=repr(item),
+                    expected=f"0 .. {vocab - 1}",
+                    hint="correct it in config.json (and generation_config.json)",
+                )
+        out[name] = values
+    bos = out["bos_token_id"]
+    return bos[0] if bos else None, tuple(out["eos_token_id"])
+
+
+def _divide(where: Path, hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise CheckpointError(
+            f"{where}: hidden_size is not divisible by num_attention_heads", got=f"{hidden}, {heads}"
+        )
+    return hidden // heads
+
+
+def _read(where: Path, config: dict[str, Any], key: Key) -> Any:
+    present = [name for name in key.names if config.get(name) is not None]
+    if not present:
+        if key.default is REQUIRED:
+            raise CheckpointError(f"{where} lacks {key.names[0]}")
+        return key.default
+    name = present[0]
+    value = config[name]
+    if key.kind == "size":
+        good = type(value) is int and 0 < value < 2**31
+    elif key.kind == "flag":
+        good = isinstance(value, bool)
+    elif key.kind == "positive":
+        good = _is_number(value) and value > 0
+    elif key.kind == "fraction":
+        good = _is_number(value) and 0 <= value <= 1
+    elif isinstance(value, str) and value in ACTIVATIONS:
+        return ACTIVATIONS[value]
+    else:
+        raise CheckpointError(
+            f"{where}: the activation {value!r} is not supported", expected=", ".join(ACTIVATIONS)
+        )
+    if not good:
+        raise CheckpointError(f"{where} has a bad value for {name}", got=repr(value))
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
