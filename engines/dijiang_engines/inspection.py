@@ -1,0 +1,268 @@
+"""What a model is and what it takes to run: arithmetic on its spec, and what a bundle says about itself.
+
+Needs neither a runtime nor PyTorch. Sizes are in bytes, counts in elements, half-lives in tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dijiang_engines.bundle import MAX_GRAPH_BYTES, Bundle
+from dijiang_engines.onnx_external import external_tensors
+from dijiang_engines.safe_files import open_regular, read_bounded
+from dijiang_engines.spec import ModelSpec
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+CONTEXTS = (2048, 32768)
+"""Token counts at which a state is compared with a KV cache."""
+PREFILL_TOKENS = 2048
+"""Length for which the working memory of a prefill is estimated, if the model allows it."""
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """The parameters of one part of a model."""
+
+    count: int
+    """Elements that have the bundle's type."""
+    wide: int = 0
+    """Elements that are float32 in every bundle: the op's constants."""
+
+    def nbytes(self, dtype: str) -> int:
+        """Bytes in a bundle of `dtype`."""
+        return self.count * ITEM_BYTES[dtype] + 4 * self.wide
+
+
+def part_sizes(spec: ModelSpec) -> dict[str, PartSize]:
+    """Parameters by part. Tied embeddings count once, under "embedding"; parts of size 0 are left out."""
+    h, e, v, n = spec.hidden_size, spec.embedding_size, spec.vocab_size, spec.num_layers
+    width, inner = spec.attention_size, spec.intermediate_size
+    norm = h if spec.norm == "rms_norm" else 2 * h
+    matrices = 3 if spec.gated_mlp else 2
+    mlp_bias = (matrices - 1) * inner + h if spec.mlp_bias else 0
+    rows = 1 if spec.decay == "geometric" else 3 * spec.decay_rows
+    projections = 2 * h * e if e != h else 0
+    parts = {
+        "embedding": PartSize(v * e),
+        "positions": PartSize(
+            (spec.position_embeddings + spec.position_offset) * h if spec.position_embeddings else 0
+        ),
+        "embedding projections": PartSize(projections),
+        "attention qkv": PartSize(n * spec.qkv_size * (h + int(spec.attention_bias))),
+        "attention gate": PartSize(n * width * h),
+        "attention output": PartSize(n * (width * h + (h if spec.dense_bias else 0))),
+        "feature map and group norm": PartSize(0, n * (spec.head_dim**2 + 2 * width)),
+        "decay": PartSize(0, n * rows * spec.num_heads),
+        "MLP": PartSize(n * (matrices * inner * h + mlp_bias)),
+        "norms": PartSize(n * 2 * norm + (norm if spec.final_norm else 0)),
+        "language model head": PartSize(0 if spec.tied_embeddings else v * e),
+    }
+    return {name: size for name, size in parts.items() if size.count or size.wide}
+
+
+def weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of all weights in a bundle of `dtype`."""
+    return sum(part.nbytes(dtype) for part in part_sizes(spec).values())
+
+
+def step_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of weights that one decoding step must read: all but the embedding tables, of which it takes a
+    row each; a tied embedding is read as the head."""
+    parts = part_sizes(spec)
+    skipped = {"positions"} if spec.tied_embeddings else {"positions", "embedding"}
+    return sum(part.nbytes(dtype) for name, part in parts.items() if name not in skipped)
+
+
+def kv_cache_bytes(spec: ModelSpec, tokens: int, item_bytes: int) -> int:
+    """Bytes of keys and values that softmax attention of the same shape keeps for one sequence."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * tokens * item_bytes
+
+
+def break_even_tokens(spec: ModelSpec, item_bytes: int) -> int:
+    """Tokens from which on the KV cache is at least as large as the state, at `item_bytes` an element."""
+    return -(-spec.state_bytes // kv_cache_bytes(spec, 1, item_bytes))
+
+
+def working_bytes(spec: ModelSpec, dtype: str, tokens: int) -> int:
+    """An estimate of the activations that exist at once when `tokens` tokens of one sequence are run.
+
+    The larger of attention (packed projection, gate, feature maps of q and k, values, output, scores of
+    a chunk against itself, one state a chunk) and MLP (inputs and outputs of the activation), beside three
+    residual streams, and the logits. Runtimes reuse buffers differently; take it as an order of magnitude.
+    """
+    item = ITEM_BYTES[dtype]
+    chunk = min(64 if spec.head_dim < 256 else 128, tokens)
+    chunks = -(-tokens // chunk)
+    residual = 3 * tokens * spec.hidden_size * item
+    attention = tokens * (spec.qkv_size + spec.attention_size) * item
+    # Inside the op everything is float32: φ(q), φ(k), v, o; scores; states before and after the prefix sum.
+    attention += 4 * tokens * 4 * spec.attention_size
+    if tokens > 1:
+        attention += 4 * spec.num_heads * tokens * chunk
+        attention += 2 * 4 * (chunks + 1) * spec.num_heads * spec.head_dim**2
+    mlp = tokens * spec.intermediate_size * (3 if spec.gated_mlp else 2) * item
+    return residual + max(attention, mlp) + 4 * spec.vocab_size
+
+
+@dataclass(frozen=True)
+class LayerDecay:
+    """How fast one layer forgets, over its heads. For tables: of each head's mean over the rows."""
+
+    layer: int
+    gamma_min: float
+    gamma_max: float
+    half_life_min: float | None
+    """Tokens after which the fastest head's state has halved; None = never."""
+    half_life_max: float | None
+    """The same of the slowest head."""
+    negative: float | None
+    """Tables: share of entries where gain or read_scale is below zero, which no γ can express."""
+
+
+def layer_decay(
+    layer: int,
+    log_decay: npt.NDArray[Any],
+    gain: npt.NDArray[Any] | None = None,
+    read_scale: npt.NDArray[Any] | None = None,
+) -> LayerDecay:
+    """Summarise log_decay [H] or [N, H] (ln of the factor per token), gain and read_scale [N, H]."""
+    values = np.asarray(log_decay, dtype=np.float64)
+    per_head = values if values.ndim == 1 else values.mean(axis=0)
+    negative = None
+    if gain is not None and read_scale is not None:
+        negative = float(((np.asarray(gain) < 0) | (np.asarray(read_scale) < 0)).mean())
+    fastest, slowest = float(per_head.min()), float(per_head.max())
+    return LayerDecay(
+        layer=layer,
+        gamma_min=math.exp(fastest),
+        gamma_max=math.exp(slowest),
+        half_life_min=_half_life(fastest),
+        half_life_max=_half_life(slowest),
+        negative=negative,
+    )
+
+
+def _half_life(log_decay: float) -> float | None:
+    return math.log(0.5) / log_decay if log_decay < 0 else None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that `inspect` prints."""
+
+    kind: str
+    """"bundle" or "checkpoint"."""
+    path: str
+    name: str
+    dtype: str
+    """Of the big weights, as stored."""
+    spec: ModelSpec
+    decay: tuple[LayerDecay, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What only a bundle or only a checkpoint has."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        spec = self.spec
+        parts = part_sizes(spec)
+        prefill = min(PREFILL_TOKENS, spec.max_positions or PREFILL_TOKENS)
+        total = sum(part.count + part.wide for part in parts.values())
+        return {
+            "kind": self.kind,
+            "path": self.path,
+            "name": self.name,
+            "dtype": self.dtype,
+            "spec": spec.to_json(),
+            "parameters": {name: part.count + part.wide for name, part in parts.items()} | {"total": total},
+            "decay": {
+                "kind": spec.decay,
+                "rows": spec.decay_rows or None,
+                "extended": spec.decay_extended,
+                "max_positions": spec.max_positions,
+                "layers": [asdict(layer) for layer in self.decay],
+            },
+            "prefill_tokens": prefill,
+            "to_run": {
+                name: {
+                    "weight_bytes": weight_bytes(spec, name),
+                    "bytes_read_per_token": step_bytes(spec, name) + 2 * spec.state_bytes,
+                    "step_working_bytes_estimate": working_bytes(spec, name, 1),
+                    "prefill_working_bytes_estimate": working_bytes(spec, name, prefill),
+                }
+                for name in ITEM_BYTES
+            },
+            "state": {
+                "bytes_per_sequence": spec.state_bytes,
+                "dtype": "float32",
+                "shape_per_layer": list(spec.state_shape),
+                "kv_cache": [
+                    {
+                        "dtype": name,
+                        "tokens": tokens,
+                        "bytes": kv_cache_bytes(spec, tokens, item),
+                        "times_state": kv_cache_bytes(spec, tokens, item) / spec.state_bytes,
+                    }
+                    for name, item in (("float16", 2), ("float32", 4))
+                    for tokens in CONTEXTS
+                ],
+                "break_even_tokens": {
+                    "float16": break_even_tokens(spec, 2),
+                    "float32": break_even_tokens(spec, 4),
+                },
+            },
+            self.kind: dict(self.details),
+        }
+
+
+def inspect_bundle(bundle: Bundle) -> Inspection:
+    """Describe an opened bundle; reads its decay constants from weights.data, nothing else of it.
+
+    Raises:
+        BundleError: a layer's decay constants are not where the graphs say.
+    """
+    return Inspection(
+        kind="bundle",
+        path=str(bundle.path),
+        name=bundle.name,
+        dtype=bundle.dtype,
+        spec=bundle.spec,
+        decay=tuple(_bundle_decay(bundle)),
+        details={
+            "logits": bundle.logits,
+            "graphs": {name: graph.file for name, graph in bundle.graphs.items()},
+            "files": {name: info.bytes for name, info in bundle.files.items()},
+            "total_bytes": sum(info.bytes for info in bundle.files.values()),
+            "cases": bundle.cases,
+            "tokenizer": bundle.tokenizer_path is not None,
+            "created_by": bundle.manifest.get("created_by"),
+        },
+    )
+
+
+def _bundle_decay(bundle: Bundle) -> list[LayerDecay]:
+    graph = external_tensors(read_bounded(bundle.graph_path("step"), MAX_GRAPH_BYTES))
+    places = {tensor.name: tensor for tensor in graph}
+    layers = []
+    with open_regular(bundle.weights_path) as file:
+
+        def constant(name: str) -> npt.NDArray[np.float32] | None:
+            place = places.get(name)
+            if place is None or place.data_type != 1:
+                return None
+            file.seek(place.offset)
+            values = np.frombuffer(file.read(place.length), dtype="<f4")
+            return values.reshape(place.dims)
+
+        for layer in range(bundle.spec.num_layers):
+            prefix = f"layers.{layer}.attention."
+            log_decay = constant(prefix + "log_decay")
+            if log_decay is not None:
+                gain, read_scale = constant(prefix + "gain"), constant(prefix + "read_scale")
+                layers.append(layer_decay(layer, log_decay, gain, read_scale))
+    return layers

@@ -1,0 +1,210 @@
+"""`dijiang-export inspect`: what a checkpoint or bundle is, and what it would take to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from dijiang_engines.inspection import Inspection
+
+
+@click.command("inspect", epilog="Example: dijiang-export inspect ./pythia-410m-dijiang --json")
+@click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
+@click.option("--verify", is_flag=True, help="Check the hash of every file of a bundle, weights included.")
+@output_options
+def inspect(output: Output, path: Path, verify: bool) -> None:
+    """Describe the checkpoint or bundle at PATH without running it.
+
+    Shows geometry, parameters, how fast each layer forgets, the memory of a sequence next to the KV cache
+    that the same model would need with softmax attention, and what running it takes. A bundle needs no
+    PyTorch for this. PATH defaults to ./tiny-stdlib.bundle.
+    """
+    from dijiang_engines.bundle import open_bundle
+    from dijiang_engines.inspection import inspect_bundle
+
+    if (path / "config.json").is_file() and not (path / "manifest.json").exists():
+        found = inspect_checkpoint(path)
+    else:
+        bundle = open_bundle(path, verify=False)
+        if verify:
+            with output.progress("Hashing", sum(f.bytes for f in bundle.files.values()), "bytes") as bar:
+                bundle.verify(bar.advance)
+        found = inspect_bundle(bundle)
+    result = found.to_json()
+    output.print_result(result, lambda: draw(found, result))
+
+
+def inspect_checkpoint(path: Path) -> Inspection:
+    """Describe a DiJiang checkpoint folder; reads its decay tables, nothing else of the weights.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    from dijiang_engines.inspection import Inspection, layer_decay
+    from dijiang_export.checkpoint import open_checkpoint
+
+    with open_checkpoint(path) as checkpoint:
+        spec = checkpoint.spec
+        layers = []
+        for layer in range(spec.num_layers):
+            prefix = f"layers.{layer}.attention."
+            names = ["log_decay", "gain", "read_scale"] if spec.decay == "tables" else ["log_decay"]
+            layers.append(layer_decay(layer, *(checkpoint.tensor(prefix + n).numpy() for n in names)))
+        return Inspection(
+            kind="checkpoint",
+            path=str(path),
+            name=path.resolve().name,
+            dtype=checkpoint.storage_dtype,
+            spec=spec,
+            decay=tuple(layers),
+            details={
+                "files": {file.name: file.stat().st_size for file in checkpoint.files},
+                "total_bytes": sum(file.stat().st_size for file in checkpoint.files),
+                "tokenizer": any(file.name == "tokenizer.json" for file in checkpoint.tokenizer_files),
+                "decay_notes": checkpoint.decay_notes,
+            },
+        )
+
+
+def draw(found: Inspection, result: dict[str, Any]) -> Group:
+    """For people: what `to_json` holds, in tables."""
+    from rich.console import Group
+
+    return Group(
+        _model(found, result), _parameters(found, result), _decay(found), _memory(result), _running(result)
+    )
+
+
+def size(count: float) -> str:
+    """A number of bytes, as people read it: powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _model(found: Inspection, result: dict[str, Any]) -> Table:
+    spec, details = found.spec, found.details
+    table = _table(f"{found.name} ({found.kind})", "", "")
+    table.show_header = False
+    table.columns[1].justify = "left"
+    kv = "" if spec.num_kv_heads == spec.num_heads else f", {spec.num_kv_heads} key/value heads"
+    residual = "parallel" if spec.parallel_residual else "sequential"
+    mlp = f"{spec.intermediate_size}, {spec.activation}{', gated' if spec.gated_mlp else ''}"
+    limit = spec.max_positions
+    rows = {
+        "family": spec.family,
+        "type of the weights": found.dtype,
+        "layers": f"{spec.num_layers}, {residual} residual, {spec.norm}",
+        "hidden size": str(spec.hidden_size),
+        "heads": f"{spec.num_heads} of {spec.head_dim}{kv}",
+        "rotary": f"{spec.rotary_dim} of {spec.head_dim} dimensions" if spec.rotary_dim else "none",
+        "MLP": mlp,
+        "vocabulary": str(spec.vocab_size),
+        "longest sequence": "no limit" if limit is None else f"{limit} tokens",
+        "trained context": str(spec.max_position_embeddings),
+        "tokenizer": "yes" if details["tokenizer"] else "no",
+        "on disk": size(details["total_bytes"]),
+    }
+    if found.kind == "bundle":
+        cases = details["cases"]
+        rows["logits"] = f"of {'all tokens' if details['logits'] == 'all' else 'the last token'}"
+        rows["graphs"] = ", ".join(details["graphs"])
+        rows["recorded cases"] = ", ".join(cases) if cases else "none"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _parameters(found: Inspection, result: dict[str, Any]) -> Table:
+    table = _table("Parameters", "part", "count", "share")
+    counts = dict(result["parameters"])
+    total = counts.pop("total")
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}", f"{100 * count / total:.1f}%")
+    table.add_section()
+    table.add_row("total", f"{total:,}", "100%")
+    return table
+
+
+def _decay(found: Inspection) -> Table:
+    spec = found.spec
+    kind = "geometric, any length"
+    if spec.decay == "tables":
+        kind = f"trained tables of {spec.decay_rows} rows" + (", extended" if spec.decay_extended else "")
+    table = _table(f"Decay: {kind}", "layer", "γ, fastest head", "γ, slowest head", "half-lives, tokens")
+    if spec.decay == "tables":
+        table.add_column("negative", justify="right")
+    for layers, decay in _runs_of_equals(found):
+        life = " to ".join(
+            "∞" if value is None else f"{value:.3g}" for value in (decay.half_life_min, decay.half_life_max)
+        )
+        cells = [layers, f"{decay.gamma_min:.6f}", f"{decay.gamma_max:.6f}", life]
+        if decay.negative is not None:
+            cells.append(f"{100 * decay.negative:.1f}%")
+        table.add_row(*cells)
+    return table
+
+
+def _runs_of_equals(found: Inspection) -> list[tuple[str, Any]]:
+    """Untrained decay is the same in every layer: show it once."""
+    from dataclasses import replace
+
+    runs: list[tuple[int, int, Any]] = []
+    for decay in found.decay:
+        if runs and replace(runs[-1][2], layer=decay.layer) == decay:
+            runs[-1] = (runs[-1][0], decay.layer, runs[-1][2])
+        else:
+            runs.append((decay.layer, decay.layer, decay))
+    return [(str(a) if a == b else f"{a} to {b}", decay) for a, b, decay in runs]
+
+
+def _memory(result: dict[str, Any]) -> Table:
+    state = result["state"]
+    table = _table(
+        "Memory of one sequence, beside a KV cache of the same shape", "", "bytes", "times the state"
+    )
+    table.add_row("recurrent state, float32, any length", size(state["bytes_per_sequence"]), "1")
+    for row in state["kv_cache"]:
+        label = f"KV cache, {row['dtype']}, {row['tokens']:,} tokens"
+        table.add_row(label, size(row["bytes"]), f"{row['times_state']:.2f}")
+    even = state["break_even_tokens"]
+    table.caption = (
+        f"The state is the smaller one beyond {even['float16']:,} tokens (float16 cache) or "
+        f"{even['float32']:,} (float32)."
+    )
+    return table
+
+
+def _running(result: dict[str, Any]) -> Table:
+    table = _table(
+        "To run one sequence", "exported as", "weights", "read per token", "working, step", "working, prefill"
+    )
+    for dtype, row in result["to_run"].items():
+        table.add_row(
+            dtype,
+            size(row["weight_bytes"]),
+            size(row["bytes_read_per_token"]),
+            size(row["step_working_bytes_estimate"]),
+            size(row["prefill_working_bytes_estimate"]),
+        )
+    table.caption = f"Working memory is an estimate; prefill of {result['prefill_tokens']:,} tokens at once."
+    return table
