@@ -50,7 +50,7 @@ demo: $(BUNDLE)/manifest.json ## export the trained sample, validate the result,
 $(BUNDLE)/manifest.json: $(EXPORT_SOURCES) | $(INSTALLED)
 	@echo "== Export the sample checkpoint, a small DiJiang model of Python code, to ONNX"
 	@mkdir -p $(dir $(BUNDLE))
-	$(CLI) to-onnx samples/tiny-stdlib --output $(BUNDLE) --force
+	$(CLI) to-onnx samples/tiny-stdlib $(BUNDLE) --force
 
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest $(ARGS)

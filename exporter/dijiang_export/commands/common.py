@@ -14,62 +14,29 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dijiang_engines.progress import Progress, silent
+
 if TYPE_CHECKING:
+    from rich import progress as rp
     from rich.console import Console, RenderableType
 
 F = TypeVar("F", bound=Callable[..., Any])
-Unit = Literal["bytes", "items"]
 
 DEFAULT_BUNDLE = "tiny-stdlib.bundle"
 """What `to-onnx` writes and the other commands read when no path is given."""
 
 
-class Progress(Protocol):
-    """Where long work reports how far it is. Amounts are in the unit given to `Output.progress`."""
-
-    def advance(self, amount: float = 1) -> None:
-        """Add `amount` to what is done."""
-        ...
-
-    def update(self, completed: float, total: float | None = None) -> None:
-        """Set what is done, and optionally how much there is."""
-        ...
-
-    def describe(self, text: str) -> None:
-        """Replace the description."""
-        ...
-
-
-class _NoProgress:
-    """Draws nothing: quiet, or stderr is not a terminal."""
-
-    def advance(self, amount: float = 1) -> None:
-        pass
-
-    def update(self, completed: float, total: float | None = None) -> None:
-        pass
-
-    def describe(self, text: str) -> None:
-        pass
-
-
-class _RichProgress:
-    def __init__(self, bars: Any, task: Any) -> None:
+class _Bar:
+    def __init__(self, bars: rp.Progress, task: rp.TaskID) -> None:
         self._bars = bars
         self._task = task
 
     def advance(self, amount: float = 1) -> None:
         self._bars.advance(self._task, amount)
-
-    def update(self, completed: float, total: float | None = None) -> None:
-        self._bars.update(self._task, completed=completed, total=total)
-
-    def describe(self, text: str) -> None:
-        self._bars.update(self._task, description=text)
 
 
 class Output:
@@ -130,7 +97,7 @@ class Output:
 
     @contextmanager
     def progress(
-        self, description: str, total: float | None = None, unit: Unit = "items"
+        self, description: str, total: float | None = None, unit: str = "items"
     ) -> Iterator[Progress]:
         """A progress bar on stderr for the length of the block; nothing if quiet or not a terminal.
 
@@ -140,7 +107,8 @@ class Output:
             unit: "bytes" shows sizes and speed, "items" counts.
         """
         if not self.shows_progress or self._live is not None:  # one bar at a time: an inner one stays silent
-            yield _NoProgress()
+            with silent(description, total, unit) as nothing:
+                yield nothing
             return
         from rich import progress as rp
         from rich.console import Console
@@ -155,7 +123,7 @@ class Output:
         with rp.Progress(*columns, rp.TimeRemainingColumn(), console=console, transient=True) as bars:
             self._live = console
             try:
-                yield _RichProgress(bars, bars.add_task(description, total=total))
+                yield _Bar(bars, bars.add_task(description, total=total))
             finally:
                 self._live = None
 
