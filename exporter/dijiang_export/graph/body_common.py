@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from dijiang_export.graph import contract
 from dijiang_export.graph.builder import Builder
+from dijiang_export.reference.attention import LEAST_EPSILON
 
 FLOAT, DOUBLE = ir.DataType.FLOAT.value, ir.DataType.DOUBLE.value
 LEAST_LOG_DECAY = -30.0
@@ -156,4 +157,5 @@ def _wide_range_norm(b: Builder, op: Op, grouped: ir.Value) -> ir.Value:
     centred = b.op("Sub", small, b.op("ReduceMean", small, axes=[-1], keepdims=1))
     variance = b.op("ReduceMean", b.op("Mul", centred, centred), axes=[-1], keepdims=1)
     epsilon = b.op("Div", b.op("Div", b.real(op.epsilon), scale), scale)
+    epsilon = b.op("Max", epsilon, b.real(LEAST_EPSILON))
     return b.op("Div", centred, b.op("Sqrt", b.op("Add", variance, epsilon)))

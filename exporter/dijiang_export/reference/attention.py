@@ -32,6 +32,10 @@ Form = Literal["recurrent", "parallel", "chunked"]
 DEFAULT_CHUNK = 64
 """Tokens per chunk of the chunked form."""
 
+LEAST_EPSILON = 1e-37
+"""Just above float32's smallest normal number: what GroupNorm's epsilon may shrink to, relative to the
+largest magnitude of its group squared."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -146,7 +150,9 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: fl
     grouped = grouped / scale
     centred = grouped - grouped.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    normed = (centred * torch.rsqrt(variance + epsilon / scale / scale)).flatten(-2)
+    # A constant group (H = 1) at a huge scale: epsilon must not underflow to 0 · 1/0.
+    shrunk = (epsilon / scale / scale).clamp(min=LEAST_EPSILON)
+    normed = (centred * torch.rsqrt(variance + shrunk)).flatten(-2)
     return normed * weight + bias
 
 

@@ -177,6 +177,7 @@ class ReferenceModel(nn.Module):
             self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False)
         if spec.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+            self.register_load_state_dict_pre_hook(_tie_head)
         inv_freq = inverse_frequencies(spec)
         self.register_buffer("inv_freq", inv_freq.to(device) if device else inv_freq, persistent=False)
         self.requires_grad_(False)
@@ -262,6 +263,11 @@ class ReferenceModel(nn.Module):
         if not all_logits:
             hidden = last_valid(hidden, seq_lens)
         return self.head(hidden), presents
+
+
+def _tie_head(_: nn.Module, state: dict[str, Any], *__: object) -> None:
+    """A tied checkpoint has one tensor for both ends."""
+    state.setdefault("lm_head.weight", state["embed_tokens.weight"])
 
 
 def last_valid(hidden: Tensor, seq_lens: Tensor) -> Tensor:
