@@ -1,0 +1,308 @@
+"""What works on this machine, what is missing, and how to get it.
+
+Nothing heavy is imported: packages are looked up in their metadata, and a runtime is tried in a process of
+its own on a model of one node, so that one which hangs or crashes is a finding and not the end.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines.machine import Machine, describe_machine, package_version, run_tool
+
+PROBE_SECONDS = 120
+TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+"""PyPI's own Linux wheels of torch bring gigabytes of CUDA."""
+
+ORT_CPU, ORT_GPU = "onnxruntime", "onnxruntime-gpu"
+
+
+@dataclass(frozen=True)
+class RunnerStatus:
+    """One runtime."""
+
+    name: str
+    """As for `--runner`."""
+    works: bool
+    version: str | None
+    detail: str
+    """What was tried and came out."""
+    hint: str | None = None
+    """What to do if it is wanted; None if it works, or cannot work here."""
+
+
+@dataclass(frozen=True)
+class PackageStatus:
+    """One package or tool that a part of the program needs."""
+
+    name: str
+    version: str | None
+    """None: not installed."""
+    enough: bool
+    """Installed, and at least the least version known to work."""
+    least: str | None
+    hint: str | None
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Something that the program does, with what it needs."""
+
+    name: str
+    works: bool
+    needs: tuple[PackageStatus, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong rather than absent."""
+
+    what: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that `doctor` prints."""
+
+    version: str
+    machine: Machine
+    runners: tuple[RunnerStatus, ...]
+    abilities: tuple[Ability, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def works(self) -> bool:
+        """True if at least one runner works."""
+        return any(runner.works for runner in self.runners)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"works": self.works, **asdict(self)}
+
+
+Probe = Callable[[str], tuple[bool, str]]
+"""Runtime name -> (it computed the right numbers, what it said)."""
+
+
+def diagnose(probe: Probe | None = None, machine: Machine | None = None) -> Diagnosis:
+    """Look at everything.
+
+    Args:
+        probe: tries a runtime; default: in a process of its own.
+        machine: default: this one.
+    """
+    from dijiang_engines import __version__
+
+    probe = probe or probe_in_subprocess
+    machine = machine or describe_machine()
+    runners = (_ort_cpu(probe), _ort_cuda(probe, machine), _tensorrt(machine))
+    return Diagnosis(__version__, machine, runners, _abilities(), _problems(machine, runners))
+
+
+# -- runtimes ------------------------------------------------------------------------------------------
+
+
+def _ort_cpu(probe: Probe) -> RunnerStatus:
+    name = "onnxruntime-cpu"
+    version = package_version(ORT_CPU) or package_version(ORT_GPU)
+    if version is None:
+        return RunnerStatus(name, False, None, "not installed", "pip install 'dijiang-export[cpu]'")
+    works, detail = probe(name)
+    package = ORT_CPU if package_version(ORT_CPU) else ORT_GPU
+    hint = None if works else f"pip install --force-reinstall {package}"
+    return RunnerStatus(name, works, version, detail, hint)
+
+
+def _ort_cuda(probe: Probe, machine: Machine) -> RunnerStatus:
+    name = "onnxruntime-cuda"
+    version = package_version(ORT_GPU)
+    if not machine.gpus and version is None:
+        return RunnerStatus(name, False, None, "no NVIDIA GPU was found (nvidia-smi)")
+    if version is None:
+        first = "pip uninstall -y onnxruntime && " if package_version(ORT_CPU) else ""
+        return RunnerStatus(name, False, None, "not installed", f"{first}pip install 'dijiang-export[gpu]'")
+    works, detail = probe(name)
+    if works:
+        return RunnerStatus(name, True, version, detail)
+    if not machine.gpus:
+        hint = "install NVIDIA's driver; `nvidia-smi` must list the GPU"
+    else:
+        hint = "pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA's and cuDNN's libraries"
+    return RunnerStatus(name, False, version, detail, hint)
+
+
+def _tensorrt(machine: Machine) -> RunnerStatus:
+    name, version = "tensorrt", package_version("tensorrt")
+    if importlib.util.find_spec("dijiang_engines.runners.tensorrt") is None:
+        found = f"tensorrt {version} is installed, but " if version else ""
+        return RunnerStatus(name, False, version, f"{found}this version has no TensorRT runner yet")
+    if version is None:
+        hint = "pip install 'dijiang-export[tensorrt]'" if machine.gpus or machine.board else None
+        return RunnerStatus(name, False, None, "not installed", hint)
+    return RunnerStatus(name, bool(machine.gpus or machine.board), version, "installed; not tried")
+
+
+def probe_in_subprocess(name: str) -> tuple[bool, str]:
+    """Try a runtime in a fresh interpreter; whether it works, and a line about it."""
+    # The same search path as here, without the current folder that -c and -m would add.
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from dijiang_engines.doctor import answer; answer({name!r})"
+    )
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"did not answer within {PROBE_SECONDS} s"
+    except OSError as error:
+        return False, f"could not be started: {error}"
+    try:
+        said = json.loads(done.stdout.strip().splitlines()[-1])
+        return bool(said["works"]), str(said["detail"])
+    except (ValueError, LookupError, TypeError):
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        return False, f"the trial ended with {ended}: {last[:300]}"
+
+
+def answer(name: str) -> None:
+    """What the fresh interpreter runs: print the outcome as one line of JSON."""
+    try:
+        works, detail = probe_onnxruntime(name)
+    except Exception as error:  # noqa: BLE001 - whatever a broken runtime throws is the finding
+        works, detail = False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(json.dumps({"works": works, "detail": detail}))
+
+
+def probe_onnxruntime(name: str) -> tuple[bool, str]:
+    """Run the one-node model on ONNX Runtime in this process."""
+    import numpy as np
+    import onnxruntime as ort
+
+    provider = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}[name]
+    if provider not in ort.get_available_providers():
+        return False, f"this build of ONNX Runtime has no {provider}"
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(doubling_model(), options, providers=[provider])
+    if session.get_providers()[0] != provider:
+        return False, f"{provider} could not be started; its libraries do not load"
+    x = np.arange(4, dtype=np.float32)
+    (y,) = session.run(None, {"x": x})
+    if not np.array_equal(y, x + x):
+        return False, f"0 1 2 3 doubled gave {y.tolist()}"
+    return True, f"ran a one-node model on {provider}"
+
+
+def doubling_model() -> bytes:
+    """An ONNX model y = x + x, float32 [4] (opset 17, IR 8), written field by field: `onnx` is not needed."""
+
+    def varint(value: int) -> bytes:
+        low, rest = value & 0x7F, value >> 7
+        return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+    def number(field: int, value: int) -> bytes:
+        return varint(field << 3) + varint(value)
+
+    def message(field: int, data: bytes) -> bytes:
+        return varint(field << 3 | 2) + varint(len(data)) + data
+
+    def value_info(name: bytes) -> bytes:
+        shape = message(2, message(1, number(1, 4)))  # TensorShapeProto.dim.dim_value
+        tensor = message(1, number(1, 1) + shape)  # TypeProto.tensor_type: elem_type FLOAT
+        return message(1, name) + message(2, tensor)
+
+    node = message(1, b"x") + message(1, b"x") + message(2, b"y") + message(4, b"Add")
+    graph = message(1, node) + message(2, b"double") + message(11, value_info(b"x"))
+    graph += message(12, value_info(b"y"))
+    return number(1, 8) + message(7, graph) + message(8, message(1, b"") + number(2, 17))
+
+
+# -- what the other commands need ----------------------------------------------------------------------
+
+
+def _abilities() -> tuple[Ability, ...]:
+    least = least_versions("export")
+    needs = tuple(_package(name, least.get(name)) for name in least)
+    export = Ability("convert and to-onnx", bool(needs) and all(n.enough for n in needs), needs)
+    tools = (_nvcc(), _cmake())
+    name = "compile the TensorRT plugin"
+    if importlib.util.find_spec("dijiang_engines.plugin") is None:
+        name += " (which is not part of this version yet)"
+    plugin = Ability(name, all(tool.enough for tool in tools), tools)
+    return export, plugin
+
+
+def least_versions(extra: str) -> dict[str, str]:
+    """Package -> least version that an extra of this project asks for, from its installed metadata."""
+    try:
+        requirements = importlib.metadata.requires("dijiang-export") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = {}
+    for line in requirements:
+        match = re.match(r"([A-Za-z0-9._-]+)\s*>=\s*([0-9.]+).*extra\s*==\s*['\"]([a-z]+)['\"]", line)
+        if match and match[3] == extra:
+            found[match[1]] = match[2]
+    return found
+
+
+def _package(name: str, least: str | None) -> PackageStatus:
+    version = package_version(name)
+    enough = version is not None and (least is None or _numbers(version) >= _numbers(least))
+    hint = None
+    if not enough:
+        hint = "pip install 'dijiang-export[export]'"
+        if name == "torch":
+            hint = f"{TORCH_CPU}  (before the rest; this is the CPU build)"
+    return PackageStatus(name, version, enough, least, hint)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _nvcc() -> PackageStatus:
+    path = shutil.which("nvcc") or next(
+        (str(p) for p in sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)), None
+    )
+    said = run_tool(path, "--version") if path else None
+    match = re.search(r"release ([\d.]+)", said or "")
+    hint = None if match else "install the CUDA toolkit (on a Jetson, JetPack brings it)"
+    return PackageStatus("nvcc", match[1] if match else None, match is not None, None, hint)
+
+
+def _cmake() -> PackageStatus:
+    match = re.search(r"version ([\d.]+)", run_tool("cmake", "--version") or "")
+    hint = None if match else "apt-get install cmake, or pip install cmake"
+    return PackageStatus("cmake", match[1] if match else None, match is not None, None, hint)
+
+
+def _problems(machine: Machine, runners: tuple[RunnerStatus, ...]) -> tuple[Problem, ...]:
+    problems = []
+    if package_version(ORT_CPU) and package_version(ORT_GPU):
+        wanted = "gpu" if machine.gpus else "cpu"
+        problems.append(
+            Problem(
+                "onnxruntime and onnxruntime-gpu are both installed: they own the same module, and whichever "
+                "came last wins",
+                f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'dijiang-export[{wanted}]'",
+            )
+        )
+    for runner in runners:
+        if runner.version is not None and not runner.works and runner.hint is not None:
+            problems.append(Problem(f"{runner.name} {runner.version}: {runner.detail}", runner.hint))
+    return tuple(problems)
