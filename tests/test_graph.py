@@ -212,7 +212,7 @@ def test_geometric_plugin_nodes_leave_out_the_tables() -> None:
 def test_the_op_runs_in_pytorch_as_in_the_contract() -> None:
     spec = rm.NEOX
     layer = rm.random_model(spec).layers[0].attention.float()
-    ids, positions, lens, states = rm.random_call(spec, 2, 9, seed=0)
+    _, positions, lens, states = rm.random_call(spec, 2, 9, seed=0)
     generator = torch.Generator().manual_seed(0)
     arguments = (
         torch.randn(2, 9, spec.qkv_size, generator=generator),

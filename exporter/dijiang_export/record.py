@@ -110,6 +110,7 @@ def record_cases(
         "compute_dtype": "float64",
     }
     save_file(tensors, path, metadata=metadata)
+    path.chmod(0o644)  # safetensors makes private files; a bundle is readable as a whole
     return [plan.name for plan in plans]
 
 

@@ -177,7 +177,7 @@ class ReferenceModel(nn.Module):
             self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False)
         if spec.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-            self.register_load_state_dict_pre_hook(_tie_head)
+            self.register_load_state_dict_pre_hook(_tie_head)  # type: ignore[no-untyped-call]
         inv_freq = inverse_frequencies(spec)
         self.register_buffer("inv_freq", inv_freq.to(device) if device else inv_freq, persistent=False)
         self.requires_grad_(False)
