@@ -8,6 +8,7 @@ under FakeTensorMode these tensors have no memory, and their storages tell their
 from __future__ import annotations
 
 import re
+import struct
 import warnings
 import zipfile
 from contextlib import nullcontext
@@ -37,8 +38,9 @@ def read_bin_table(file: WeightFile) -> dict[str, StoredTensor]:
             too large for its old format, or holds something other than named tensors.
     """
     is_zip = file.size >= 4 and file.read(0, 4) == b"PK\x03\x04"
+    records: dict[int, int] = {}
     if is_zip:
-        _check_archive(file)
+        records = _check_archive(file)
     elif file.size > LARGEST_LEGACY:
         raise CheckpointError(
             f"{file.path} is in PyTorch's format of before version 1.6, and too large to read that way",
@@ -59,12 +61,11 @@ def read_bin_table(file: WeightFile) -> dict[str, StoredTensor]:
             )
         if value.layout != torch.strided or value.is_quantized:
             raise CheckpointError(f"{name} in {file.path} is sparse or quantised", hint="save it dense")
-        table[name] = _describe(file, name, value) if is_zip else _in_memory(file, name, value)
+        table[name] = _describe(file, name, value, records) if is_zip else _in_memory(file, name, value)
     return table
 
 
 def _load(file: WeightFile, *, fake: bool) -> Any:
-    # torch.load's own messages advise to switch the safety off; ours must not.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
@@ -78,9 +79,10 @@ def _load(file: WeightFile, *, fake: bool) -> Any:
         )
         if wanted or "Weights only load failed" in text:
             name = next((group for group in wanted.groups() if group), None) if wanted else None
+            # torch's text itself is not shown: it advises to allow everything
             raise CheckpointError(
                 f"{file.path} holds something other than weights, which was not run",
-                got=f"a call of {name}" if name else text.splitlines()[0][:200],
+                got=f"a call of {name}" if name else "a pickle of something else",
                 expected="tensors by name",
                 hint="do not use a checkpoint that you do not trust; ask its author for safetensors",
             ) from error
@@ -91,7 +93,8 @@ def _load(file: WeightFile, *, fake: bool) -> Any:
         ) from error
 
 
-def _check_archive(file: WeightFile) -> None:
+def _check_archive(file: WeightFile) -> dict[int, int]:
+    """Where each record's data start, and how many bytes they are."""
     try:
         with zipfile.ZipFile(file.path) as archive:
             entries = archive.infolist()
@@ -114,9 +117,15 @@ def _check_archive(file: WeightFile) -> None:
             )
         if entry.filename.endswith("data.pkl") and entry.file_size > LARGEST_PICKLE:
             raise CheckpointError(f"{file.path} has an absurd description", got=f"{entry.file_size} bytes")
+    records = {}
+    for entry in entries:
+        # local file header: 30 bytes, of which the last four are the lengths of what follows before the data
+        name_length, extra_length = struct.unpack("<HH", file.read(entry.header_offset + 26, 4))
+        records[entry.header_offset + 30 + name_length + extra_length] = entry.file_size
+    return records
 
 
-def _describe(file: WeightFile, name: str, value: torch.Tensor) -> StoredTensor:
+def _describe(file: WeightFile, name: str, value: torch.Tensor, records: dict[int, int]) -> StoredTensor:
     offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     dtype = str(value.dtype).removeprefix("torch.")
     if value.is_complex() or value.is_conj() or value.is_neg() or not isinstance(offset, int):
@@ -125,10 +134,11 @@ def _describe(file: WeightFile, name: str, value: torch.Tensor) -> StoredTensor:
     reach = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if 0 not in shape else 0
     begin = offset + int(value.storage_offset()) * value.element_size()
     end = begin + reach * value.element_size()
-    if offset < 0 or begin < offset or end > offset + value.untyped_storage().nbytes() or end > file.size:
+    limit = min(offset + records.get(offset, 0), file.size)
+    if offset < 0 or begin < offset or end > limit:
         raise CheckpointError(
             f"{file.path} is corrupt or truncated",
-            got=f"{name} would end at byte {end} of {file.size}",
+            got=f"{name} would end at byte {end}, its record at {limit}",
             hint="download or copy the file again",
         )
     return StoredTensor(name, file, dtype, shape, begin, None if value.is_contiguous() else strides)
