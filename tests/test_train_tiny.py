@@ -145,7 +145,6 @@ def test_whole_script_makes_an_official_checkpoint(library: Path, tmp_path: Path
     ("arguments", "message"),
     [
         (["--hidden", "72", "--heads", "3"], "multiple of 16"),
-        (["--out", "."], "exists"),
         (["--stdlib", "no-such-folder"], "no Python source below no-such-folder"),
     ],
 )

@@ -71,8 +71,8 @@ not depend on the tokenizer. Library and tests are the two parts of the held-out
 
 On one {device}, Python {machine_python}, torch {torch}, transformers {transformers}; bfloat16 autocast, with
 the mixing of tokens in DiJiang layers in float32 (TF32 products). Seconds are training alone, without
-evaluation. FLOPs are estimates: 6 per matmul weight and token, plus 12 × layers × hidden × context per
-token for attention's two square products.
+evaluation. FLOPs are estimates: per token, 6 for each weight that multiplies it, plus 12 × layers × hidden ×
+(context for softmax attention; chunk + 2 × head size for DiJiang, which trains in chunks of 64).
 
 | run | steps | tokens | peak learning rate | seconds | FLOPs |
 |---|---|---|---|---|---|

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from corpus import describe, read_corpus
-from dijiang_export.checkpoint import open_checkpoint
 from evaluate import encode, held_out
 from tokenizers import Tokenizer
 
+from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.reference.model import ReferenceModel
 
 

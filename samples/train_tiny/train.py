@@ -24,10 +24,11 @@ import tokenizers
 import torch
 import transformers
 from card import write_card
-from dijiang_export.convert import convert_checkpoint
 from evaluate import Tokens, encode, held_out
 from tokenizer import save_tokenizer, train_tokenizer
 from torch.nn.functional import cross_entropy
+
+from dijiang_export.convert import convert_checkpoint
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,12 @@ def fit(run: Run, net: Any, name: str, steps: int, peak: float, stream: int) -> 
             net.train()
             started = _clock(run.device)
     tokens = steps * run.batch * run.context
-    config = net.config
-    # 6 per matmul weight and token (forward 2, backward 4); attention's two [L, L] products likewise,
-    # over the full square: 12 × layers × hidden × context.
-    per_token = 6 * models.matmul_weights(net)
-    per_token += 12 * config.num_hidden_layers * config.hidden_size * run.context
     return {
         "steps": steps,
         "tokens": tokens,
         "peak_learning_rate": peak,
         "seconds": round(seconds, 2),
-        "flops": float(per_token * tokens),
+        "flops": float(models.flops_per_token(net, run.context) * tokens),
         "curve": curve,
     }
 
@@ -134,15 +130,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4, help="hidden / heads must be a multiple of 16")
+    parser.add_argument("--heads", type=int, default=8, help="hidden / heads must be a multiple of 16")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4000, help="of the vanilla model")
-    parser.add_argument("--finetune-steps", type=int, default=1000, help="after conversion")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--finetune-lr", type=float, default=1e-3)
+    parser.add_argument("--finetune-steps", type=int, default=2000, help="after conversion")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--finetune-lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-controls", action="store_true", help="skip the three comparison runs")
     args = parser.parse_args(arguments)
