@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import struct
 import sys
 import zipfile
@@ -548,3 +549,33 @@ def test_auto_map_is_not_followed(tmp_path: Path) -> None:
     read_all(folder)
     assert not marker.exists()
     assert "modeling_gpt_neox_dijiang" not in sys.modules
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_flipped_bytes_never_cause_anything_but_a_clear_error(format: Any, tmp_path: Path) -> None:
+    folder = write_checkpoint(
+        tmp_path / "m",
+        format=format,
+        layers=1,
+        max_positions=16,
+        vocab=20,
+        hidden=32,
+        heads=2,
+        intermediate=16,
+    )
+    file = folder / ("model.safetensors" if format == "safetensors" else "pytorch_model.bin")
+    good = file.read_bytes()
+    rng = random.Random(0)
+    described = 3000  # bytes at either end that describe the data
+    refused = 0
+    for _ in range(150):
+        bad = bytearray(good)
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            at = rng.randrange(described)
+            bad[at if format == "safetensors" or rng.random() < 0.5 else -at] = rng.randrange(256)
+        file.write_bytes(bad)
+        try:
+            read_all(folder)
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
