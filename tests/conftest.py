@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from numpy_runner import NumpyRunner
 from toy_bundle import ToyModel, make_bundle
 
 
@@ -13,3 +15,37 @@ def toy(tmp_path: Path) -> tuple[Path, ToyModel]:
     """A fresh toy bundle that a test may damage, and the model in it."""
     folder = tmp_path / "toy.bundle"
     return folder, make_bundle(folder)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, NumpyRunner]]:
+    """export(**options of write_checkpoint) -> (bundle, oracle): really exported, once per set of options."""
+    made: dict[str, tuple[Path, NumpyRunner]] = {}
+
+    def export(**options: object) -> tuple[Path, NumpyRunner]:
+        key = repr(sorted(options.items()))
+        if key not in made:
+            from checkpoints import write_checkpoint
+
+            from dijiang_export.checkpoint import open_checkpoint
+            from dijiang_export.to_onnx import export_bundle
+
+            folder = tmp_path_factory.mktemp("exported")
+            export_options = {k: options.pop(k) for k in ("dtype", "logits", "extend_decay") if k in options}
+            source = write_checkpoint(folder / "checkpoint", **options)  # type: ignore[arg-type]
+            export_bundle(source, folder / "bundle", **export_options)  # type: ignore[arg-type]
+            with open_checkpoint(source, extend_decay=bool(export_options.get("extend_decay"))) as checkpoint:
+                weights = {k: v.numpy() for k, v in checkpoint.load_state_dict().items()}
+                made[key] = folder / "bundle", NumpyRunner(checkpoint.spec, weights)
+        return made[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped sample checkpoint, exported. Read-only by convention."""
+    from dijiang_engines.sample import sample_checkpoint
+    from dijiang_export.to_onnx import export_bundle
+
+    return export_bundle(sample_checkpoint(), tmp_path_factory.mktemp("sample") / "tiny-stdlib.bundle").path

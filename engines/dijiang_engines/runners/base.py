@@ -55,9 +55,7 @@ class Runner(Protocol):
         """
         ...
 
-    def step(
-        self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: State
-    ) -> FloatArray:
+    def step(self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: State) -> FloatArray:
         """`prefill` for L = 1, through the graph made for it. Returns [B, 1, V]."""
         ...
 
