@@ -82,6 +82,14 @@ def random_model(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.floa
     return model
 
 
+def traced(
+    spec: ModelSpec, dtype: torch.dtype, kind: Literal["prefill", "step"], *, all_logits: bool = False
+) -> ir.Model:
+    """A traced graph of either kind, not lowered."""
+    prefill = trace.trace(spec, dtype, all_logits=all_logits)
+    return prefill if kind == "prefill" else trace.step_of(prefill)
+
+
 def graph_model(
     spec: ModelSpec,
     model: ReferenceModel,
@@ -91,7 +99,7 @@ def graph_model(
     all_logits: bool = False,
 ) -> ir.Model:
     """The standard graph with the model's weights inside it."""
-    graph = trace.trace(spec, dtype, kind, all_logits=all_logits)
+    graph = traced(spec, dtype, kind, all_logits=all_logits)
     lower.lower_to_standard(graph, kind)
     state = model.state_dict() | {"inv_freq": model.get_buffer("inv_freq")}
     for value in trace.weight_inputs(graph.graph, spec):

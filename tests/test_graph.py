@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dijiang_engines import io_names
-from dijiang_export.graph import contract, lower, opset, tidy, trace, write
+from dijiang_export.graph import contract, lower, opset, tidy, write
 
 LOGIT_TOLERANCE = 1e-4  # of the logits' standard deviation, in float32
 # Of the state's largest magnitude. Random tables of both signs cancel in the read-out, and GroupNorm
@@ -155,7 +155,7 @@ def test_float16_graph_rounds_only_outside_the_op() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_graphs_are_opset_17_with_the_contracts_names(name, kind, dtype, tmp_path) -> None:
     spec = GEOMETRIES[name]
-    traced = trace.trace(spec, dtype, kind, all_logits=False)
+    traced = rm.traced(spec, dtype, kind)
     standard, plugin = traced.clone(), traced.clone()
     lower.lower_to_standard(standard, kind)
     lower.lower_to_tensorrt(plugin)
@@ -178,7 +178,7 @@ def test_graphs_are_opset_17_with_the_contracts_names(name, kind, dtype, tmp_pat
 
 def test_plugin_nodes_follow_the_contract() -> None:
     spec = GEOMETRIES["llama-gqa-tables"]
-    model = trace.trace(spec, torch.float32, "prefill", all_logits=False)
+    model = rm.traced(spec, torch.float32, "prefill")
     lower.lower_to_tensorrt(model)
     nodes = [node for node in model.graph if node.op_type == contract.OP_NAME]
     assert len(nodes) == spec.num_layers
@@ -202,7 +202,7 @@ def test_plugin_nodes_follow_the_contract() -> None:
 
 
 def test_geometric_plugin_nodes_leave_out_the_tables() -> None:
-    model = trace.trace(rm.NEOX, torch.float16, "step", all_logits=False)
+    model = rm.traced(rm.NEOX, torch.float16, "step")
     node = next(node for node in model.graph if node.op_type == contract.OP_NAME)
     assert len(node.inputs) == len(contract.INPUTS) - 2
     assert node.inputs[0].dtype == ir.DataType.FLOAT16

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from typing import Literal
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from dijiang_engines import io_names
 from dijiang_engines.manifest import graph_io
 from dijiang_engines.spec import ModelSpec
 
@@ -16,20 +17,16 @@ TRANSPOSED_KEY = "dijiang.transposed"
 """Metadata of a weight input: stored [in, out], the transpose of its canonical [out, in]."""
 
 
-def name_inputs_and_outputs(
-    graph: ir.Graph, spec: ModelSpec, kind: Literal["prefill", "step"], all_logits: bool
-) -> None:
-    """Give inputs and outputs the contract's names and symbolic dimensions; check the rest."""
-    inputs, outputs = graph_io(spec, step=kind == "step", all_logits=all_logits)
+def name_inputs_and_outputs(graph: ir.Graph, spec: ModelSpec, all_logits: bool) -> None:
+    """Give a traced prefill graph the contract's names and symbolic dimensions; check the rest."""
+    inputs, outputs = graph_io(spec, step=False, all_logits=all_logits)
     symbols: dict[str, str] = {}
     values = list(graph.inputs)[: len(inputs)] + list(graph.outputs)
     for value, info in zip(values, inputs + outputs, strict=True):
         _learn_symbols(value, info.shape, symbols)
         value.name = info.name
-    for value in _all_values(graph):
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
-    graph.name = kind
+    _map_dimensions(graph, symbols)
+    graph.name = "prefill"
 
 
 def _learn_symbols(value: ir.Value, dims: tuple[int | str, ...], symbols: dict[str, str]) -> None:
@@ -46,17 +43,23 @@ def _learn_symbols(value: ir.Value, dims: tuple[int | str, ...], symbols: dict[s
             raise AssertionError(f"traced {value.name} has shape {shape}, the contract says {dims}")
 
 
-def _renamed(dim: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | ir.SymbolicDim:
-    if isinstance(dim, int):
-        return dim
-    return ir.SymbolicDim(symbols.get(str(dim.value)))
+def fix_dimension(graph: ir.Graph, name: str, size: int) -> None:
+    """Replace a symbolic dimension by a size everywhere."""
+    _map_dimensions(graph, {io_names.BATCH_DIM: io_names.BATCH_DIM, name: size})
 
 
-def _all_values(graph: ir.Graph) -> list[ir.Value]:
-    values = list(graph.inputs)
-    for node in graph:
-        values.extend(node.outputs)
-    return values
+def _map_dimensions(graph: ir.Graph, sizes: Mapping[str, int | str]) -> None:
+    """Rename or fix symbolic dimensions; those without an entry become unknown."""
+
+    def mapped(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dim, int):
+            return dim
+        new = sizes.get(str(dim.value))
+        return new if isinstance(new, int) else ir.SymbolicDim(new)
+
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([mapped(dim) for dim in value.shape])
 
 
 def store_linear_weights_transposed(graph: ir.Graph) -> None:

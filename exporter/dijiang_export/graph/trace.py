@@ -17,6 +17,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
@@ -51,30 +52,25 @@ class _Traceable(nn.Module):
         return logits, *presents
 
 
-def trace(spec: ModelSpec, dtype: torch.dtype, graph: GraphName, *, all_logits: bool) -> ir.Model:
-    """One graph at opset 17 with the op as custom nodes and the weights as trailing inputs.
+def trace(spec: ModelSpec, dtype: torch.dtype, *, all_logits: bool) -> ir.Model:
+    """The prefill graph (any L) at opset 17, the op as custom nodes, the weights as trailing inputs.
 
     Args:
         spec: geometry of the model.
         dtype: float32, float16 or bfloat16: the type of weights and activations.
-        graph: "prefill" (any L) or "step" (L = 1).
         all_logits: logits of every token instead of each row's last valid one.
 
     Returns:
         A model whose first inputs are the contract's (3 + layers), followed by one input per weight.
     """
     model = ReferenceModel(spec, dtype=dtype, device="meta").eval()
-    length = 1 if graph == "step" else EXAMPLE_LENGTH
-    ids = torch.zeros(EXAMPLE_BATCH, length, dtype=torch.int64, device="meta")
+    ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.int64, device="meta")
     # Two tensors: torch.export takes one object passed twice for one input.
     positions, seq_lens = (torch.zeros(EXAMPLE_BATCH, dtype=torch.int64, device="meta") for _ in range(2))
     batch = torch.export.Dim(io_names.BATCH_DIM)
     rows = {0: batch}
-    id_dims: dict[int, Any] = {0: batch}
-    if graph == "prefill":
-        id_dims[1] = torch.export.Dim(io_names.SEQUENCE_DIM)
     shapes = {
-        "input_ids": id_dims,
+        "input_ids": {0: batch, 1: torch.export.Dim(io_names.SEQUENCE_DIM)},
         "positions": rows,
         "seq_lens": rows,
         "states": tuple(rows for _ in range(spec.num_layers)),
@@ -98,11 +94,29 @@ def trace(spec: ModelSpec, dtype: torch.dtype, graph: GraphName, *, all_logits: 
     _weights_to_inputs(onnx_model.graph, tied=spec.tied_embeddings)
     with _quiet():
         optimizer.optimize_ir(onnx_model)
-    tidy.name_inputs_and_outputs(onnx_model.graph, spec, graph, all_logits)
+    tidy.name_inputs_and_outputs(onnx_model.graph, spec, all_logits)
     tidy.store_linear_weights_transposed(onnx_model.graph)
     tidy.name_nodes_and_values(onnx_model.graph)
     opset.downgrade_to_17(onnx_model)
     return onnx_model
+
+
+def step_of(prefill: ir.Model) -> ir.Model:
+    """The step graph (L = 1): the prefill graph with its sequence dimension fixed.
+
+    The last valid token is then the only one, so looking it up is left out.
+    """
+    model = prefill.clone()
+    graph = model.graph
+    tidy.fix_dimension(graph, io_names.SEQUENCE_DIM, 1)
+    for node in graph:
+        if node.op_type == "GatherElements":
+            data, chosen = node.inputs[0], node.outputs[0]
+            assert data is not None
+            chosen.replace_all_uses_with(data)
+    passes.RemoveUnusedNodesPass()(model)
+    graph.name = "step"
+    return model
 
 
 def weight_inputs(graph: ir.Graph, spec: ModelSpec) -> list[ir.Value]:

@@ -38,26 +38,21 @@ GRAPHS = (
 def make_graphs(
     spec: ModelSpec, dtype: torch.dtype, *, all_logits: bool
 ) -> tuple[dict[str, ir.Model], dict[str, weights.StoredWeight]]:
-    """Trace twice, lower to each target: (model by manifest key, layout of weights.data).
+    """Trace once, lower to each kind and target: (model by manifest key, layout of weights.data).
 
     The models still have their weights as inputs; `save` attaches them.
     """
-    models: dict[str, ir.Model] = {}
-    layout: dict[str, weights.StoredWeight] = {}
-    for kind in ("prefill", "step"):
-        traced = trace.trace(spec, dtype, kind, all_logits=all_logits)
-        planned = weights.plan(trace.weight_inputs(traced.graph, spec))
-        assert not layout or planned == layout, "the two graphs disagree about the weights"
-        layout = planned
-        for graph_file in GRAPHS:
-            if graph_file.kind != kind:
-                continue
-            model = traced.clone()
-            if graph_file.target == "standard":
-                lower.lower_to_standard(model, graph_file.kind)
-            else:
-                lower.lower_to_tensorrt(model)
-            models[graph_file.key] = model
+    prefill = trace.trace(spec, dtype, all_logits=all_logits)
+    traced = {"prefill": prefill, "step": trace.step_of(prefill)}
+    layout = weights.plan(trace.weight_inputs(prefill.graph, spec))
+    models = {}
+    for graph_file in GRAPHS:
+        model = traced[graph_file.kind].clone()
+        if graph_file.target == "standard":
+            lower.lower_to_standard(model, graph_file.kind)
+        else:
+            lower.lower_to_tensorrt(model)
+        models[graph_file.key] = model
     return models, layout
 
 
