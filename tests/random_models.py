@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from typing import Any, Literal
 
 import numpy as np
@@ -86,8 +88,13 @@ def traced(
     spec: ModelSpec, dtype: torch.dtype, kind: Literal["prefill", "step"], *, all_logits: bool = False
 ) -> ir.Model:
     """A traced graph of either kind, not lowered."""
-    prefill = trace.trace(spec, dtype, all_logits=all_logits)
-    return prefill if kind == "prefill" else trace.step_of(prefill)
+    prefill = _traced_prefill(json.dumps(spec.to_json()), dtype, all_logits)
+    return prefill.clone() if kind == "prefill" else trace.step_of(prefill)
+
+
+@functools.lru_cache(maxsize=32)
+def _traced_prefill(spec: str, dtype: torch.dtype, all_logits: bool) -> ir.Model:
+    return trace.trace(ModelSpec.from_json(json.loads(spec)), dtype, all_logits=all_logits)
 
 
 def graph_model(

@@ -114,7 +114,7 @@ def test_pieces_and_steps_equal_one_prefill(graphs) -> None:
     length=st.integers(1, 140),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_geometry(
     heads: int, group: int, d: int, rotary: int, tables: bool, length: int, seed: int
 ) -> None:
