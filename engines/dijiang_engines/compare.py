@@ -200,7 +200,8 @@ def _cosine(a: Array, b: Array) -> float | None:
     if largest_a == 0 or largest_b == 0:
         return None
     a, b = a / largest_a, b / largest_b
-    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+    # Sums of products, not dot products: BLAS would start threads that fight with the runtime's.
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
 def _index(flat: Any, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -114,8 +114,9 @@ class Report:
         bound = tolerance(self.dtype, "logits").max_error
         state_bound = tolerance(self.dtype, "state").max_error
         table = Table(
-            title=f"{self.runner}, {self.dtype}: relative errors, at most {bound:g} (logits, in standard "
-            f"deviations) and {state_bound:g} (states)"
+            title=f"{self.runner}, {self.dtype}",
+            caption=f"Errors are relative: logits in standard deviations of the case's (at most {bound:g}), "
+            f"states in units of the head's largest value (at most {state_bound:g}).",
         )
         for name in ("case", "replay"):
             table.add_column(name)

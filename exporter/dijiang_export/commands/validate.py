@@ -38,7 +38,7 @@ def validate(
     the tolerance for the bundle's type. BUNDLE defaults to ./tiny-stdlib.bundle.
     """
     from dijiang_engines.bundle import open_bundle
-    from dijiang_engines.runners import open_runner
+    from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.validate import validate as run
 
     opened = open_bundle(bundle)
