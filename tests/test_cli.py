@@ -258,8 +258,8 @@ def test_signals_unwind(number: signal.Signals, code: int, tmp_path: Path) -> No
     marker = tmp_path / "cleaned"
     body = f"""
         import time
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             time.sleep(60)
         finally:
             open({str(marker)!r}, "w").close()
