@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -26,6 +28,7 @@ from dijiang_export.reference.rope import inverse_frequencies
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Logits = Literal["last", "all"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,22 @@ def export_bundle(
     with (
         open_checkpoint(source, extend_decay=extend_decay, max_positions=max_positions) as checkpoint,
         output_folder(output, force=force) as folder,
-        ThreadPoolExecutor(1) as background,
+        _Background() as background,
     ):
         spec = checkpoint.spec
-        # Hashing the source overlaps with the work; both stream.
-        source_files = background.submit(lambda: {p.name: _file_entry(p) for p in checkpoint.files})
-        with clock("graphs"):
-            graphs, layout = _write_graphs(checkpoint, dtype, logits, folder, progress)
-        with clock("weights"):
-            total = sum(weight.nbytes for weight in layout.values())
-            with progress("Writing weights", total, "bytes") as bar:
-                extra = {"inv_freq": inverse_frequencies(spec)}
-                weights.write(folder / weights.FILE_NAME, layout, checkpoint, bar, extra)
+        layout = weights.plan(spec, DTYPES[dtype])
+        total = sum(weight.nbytes for weight in layout.values())
+        # Tracing is Python's work, the other two are the disk's: all three at once.
+        source_files = background.submit(_file_entries, checkpoint.files)
+        with progress("Tracing graphs, writing weights", total, "bytes") as bar:
+            extra = {"inv_freq": inverse_frequencies(spec)}
+            data = folder / weights.FILE_NAME
+            writing = background.submit(weights.write, data, layout, checkpoint, extra, on_bytes=bar.advance)
+            with clock("graphs"):
+                models = write.make_graphs(spec, DTYPES[dtype], layout, all_logits=logits == "all")
+                graphs = {g.key: write.save(models[g.key], layout, folder, g) for g in write.GRAPHS}
+            with clock("weights, after graphs"):
+                writing.result()
         with clock("check"):
             for graph_file in write.GRAPHS:
                 write.check(folder / graph_file.file, graph_file.target)
@@ -100,23 +107,14 @@ def export_bundle(
         for path in (checkpoint.path / manifest.CONFIG, *checkpoint.tokenizer_files):
             shutil.copyfile(path, folder / path.name)
         with clock("hashes"):
-            files = {p.name: _file_entry(p) for p in sorted(folder.iterdir())}
-            data = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
-            text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+            files = _file_entries(sorted(folder.iterdir()))
+            entries = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
+            text = json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
             (folder / manifest.MANIFEST).write_text(text, encoding="utf-8")
         report = ExportReport(
             Path(output), spec, dtype, logits, total, recorded, checkpoint.decay_notes, clock.seconds
         )
     return report
-
-
-def _write_graphs(
-    checkpoint: Checkpoint, dtype: str, logits: Logits, folder: Path, progress: ProgressFactory
-) -> tuple[dict[str, Any], dict[str, weights.StoredWeight]]:
-    with progress("Tracing graphs", None, "items"):
-        models, layout = write.make_graphs(checkpoint.spec, DTYPES[dtype], all_logits=logits == "all")
-        entries = {g.key: write.save(models[g.key], layout, folder, g) for g in write.GRAPHS}
-    return entries, layout
 
 
 def _manifest(
@@ -149,14 +147,46 @@ def _manifest(
     }
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": sha256_of(file), "bytes": path.stat().st_size}
+def _file_entries(
+    paths: Iterable[Path], on_bytes: Callable[[int], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for path in paths:
+        with path.open("rb") as file:
+            entries[path.name] = {"sha256": sha256_of(file, on_bytes), "bytes": path.stat().st_size}
+    return entries
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"unknown {name} {value!r}", expected=" or ".join(allowed))
+
+
+class _Background:
+    """Threads that stop at their next block when the export fails or is interrupted."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(2)
+        self._cancelled = threading.Event()
+
+    def submit(
+        self, work: Callable[..., T], *arguments: Any, on_bytes: Callable[[int], None] = lambda _: None
+    ) -> Future[T]:
+        """Run `work(*arguments, on_bytes=...)`, which reports what it has done and so can be stopped."""
+
+        def step(count: int) -> None:
+            if self._cancelled.is_set():
+                raise CancelledError
+            on_bytes(count)
+
+        return self._pool.submit(work, *arguments, on_bytes=step)
+
+    def __enter__(self) -> _Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cancelled.set()
+        self._pool.shutdown()
 
 
 class _Clock:

@@ -7,8 +7,10 @@ Linear weights are stored transposed, [in, out]. docs/bundle-format.md describes
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,22 +19,26 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_engines.progress import Progress
+from dijiang_engines.spec import ModelSpec
 from dijiang_export.graph.tidy import TRANSPOSED_KEY
+from dijiang_export.reference.model import ReferenceModel
 
 FILE_NAME = "weights.data"
 PAGE, CACHE_LINE = 4096, 64
 BLOCK_BYTES = 64 << 20
 """Most of one tensor that is in memory at a time."""
+FLUSH_BYTES = 256 << 20
+"""Written between two requests to the disk."""
 
 TORCH_DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
 }
+DATA_TYPES = {dtype: kind for kind, dtype in TORCH_DTYPES.items()}
 
 
 class WeightSource(Protocol):
@@ -60,23 +66,43 @@ class StoredWeight:
         return int(np.prod(self.shape)) * int(self.dtype.itemsize)
 
 
-def plan(weights: Iterable[ir.Value]) -> dict[str, StoredWeight]:
-    """Lay out the weight inputs of a traced graph; the same for every graph of one model and type."""
+def plan(spec: ModelSpec, dtype: torch.dtype) -> dict[str, StoredWeight]:
+    """Lay out a model's parameters in the reference model's order, then inv_freq."""
+    model = ReferenceModel(spec, dtype=dtype, device="meta")
+    linear = {f"{path}.weight" for path, child in model.named_modules() if isinstance(child, nn.Linear)}
     layout: dict[str, StoredWeight] = {}
     end = 0
-    for value in weights:
-        assert value.name is not None and value.shape is not None and value.dtype is not None
-        shape = tuple(int(dim) for dim in value.shape)
-        stored = StoredWeight(value.name, value.dtype, shape, TRANSPOSED_KEY in value.metadata_props, 0)
+    for name, tensor in (*model.named_parameters(), ("inv_freq", model.get_buffer("inv_freq"))):
+        # A tied head is listed once, as the embedding, which Gather reads as it is.
+        transposed = name in linear
+        shape = tuple(tensor.shape)[::-1] if transposed else tuple(tensor.shape)
+        stored = StoredWeight(name, DATA_TYPES[tensor.dtype], shape, transposed, 0)
         alignment = PAGE if stored.nbytes >= PAGE else CACHE_LINE
         offset = -(-end // alignment) * alignment
-        layout[value.name] = StoredWeight(stored.name, stored.dtype, shape, stored.transposed, offset)
+        layout[name] = dataclasses.replace(stored, offset=offset)
         end = offset + stored.nbytes
     return layout
 
 
+def check_plan(layout: dict[str, StoredWeight], weights: Iterable[ir.Value]) -> None:
+    """A traced graph's weights must be those of the plan.
+
+    Raises:
+        AssertionError: tracing and plan disagree; a defect here.
+    """
+    for value in weights:
+        assert value.name is not None and value.shape is not None
+        stored = layout[value.name]
+        found = (value.dtype, tuple(value.shape), TRANSPOSED_KEY in value.metadata_props)
+        assert found == (stored.dtype, stored.shape, stored.transposed), f"{value.name}: {found}, {stored}"
+
+
 def write(
-    path: Path, layout: dict[str, StoredWeight], source: WeightSource, bar: Progress, extra: dict[str, Tensor]
+    path: Path,
+    layout: dict[str, StoredWeight],
+    source: WeightSource,
+    extra: dict[str, Tensor],
+    on_bytes: Callable[[int], None],
 ) -> None:
     """Write every tensor of `layout` to a new file, with one block in memory at a time.
 
@@ -84,26 +110,36 @@ def write(
         path: weights.data, which must not exist.
         layout: from `plan`.
         source: delivers canonical tensors.
-        bar: advanced by bytes written.
         extra: tensors that no checkpoint holds (inv_freq).
+        on_bytes: told how many bytes were written; what it raises ends the writing.
 
     Raises:
         CheckpointError: a value that the bundle's type cannot hold.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        size = max(weight.offset + weight.nbytes for weight in layout.values())
-        os.ftruncate(descriptor, size)
-        for weight in layout.values():
-            if weight.name in extra:
-                blocks: Iterable[tuple[int, Tensor]] = [(0, extra[weight.name])]
-            else:
-                blocks = source.row_blocks(weight.name, BLOCK_BYTES)
-            for start, block in blocks:
-                _write_block(descriptor, weight, start, block)
-                bar.advance(block.numel() * weight.dtype.itemsize)
+        os.ftruncate(descriptor, max(weight.offset + weight.nbytes for weight in layout.values()))
+        with ThreadPoolExecutor(1) as disk:
+            flushing, unflushed = None, 0
+            for weight in layout.values():
+                for start, block in _blocks(weight, source, extra):
+                    _write_block(descriptor, weight, start, block)
+                    written = block.numel() * int(weight.dtype.itemsize)
+                    on_bytes(written)
+                    unflushed += written
+                    # The disk works while the next blocks are read, instead of all at the end.
+                    if unflushed > FLUSH_BYTES and (flushing is None or flushing.done()):
+                        flushing, unflushed = disk.submit(os.fdatasync, descriptor), 0
     finally:
         os.close(descriptor)
+
+
+def _blocks(
+    weight: StoredWeight, source: WeightSource, extra: dict[str, Tensor]
+) -> Iterable[tuple[int, Tensor]]:
+    if weight.name in extra:
+        return [(0, extra[weight.name])]
+    return source.row_blocks(weight.name, BLOCK_BYTES)
 
 
 def _write_block(descriptor: int, weight: StoredWeight, start: int, block: Tensor) -> None:

@@ -36,15 +36,15 @@ GRAPHS = (
 
 
 def make_graphs(
-    spec: ModelSpec, dtype: torch.dtype, *, all_logits: bool
-) -> tuple[dict[str, ir.Model], dict[str, weights.StoredWeight]]:
-    """Trace once, lower to each kind and target: (model by manifest key, layout of weights.data).
+    spec: ModelSpec, dtype: torch.dtype, layout: dict[str, weights.StoredWeight], *, all_logits: bool
+) -> dict[str, ir.Model]:
+    """Trace once, lower to each kind and target: model by manifest key.
 
     The models still have their weights as inputs; `save` attaches them.
     """
     prefill = trace.trace(spec, dtype, all_logits=all_logits)
     traced = {"prefill": prefill, "step": trace.step_of(prefill)}
-    layout = weights.plan(trace.weight_inputs(prefill.graph, spec))
+    weights.check_plan(layout, trace.weight_inputs(prefill.graph, spec))
     models = {}
     for graph_file in GRAPHS:
         model = traced[graph_file.kind].clone()
@@ -53,7 +53,7 @@ def make_graphs(
         else:
             lower.lower_to_tensorrt(model)
         models[graph_file.key] = model
-    return models, layout
+    return models
 
 
 def save(
