@@ -66,6 +66,14 @@ class PositionError(RunnerError):
     """A sequence that would run past the last position that the model knows."""
 
 
+class PromptError(DijiangError):
+    """A prompt that nothing can be generated from: empty, not UTF-8, or not readable."""
+
+
+class SessionError(DijiangError):
+    """A saved state that cannot be resumed: corrupt, or of another model."""
+
+
 class ValidationMismatch(DijiangError):
     """Outputs differ from the recorded reference by more than the tolerance."""
 

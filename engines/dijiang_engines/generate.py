@@ -1,0 +1,172 @@
+"""Generating text: one decode loop for every runner.
+
+    generator = Generator(open_runner(bundle), Tokenizer(bundle.tokenizer_path))
+    generation = generator.start(["def main("], GenerateOptions(max_tokens=50))
+    for event in generation:
+        print(event.text, end="", flush=True)
+
+Prompts of a batch may differ in length: they are right-padded, and a row that is done gets no more tokens
+while the others go on. What a row becomes does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dijiang_engines.errors import PromptError, UsageError
+from dijiang_engines.generation import Completion, GenerateOptions, Generation, Row, Stats, TokenEvent
+from dijiang_engines.runners.base import Runner
+from dijiang_engines.runners.checks import position_error
+from dijiang_engines.sampling import SamplingOptions
+from dijiang_engines.session import Session
+from dijiang_engines.stop import StopMatcher
+from dijiang_engines.tokenizer import Tokenizer
+
+__all__ = [
+    "Completion", "GenerateOptions", "Generation", "Generator", "SamplingOptions", "Stats", "TokenEvent",
+]  # fmt: skip
+
+DEFAULT_MAX_TOKENS = 128
+PREFILL_TOKENS = 2048
+"""Tokens of all rows together that one prefill call takes; bounds the memory for activations."""
+
+
+class Generator:
+    """Generates with one runner.
+
+    Args:
+        runner: any runner.
+        tokenizer: the model's; without one, prompts are token ids and there is no text.
+        prefill_tokens: how many prompt tokens, of all rows together, one call may take.
+
+    Raises:
+        BundleError: the tokenizer has tokens that the model does not have.
+    """
+
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer | None = None, *, prefill_tokens: int = PREFILL_TOKENS
+    ) -> None:
+        if prefill_tokens < 1:
+            raise UsageError("prefill-tokens must be at least 1", got=prefill_tokens)
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.prefill_tokens = prefill_tokens
+        # Ids that pad the vocabulary are no tokens: their logits are whatever the padding rows give.
+        self.banned: npt.NDArray[np.int64] | None = None
+        if tokenizer is not None:
+            self.banned = np.flatnonzero(~tokenizer.token_mask(runner.spec.vocab_size))
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, at least one. An empty prompt is the model's beginning-of-text token.
+
+        Raises:
+            PromptError: the prompt is empty and the model has no such token.
+        """
+        if self.tokenizer is None:
+            raise UsageError("the bundle has no tokenizer", hint="give token ids instead of text")
+        ids = self.tokenizer.encode(prompt)
+        bos = self.runner.spec.bos_token_id
+        if not ids and bos is not None and bos < self.runner.spec.vocab_size:
+            ids = [bos]
+        if not ids:
+            raise PromptError(
+                "the prompt is empty, and the model has no beginning-of-text token to start from",
+                hint="give at least one character",
+            )
+        return ids
+
+    def start(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        options: GenerateOptions | None = None,
+        *,
+        session: Session | None = None,
+        first_stream: int = 0,
+    ) -> Generation:
+        """Check everything and hand out the generation, which runs as it is iterated over.
+
+        Args:
+            prompts: text or token ids, one per row. With a session: one per row of it, where "" adds
+                nothing, or none at all.
+            options: when to stop and how to choose; greedy by default.
+            session: what to go on from.
+            first_stream: number of the first row's stream of random numbers; the others follow. Rows of
+                a long list that is generated in groups keep their own numbers this way.
+
+        Raises:
+            PromptError: an empty prompt where there is nothing to start from.
+            PositionError: a prompt, or prompt and max_tokens together, beyond the model's last position.
+            UsageError: no prompt at all, or another number than the session's.
+        """
+        options = options or GenerateOptions()
+        if options.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer")
+        rows = [
+            self._row(index, prompt, earlier, options, first_stream + index)
+            for index, (prompt, earlier) in enumerate(self._pair(prompts, session))
+        ]
+        return Generation(self.runner, rows, options, session, self.prefill_tokens, self.banned)
+
+    def _pair(
+        self, prompts: Sequence[str | Sequence[int]], session: Session | None
+    ) -> list[tuple[str | Sequence[int], tuple[list[int], int] | None]]:
+        if session is None:
+            if not prompts:
+                raise UsageError("there is no prompt")
+            return [(prompt, None) for prompt in prompts]
+        if prompts and len(prompts) != session.batch:
+            raise UsageError(
+                "the number of prompts is not the number of texts in the session",
+                got=len(prompts),
+                expected=f"{session.batch}, or none to go on as they are",
+            )
+        earlier = zip(session.token_ids, session.positions.tolist(), strict=True)
+        return list(zip(prompts or [""] * session.batch, earlier, strict=True))
+
+    def _row(
+        self,
+        index: int,
+        prompt: str | Sequence[int],
+        earlier: tuple[list[int], int] | None,
+        options: GenerateOptions,
+        stream_id: int,
+    ) -> Row:
+        old, consumed = earlier or ([], 0)
+        if not isinstance(prompt, str):
+            new = list(prompt)
+        elif earlier is None:
+            new = self.encode(prompt)
+        else:
+            new = self.tokenizer.encode(prompt, special_tokens=False) if prompt and self.tokenizer else []
+        if not old and not new:
+            raise PromptError("a prompt has no tokens", hint="give at least one")
+        vocab = self.runner.spec.vocab_size
+        if new and not 0 <= min(new) <= max(new) < vocab:
+            raise PromptError(
+                "a prompt holds a token id that the model does not have", expected=f"0 to {vocab - 1}"
+            )
+        ids = [*old, *new]
+        limit = self._room(index, len(ids), options.max_tokens)
+        row = Row(ids, consumed, len(ids), len(ids) - consumed, limit, stream_id)
+        row.stop = StopMatcher(options.stop)
+        if self.tokenizer is not None:
+            row.text = self.tokenizer.stream(ids)
+        return row
+
+    def _room(self, index: int, tokens: int, wanted: int | None) -> int:
+        """How many tokens to generate after `tokens`: the last one is never read, so it needs no position."""
+        spec = self.runner.spec
+        if spec.max_positions is None:
+            return DEFAULT_MAX_TOKENS if wanted is None else wanted
+        if tokens > spec.max_positions:
+            raise position_error(spec, index, tokens)
+        room = spec.max_positions - tokens + 1
+        if wanted is not None and wanted > room:
+            raise position_error(
+                spec, index, tokens + wanted - 1,
+                f"the prompt has {tokens} tokens: ask for at most --max-tokens {room}, or leave it out",
+            )  # fmt: skip
+        return min(DEFAULT_MAX_TOKENS, room) if wanted is None else wanted

@@ -1,0 +1,308 @@
+"""The decode loop: what was asked for, what comes out, and how rows of unequal length go through a runner.
+
+`dijiang_engines.generate` is the way in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dijiang_engines.errors import UsageError
+from dijiang_engines.runners.base import FloatArray, Runner
+from dijiang_engines.sampling import SamplingOptions, sample, uniform
+from dijiang_engines.session import Session
+from dijiang_engines.stop import StopMatcher
+from dijiang_engines.tokenizer import TextStream
+
+FinishReason = Literal["eos", "stop", "length"]
+
+_CHUNK = 64
+"""The prefill graph works in chunks of this many tokens; shorter pieces waste the rest of one."""
+_LOGITS_BYTES = 256 << 20
+"""Most bytes of logits that one prefill call may return, for bundles with logits of every token."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """When to stop and how to choose.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    max_tokens: int | None = None
+    """New tokens per row; None is 128, or as many as a model with a last position has room for."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """A row ends when its text contains one of these; that and what follows is not given out."""
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise UsageError("max-tokens must not be negative", got=self.max_tokens)
+        if not all(self.stop):
+            raise UsageError("a stop string must not be empty")
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of one row."""
+
+    row: int
+    token: int
+    text: str
+    """What became certain with it: whole characters, and nothing that may yet turn out a stop string."""
+    finish_reason: FinishReason | None
+    """Set on the row's last token."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one prompt became."""
+
+    row: int
+    text: str
+    token_ids: list[int]
+    """The new tokens, including one that ended the row."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    """New tokens that were read before the first was generated."""
+
+
+@dataclass
+class Stats:
+    """Where the time went. Seconds; loading a runtime and the caller's own work are not in them."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    generated_tokens: int = 0
+    """All rows' tokens."""
+    decoded_tokens: int = 0
+    """Those after each row's first, which comes from the prefill."""
+    decode_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second; 0 before there was a prefill."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second of all rows together; 0 before there was a step."""
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def add(self, other: Stats) -> None:
+        """Add another generation's."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Row:
+    """One text being generated."""
+
+    ids: list[int]
+    """The whole text: earlier session, prompt, new tokens."""
+    consumed: int
+    """How many of `ids` are in the state."""
+    start: int
+    """Where the new tokens begin."""
+    prompt_tokens: int
+    limit: int
+    """Most new tokens."""
+    stream_id: int
+    """Which stream of random numbers it draws from."""
+    text: TextStream | None = None
+    stop: StopMatcher = field(default_factory=StopMatcher)
+    parts: list[str] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.ids) - self.start
+
+
+class Generation:
+    """A running generation: iterate over it once, then ask for `completions` and `session`.
+
+    Attributes:
+        stats: counts and times so far.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        rows: list[Row],
+        options: GenerateOptions,
+        session: Session | None,
+        prefill_tokens: int,
+        banned: npt.NDArray[np.int64] | None,
+    ) -> None:
+        """
+        Args:
+            runner: where to run.
+            rows: what to start from; `Generator.start` makes them.
+            options: when to stop and how to choose.
+            session: what `rows` go on from.
+            prefill_tokens: tokens of all rows together that one call may take.
+            banned: token ids that are never chosen.
+        """
+        self._runner = runner
+        self._prefill_tokens = prefill_tokens
+        self._banned = banned
+        self._rows = rows
+        self._options = options
+        self.stats = Stats(prompt_tokens=sum(row.prompt_tokens for row in rows))
+        if session is None:
+            self._state = self._runner.new_state(len(rows))
+        else:
+            self._state = self._runner.import_state(session.layers)
+        self._seen: npt.NDArray[np.bool_] | None = None
+        if options.sampling.repetition_penalty != 1:
+            self._seen = np.zeros((len(rows), self._runner.spec.vocab_size), np.bool_)
+            for seen, row in zip(self._seen, rows, strict=True):
+                seen[row.ids] = True
+        self._events = self._run()
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        return self._events
+
+    @property
+    def completions(self) -> list[Completion]:
+        """What each row has become so far, in order."""
+        return [
+            Completion(
+                index, "".join(row.parts), row.ids[row.start :], row.finish or "length", row.prompt_tokens
+            )
+            for index, row in enumerate(self._rows)
+        ]
+
+    def session(self) -> Session:
+        """Where the rows stand, to be saved or resumed; any rest of the generation is run first."""
+        for _ in self._events:
+            pass
+        return Session(
+            self._runner.export_state(self._state),
+            np.array([row.consumed for row in self._rows], np.int64),
+            [list(row.ids) for row in self._rows],
+        )
+
+    # -- the loop --------------------------------------------------------------------------------------
+
+    def _run(self) -> Iterator[TokenEvent]:
+        if self._options.max_tokens == 0:
+            # Reading only. The last token stays unread, so that what goes on from here gets its logits.
+            self._prefill(keep=1)
+            return
+        logits = self._prefill(keep=0)
+        while True:
+            active = [index for index, row in enumerate(self._rows) if row.finish is None]
+            started = time.perf_counter()
+            tokens = self._choose(logits, active)
+            events = [self._accept(index, token) for index, token in zip(active, tokens, strict=True)]
+            if self.stats.decoded_tokens:
+                self.stats.decode_seconds += time.perf_counter() - started
+            yield from events
+            if all(row.finish for row in self._rows):
+                return
+            logits = self._step()
+
+    def _prefill(self, keep: int) -> FloatArray:
+        """Read every row's tokens but the last `keep`; returns the last logits, [B, V]."""
+        rows, spec = self._rows, self._runner.spec
+        result = np.zeros((len(rows), spec.vocab_size), np.float32)
+        left = np.array([len(row.ids) - row.consumed - keep for row in rows])
+        if left.max() > 1:
+            self._load(prefill=True)
+        elif left.max() == 1:
+            self._load(prefill=False)
+        started = time.perf_counter()
+        while left.max() > 0:
+            length = min(int(left.max()), self._piece())
+            lens = np.minimum(left, length)
+            ids = np.zeros((len(rows), length), np.int64)
+            for index, row in enumerate(rows):
+                ids[index, : lens[index]] = row.ids[row.consumed : row.consumed + int(lens[index])]
+            positions = np.array([row.consumed for row in rows])
+            call = self._runner.step if length == 1 else self._runner.prefill
+            logits = call(ids, positions, lens, self._state)
+            left -= lens
+            for index, row in enumerate(rows):
+                row.consumed += int(lens[index])
+                if lens[index] and not left[index]:
+                    last = lens[index] - 1 if self._runner.all_logits else 0
+                    result[index] = logits[index, last]
+        self.stats.prefill_seconds = time.perf_counter() - started
+        return result
+
+    def _piece(self) -> int:
+        """Tokens per row and call."""
+        batch, spec = len(self._rows), self._runner.spec
+        piece = self._prefill_tokens // batch
+        if self._runner.all_logits:
+            piece = min(piece, _LOGITS_BYTES // (4 * spec.vocab_size * batch))
+        return max(1, piece // _CHUNK * _CHUNK if piece > _CHUNK else piece)
+
+    def _step(self) -> FloatArray:
+        """Read the token that each unfinished row got last; returns logits [B, V]."""
+        if not self.stats.decoded_tokens:
+            self._load(prefill=False)
+        rows = self._rows
+        started = time.perf_counter()
+        lens = np.array([int(row.finish is None) for row in rows])
+        ids = np.array([[row.ids[-1]] for row in rows])
+        positions = np.array([row.consumed for row in rows])
+        logits = self._runner.step(ids, positions, lens, self._state)
+        for row, length in zip(rows, lens.tolist(), strict=True):
+            row.consumed += length
+        self.stats.decoded_tokens += int(lens.sum())
+        self.stats.decode_seconds += time.perf_counter() - started
+        return logits[:, 0]
+
+    def _load(self, prefill: bool) -> None:
+        """Let the runner load what comes next, outside of what is timed as work."""
+        warm_up = getattr(self._runner, "warm_up", None)
+        if warm_up is not None:
+            started = time.perf_counter()
+            warm_up(prefill=prefill, step=not prefill)
+            self.stats.load_seconds += time.perf_counter() - started
+
+    def _choose(self, logits: FloatArray, active: list[int]) -> list[int]:
+        options = self._options
+        uniforms = None
+        if not options.sampling.greedy:
+            # The index is the token's place in the text, so that a resumed text draws the same numbers.
+            rows = [self._rows[index] for index in active]
+            uniforms = np.array([uniform(options.seed, row.stream_id, len(row.ids)) for row in rows])
+        seen = None if self._seen is None else self._seen[active]
+        tokens = sample(logits[active], options.sampling, uniforms, seen=seen, banned=self._banned)
+        if self._seen is not None:
+            self._seen[active, tokens] = True
+        return [int(token) for token in tokens]
+
+    def _accept(self, index: int, token: int) -> TokenEvent:
+        row = self._rows[index]
+        row.ids.append(token)
+        self.stats.generated_tokens += 1
+        text = ""
+        if token in self._runner.spec.eos_token_ids and not self._options.ignore_eos:
+            row.finish = "eos"
+        elif row.text is not None:
+            text = row.stop.push(row.text.push(token))
+        if row.finish is None and not row.stop.found and row.new_tokens >= row.limit:
+            row.finish = "length"
+        if row.finish is not None and row.text is not None:
+            text += row.stop.push(row.text.finish()) + row.stop.flush()
+        if row.stop.found:
+            row.finish = "stop"
+        row.parts.append(text)
+        return TokenEvent(index, token, text, row.finish)

@@ -1,0 +1,44 @@
+"""Stop strings in a stream of text, wherever the pieces of the stream are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string, and holds back what may be the beginning of one.
+
+    Attributes:
+        found: True once a stop string has been seen; nothing comes through after that.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is certain not to be, or to follow, a stop string."""
+        if self.found or not self._stops:
+            return "" if self.found else text
+        text = self._held + text
+        places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        hold = max(self._beginning(text, stop) for stop in self._stops)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+    def flush(self) -> str:
+        """What was held back: the text has ended, so it is no beginning of anything."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _beginning(text: str, stop: str) -> int:
+        """The length of the longest end of `text` with which `stop` begins."""
+        for length in range(min(len(text), len(stop) - 1), 0, -1):
+            if text.endswith(stop[:length]):
+                return length
+        return 0
