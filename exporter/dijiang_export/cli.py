@@ -239,7 +239,7 @@ def _explain_usage(error: click.ClickException) -> DijiangError:
 
 def _explain_os_error(error: OSError) -> DijiangError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "make room, or write to another disk; nothing half-written was left"
+        hint = "make room, or write to another disk"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "check the permissions, or use another folder"
     else:
