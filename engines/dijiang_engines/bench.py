@@ -1,0 +1,280 @@
+"""Measure a runner: prefill, steps near and far, batches, and the share of memory bandwidth that it reaches.
+
+Times are seconds of one call of the runner, as NumPy callers see it: sampling and tokenization are not in
+them. Every figure is the median of single calls after a warm-up, with the 10th and 90th percentiles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dijiang_engines.bandwidth import Bandwidth
+from dijiang_engines.inspection import step_bytes, weight_bytes
+from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_engines.runners.base import IntArray, Runner, State
+
+PREFILL_LENGTHS = (128, 512, 2048)
+BATCHES = (1, 2, 4, 8)
+NEAR, FAR = 100, 100_000
+"""Positions whose step times are compared: only a number differs, so the times must not."""
+WARM_UP_STEPS = 5
+BLOCK = 8
+"""Near and far steps alternate in blocks of this many, so that a slow moment hits both."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of single calls."""
+
+    calls: int
+    median: float
+    low: float
+    """10th percentile."""
+    high: float
+    """90th percentile."""
+    best: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Summarise at least one measured call."""
+        low, median, high = np.percentile(np.asarray(seconds, np.float64), [10, 50, 90])
+        return cls(len(seconds), float(median), float(low), float(high), float(min(seconds)))
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """`length` tokens of each of `batch` rows in one call."""
+
+    batch: int
+    length: int
+    timing: Timing
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All rows' tokens over the median time."""
+        return self.batch * self.length / self.timing.median
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of each of `batch` rows."""
+
+    batch: int
+    position: int
+    timing: Timing
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All rows' tokens over the median time."""
+        return self.batch / self.timing.median
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure each figure."""
+
+    seconds: float = 2.0
+    """Stop after this much time, once there are `least` calls."""
+    least: int = 5
+    most: int = 400
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What `bench_runner` measured."""
+
+    runner: str
+    dtype: str
+    weight_bytes: int
+    step_bytes: int
+    """Bytes of weights that a step reads."""
+    state_bytes: int
+    load_seconds: float
+    """Of the first prefill and the first step, which load the sessions."""
+    prefill: tuple[Prefill, ...]
+    steps: tuple[Step, ...]
+    bandwidth: Bandwidth | None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def step(self, *, batch: int = 1, near: bool = True) -> Step | None:
+        """The steps of one batch size, near the beginning or far from it."""
+        of_batch = sorted((s for s in self.steps if s.batch == batch), key=lambda s: s.position)
+        return (of_batch[0] if near else of_batch[-1]) if of_batch else None
+
+    @property
+    def flatness(self) -> float | None:
+        """Median step time far from the beginning over that near it, batch 1."""
+        near, far = self.step(), self.step(near=False)
+        if near is None or far is None or near is far:
+            return None
+        return far.timing.median / near.timing.median
+
+    @property
+    def bandwidth_share(self) -> float | None:
+        """Weight bytes of a step over its median time, as a part of the measured reading speed."""
+        step = self.step()
+        if step is None or self.bandwidth is None:
+            return None
+        return self.step_bytes / step.timing.median / self.bandwidth.read
+
+    @property
+    def prefill_gain(self) -> float | None:
+        """How many times faster the longest prefill of one row is than as many steps (at their median)."""
+        step = self.step()
+        longest = max((p for p in self.prefill if p.batch == 1), key=lambda p: p.length, default=None)
+        if step is None or longest is None:
+            return None
+        return step.timing.median * longest.length / longest.timing.median
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, derived figures included."""
+        rows = {
+            "prefill": [asdict(p) | {"tokens_per_second": p.tokens_per_second} for p in self.prefill],
+            "steps": [asdict(s) | {"tokens_per_second": s.tokens_per_second} for s in self.steps],
+        }
+        derived = {
+            "far_over_near": self.flatness,
+            "bandwidth_share": self.bandwidth_share,
+            "prefill_over_steps": self.prefill_gain,
+        }
+        return asdict(self) | rows | {"derived": derived}
+
+
+def bench_runner(
+    runner: Runner,
+    dtype: str,
+    *,
+    lengths: Sequence[int] = PREFILL_LENGTHS,
+    batches: Sequence[int] = BATCHES,
+    positions: Sequence[int] = (NEAR, FAR),
+    effort: Effort = Effort(),
+    bandwidth: Bandwidth | None = None,
+    progress: ProgressFactory = silent,
+    seed: int = 0,
+) -> BenchReport:
+    """Measure a runner.
+
+    Args:
+        runner: what is measured.
+        dtype: the bundle's, for the number of bytes that a step reads.
+        lengths: of prefills of one row; those that the model cannot hold are left out.
+        batches: rows of steps. Every size is measured at the first position, size 1 at all.
+        positions: of steps; cut to what the model knows.
+        effort: how long to measure each figure.
+        bandwidth: of this machine, for comparison.
+        progress: one unit for each figure.
+        seed: of the random tokens.
+    """
+    spec = runner.spec
+    limit = spec.max_positions
+    notes = []
+    fitting = [n for n in lengths if limit is None or n <= limit]
+    if len(fitting) < len(lengths):
+        left = ", ".join(str(n) for n in lengths if n not in fitting)
+        notes.append(f"prefill of {left} tokens left out: the model holds {limit}")
+    places = list(positions)
+    if limit is not None:
+        places = sorted({min(p, max(limit - WARM_UP_STEPS - BLOCK, 0)) for p in positions})
+        if places != list(positions):
+            notes.append(f"steps at positions {places}: the model holds {limit} tokens")
+    rng = np.random.default_rng(seed)
+
+    def tokens(batch: int, length: int) -> IntArray:
+        return rng.integers(0, spec.vocab_size, (batch, length))
+
+    figures = len(fitting) + len(batches) + (1 if 1 in batches and len(places) > 1 else 0)
+    with progress(f"Measuring {runner.name}", figures, "items") as bar:
+        load = _load(runner, tokens)
+        prefills = []
+        for length in fitting:
+            timing = Timing.of(_prefill_seconds(runner, tokens(1, length), effort))
+            prefills.append(Prefill(1, length, timing))
+            bar.advance()
+        steps = []
+        for batch in batches:
+            here = places if batch == 1 else places[:1]
+            for position, timing in zip(
+                here, _step_timings(runner, batch, here, tokens, effort), strict=True
+            ):
+                steps.append(Step(batch, position, timing))
+                bar.advance()
+    return BenchReport(
+        runner=runner.name,
+        dtype=dtype,
+        weight_bytes=weight_bytes(spec, dtype),
+        step_bytes=step_bytes(spec, dtype),
+        state_bytes=spec.state_bytes,
+        load_seconds=load,
+        prefill=tuple(prefills),
+        steps=tuple(steps),
+        bandwidth=bandwidth,
+        notes=tuple(notes),
+    )
+
+
+def _load(runner: Runner, tokens: Callable[[int, int], IntArray]) -> float:
+    start = time.perf_counter()
+    zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    state = runner.new_state(1)
+    runner.prefill(tokens(1, 1), zero, one, state)
+    runner.step(tokens(1, 1), one, one, state)
+    return time.perf_counter() - start
+
+
+def until_done(effort: Effort) -> Iterator[None]:
+    """Yields once for each measured call, until there are enough."""
+    start, calls = time.perf_counter(), 0
+    while calls < effort.least or (calls < effort.most and time.perf_counter() - start < effort.seconds):
+        yield
+        calls += 1
+
+
+def _prefill_seconds(runner: Runner, ids: IntArray, effort: Effort) -> list[float]:
+    batch, length = ids.shape
+    positions, lens = np.zeros(batch, np.int64), np.full(batch, length, np.int64)
+    state: State = runner.new_state(batch)
+    runner.prefill(ids, positions, lens, state)
+    seconds = []
+    for _ in until_done(effort):
+        state = runner.new_state(batch)
+        start = time.perf_counter()
+        runner.prefill(ids, positions, lens, state)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _step_timings(
+    runner: Runner,
+    batch: int,
+    places: Sequence[int],
+    tokens: Callable[[int, int], IntArray],
+    effort: Effort,
+) -> list[Timing]:
+    """One timing for each position; their steps alternate in blocks."""
+    state: State = runner.new_state(batch)
+    ones = np.ones(batch, np.int64)
+    limit = runner.spec.max_positions
+    seconds: list[list[float]] = [[] for _ in places]
+    ids = tokens(64, batch)[..., None]
+    offset = 0
+
+    def step(place: int) -> float:
+        nonlocal offset
+        offset += 1
+        position = place + offset if limit is None else place + offset % BLOCK
+        start = time.perf_counter()
+        runner.step(ids[offset % 64], np.full(batch, position, np.int64), ones, state)
+        return time.perf_counter() - start
+
+    for _ in range(WARM_UP_STEPS):
+        step(places[0])
+    enough = Effort(effort.seconds, -(-effort.least // BLOCK), -(-effort.most // BLOCK))
+    for _ in until_done(enough):
+        for place, kept in zip(places, seconds, strict=True):
+            kept.extend(step(place) for _ in range(BLOCK))
+    return [Timing.of(kept) for kept in seconds]

@@ -1,0 +1,222 @@
+"""Measure an export: its time beside that of copying the checkpoint, and its memory above torch's own.
+
+The export runs in a process of its own. Memory is taken there from the kernel's high-water mark (VmHWM:
+everything resident, file pages included) and, sampled from here, as proportional set size with its
+anonymous part. The baseline is the same process right after `import torch`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines.errors import OutputError, RunnerError, UsageError
+from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_export.random_checkpoint import SHAPES, write_random_checkpoint
+
+SAMPLE_SECONDS = 0.02
+COPY_BLOCK = 16 << 20
+COPIES_ON_DISK = 4.5
+"""Free space needed, in checkpoints: itself, then a copy or a bundle (twice its size in float32), slack."""
+
+_CHILD = """\
+import json, sys, time
+sys.path[:] = {path!r}
+import torch
+from dijiang_export.bench_export import memory, reset_peak
+reset_peak()
+print(json.dumps({{"baseline": memory("self")}}), flush=True)
+start = time.perf_counter()
+from dijiang_export.to_onnx import export_bundle
+imported = time.perf_counter() - start
+report = export_bundle({source!r}, {target!r}, dtype={dtype!r}, cases={cases!r})
+print(json.dumps({{
+    "seconds": time.perf_counter() - start, "parts": report.seconds | {{"imports": imported}},
+    "peak": memory("self"), "weights_bytes": report.weights_bytes,
+}}), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class ExportMeasurement:
+    """One measured export. Bytes and seconds."""
+
+    shape: str
+    dtype: str
+    cases: str
+    checkpoint_bytes: int
+    weights_bytes: int
+    bundle_bytes: int
+    copy_seconds: float
+    """Copying the checkpoint's weights, from a cold cache, and flushing the copy to disk."""
+    export_seconds: float
+    """From the first import after torch to the renamed bundle, flushed; all parts."""
+    parts: dict[str, float]
+    """Seconds of each part as the exporter reports them."""
+    baseline_rss: int
+    """Resident after `import torch`."""
+    peak_rss: int
+    """High-water mark, file pages included."""
+    baseline_pss: int
+    peak_pss: int
+    """Highest sampled proportional set size, file pages included."""
+    peak_anonymous: int
+    """Highest sampled anonymous part of it."""
+
+    @property
+    def rss_above(self) -> int:
+        """What the export adds to an interpreter with torch imported."""
+        return self.peak_rss - self.baseline_rss
+
+    @property
+    def seconds_without_cases(self) -> float:
+        """The export less the recording of reference cases."""
+        return self.export_seconds - self.parts.get("cases", 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with what follows from them."""
+        return asdict(self) | {
+            "rss_above": self.rss_above,
+            "pss_above": self.peak_pss - self.baseline_pss,
+            "seconds_without_cases": self.seconds_without_cases,
+            "copies": self.seconds_without_cases / self.copy_seconds,
+        }
+
+
+def measure_export(
+    shape: str,
+    folder: Path,
+    *,
+    dtype: str = "float16",
+    cases: str = "short",
+    progress: ProgressFactory = silent,
+) -> ExportMeasurement:
+    """Write a random checkpoint of `shape`, copy it, export it, and say what that took.
+
+    Args:
+        shape: a name in `random_checkpoint.SHAPES`.
+        folder: where checkpoint/ and the bundle are made; they are left there.
+        dtype: of the bundle. The checkpoint is float16.
+        cases: none, short or full.
+        progress: for writing the checkpoint.
+
+    Raises:
+        UsageError: there is no such shape.
+        OutputError: the disk has no room.
+        RunnerError: the export failed.
+    """
+    if shape not in SHAPES:
+        raise UsageError(f"there is no shape {shape!r}", expected=f"one of {', '.join(SHAPES)}")
+    _check_space(folder, shape)
+    weights = write_random_checkpoint(folder / "checkpoint", SHAPES[shape], progress=progress)
+    with progress("Copying it, for comparison", None, "items"):
+        copy_seconds = time_copy(weights, folder / "copy.safetensors")
+    forget_pages(weights)
+    bundle = folder / f"{shape}.bundle"
+    with progress(f"Exporting {shape}", None, "items"):
+        first, last, peak_pss, peak_anonymous = _run_child(weights.parent, bundle, dtype, cases)
+    return ExportMeasurement(
+        shape=shape,
+        dtype=dtype,
+        cases=cases,
+        checkpoint_bytes=weights.stat().st_size,
+        weights_bytes=last["weights_bytes"],
+        bundle_bytes=sum(file.stat().st_size for file in bundle.iterdir()),
+        copy_seconds=copy_seconds,
+        export_seconds=last["seconds"],
+        parts=last["parts"],
+        baseline_rss=first["baseline"]["VmRSS"],
+        peak_rss=last["peak"]["VmHWM"],
+        baseline_pss=first["baseline"]["Pss"],
+        peak_pss=max(peak_pss, first["baseline"]["Pss"]),
+        peak_anonymous=peak_anonymous,
+    )
+
+
+def _run_child(source: Path, target: Path, dtype: str, cases: str) -> tuple[Any, Any, int, int]:
+    """The child's two messages, and the highest sampled Pss and Pss_Anon."""
+    code = _CHILD.format(path=sys.path, source=str(source), target=str(target), dtype=dtype, cases=cases)
+    errors = target.with_suffix(".log")
+    pss = anonymous = 0
+    with (
+        errors.open("w+b") as log,
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            while child.poll() is None:
+                with suppress(OSError):
+                    now = memory(str(child.pid))
+                    pss, anonymous = max(pss, now.get("Pss", 0)), max(anonymous, now.get("Pss_Anon", 0))
+                time.sleep(SAMPLE_SECONDS)
+        except BaseException:
+            child.kill()
+            raise
+        lines = child.stdout.read().decode().splitlines()
+        log.seek(0)
+        said = log.read().decode(errors="replace").strip()
+    errors.unlink()
+    if child.returncode != 0 or len(lines) < 2:
+        raise RunnerError("the measured export failed", got=said[-800:] or f"exit code {child.returncode}")
+    return json.loads(lines[0]), json.loads(lines[-1]), pss, anonymous
+
+
+def memory(process: str) -> dict[str, int]:
+    """VmRSS and VmHWM of a process, Pss and Pss_Anon where the kernel tells; bytes."""
+    found = {}
+    for file, names in (("status", "VmRSS|VmHWM"), ("smaps_rollup", "Pss|Pss_Anon")):
+        with suppress(OSError):
+            text = Path(f"/proc/{process}/{file}").read_text()
+            for match in re.finditer(rf"^({names}):\s+(\d+) kB", text, re.MULTILINE):
+                found[match[1]] = int(match[2]) << 10
+    return found
+
+
+def reset_peak() -> None:
+    """Let VmHWM start anew, where the kernel allows it: imports have peaks of their own."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def time_copy(source: Path, target: Path) -> float:
+    """Seconds to copy a file from a cold cache and to flush the copy to disk; the copy is removed."""
+    os.sync()
+    forget_pages(source)
+    start = time.perf_counter()
+    try:
+        with source.open("rb") as reader, target.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, COPY_BLOCK)
+            writer.flush()
+            os.fsync(writer.fileno())
+        return time.perf_counter() - start
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def forget_pages(path: Path) -> None:
+    """Ask the kernel to drop a file's cached pages, so that the next reader has to go to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _check_space(folder: Path, shape: str) -> None:
+    s = SHAPES[shape]
+    size = 2 * (s.layers * (5 * s.hidden**2 + 2 * s.hidden * s.intermediate) + 2 * s.vocab * s.hidden)
+    free = shutil.disk_usage(folder).free
+    if free < COPIES_ON_DISK * size:
+        raise OutputError(
+            f"{folder} has too little room to measure the export of {shape}",
+            got=f"{free / 1e9:.1f} GB free",
+            expected=f"{COPIES_ON_DISK * size / 1e9:.1f} GB",
+            hint="name a folder on another disk with --folder",
+        )
