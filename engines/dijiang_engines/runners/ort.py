@@ -47,7 +47,7 @@ def onnxruntime_module() -> Any:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
         raise RunnerError(
-            "ONNX Runtime is not installed" if missing else "ONNX Runtime is installed but does not load",
+            "the Python package onnxruntime is not installed" if missing else "onnxruntime does not load",
             got=None if missing else str(error),
             hint="pip install 'dijiang-export[cpu]', or [gpu] for CUDA; never both",
         ) from error
