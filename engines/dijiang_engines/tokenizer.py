@@ -54,7 +54,7 @@ class Tokenizer:
     @property
     def ids(self) -> npt.NDArray[np.int64]:
         """All token ids, ascending: [n] int64."""
-        return np.unique(np.fromiter(self._backend.get_vocab(True).values(), np.int64))
+        return np.array(sorted(set(self._backend.get_vocab(True).values())), dtype=np.int64)
 
     def token_mask(self, vocab_size: int) -> npt.NDArray[np.bool_]:
         """[vocab_size] bool: which of the model's ids are tokens. Padded vocabularies have ids that are not.
