@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,10 @@ class BenchReport:
         if step is None or longest is None:
             return None
         return step.timing.median * longest.length / longest.timing.median
+
+    def with_bandwidth(self, bandwidth: Bandwidth | None) -> BenchReport:
+        """The same figures beside another measurement of the machine."""
+        return replace(self, bandwidth=bandwidth)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, derived figures included."""

@@ -36,9 +36,13 @@ from dijiang_export.bench_export import memory, reset_peak
 reset_peak()
 print(json.dumps({{"baseline": memory("self")}}), flush=True)
 start = time.perf_counter()
+from dijiang_engines.errors import DijiangError
 from dijiang_export.to_onnx import export_bundle
 imported = time.perf_counter() - start
-report = export_bundle({source!r}, {target!r}, dtype={dtype!r}, cases={cases!r})
+try:
+    report = export_bundle({source!r}, {target!r}, dtype={dtype!r}, cases={cases!r})
+except DijiangError as error:
+    sys.exit(str(error))
 print(json.dumps({{
     "seconds": time.perf_counter() - start, "parts": report.seconds | {{"imports": imported}},
     "peak": memory("self"), "weights_bytes": report.weights_bytes,
@@ -166,8 +170,15 @@ def _run_child(source: Path, target: Path, dtype: str, cases: str) -> tuple[Any,
         said = log.read().decode(errors="replace").strip()
     errors.unlink()
     if child.returncode != 0 or len(lines) < 2:
-        raise RunnerError("the measured export failed", got=said[-800:] or f"exit code {child.returncode}")
+        raise RunnerError(
+            "the measured export failed", got=_last_words(said) or f"exit code {child.returncode}"
+        )
     return json.loads(lines[0]), json.loads(lines[-1]), pss, anonymous
+
+
+def _last_words(said: str) -> str:
+    """An error as its author wrote it; of a traceback, the last line."""
+    return said.splitlines()[-1] if "Traceback (most recent call last)" in said else said[-800:]
 
 
 def memory(process: str) -> dict[str, int]:

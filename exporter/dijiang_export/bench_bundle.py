@@ -1,0 +1,149 @@
+"""Measure a bundle on this machine, and say everything that the figures depend on.
+
+The result is one JSON document: command, date, versions, machine, model, the outcome of a validation, the
+figures of `dijiang_engines.bench`, PyTorch's if a checkpoint was given, and how long `generate` takes to
+begin.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines import __version__
+from dijiang_engines.bandwidth import Bandwidth, measure_bandwidth
+from dijiang_engines.bench import BATCHES, PREFILL_LENGTHS, Effort, bench_runner
+from dijiang_engines.bundle import Bundle, open_bundle
+from dijiang_engines.inspection import part_sizes
+from dijiang_engines.machine import describe_machine, package_versions, usable_cpus
+from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_engines.runners import Runner, open_runner
+from dijiang_engines.validate import validate
+
+STARTUPS = 3
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "torch", "onnx", "onnxscript", "tensorrt")
+
+
+def measure_bundle(
+    path: Path,
+    *,
+    runner: str = "auto",
+    threads: int | None = None,
+    checkpoint: Path | None = None,
+    seconds: float = 2.0,
+    lengths: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    progress: ProgressFactory = silent,
+) -> dict[str, Any]:
+    """Validate and measure a bundle.
+
+    Args:
+        path: the bundle.
+        runner: as for `open_runner`.
+        threads: of the runner and of PyTorch; default: the CPUs that this process may use.
+        checkpoint: where the bundle came from, to measure PyTorch's reference model beside it.
+        seconds: about how long to measure each figure.
+        lengths: of prefills.
+        batches: of steps.
+        progress: for the parts.
+
+    Raises:
+        ValidationMismatch: the bundle computes something else than was recorded; nothing is measured.
+        BundleError, CheckpointError, RunnerError: it cannot be run.
+    """
+    bundle = open_bundle(path)
+    threads = threads or usable_cpus()
+    opened = open_runner(bundle, runner, threads=threads)
+    validated = _validated(bundle, opened, progress)
+    effort = Effort(seconds)
+    chosen = tuple(lengths or PREFILL_LENGTHS)
+    before = measure_bandwidth(threads)
+    report = bench_runner(
+        opened,
+        bundle.dtype,
+        lengths=chosen,
+        batches=tuple(batches or BATCHES),
+        effort=effort,
+        bandwidth=None,
+        progress=progress,
+    )
+    bandwidth = _better(before, measure_bandwidth(threads))
+    found = report.with_bandwidth(bandwidth if opened.name.endswith("cpu") else None)
+    reference = None
+    if checkpoint is not None:
+        from dijiang_export.bench_reference import measure_in_subprocess
+
+        with progress("Measuring PyTorch", None, "items"):
+            reference = measure_in_subprocess(checkpoint, threads=threads, lengths=chosen, effort=effort)
+    return about_run() | {
+        "threads": threads,
+        "model": {
+            "name": bundle.name,
+            "parameters": sum(part.count + part.wide for part in part_sizes(bundle.spec).values()),
+            "spec": bundle.spec.to_json(),
+            "weights_sha256": bundle.identity.weights_sha256,
+        },
+        "validated": validated,
+        "bench": found.to_json(),
+        "reference": reference,
+        "startup": _startup(bundle, opened.name, threads),
+    }
+
+
+def about_run() -> dict[str, Any]:
+    """What was run, when, with what, and on what."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"dijiang-export": __version__, **package_versions(_PACKAGES)},
+        "machine": asdict(describe_machine()),
+    }
+
+
+def _validated(bundle: Bundle, runner: Runner, progress: ProgressFactory) -> str:
+    if bundle.reference_path is None:
+        return "not validated: the bundle holds no recorded cases"
+    report = validate(
+        runner, bundle.reference(), dtype=bundle.dtype, replays=["prefill", "steps"], progress=progress
+    )
+    report.raise_on_mismatch()
+    worst = max(r.logits_error or 0.0 for r in report.results)
+    return f"validated: largest logit error {worst:.1e} standard deviations"
+
+
+def _better(a: Bandwidth, b: Bandwidth) -> Bandwidth:
+    """The stricter of two measurements: anything else that ran meanwhile makes them smaller."""
+    return Bandwidth(a.threads, max(a.read, b.read), max(a.copy, b.copy))
+
+
+def _startup(bundle: Bundle, runner: str, threads: int) -> dict[str, Any] | None:
+    """Seconds until a new `generate` process prints, and its peak memory; None without a tokenizer."""
+    if bundle.tokenizer_path is None:
+        return None
+    command = [
+        sys.executable, "-m", "dijiang_export", "generate", str(bundle.path), "--prompt", "def main():",
+        "--max-tokens", "16", "--runner", runner, "--threads", str(threads), "--quiet",
+    ]  # fmt: skip
+    seconds, peaks = [], []
+    for _ in range(STARTUPS):
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as child:
+            assert child.stdout is not None
+            first = child.stdout.read(1)
+            seconds.append(time.perf_counter() - start)
+            child.stdout.read()
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode != 0 or not first:
+            return None
+        peaks.append(usage.ru_maxrss << 10)
+    return {"first_output_seconds": statistics.median(seconds), "runs": seconds, "peak_rss": max(peaks)}
