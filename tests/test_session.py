@@ -159,6 +159,7 @@ def test_truncated(generator: Generator, bundle: Bundle, tmp_path: Path) -> None
     [
         ("positions", np.array([9, 0]), "do not fit"),
         ("positions", np.array([-1, 0]), "do not fit"),
+        ("positions", np.array([4, 2]), "do not fit"),  # no token left to read
         ("positions", np.zeros(0, np.int64), "damaged"),
         ("positions", np.zeros(2, np.int32), "damaged"),
         ("lengths", np.array([4, 2**62]), "damaged"),
@@ -204,16 +205,17 @@ def test_places_that_cannot_be_written(generator: Generator, bundle: Bundle, tmp
     assert (tmp_path / "letter.txt").read_text() == "dear"
 
 
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_session(
-    generator: Generator, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generator: Generator, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     saved(generator, bundle, tmp_path / "s")
     before = (tmp_path / "s").read_bytes()
 
-    def full(_descriptor: int) -> None:
+    def full(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, failing, full)
     with pytest.raises(OutputError, match="cannot write the session") as caught:
         save_session(tmp_path / "s", session_of(generator), bundle)
     assert "No space left" in str(caught.value)

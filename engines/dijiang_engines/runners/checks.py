@@ -47,7 +47,7 @@ def check_call(
         )
     limit = spec.max_positions
     if limit is not None:
-        ends = np.where(lens > 0, starts + lens, 0)
+        ends = starts + lens
         if ends.max() > limit:
             row = int(ends.argmax())
             raise position_error(spec, row, int(ends[row]))
