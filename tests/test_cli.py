@@ -92,9 +92,9 @@ def test_each_command_has_help_with_an_example(name: str, capsys: pytest.Capture
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     assert command.name == name
-    options = {option for parameter in command.params for option in parameter.opts}
     if name != "completion":
-        assert {"--json", "--quiet", "-q"} <= options
+        for one in command.commands.values() if isinstance(command, click.Group) else [command]:
+            assert {"--json", "--quiet", "-q"} <= {opt for parameter in one.params for opt in parameter.opts}
 
 
 def test_help_imports_no_command_and_nothing_heavy() -> None:
