@@ -214,7 +214,12 @@ def test_a_bundle_without_a_record_says_so(
     toy: tuple[Path, ToyModel], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", str(toy[0]), *FAST, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["validated"].startswith("not validated")
+    found = json.loads(capfd.readouterr().out)
+    assert found["validated"].startswith("not validated")
+    # This one has a tokenizer, so that `generate` can be started.
+    assert len(found["startup"]["runs"]) == 3
+    assert 0 < found["startup"]["first_output_seconds"] <= max(found["startup"]["runs"])
+    assert 10 << 20 < found["startup"]["peak_rss"] < 500 << 20
 
 
 @pytest.mark.usefixtures("small_buffers")

@@ -8,7 +8,6 @@ begin.
 from __future__ import annotations
 
 import datetime
-import os
 import shlex
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from dijiang_engines.machine import describe_machine, package_versions, usable_c
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.validate import validate
+from dijiang_export.bench_export import memory
 
 STARTUPS = 3
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "torch", "onnx", "onnxscript", "tensorrt")
@@ -133,17 +133,17 @@ def _startup(bundle: Bundle, runner: str, threads: int) -> dict[str, Any] | None
         sys.executable, "-m", "dijiang_export", "generate", str(bundle.path), "--prompt", "def main():",
         "--max-tokens", "16", "--runner", runner, "--threads", str(threads), "--quiet",
     ]  # fmt: skip
-    seconds, peaks = [], []
+    seconds: list[float] = []
+    peak = 0
     for _ in range(STARTUPS):
         start = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as child:
             assert child.stdout is not None
             first = child.stdout.read(1)
             seconds.append(time.perf_counter() - start)
-            child.stdout.read()
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
+            # Not wait4's ru_maxrss: across a fork it begins with what this process has resident.
+            while first and (child.stdout.read(4096) or child.poll() is None):
+                peak = max(peak, memory(str(child.pid)).get("VmHWM", 0))
         if child.returncode != 0 or not first:
             return None
-        peaks.append(usage.ru_maxrss << 10)
-    return {"first_output_seconds": statistics.median(seconds), "runs": seconds, "peak_rss": max(peaks)}
+    return {"first_output_seconds": statistics.median(seconds), "runs": seconds, "peak_rss": peak}
