@@ -8,6 +8,7 @@ begin.
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 import statistics
 import subprocess
@@ -60,6 +61,7 @@ def measure_bundle(
         ValidationMismatch: the bundle computes something else than was recorded; nothing is measured.
         BundleError, CheckpointError, RunnerError: it cannot be run.
     """
+    about = about_run()
     bundle = open_bundle(path)
     threads = threads or usable_cpus()
     opened = open_runner(bundle, runner, threads=threads)
@@ -84,7 +86,7 @@ def measure_bundle(
 
         with progress("Measuring PyTorch", None, "items"):
             reference = measure_in_subprocess(checkpoint, threads=threads, lengths=chosen, effort=effort)
-    return about_run() | {
+    return about | {
         "threads": threads,
         "model": {
             "name": bundle.name,
@@ -100,12 +102,13 @@ def measure_bundle(
 
 
 def about_run() -> dict[str, Any]:
-    """What was run, when, with what, and on what."""
+    """What was run, when, with what, on what, and how busy that was before (mean of a minute)."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"dijiang-export": __version__, **package_versions(_PACKAGES)},
         "machine": asdict(describe_machine()),
+        "load_average": os.getloadavg()[0],
     }
 
 

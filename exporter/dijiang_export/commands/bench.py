@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
 
+BUSY = 0.7
+"""A load average above which figures are not worth quoting: half a core is at work on something else."""
+
+
 class DefaultGroup(click.Group):
     """A group whose first command is meant where none is named: `bench BUNDLE` is `bench run BUNDLE`."""
 
@@ -159,8 +163,9 @@ def export(
     with tempfile.TemporaryDirectory(prefix="dijiang-bench-") as temporary:
         place = folder or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
+        about = about_run()
         measured = measure_export(shape, place, dtype=dtype, cases=cases, progress=output.progress)
-        result: dict[str, Any] = about_run() | {"export": measured.to_json()}
+        result: dict[str, Any] = about | {"export": measured.to_json()}
         if and_run:
             result["run"] = measure_bundle(
                 place / f"{shape}.bundle",
@@ -198,14 +203,22 @@ def draw_run(result: dict[str, Any]) -> Group:
         f"{found['runner']}, {result['threads']} threads, {result['machine']['cpu']}\n{result['validated']}"
     )
     parts: list[RenderableType] = [Text(head), _speed_table(result), _summary_table(result)]
-    parts += [Text(f"note: {note}") for note in found["notes"]]
+    parts += [Text(f"note: {note}") for note in (*found["notes"], *_busy(result))]
     return Group(*parts)
+
+
+def _busy(result: dict[str, Any]) -> list[str]:
+    load = result["load_average"]
+    if load <= BUSY:
+        return []
+    return [f"other processes kept this machine busy (load {load:.1f} before the start): measure again"]
 
 
 def draw_export(result: dict[str, Any]) -> Group:
     """The table of one measured export, and of its run if there was one."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     e = result["export"]
     table = Table(title=f"Export of {e['shape']} to {e['dtype']}, cases {e['cases']}", title_justify="left")
@@ -224,7 +237,8 @@ def draw_export(result: dict[str, Any]) -> Group:
         ("highest anonymous memory", f"{e['peak_anonymous'] / 1e6:.0f} MB"),
     ):
         table.add_row(name, value)
-    return Group(table, draw_run(result["run"])) if "run" in result else Group(table)
+    parts: list[RenderableType] = [table, *(Text(f"note: {note}") for note in _busy(result))]
+    return Group(*parts, *([draw_run(result["run"])] if "run" in result else []))
 
 
 def _speed_table(result: dict[str, Any]) -> RenderableType:
