@@ -45,7 +45,7 @@ demo: $(BUNDLE)/manifest.json ## export the trained sample, validate the result,
 	$(CLI) validate $(BUNDLE)
 	@echo
 	@echo "== Generate, with ONNX Runtime alone"
-	$(CLI) generate $(BUNDLE) --prompt '$(PROMPT)' --max-tokens 60
+	$(CLI) generate $(BUNDLE) --echo --prompt '$(PROMPT)' --max-tokens 80 --temperature 0.7 --top-p 0.9 --seed 3
 
 $(BUNDLE)/manifest.json: $(EXPORT_SOURCES) | $(INSTALLED)
 	@echo "== Export the sample checkpoint, a small DiJiang model of Python code, to ONNX"
