@@ -5,6 +5,7 @@
 # TORCH_INDEX  where to find PyTorch, if not in the default package index: for the CPU build
 #              TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # ARGS         more arguments for pytest                                     e.g. ARGS="-k cli"
+# SHAPES       what `make bench-export` exports                              default: 410M, 1B and 2.8B
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,6 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+SHAPES ?= pythia-410m pythia-1b pythia-2.8b
 
 BIN := $(VENV)/bin
 CLI := $(BIN)/dijiang-export
@@ -25,10 +27,10 @@ PROMPT := def read_file(path):
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup demo test lint format bench clean distclean
+.PHONY: help setup demo test lint format bench bench-export clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make the virtual environment, with the versions of constraints.txt
 
@@ -64,8 +66,15 @@ format: $(INSTALLED) ## let ruff format and sort
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BUNDLE)/manifest.json ## measure speed and memory on this machine
-	$(CLI) bench $(BUNDLE)
+bench: $(BUNDLE)/manifest.json ## speed of the sample and of a 160M shape, beside PyTorch's
+	@mkdir -p build/bench
+	$(CLI) bench $(BUNDLE) --checkpoint samples/tiny-stdlib --save build/bench/tiny-stdlib.json
+	$(CLI) bench export --shape pythia-160m --dtype float32 --run --save build/bench/pythia-160m.json
+
+bench-export: $(INSTALLED) ## time and memory of exporting larger SHAPES, float16 (needs disk space)
+	@mkdir -p build/bench
+	for shape in $(SHAPES); do \
+		$(CLI) bench export --shape $$shape --save build/bench/export-$$shape.json; done
 
 clean: ## remove what was built; the virtual environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
