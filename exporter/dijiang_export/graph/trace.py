@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -87,7 +88,10 @@ def trace(spec: ModelSpec, dtype: torch.dtype, *, all_logits: bool) -> ir.Model:
             opset_version=TRACE_OPSET,
             optimize=False,
             verbose=False,
-            custom_translation_table={torch.ops.dijiang.attention.default: _translate_op()},
+            custom_translation_table={
+                torch.ops.dijiang.attention.default: _translate_op(),
+                torch.ops.aten.gelu.default: _translate_gelu,
+            },
         )
     assert exported is not None
     onnx_model: ir.Model = exported.model
@@ -137,6 +141,21 @@ def _translate_op() -> Any:
         return op(*tensors, **dict(zip(contract.ATTRIBUTES, attributes, strict=True)))
 
     return translate
+
+
+def _translate_gelu(x: Any, approximate: str = "none") -> Any:
+    """GELU in the order of operations that runtimes recognise and fuse; PyTorch's own order is not."""
+    op = onnxscript.opset18
+
+    def number(value: float) -> Any:
+        return op.CastLike(op.Constant(value_float=value), x)
+
+    if approximate == "tanh":
+        cubic = op.Mul(op.Pow(x, op.Constant(value_float=3.0)), number(0.044715))
+        inner = op.Mul(op.Add(x, cubic), number(math.sqrt(2 / math.pi)))
+        return op.Mul(op.Mul(x, number(0.5)), op.Add(number(1.0), op.Tanh(inner)))
+    erf = op.Erf(op.Div(x, number(math.sqrt(2))))
+    return op.Mul(op.Mul(x, op.Add(erf, number(1.0))), number(0.5))
 
 
 def _weights_to_inputs(graph: ir.Graph, *, tied: bool) -> None:
