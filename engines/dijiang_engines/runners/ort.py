@@ -14,8 +14,10 @@ loading; steps do gain, above all with several sequences at once. So by default 
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import os
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +53,19 @@ def onnxruntime_module() -> Any:
             got=None if missing else str(error),
             hint="pip install 'dijiang-export[cpu]', or [gpu] for CUDA; never both",
         ) from error
+
+
+def _find_cuda_libraries(ort: Any) -> None:
+    """Load the CUDA and cuDNN libraries that pip installed, which no library path names; keep quiet.
+
+    What is missing all the same is reported when a session cannot be made. ONNX Runtime from 1.30 on
+    warns at each CUDA session that no plugin provides CUDA, which it has built in.
+    """
+    ort.set_default_logger_severity(3)
+    preload = getattr(ort, "preload_dlls", None)  # since 1.21
+    if preload is not None:
+        with suppress(Exception), redirect_stdout(io.StringIO()):
+            preload()
 
 
 class OrtState:
@@ -228,6 +243,8 @@ class OrtRunner:
                 got=", ".join(offered),
                 hint="replace it: pip uninstall onnxruntime && pip install 'dijiang-export[gpu]'",
             )
+        if not self._on_cpu:
+            _find_cuda_libraries(self._ort)
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
