@@ -1,4 +1,7 @@
-"""The model card: every number in it comes from metrics.json."""
+"""The model card: every number in it comes from metrics.json, and from what check.py printed.
+
+python samples/train_tiny/card.py METRICS.json FOLDER [CHECK.jsonl]
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ The layout is the official one of GPT-NeoX DiJiang checkpoints
 1. A GPT-NeoX model with softmax attention was trained from random weights.
 2. `dijiang-export convert` replaced its attention: P from the DCT and quasi-Monte Carlo weights, the
    gate, the GroupNorm and the decay as the official code initialises them.
-3. All weights but `proj_matrix`, `D1` and `D2` were fine-tuned.
+3. All weights but `proj_matrix`, `D1` and `D2` were fine-tuned, on windows of {context} tokens; half of them
+   started at a random position below {positions} instead of 0.
 4. Weights were rounded to float16; `D1` and `D2` stay float32, because `D2` does not fit into float16.
 
 `proj_matrix` is frozen in the official code too. `D1` and `D2` are not: there they are trained, after
@@ -66,7 +70,7 @@ not depend on the tokenizer. Library and tests are the two parts of the held-out
 | model | perplexity per token | bits per byte | library | tests |
 |---|---|---|---|---|
 {quality}
-
+{longer}
 ## Compute
 
 On one {device}, Python {machine_python}, torch {torch}, transformers {transformers}; bfloat16 autocast, with
@@ -78,19 +82,31 @@ evaluation. FLOPs are estimates: per token, 6 for each weight that multiplies it
 |---|---|---|---|---|---|
 {compute}
 
-The fine-tuning took {share:.0%} of the vanilla run's steps. Command: `{command}`
+The fine-tuning took {share:.0%} of the vanilla run's steps. Command:
+
+    {command}
 
 ## What to expect of it
 
-- Trained on windows of {context} tokens. Nothing in it stops at that position, but quality beyond is not
-  promised by this card.
+- Nothing in it stops at position {context}. RoPE comes before the softmax of φ, so that attention sees
+  absolute positions: windows that start far into a sequence were part of the fine-tuning for that reason.
 - It reproduces the style, names and licence headers of the standard library.
 - Its numbers say how well this small model survived conversion, not how well DiJiang converts large ones.
 """
 
 
-def write_card(metrics: dict[str, Any], folder: Path) -> None:
-    """Write README.md for the checkpoint in `folder`."""
+LONGER = """
+Windows longer than those it was trained on, state carried through, by `check.py`, which uses another
+implementation:
+
+| window | perplexity per token | bits per byte |
+|---|---|---|
+{rows}
+"""
+
+
+def write_card(metrics: dict[str, Any], folder: Path, check: Path | None = None) -> None:
+    """Write README.md for the checkpoint in `folder`; `check` holds check.py's lines about it."""
     config, corpus, stages = metrics["config"], metrics["corpus"], metrics["stages"]
     quality, compute = [], []
     for name, label in LABELS.items():
@@ -104,13 +120,24 @@ def write_card(metrics: dict[str, Any], folder: Path) -> None:
                 f"| {label} | {cost['steps']} | {cost['tokens'] / 1e6:.1f} million "
                 f"| {cost['peak_learning_rate']:g} | {cost['seconds']:.0f} | {cost['flops']:.2e} |"
             )
+    longer = ""
+    if check is not None:
+        lines = [json.loads(line) for line in check.read_text().splitlines()[1:]]
+        rows = [
+            f"| {line['window']} | {line['held_out']['all']['perplexity']:.2f} "
+            f"| {line['held_out']['all']['bits_per_byte']:.3f} |"
+            for line in lines
+        ]
+        longer = LONGER.format(rows="\n".join(rows))
     text = TEMPLATE.format(
+        longer=longer,
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
         head_dim=config["hidden_size"] // config["num_attention_heads"],
         hidden=config["hidden_size"],
         vocab=config["vocab_size"],
         context=config["max_position_embeddings"],
+        positions=metrics["settings"]["positions"],
         parameters=metrics["parameters"] / 1e6,
         size=(folder / "model.safetensors").stat().st_size / 1e6,
         python=corpus["python"],
@@ -138,5 +165,5 @@ def write_card(metrics: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # python samples/train_tiny/card.py METRICS.json FOLDER
-    write_card(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    metrics_file, card_folder, *check_file = map(Path, sys.argv[1:])
+    write_card(json.loads(metrics_file.read_text()), card_folder, *check_file)

@@ -42,13 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--stdlib", type=Path, help="library folder (default: this Python's own)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, nargs="+", default=[1024])
     args = parser.parse_args(arguments)
     documents = read_corpus(args.stdlib)
     tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
     tokens = encode([d for d in documents if d.split == "held-out"], tokenizer)
     with open_checkpoint(args.checkpoint) as checkpoint:
-        reference = ReferenceModel(checkpoint.spec)
+        reference = ReferenceModel(checkpoint.spec, device=args.device)
         reference.load_state_dict(checkpoint.load_state_dict())
     print(json.dumps({"corpus_sha256": describe(documents)["sha256"], "checkpoint": args.checkpoint.name}))
     for window in args.windows:

@@ -1,4 +1,8 @@
-"""A small byte-level BPE: any bytes can be written, and nothing is unknown."""
+"""A small byte-level BPE: any bytes can be written, and nothing is unknown.
+
+A line's end is a token of its own. GPT-2's pattern alone would join it with the indentation that follows,
+and a prompt that ends with a line's end would then be something that never occurs in the training text.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,9 @@ END = "<|endoftext|>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn `vocab_size` tokens (256 bytes, `END`, merges) from the training texts."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -44,10 +44,13 @@ class Run:
     seed: int
 
 
-def fit(run: Run, net: Any, name: str, steps: int, peak: float, stream: int) -> dict[str, Any]:
+def fit(
+    run: Run, net: Any, name: str, steps: int, peak: float, stream: int, positions: int = 1
+) -> dict[str, Any]:
     """AdamW on random windows of the training stream, linear warm-up, cosine to a tenth of `peak`.
 
-    `stream` numbers the stage's own sequence of windows. Returns the stage's compute and its curve.
+    `stream` numbers the stage's own sequence of windows. Half of each batch starts at position 0, half at
+    a random position below `positions`. Returns the stage's compute and its curve.
     """
     net.to(run.device).train()
     decayed = [p for p in net.parameters() if p.requires_grad and p.ndim >= 2]
@@ -75,8 +78,11 @@ def fit(run: Run, net: Any, name: str, steps: int, peak: float, stream: int) -> 
     for step in range(1, steps + 1):
         starts = torch.randint(len(ids) - run.context, (run.batch, 1), generator=generator).to(run.device)
         window = ids[starts + offsets]
+        first = torch.randint(positions, (run.batch, 1), generator=generator)
+        first[: run.batch // 2] = 0
+        places = first.to(run.device) + offsets[:-1]
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
-            logits = net(window[:, :-1], use_cache=False).logits
+            logits = net(window[:, :-1], position_ids=places, use_cache=False).logits
         loss = cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -135,8 +141,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4000, help="of the vanilla model")
-    parser.add_argument("--finetune-steps", type=int, default=2000, help="after conversion")
+    parser.add_argument("--steps", type=int, default=1500, help="of the vanilla model")
+    parser.add_argument("--finetune-steps", type=int, default=1200, help="after conversion")
+    parser.add_argument("--positions", type=int, default=65536, help="of windows, when training DiJiang")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--finetune-lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -152,8 +159,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 class Results:
     """The stages' compute and held-out numbers, in the order in which they ran."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, facts: dict[str, Any], out: Path) -> None:
+        self.run, self.facts, self.out = run, facts, out
         self.stages: dict[str, dict[str, Any]] = {}
 
     def add(self, name: str, net: Any, compute: dict[str, Any] | None = None) -> None:
@@ -166,24 +173,52 @@ class Results:
             flush=True,
         )
 
+    def write(self) -> None:
+        """Write metrics.json and the card with what there is so far."""
+        metrics = self.facts | {"stages": self.stages}
+        (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        write_card(metrics, self.out / "dijiang")
+
 
 def run_controls(run: Run, results: Results, args: argparse.Namespace) -> None:
     """What the fine-tuned numbers should be compared with: less of it, no conversion, no vanilla run."""
     converted = models.load(args.out / "converted", dijiang=True)
     initial = {k: v.clone() for k, v in converted.state_dict().items() if models.is_dijiang_parameter(k)}
-    compute = fit(run, converted, "fine-tuned 1/16", max(1, args.steps // 16), args.finetune_lr, stream=2)
+    compute = fit(
+        run, converted, "fine-tuned 1/16", max(1, args.steps // 16), args.finetune_lr, 2, args.positions
+    )
     results.add("fine-tuned 1/16", converted, compute)
+    results.write()
 
     vanilla = models.load(args.out / "vanilla", dijiang=False)
     compute = fit(run, vanilla, "vanilla continued", args.finetune_steps, args.finetune_lr, stream=1)
     results.add("vanilla continued", vanilla, compute)
+    results.write()
 
     torch.manual_seed(args.seed)
     config = json.loads((args.out / "converted" / "config.json").read_text())
     scratch = models.build(config, dijiang=True)
     scratch.load_state_dict(initial, strict=False)
-    compute = fit(run, scratch, "from scratch", args.finetune_steps, args.lr, stream=1)
+    compute = fit(run, scratch, "from scratch", args.finetune_steps, args.lr, 1, args.positions)
     results.add("from scratch", scratch, compute)
+    results.write()
+
+
+def describe(args: argparse.Namespace, arguments: list[str] | None) -> dict[str, Any]:
+    """The command, its settings, and what it ran on."""
+    return {
+        "command": " ".join(["python", "samples/train_tiny/train.py", *(arguments or sys.argv[1:])]),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "machine": {
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -204,8 +239,6 @@ def main(arguments: list[str] | None = None) -> None:
     facts = corpus.describe(documents, args.python_version)
     facts["tokens"] = {"train": len(run.train.ids), "held-out": len(run.held_out.ids)}
     print(f"corpus: {json.dumps(facts)}", flush=True)
-    results = Results(run)
-
     config = models.neox_config(
         vocab=tokenizer.get_vocab_size(),
         hidden=args.hidden,
@@ -214,6 +247,8 @@ def main(arguments: list[str] | None = None) -> None:
         intermediate=args.intermediate,
         context=args.context,
     )
+    results = Results(run, describe(args, arguments) | {"corpus": facts, "config": config}, args.out)
+
     net = models.build(config, dijiang=False)
     compute = fit(run, net, "vanilla", args.steps, args.lr, stream=0)
     results.add("vanilla", net, compute)
@@ -224,36 +259,18 @@ def main(arguments: list[str] | None = None) -> None:
     net = models.load(args.out / "converted", dijiang=True)
     results.add("converted", net)
 
-    compute = fit(run, net, "fine-tuned", args.finetune_steps, args.finetune_lr, stream=1)
+    compute = fit(run, net, "fine-tuned", args.finetune_steps, args.finetune_lr, 1, args.positions)
     results.add("fine-tuned", net, compute)
+    results.facts["parameters"] = sum(p.numel() for p in net.parameters())
     shipped = args.out / "dijiang"
     converted_config = json.loads((args.out / "converted" / "config.json").read_text())
     models.save(net, shipped, converted_config, torch.float16)
     save_tokenizer(tokenizer, shipped, args.context)
     results.add("fine-tuned float16", models.load(shipped, dijiang=True))
 
+    results.write()
     if not args.no_controls:
         run_controls(run, results, args)
-
-    metrics = {
-        "command": " ".join(["python", "samples/train_tiny/train.py", *(arguments or sys.argv[1:])]),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "machine": {
-            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        "corpus": facts,
-        "config": config,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "stages": results.stages,
-    }
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    write_card(metrics, shipped)
 
 
 if __name__ == "__main__":
