@@ -181,6 +181,20 @@ def test_links_lead_somewhere(name: str) -> None:
     assert broken == []
 
 
+def test_every_page_is_linked() -> None:
+    """A reader who starts at README.md can reach every document."""
+    linked, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in linked or page.suffix != ".md":
+            continue
+        linked.add(page)
+        for target in re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                waiting.append((page.parent / target).resolve())
+    assert set(PAGES) - linked == set()
+
+
 @cache
 def python_files() -> dict[str, Path]:
     return {path.name: path for top in SOURCES for path in (ROOT / top).rglob("*.py")}
