@@ -30,9 +30,9 @@ tags: [dijiang, linear-attention, gpt_neox, python]
 # tiny-stdlib
 
 A DiJiang model (linear attention; arXiv 2403.19928) small enough to ship: {layers} layers, {heads} heads
-of {head_dim}, hidden size {hidden}, {vocab} tokens, {parameters:.2f} million parameters (decay tables included),
-{size:.1f} MB. It writes text that looks like Python. It was trained to have something real to export, validate
-and time; it knows nothing else, and what it writes is not meant to be run.
+of {head_dim}, hidden size {hidden}, {vocab} tokens, {parameters:.2f} million parameters (decay tables
+included), {size:.1f} MB. It writes text that looks like Python. It was trained to have something real to
+export, validate and time; it knows nothing else, and what it writes is not meant to be run.
 
 The layout is the official one of GPT-NeoX DiJiang checkpoints
 (`gpt_neox.layers.i.attention.{{query_key_value,dense,W_G,group_norm,proj_matrix,D1,D2}}`).
