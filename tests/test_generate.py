@@ -19,6 +19,7 @@ from dijiang_engines.errors import BundleError, PositionError, PromptError, Runn
 from dijiang_engines.generate import GenerateOptions, Generation, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.sampling import sample, uniform
+from dijiang_engines.session import load_session, save_session
 from dijiang_engines.stop import StopMatcher
 from dijiang_engines.tokenizer import Tokenizer
 
@@ -390,3 +391,41 @@ def test_stats_count_and_time(generator: Generator) -> None:
     total.add(stats)
     total.add(stats)
     assert total.generated_tokens == 16
+
+
+# -- the sample model ------------------------------------------------------------------------------------
+
+
+def test_the_sample_says_what_the_recurrence_in_numpy_says(sample_bundle: Path) -> None:
+    """Text in, text out, over everything that is shipped: checkpoint, export, graphs, runtime, tokenizer."""
+    from dijiang_engines.sample import sample_checkpoint
+    from dijiang_export.checkpoint import open_checkpoint
+
+    bundle = open_bundle(sample_bundle)
+    assert bundle.tokenizer_path is not None
+    words = Tokenizer(bundle.tokenizer_path)
+    with open_checkpoint(sample_checkpoint()) as checkpoint:
+        oracle = NumpyRunner(bundle.spec, {k: v.numpy() for k, v in checkpoint.load_state_dict().items()})
+    prompts = ["def __init__(self", "class", "import os\nimport sys\n\n\nclass Path(object):\n" * 6]
+    options = GenerateOptions(max_tokens=16)
+    texts = []
+    for runner in (open_runner(bundle, "cpu", threads=1), oracle):
+        generation = Generator(runner, words).start(prompts, options)
+        tokens = run(generation)
+        texts.append((tokens, [completion.text for completion in generation.completions]))
+    assert texts[0] == texts[1]
+    assert all(texts[0][1])
+
+
+def test_the_sample_goes_on_from_a_file_exactly(sample_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(sample_bundle)
+    assert bundle.tokenizer_path is not None
+    generator = Generator(open_runner(bundle, "cpu", threads=1), Tokenizer(bundle.tokenizer_path))
+    prompts = ["def " * 40, "class"]
+    options = GenerateOptions(20, SamplingOptions(0.9, top_p=0.95), seed=6, ignore_eos=True)
+    whole = run(generator.start(prompts, options))
+    generation = generator.start(prompts, replace(options, max_tokens=9))
+    save_session(tmp_path / "s", generation.session(), bundle)
+    begun = [completion.token_ids for completion in generation.completions]
+    rest = generator.start([], replace(options, max_tokens=11), session=load_session(tmp_path / "s", bundle))
+    assert [a + b for a, b in zip(begun, run(rest), strict=True)] == whole
