@@ -6,9 +6,10 @@ would be safe only if every reader of the past came before the writer by data de
 optimiser may change; a second set of buffers is cheap. What a step needs is bound once per state, so that
 a token costs one call and no allocation; on CUDA the state never leaves the device.
 
-Memory (docs/decisions/): prepacking gives each session a private copy of the weights, and without it
-both map the same file pages. Prefill gains nothing from it beyond a hundred tokens and loses seconds of
-loading; steps do gain, above all with several sequences at once. So by default only `step` prepacks.
+Memory (docs/decisions/0008-onnxruntime-sessions.md): prepacking gives each session a private copy of the
+weights, and without it both map the same file pages. A prefill gains some tens of milliseconds from it and
+pays for them when it is loaded; steps gain more, above all with several sequences at once. So by default
+only `step` prepacks.
 """
 
 from __future__ import annotations
