@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from numpy_runner import NumpyRunner
 from toy_bundle import ToyModel, make_bundle
+
+
+# Elsewhere hypothesis looks for new examples each time; CI must say the same about the same commit.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture

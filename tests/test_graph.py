@@ -36,8 +36,8 @@ GEOMETRIES = {
 }
 
 
-def compare(spec, model, session, call, *, all_logits: bool = False) -> None:
-    """Run a call through a session and the float64 reference."""
+def compare(spec, model, session, call, *, all_logits: bool = False, slack: float = 0.0) -> None:
+    """Run a call through a session and the float64 reference; `slack` is allowed on top for logits."""
     ids, positions, lens, states = call
     with torch.no_grad():
         logits, presents = model(
@@ -49,11 +49,25 @@ def compare(spec, model, session, call, *, all_logits: bool = False) -> None:
     assert np.isfinite(got[0]).all()
     valid = np.arange(ids.shape[1]) < lens[:, None] if all_logits else lens[:, None] > 0
     expected = logits.numpy()
-    assert np.abs(got[0] - expected)[valid].max() <= LOGIT_TOLERANCE * expected[valid].std()
+    assert np.abs(got[0] - expected)[valid].max() <= LOGIT_TOLERANCE * expected[valid].std() + slack
     for output, present, past in zip(got[1:], presents, states, strict=True):
         exact = present.numpy()
         assert np.abs(output - exact).max() <= STATE_TOLERANCE[spec.decay] * np.abs(exact).max()
         assert np.array_equal(output[lens == 0], past[lens == 0])
+
+
+def float32_error(spec, model, call) -> float:
+    """The largest error of the reference model's own float32 logits, on valid tokens."""
+    ids, positions, lens, states = call
+    tensors = [torch.from_numpy(x) for x in (ids, positions, lens)]
+    single = rm.ReferenceModel(spec)
+    single.load_state_dict(model.state_dict())
+    carried = [torch.from_numpy(s) for s in states]
+    with torch.no_grad():
+        exact, _ = model(*tensors, [s.double() for s in carried])
+        rounded, _ = single(*tensors, carried)
+    valid = torch.arange(ids.shape[1]) < tensors[2].unsqueeze(-1)
+    return float((rounded - exact)[valid].abs().max())
 
 
 @pytest.fixture(scope="module", params=GEOMETRIES)
@@ -122,7 +136,11 @@ def test_any_geometry(
     spec = rm.with_tables(spec, 100) if tables else spec
     model = rm.random_model(spec, seed, dtype=torch.float32)
     session = rm.session(rm.graph_model(spec, model, "prefill", all_logits=True))
-    compare(spec, model, session, rm.random_call(spec, 3, length, seed), all_logits=True)
+    call = rm.random_call(spec, 3, length, seed)
+    # GroupNorm over groups of one to a few channels of random sign magnifies rounding where they nearly
+    # agree. How much, PyTorch in float32 tells.
+    rounding = float32_error(spec, model, call)
+    compare(spec, model, session, call, all_logits=True, slack=4 * rounding)
 
 
 def test_steep_and_zero_decay_stay_finite() -> None:
