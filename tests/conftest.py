@@ -11,7 +11,6 @@ import pytest
 from numpy_runner import NumpyRunner
 from toy_bundle import ToyModel, make_bundle
 
-
 # Elsewhere hypothesis looks for new examples each time; CI must say the same about the same commit.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
