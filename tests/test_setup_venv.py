@@ -99,7 +99,9 @@ def test_a_machine_without_anything_gets_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(setup_venv.glob, "glob", lambda pattern: [])
-    code = call(setup_venv, monkeypatch, Commands("import ensurepip", "apt-get"), "--venv", str(tmp_path / "v"))
+    code = call(
+        setup_venv, monkeypatch, Commands("import ensurepip", "apt-get"), "--venv", str(tmp_path / "v")
+    )
     assert code == 1
     assert capsys.readouterr().err == (
         "error: this Python has neither pip nor ensurepip\n"
