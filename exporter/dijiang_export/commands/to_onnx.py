@@ -66,7 +66,6 @@ def to_onnx(
     the trained sample model to ./tiny-stdlib.bundle.
     """
     from dijiang_engines.sample import sample_checkpoint
-
     from dijiang_export.to_onnx import export_bundle
 
     source = checkpoint or sample_checkpoint()
