@@ -137,7 +137,9 @@ def main(args: Sequence[str] | None = None) -> int:
         with _sigterm_unwinds():
             return _invoke(arguments, output)
     except BaseException as error:  # noqa: BLE001 - the one place where failures become messages
-        return _report(error, output)
+        code = _report(error, output)
+        _drop_unwritable_output()
+        return code
 
 
 def _invoke(arguments: list[str], output: Output) -> int:
@@ -170,9 +172,7 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 def _report(error: BaseException, output: Output) -> int:
     """Print `error` on stderr as text or JSON; return the exit code."""
-    if isinstance(error, BrokenPipeError):
-        # Nobody reads any more: no message, and none from the interpreter's own flush at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(error, BrokenPipeError):  # nobody reads any more: no message
         return 128 + signal.SIGPIPE
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
@@ -199,6 +199,16 @@ def _report(error: BaseException, output: Output) -> int:
     except OSError:  # stderr is closed or full: the exit code still tells
         pass
     return code
+
+
+def _drop_unwritable_output() -> None:
+    """What stdout's buffer holds and cannot get rid of would fail once more, and louder, at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
 
 
 def _explain(error: BaseException) -> tuple[DijiangError, int]:
