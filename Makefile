@@ -34,11 +34,11 @@ help: ## this list
 
 setup: $(INSTALLED) ## make the virtual environment, with the versions of constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt tools/setup_venv.py
+$(INSTALLED): pyproject.toml constraints.txt .ci/setup_venv.py
 	@command -v $(PYTHON) >/dev/null || { \
 		echo "error: there is no $(PYTHON)"; \
 		echo "hint: apt-get install python3, or name another: make PYTHON=... $(MAKECMDGOALS)"; exit 1; } >&2
-	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --torch-index "$(TORCH_INDEX)"
+	@$(PYTHON) .ci/setup_venv.py --venv $(VENV) --torch-index "$(TORCH_INDEX)"
 	@touch $@
 
 demo: $(BUNDLE)/manifest.json ## export the trained sample, validate the result, generate text
@@ -78,7 +78,7 @@ bench-export: $(INSTALLED) ## time and memory of exporting larger SHAPES, float1
 
 clean: ## remove what was built; the virtual environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find exporter engines samples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find exporter engines samples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environment too
 	rm -rf $(VENV)

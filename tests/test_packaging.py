@@ -106,7 +106,7 @@ def test_the_source_archive_can_be_built_and_tested(tmp_path: Path) -> None:
     made = build("sdist", tmp_path)
     with tarfile.open(made) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"Makefile", "constraints.txt", "tools/setup_venv.py", ".ci/run", "pyproject.toml", "LICENSE"}
+    wanted = {"Makefile", "constraints.txt", ".ci/setup_venv.py", ".ci/run", "pyproject.toml", "LICENSE"}
     assert wanted <= names
     assert {"tests/test_packaging.py", "samples/tiny-stdlib/config.json", "docs/architecture.md"} <= names
 

@@ -1,4 +1,4 @@
-"""tools/setup_venv.py, which `make` runs before anything is installed: its decisions and its messages."""
+""".ci/setup_venv.py, which `make` runs before anything is installed: its decisions and its messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Commands:
 
 @pytest.fixture
 def setup_venv() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_venv", ROOT / "tools/setup_venv.py")
+    spec = importlib.util.spec_from_file_location("setup_venv", ROOT / ".ci/setup_venv.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
