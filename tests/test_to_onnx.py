@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -9,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,8 @@ from checkpoints import load_tensors, save_tensors, write_checkpoint
 
 from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import CheckpointError, DijiangError, OutputError, UsageError
-from dijiang_export.checkpoint import open_checkpoint
-from dijiang_export.graph import opset, weights
+from dijiang_export.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.graph import opset, weights, write
 from dijiang_export.to_onnx import export_bundle
 
 GRAPH_FILES = ("prefill.onnx", "step.onnx", "prefill.trt.onnx", "step.trt.onnx")
@@ -210,6 +213,43 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(
     assert not target.exists()
     export_bundle(checkpoint_folder, target, cases="none")
     assert leftovers(tmp_path) == ["x.bundle"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_export_stops_writing_and_leaves_nothing(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    started = threading.Event()
+    blocks = Checkpoint.row_blocks
+
+    def slow(self: Checkpoint, *arguments: object) -> Iterator[object]:
+        started.set()
+        time.sleep(0.02)
+        yield from blocks(self, *arguments)  # type: ignore[arg-type]
+
+    def interrupted(*_: object, **__: object) -> None:
+        assert started.wait(10)
+        raise error
+
+    monkeypatch.setattr(Checkpoint, "row_blocks", slow)
+    monkeypatch.setattr(write, "make_graphs", interrupted)
+    with pytest.raises(error):
+        export_bundle(checkpoint_folder, tmp_path / "x.bundle")
+    assert leftovers(tmp_path) == []
+    assert threading.active_count() == 1 + sum(t.daemon for t in threading.enumerate())
+
+
+def test_a_flush_that_fails_is_an_error(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(weights, "FLUSH_BYTES", 0)
+    monkeypatch.setattr(weights.os, "fdatasync", full)
+    with pytest.raises(OutputError, match="no space"):
+        export_bundle(checkpoint_folder, tmp_path / "x.bundle", cases="none")
+    assert leftovers(tmp_path) == []
 
 
 def test_read_only_parents(checkpoint_folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,7 +120,8 @@ def write(
     try:
         os.ftruncate(descriptor, max(weight.offset + weight.nbytes for weight in layout.values()))
         with ThreadPoolExecutor(1) as disk:
-            flushing, unflushed = None, 0
+            flushing: Future[None] | None = None
+            unflushed = 0
             for weight in layout.values():
                 for start, block in _blocks(weight, source, extra):
                     _write_block(descriptor, weight, start, block)
@@ -129,7 +130,11 @@ def write(
                     unflushed += written
                     # The disk works while the next blocks are read, instead of all at the end.
                     if unflushed > FLUSH_BYTES and (flushing is None or flushing.done()):
+                        if flushing is not None:
+                            flushing.result()
                         flushing, unflushed = disk.submit(os.fdatasync, descriptor), 0
+            if flushing is not None:
+                flushing.result()  # a failed write is reported once, and here is who hears of it
     finally:
         os.close(descriptor)
 
