@@ -26,7 +26,7 @@ PAGES = [
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
-SOURCES = ("exporter", "engines", "tests", "samples", "tools")
+SOURCES = ("exporter", "engines", "tests", "samples", ".ci")
 
 
 @cache
@@ -204,7 +204,7 @@ def python_files() -> dict[str, Path]:
 def test_files_that_are_named_exist(name: str) -> None:
     page = text(name)
     paths = set(
-        re.findall(r"(?<![\w/.])((?:exporter|engines|tests|docs|samples|tools|\.ci)/[\w./-]*\w)", page)
+        re.findall(r"(?<![\w/.])((?:exporter|engines|tests|docs|samples|\.ci)/[\w./-]*\w)", page)
     )
     inside = ("", "exporter/dijiang_export", "engines", "engines/dijiang_engines")
     missing = [p for p in sorted(paths) if not any((ROOT / top / p).exists() for top in inside)]
