@@ -203,9 +203,7 @@ def python_files() -> dict[str, Path]:
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_are_named_exist(name: str) -> None:
     page = text(name)
-    paths = set(
-        re.findall(r"(?<![\w/.])((?:exporter|engines|tests|docs|samples|\.ci)/[\w./-]*\w)", page)
-    )
+    paths = set(re.findall(r"(?<![\w/.])((?:exporter|engines|tests|docs|samples|\.ci)/[\w./-]*\w)", page))
     inside = ("", "exporter/dijiang_export", "engines", "engines/dijiang_engines")
     missing = [p for p in sorted(paths) if not any((ROOT / top / p).exists() for top in inside)]
     modules = set(re.findall(r"(?<![\w*/-])(\w+\.py)\b", page)) - {"modeling_gpt_neox_dijiang.py"}
