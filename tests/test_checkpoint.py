@@ -286,7 +286,7 @@ def test_trained_tables_in_a_checkpoint(tmp_path: Path) -> None:
         )  # fmt: skip
         for part in ("log_decay", "gain", "read_scale"):
             assert checkpoint.shape(f"layers.1.attention.{part}") == (64, 4)
-        assert checkpoint.decay_notes == [f"layer {i}: trained tables, 64 rows" for i in range(2)]
+        assert checkpoint.decay_notes == ["layers 0 to 1: trained tables, 64 rows"]
         gain = checkpoint.tensor("layers.1.attention.gain")
     with open_checkpoint(folder, max_positions=40) as checkpoint:
         assert (checkpoint.spec.decay_rows, checkpoint.spec.max_positions) == (40, 40)

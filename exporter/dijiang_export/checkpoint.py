@@ -12,9 +12,10 @@ for, and only the bytes that were asked for. NaN and infinity in weights are fou
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ class Checkpoint:
         storage_dtype: float32, float16 or bfloat16: the type of most of the weights.
         files: the weight files that were read, for provenance.
         tokenizer_files: the tokenizer's and the generation settings' files that exist.
-        decay_notes: what was found in the decay tables, one sentence a layer.
+        decay_notes: what was found in the decay tables, one sentence for each run of
+            layers of which the same is true.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Checkpoint:
             self._classify(layer, max_positions=max_positions, keep_tables=keep_tables)
             for layer in range(source.spec.num_layers)
         ]
-        self.decay_notes = [_note(layer, item) for layer, item in enumerate(found)]
+        self.decay_notes = _notes(found)
         self._decays, self.spec = _one_kind(
             source.spec, found, extend_decay=extend_decay, max_positions=max_positions
         )
@@ -289,11 +291,21 @@ def _one_kind(
     )
 
 
-def _note(layer: int, found: Geometric | Tables) -> str:
+def _notes(found: Sequence[Geometric | Tables]) -> list[str]:
+    notes: list[str] = []
+    first = 0
+    for text, run in itertools.groupby(_note(item) for item in found):
+        last = first + len(list(run)) - 1
+        notes.append(f"layer {first}: {text}" if first == last else f"layers {first} to {last}: {text}")
+        first = last + 1
+    return notes
+
+
+def _note(found: Geometric | Tables) -> str:
     if isinstance(found, Tables):
-        return f"layer {layer}: trained tables, {len(found.log_decay)} rows"
+        return f"trained tables, {len(found.log_decay)} rows"
     gammas = np.exp(found.log_decay)
-    return f"layer {layer}: geometric, {found.origin}: γ from {gammas.min():.5f} to {gammas.max():.5f}"
+    return f"geometric, {found.origin}: γ from {gammas.min():.5f} to {gammas.max():.5f}"
 
 
 def _layout(spec: ModelSpec, parameter: Parameter, layer: int) -> Layout:
