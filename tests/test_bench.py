@@ -176,6 +176,16 @@ def test_the_command_measures_and_saves(
 
 
 @pytest.mark.usefixtures("small_buffers")
+def test_batches_without_single_sequences(recorded: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What follows from steps of one sequence is then left out."""
+    words = ["--seconds", "0.01", "--length", "8", "--batch", "2", "--threads", "1"]
+    assert main(["bench", str(recorded), *words]) == 0
+    out = capfd.readouterr().out
+    assert "2 sequences" in out
+    assert "reached by steps" not in out
+
+
+@pytest.mark.usefixtures("small_buffers")
 def test_run_is_what_bench_does_without_a_command(recorded: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for words in (["bench", "run", str(recorded)], ["bench", str(recorded)], ["bench", "-q", str(recorded)]):
         assert main([*words, *FAST]) == 0

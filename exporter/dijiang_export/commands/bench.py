@@ -294,10 +294,9 @@ def _summary_table(result: dict[str, Any]) -> RenderableType:
         ("weights read by a step", f"{found['step_bytes'] / 1e6:.1f} MB"),
     ]
     if bandwidth is not None:
-        rows += [
-            ("reading speed of this machine", f"{bandwidth['read'] / 1e9:.1f} GB/s"),
-            ("of that, reached by steps", f"{100 * derived['bandwidth_share']:.0f}%"),
-        ]
+        rows.append(("reading speed of this machine", f"{bandwidth['read'] / 1e9:.1f} GB/s"))
+        if derived["bandwidth_share"] is not None:  # that of steps of one sequence, which may not be wanted
+            rows.append(("of that, reached by steps", f"{100 * derived['bandwidth_share']:.0f}%"))
     startup = result["startup"]
     if startup is not None:
         rows.append(("`generate`, start to first text", f"{startup['first_output_seconds']:.2f} s"))

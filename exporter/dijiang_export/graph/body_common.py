@@ -1,7 +1,7 @@
 """What the step and the prefill body share: heads, RoPE, feature map, GroupNorm and gate.
 
 Symbols as in docs/mathematics.md. Arithmetic is float32 whatever T is; RoPE angles are float64 until
-they are reduced to one turn, because float32 is 0.01 radian wrong at position 10^6.
+they are reduced to one turn, because float32 is up to 0.03 radian wrong at position 10^6.
 """
 
 from __future__ import annotations

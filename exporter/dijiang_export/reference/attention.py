@@ -6,7 +6,7 @@ Every form computes, per sequence and head, for tokens t = 1..L,
     o_t = r_t · φ(q_t)ᵀ S_t                                   φ(u) = softmax(u @ P)
 
 with a = log_decay, b = gain, r = read_scale of the token's position (b = r = 1 for geometric decay).
-This equals the official full-sequence forward (modeling_gpt_neox_dijiang.py@3459531:268-283), where
+This equals the official full-sequence forward (modeling_gpt_neox_dijiang.py@3459531:281-298), where
 S_n = (D1[n]/D1[n-1])·S_{n-1} + D1[n]·D2[n]·φ(k_n)⊗v_n. Padding is a token with a = b = 0.
 
     recurrent   the definition, token by token: O(L) time, O(1) state
@@ -90,7 +90,7 @@ def token_terms(
 
 
 def feature_map(u: Tensor, proj: Tensor) -> Tensor:
-    """φ(u) = softmax(u @ P) over the last dimension; no 1/sqrt(d), no normaliser (@3459531:268)."""
+    """φ(u) = softmax(u @ P) over the last dimension; no 1/sqrt(d), no normaliser (@3459531:281-282)."""
     return torch.softmax(u @ proj, dim=-1)
 
 
@@ -141,7 +141,7 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     """GroupNorm over the heads' concatenation x [B, L, H·d] with d groups of H neighbouring channels.
 
-    Biased variance (torch.nn.GroupNorm; @3459531:116, 244). Each group is first divided by its
+    Biased variance (torch.nn.GroupNorm; @3459531:111, 236). Each group is first divided by its
     largest magnitude if that exceeds one, and epsilon by its square: the same value, but a large
     read_scale cannot overflow the square.
     """

@@ -1,9 +1,9 @@
 """Rotary position embedding with angles accurate at any position.
 
-The rotation pairs dimensions i and i + r/2 ("rotate half", modeling_gpt_neox_dijiang.py@3459531:407).
+The rotation pairs dimensions i and i + r/2 ("rotate half", modeling_gpt_neox_dijiang.py@3459531:392-396).
 Angles are position · inv_freq with inv_freq rounded to float32 as the official code rounds it
-(@3459531:321). The official code also rounds the product to float32, which at position 10^6 costs 0.01
-radian; here the product is exact to float64. See docs/differences-from-official.md.
+(@3459531:316). The official code also rounds the product to float32, which at position 10^6 costs up to
+0.03 radian; here the product is exact to float64. See docs/differences-from-official.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def inverse_frequencies(spec: ModelSpec) -> Tensor:
         return inv_freq
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "linear":
-        # The official class divides the position instead (@3459531:354): the same angle.
+        # The official class divides the position instead (@3459531:356): the same angle.
         return inv_freq / float(scaling["factor"])
     if kind == "llama3":
         return _llama3(inv_freq, scaling)
