@@ -77,7 +77,7 @@ _TABLE: dict[tuple[str, str], Tolerance] = {
             "the reference is computed in float64 from the same rounded weights, so what is left is the "
             "rounding of activations: 2^-11 = 4.9e-4 for each of a few operations a layer, growing with the "
             "root of their number and with residual outliers; the largest of thousands of entries is some "
-            "4 to 5 times the typical one. Five layers measured 7.4e-3 (docs/evidence/); the rest is for depth"
+            "4 to 5 times the typical one. Five layers measured 7.4e-3 (docs/evidence/)"
         ),
     ),
     ("float16", "state"): Tolerance(
