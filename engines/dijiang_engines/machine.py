@@ -11,7 +11,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,8 +171,3 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def in_virtual_environment() -> bool:
-    """True inside a venv: where pip can be told to install without breaking the system's packages."""
-    return sys.prefix != sys.base_prefix

@@ -175,7 +175,9 @@ class _Recorder:
         unused = torch.zeros(1)  # rows have states, positions and lengths of their own
         with progress("Recording reference cases", self.spec.num_layers + 1, "items") as bar:
             for index in range(self.spec.num_layers):
-                block = self._load(Block, f"layers.{index}.")
+                with torch.device("meta"):
+                    block = Block(self.spec)
+                self._load(block, f"layers.{index}.")
                 op = functools.partial(self._attention, index)
                 hidden, _ = block(hidden, unused, unused, unused, inv_freq, op)
                 bar.advance()
@@ -183,10 +185,8 @@ class _Recorder:
             bar.advance()
         return self._collect(logits)
 
-    def _load(self, kind: type[Block] | type[_Head], prefix: str) -> nn.Module:
-        """A module with small parameters in memory and its matrices streamed."""
-        with torch.device("meta"):
-            module = kind(self.spec)
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Give a module on the meta device its small parameters, and let its matrices be streamed."""
         for path, child in list(module.named_modules()):
             if isinstance(child, nn.Linear):
                 bias = self.tensor(f"{prefix}{path}.bias") if child.bias is not None else None
@@ -197,7 +197,7 @@ class _Recorder:
                 setattr(module.get_submodule(parent), leaf, _StreamedLinear(self, name, bias))
         state = {name: self.tensor(prefix + name) for name, _ in module.named_parameters()}
         module.load_state_dict(state, assign=True)
-        return module.requires_grad_(False)
+        module.requires_grad_(False)
 
     def _embed(self) -> Tensor:
         """[1, N, h] for the N tokens of all rows."""
@@ -251,9 +251,12 @@ class _Recorder:
     def _logits(self, hidden: Tensor) -> Tensor:
         """[rows, M, V] at the marks."""
         index = torch.tensor([[row.tokens.start + mark - 1 for mark in row.marks] for row in self.rows])
-        head = self._load(_Head, "")
-        result: Tensor = head(hidden[0][index])
-        return result
+        model = ReferenceModel(self.spec, device="meta")
+        model.layers = nn.ModuleList()
+        for name in ("embed_tokens", "embed_positions", "project_in"):
+            setattr(model, name, None)
+        self._load(model, "")  # what is left is the head
+        return model.head(hidden[0][index])
 
     def _collect(self, logits: Tensor) -> dict[str, npt.NDArray[np.generic]]:
         tensors: dict[str, npt.NDArray[np.generic]] = {}
@@ -274,23 +277,3 @@ class _Recorder:
             for layer, states in enumerate(self.states):
                 tensors[f"{plan.name}.state.{layer}"] = states[case]
         return tensors
-
-
-class _Head(nn.Module):
-    """Final norm, output projection and head, with the reference model's parameter names."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        model = ReferenceModel(spec, device="meta")
-        self.final_norm = model.final_norm
-        self.project_out = model.project_out
-        self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., h] -> logits [..., V]."""
-        if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
-        if self.project_out is not None:
-            hidden = self.project_out(hidden)
-        logits: Tensor = self.lm_head(hidden)
-        return logits

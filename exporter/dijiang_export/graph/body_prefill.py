@@ -144,11 +144,10 @@ def _chunks(b: Builder, op: Op) -> Chunks:
     gap = b.op("Sub", b.op("Unsqueeze", inner, one), b.op("Unsqueeze", inner, zero))
     causal = b.op("Cast", b.op("GreaterOrEqual", gap, b.scalar(0)), to=FLOAT, label="causal")
 
-    edges_all = b.op("Mul", _range(b, b.op("Add", count, one), "edges"), size)  # [nc+1]
-    edges = b.op("Min", b.op("Unsqueeze", edges_all, zero), lens, label="E")  # [B, nc+1]
+    index = _range(b, b.op("Add", count, one), "chunk")  # [nc+1]
+    edges = b.op("Min", b.op("Unsqueeze", b.op("Mul", index, size), zero), lens, label="E")  # [B, nc+1]
     rows = b.op("Unsqueeze", edges, b.ints(1, 3))  # [B, 1, nc+1, 1]
     edge_gap = b.op("Sub", rows, b.op("Unsqueeze", edges, b.ints(1, 2)))
-    index = _range(b, b.op("Add", count, one), "chunk")
     chunk_gap = b.op("Sub", b.op("Unsqueeze", index, one), b.op("Unsqueeze", index, zero))
     states_causal = b.op("Cast", b.op("GreaterOrEqual", chunk_gap, b.scalar(0)), to=FLOAT)
     ends = b.op("Slice", edges, one, b.ints(np.iinfo(np.int64).max), one)  # [B, nc], E_{c+1}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import onnx_ir as ir
 import torch
 from onnx import defs
 from torch import Tensor
@@ -91,11 +90,6 @@ def onnx_schema() -> defs.OpSchema:
             ),
         ],
     )
-
-
-def op_identifier() -> ir.OperatorIdentifier:
-    """(domain, name, overload) as onnx-ir writes it."""
-    return (DOMAIN, OP_NAME, "")
 
 
 @torch.library.custom_op("dijiang::attention", mutates_args=())

@@ -1,7 +1,8 @@
 """weights.data: one file of raw tensors that all graphs of a bundle share, streamed from the checkpoint.
 
-Tensors lie one after another in the order of the graphs' inputs, little-endian, row-major, at offsets
-that are multiples of 4096 for large tensors (so that a runtime can map them) and of 64 for small ones.
+Tensors lie one after another in the order of the reference model's parameters, little-endian, row-major,
+at offsets that are multiples of 4096 for large tensors (so that a runtime can map them) and of 64 for
+small ones.
 Linear weights are stored transposed, [in, out]. docs/bundle-format.md describes the file.
 """
 

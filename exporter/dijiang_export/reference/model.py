@@ -267,7 +267,8 @@ class ReferenceModel(nn.Module):
 
 def _tie_head(_: nn.Module, state: dict[str, Any], *__: object) -> None:
     """A tied checkpoint has one tensor for both ends."""
-    state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+    if "embed_tokens.weight" in state:
+        state.setdefault("lm_head.weight", state["embed_tokens.weight"])
 
 
 def last_valid(hidden: Tensor, seq_lens: Tensor) -> Tensor:
