@@ -1,0 +1,69 @@
+// Device code that decode and prefill share: types, decay terms, rotary angles, the gate.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "attention.h"
+
+namespace dijiang {
+
+// A term of the recurrence never forgets more than this in one token (e^-30 is nothing in float32), so that
+// sums over a chunk stay finite. docs/mathematics.md, section on tables.
+constexpr float kLeastLogDecay = -30.0f;
+
+// Just above float32's smallest normal number: what GroupNorm's epsilon may shrink to (reference/attention.py).
+constexpr float kLeastEpsilon = 1e-37f;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+// a, b and r of one token: S = e^a S + b k v, o = r q S.
+struct Terms {
+    float log_decay, gain, read_scale;
+};
+
+__device__ __forceinline__ Terms token_terms(const AttentionParams& p, int head, int64_t position) {
+    if (p.table_rows == 0) return {fmaxf(p.log_decay[head], kLeastLogDecay), 1.0f, 1.0f};
+    const int64_t last = p.table_rows - 1;
+    const int64_t at = (position < last ? position : last) * p.num_heads + head;
+    return {fmaxf(p.log_decay[at], kLeastLogDecay), p.gain[at], p.read_scale[at]};
+}
+
+// inv_freq as turns per token, in two floats: hi + lo = inv_freq / (2 pi) to about 48 bits.
+struct Turns {
+    float hi, lo;
+};
+
+__device__ __forceinline__ Turns turns_per_token(float inv_freq) {
+    // 1 / (2 pi) = kHi + kLo; the product's rounding error is recovered by the fused multiply-add.
+    constexpr float kHi = 0.15915494f;  // 1/(2 pi), rounded
+    constexpr float kLo = 6.4206383e-9f;  // 1/(2 pi) - kHi
+    const float hi = inv_freq * kHi;
+    return {hi, fmaf(inv_freq, kHi, -hi) + inv_freq * kLo};
+}
+
+// The rotary angle of an integer position (exact below 2^24) as a fraction of a turn in about [-0.5, 0.5]: the
+// product with hi is exact as an unevaluated sum, so nothing is lost at position 10^6.
+__device__ __forceinline__ float rotary_turn(Turns turns, float position) {
+    const float whole = position * turns.hi;
+    const float rest = fmaf(position, turns.hi, -whole);
+    return (whole - rintf(whole)) + fmaf(position, turns.lo, rest);
+}
+
+// cos and sin of a fraction of a turn, to float32's accuracy.
+__device__ __forceinline__ void rotary_cos_sin(float turn, float& cosine, float& sine) {
+    sincospif(2.0f * turn, &sine, &cosine);
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+}  // namespace dijiang
