@@ -1,0 +1,168 @@
+// The C ABI of attention: check, choose the family, launch.
+#include <algorithm>
+#include <cstdio>
+#include <string>
+
+#include "checks.h"
+#include "device.h"
+#include "errors.h"
+
+#ifndef DIJIANG_VERSION_STRING
+#define DIJIANG_VERSION_STRING "0+unknown"  // compiled by hand
+#endif
+
+namespace dijiang {
+namespace {
+
+// What one call asks for.
+Needs call_needs(const dijiang_geometry& geometry, int32_t batch, int32_t length,
+                 const dijiang_device& device) {
+    return length == 1 ? decode::needs(geometry, batch, device)
+                       : prefill::needs(geometry, batch, length, device);
+}
+
+dijiang_status most_needs(const dijiang_geometry* geometry, int32_t max_batch, int32_t max_length,
+                          const dijiang_device* given, const size_t* bytes, Needs& needs) {
+    dijiang_device device{};
+    DIJIANG_TRY(check_geometry(geometry));
+    DIJIANG_TRY(check_size(max_batch, max_length));
+    if (bytes == nullptr)
+        return fail(DIJIANG_INVALID_ARGUMENT, "bytes is missing; got NULL; expected where to write the size");
+    DIJIANG_TRY(given_or_current(given, device));
+    needs = {0, 0};
+    if (max_batch == 0 || max_length == 0) return DIJIANG_OK;
+    needs = call_needs(*geometry, max_batch, 1, device);
+    if (max_length == 1) return DIJIANG_OK;
+    const Needs longer = call_needs(*geometry, max_batch, max_length, device);
+    needs = {std::max(needs.workspace, longer.workspace), std::max(needs.sync, longer.sync)};
+    return DIJIANG_OK;
+}
+
+// No tokens: the states go over as they are.
+dijiang_status copy_states(const dijiang_geometry& geometry, int32_t batch,
+                           const dijiang_attention_buffers& buffers, cudaStream_t stream) {
+    AttentionParams params{};
+    DIJIANG_TRY(check_states(geometry, batch, buffers, params));
+    if (buffers.present_state == buffers.past_state) return DIJIANG_OK;
+    const size_t row = sizeof(float) * static_cast<size_t>(geometry.num_heads) *
+                       static_cast<size_t>(geometry.head_dim) * static_cast<size_t>(geometry.head_dim);
+    for (int64_t i = 0; i < batch; ++i) {
+        // One copy if both are dense, otherwise one a row: an empty call is rare.
+        const bool whole = batch > 1 &&
+                           row == sizeof(float) * static_cast<size_t>(params.past_batch_stride) &&
+                           params.past_batch_stride == params.present_batch_stride;
+        const cudaError_t error =
+            cudaMemcpyAsync(buffers.present_state + i * params.present_batch_stride,
+                            buffers.past_state + i * params.past_batch_stride,
+                            whole ? row * static_cast<size_t>(batch) : row, cudaMemcpyDeviceToDevice, stream);
+        if (error != cudaSuccess) return fail_cuda(error, "copying past_state to present_state");
+        if (whole) break;
+    }
+    return DIJIANG_OK;
+}
+
+dijiang_status attention(const dijiang_geometry* geometry, int32_t batch, int32_t length,
+                         const dijiang_attention_buffers* buffers, cudaStream_t stream) {
+    DIJIANG_TRY(check_geometry(geometry));
+    DIJIANG_TRY(check_size(batch, length));
+    if (batch == 0) return DIJIANG_OK;
+    if (buffers == nullptr)
+        return fail(DIJIANG_INVALID_ARGUMENT,
+                    "buffers is missing; got NULL; expected a dijiang_attention_buffers");
+    if (length == 0) return copy_states(*geometry, batch, *buffers, stream);
+    dijiang_device device{};
+    DIJIANG_TRY(current_device(device));
+    AttentionParams params{};
+    DIJIANG_TRY(check_attention(*geometry, batch, length, *buffers,
+                                call_needs(*geometry, batch, length, device), params));
+    const auto launch = length == 1 ? decode::launch : prefill::launch;
+    const cudaError_t error = launch(geometry->dtype, params, device, stream);
+    return error == cudaSuccess ? DIJIANG_OK
+                                : fail_cuda(error, length == 1 ? "the decode kernel" : "the prefill kernels");
+}
+
+dijiang_status attention_plan(const dijiang_geometry* geometry, int32_t batch, int32_t length,
+                              const dijiang_device* given, char* text, size_t size) {
+    dijiang_device device{};
+    DIJIANG_TRY(check_geometry(geometry));
+    DIJIANG_TRY(check_size(batch, length));
+    if (text == nullptr || size == 0)
+        return fail(DIJIANG_INVALID_ARGUMENT,
+                    "text is missing; got %s; expected at least one byte of host memory",
+                    text == nullptr ? "NULL" : "size 0");
+    DIJIANG_TRY(given_or_current(given, device));
+    std::string plan;
+    if (batch == 0) {
+        plan = "nothing to do";
+    } else if (length == 0) {
+        plan = "copy of the states";
+    } else {
+        plan = length == 1 ? decode::plan(*geometry, batch, device)
+                           : prefill::plan(*geometry, batch, length, device);
+    }
+    std::snprintf(text, size, "%s", plan.c_str());
+    return DIJIANG_OK;
+}
+
+}  // namespace
+}  // namespace dijiang
+
+using namespace dijiang;
+
+int32_t dijiang_abi_version(void) { return DIJIANG_ABI_VERSION; }
+
+const char* dijiang_version(void) { return DIJIANG_VERSION_STRING; }
+
+const char* dijiang_architectures(void) { return architectures(); }
+
+const char* dijiang_last_error(void) { return last_error(); }
+
+const char* dijiang_status_name(int32_t status) {
+    switch (status) {
+        case DIJIANG_OK: return "DIJIANG_OK";
+        case DIJIANG_INVALID_ARGUMENT: return "DIJIANG_INVALID_ARGUMENT";
+        case DIJIANG_UNSUPPORTED: return "DIJIANG_UNSUPPORTED";
+        case DIJIANG_CUDA_ERROR: return "DIJIANG_CUDA_ERROR";
+        case DIJIANG_INTERNAL_ERROR: return "DIJIANG_INTERNAL_ERROR";
+        default: return "unknown status";
+    }
+}
+
+dijiang_status dijiang_query_device(dijiang_device* device) {
+    return guarded([&]() -> dijiang_status {
+        if (device == nullptr)
+            return fail(DIJIANG_INVALID_ARGUMENT, "device is missing; got NULL; expected where to write it");
+        return current_device(*device);
+    });
+}
+
+dijiang_status dijiang_attention_workspace_size(const dijiang_geometry* geometry, int32_t max_batch,
+                                                int32_t max_length, const dijiang_device* device,
+                                                size_t* bytes) {
+    return guarded([&]() -> dijiang_status {
+        Needs needs{};
+        DIJIANG_TRY(most_needs(geometry, max_batch, max_length, device, bytes, needs));
+        *bytes = needs.workspace;
+        return DIJIANG_OK;
+    });
+}
+
+dijiang_status dijiang_attention_sync_size(const dijiang_geometry* geometry, int32_t max_batch,
+                                           int32_t max_length, const dijiang_device* device, size_t* bytes) {
+    return guarded([&]() -> dijiang_status {
+        Needs needs{};
+        DIJIANG_TRY(most_needs(geometry, max_batch, max_length, device, bytes, needs));
+        *bytes = needs.sync;
+        return DIJIANG_OK;
+    });
+}
+
+dijiang_status dijiang_attention_plan(const dijiang_geometry* geometry, int32_t batch, int32_t length,
+                                      const dijiang_device* device, char* text, size_t size) {
+    return guarded([&] { return attention_plan(geometry, batch, length, device, text, size); });
+}
+
+dijiang_status dijiang_attention(const dijiang_geometry* geometry, int32_t batch, int32_t length,
+                                 const dijiang_attention_buffers* buffers, dijiang_stream stream) {
+    return guarded([&] { return attention(geometry, batch, length, buffers, stream); });
+}

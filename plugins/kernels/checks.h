@@ -1,0 +1,26 @@
+// Checks of what a caller passes, all on the host.
+#pragma once
+
+#include "attention.h"
+
+namespace dijiang {
+
+dijiang_status check_geometry(const dijiang_geometry* geometry);
+
+// batch and length from 0 to what the kernels can count to.
+dijiang_status check_size(int32_t batch, int32_t length);
+
+// A pointer that must not be null and must be a multiple of `alignment` bytes.
+dijiang_status check_pointer(const char* name, const void* pointer, uintptr_t alignment);
+
+// Everything that needs no look into device memory. Fills `params`; batch and length are positive. `needs` is
+// what the call asks of workspace and sync.
+dijiang_status check_attention(const dijiang_geometry& geometry, int32_t batch, int32_t length,
+                               const dijiang_attention_buffers& buffers, const Needs& needs,
+                               AttentionParams& params);
+
+// The same for length 0, where only the states are looked at. Strides in `params` are filled for them alone.
+dijiang_status check_states(const dijiang_geometry& geometry, int32_t batch,
+                            const dijiang_attention_buffers& buffers, AttentionParams& params);
+
+}  // namespace dijiang
