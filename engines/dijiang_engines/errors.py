@@ -78,5 +78,9 @@ class ValidationMismatch(DijiangError):
     """Outputs differ from the recorded reference by more than the tolerance."""
 
 
+class PluginError(DijiangError):
+    """The kernels or the TensorRT plugin are not built, are stale or damaged, or cannot be built here."""
+
+
 class OutputError(DijiangError):
     """An output that cannot be written: it exists, its folder is read-only, or the disk is full."""

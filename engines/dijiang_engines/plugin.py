@@ -1,0 +1,301 @@
+"""The compiled kernels and TensorRT plugins in the user's cache: what is there, and whether it may be loaded.
+
+`build-plugin` fills the cache (plugin_build.py), one folder per set of sources, compiler, architectures and
+TensorRT version. Each holds libdijiang_kernels.so, at most one libdijiang_tensorrt_<major>.so, and plugin.json,
+which says what they were made from and their hashes. A library whose hash differs is never loaded; neither is one
+in a folder that another user may write to. Hashes find damage, permissions keep others out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines import __version__
+from dijiang_engines.errors import PluginError
+
+MANIFEST = "plugin.json"
+FORMAT = 1
+KERNELS = "libdijiang_kernels.so"
+REBUILD = "dijiang-export build-plugin"
+
+# What decides about the libraries; tests do not.
+_SOURCE_PARTS = ("CMakeLists.txt", "cmake", "exports", "include", "kernels", "tensorrt")
+_SOURCE_SUFFIXES = {".txt", ".cmake", ".sh", ".py", ".map", ".h", ".cuh", ".cu", ".cpp"}
+
+
+@dataclass(frozen=True)
+class BuiltPlugin:
+    """One folder of the cache, as its manifest describes it."""
+
+    folder: Path
+    sources: str
+    """`source_hash` of what it was made from."""
+    version: str
+    """Of dijiang-export."""
+    cuda: str
+    """Version of the compiler, such as "13.0"."""
+    architectures: tuple[str, ...]
+    """Such as ("sm_87", "compute_87")."""
+    tensorrt: str | None
+    """Version of the headers; None: kernels alone."""
+    machine: str
+    """Such as "aarch64"."""
+    libraries: dict[str, str]
+    """File name -> SHA-256, hexadecimal."""
+    made: str
+    """When, UTC, ISO 8601."""
+
+    @property
+    def tensorrt_major(self) -> int | None:
+        """Of `tensorrt`."""
+        return None if self.tensorrt is None else int(self.tensorrt.split(".")[0])
+
+    def is_current(self) -> bool:
+        """True if it was made from these sources, by this version."""
+        return (self.sources, self.version) == (source_hash(), __version__)
+
+    def library(self, name: str) -> Path:
+        """The path of library `name` in it, after checking hash and permissions.
+
+        Raises:
+            PluginError: it is not there, is not what was built, or others can write to it.
+        """
+        path, expected = self.folder / name, self.libraries.get(name)
+        if expected is None:
+            raise PluginError(f"{self.folder} holds no {name}", hint=REBUILD)
+        _check_permissions(self.folder)
+        try:
+            got = file_hash(path)
+        except OSError as error:
+            raise PluginError(f"cannot read {path}", got=error.strerror, hint=f"{REBUILD} --force") from error
+        if got != expected:
+            raise PluginError(
+                f"{path} is not the library that was built: it will not be loaded",
+                got=f"SHA-256 {got}",
+                expected=f"SHA-256 {expected}",
+                hint=f"{REBUILD} --force",
+            )
+        return path
+
+
+def find_kernels_library(architecture: int | None = None, cache: Path | None = None) -> Path:
+    """The kernels' library in the cache that was made from these sources.
+
+    Args:
+        architecture: of the GPU, as 10 * major + minor; with it, libraries that run there come first. Otherwise,
+            and among equals, the newest.
+        cache: default: `cache_folder()`.
+
+    Raises:
+        PluginError: there is none, or it is stale or damaged.
+    """
+    return _find(KERNELS, None, architecture, cache)
+
+
+def find_tensorrt_library(major: int, architecture: int | None = None, cache: Path | None = None) -> Path:
+    """The plugin for TensorRT `major` in the cache; else as `find_kernels_library`."""
+    return _find(tensorrt_name(major), major, architecture, cache)
+
+
+def tensorrt_name(major: int) -> str:
+    """File name of the plugin for TensorRT `major`."""
+    return f"libdijiang_tensorrt_{major}.so"
+
+
+def runs_on(architectures: tuple[str, ...], architecture: int) -> bool:
+    """True if code made for `architectures` runs on a GPU of compute capability `architecture`.
+
+    Machine code runs on its own compute capability (across minor versions it may, but not between a Jetson and
+    other GPUs: that is not counted on); PTX on every one from its own upwards.
+    """
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        if kind == "sm" and number == str(architecture):
+            return True
+        if kind == "compute" and number.isdigit() and int(number) <= architecture:
+            return True
+    return False
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: $XDG_CACHE_HOME/dijiang-export/plugin, by default under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"  # the specification: ignore others
+    return root / "dijiang-export" / "plugin"
+
+
+def built_plugins(cache: Path | None = None) -> list[BuiltPlugin]:
+    """Everything in the cache that has a readable manifest, newest first."""
+    found = []
+    try:
+        entries = sorted((cache or cache_folder()).iterdir())
+    except OSError:
+        return []
+    for entry in entries:
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue
+        try:
+            found.append(read_manifest(entry))
+        except PluginError:
+            continue
+    return sorted(found, key=lambda built: built.made, reverse=True)
+
+
+def read_manifest(folder: Path) -> BuiltPlugin:
+    """Read a build's plugin.json.
+
+    Raises:
+        PluginError: it is absent, of another format, or malformed.
+    """
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"format {data.get('format')!r}" if isinstance(data, dict) else "no object")
+        libraries = {str(name): str(entry["sha256"]) for name, entry in data["libraries"].items()}
+        if any(Path(name).name != name for name in libraries):
+            raise ValueError("a library outside the folder")
+        tensorrt = data["tensorrt"]
+        built = BuiltPlugin(
+            folder=folder,
+            sources=str(data["sources"]),
+            version=str(data["version"]),
+            cuda=str(data["cuda"]),
+            architectures=tuple(str(name) for name in data["architectures"]),
+            tensorrt=None if tensorrt is None else str(tensorrt),
+            machine=str(data["machine"]),
+            libraries=libraries,
+            made=str(data["made"]),
+        )
+        _ = built.tensorrt_major  # a number?
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{path} does not describe a build of the plugin"
+        raise PluginError(
+            what, got=f"{type(error).__name__}: {error}", expected=f"format {FORMAT}", hint=REBUILD
+        ) from error
+    return built
+
+
+def plugin_sources() -> Path:
+    """The folder with the plugin's CMakeLists.txt: inside the installed package, or in the checkout around it.
+
+    Raises:
+        PluginError: neither is there.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (here / "plugin_sources", here.parents[1] / "plugins"):
+        if (folder / "CMakeLists.txt").is_file():
+            return folder
+    raise PluginError(
+        "the sources of the plugin are missing from this installation",
+        got=f"nothing in {here / 'plugin_sources'}",
+        hint="pip install --force-reinstall --no-deps dijiang-export",
+    )
+
+
+def source_files(sources: Path | None = None) -> Iterator[Path]:
+    """The files that decide what is built, in a fixed order."""
+    sources = sources or plugin_sources()
+    for part in _SOURCE_PARTS:
+        top = sources / part
+        for path in [top] if top.is_file() else sorted(top.rglob("*")):
+            if path.is_file() and path.suffix in _SOURCE_SUFFIXES:
+                yield path
+
+
+def source_hash(sources: Path | None = None) -> str:
+    """SHA-256, hexadecimal, over the names and contents of `source_files`."""
+    sources = sources or plugin_sources()
+    digest = hashlib.sha256()
+    for path in source_files(sources):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(sources).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], libraries: list[str]) -> None:
+    """Write plugin.json beside freshly built libraries.
+
+    Args:
+        folder: where they are.
+        facts: every field of `BuiltPlugin` but folder and libraries; more are kept for people to read.
+        libraries: file names.
+    """
+    hashes = {
+        name: {"sha256": file_hash(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in libraries
+    }
+    data = {"format": FORMAT, **facts, "libraries": hashes}
+    (folder / MANIFEST).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _find(name: str, major: int | None, architecture: int | None, cache: Path | None) -> Path:
+    every = built_plugins(cache)
+    having = [built for built in every if name in built.libraries]
+    command = REBUILD + (" --kernels-only" if major is None else "")
+    what = "the CUDA kernels are" if major is None else f"the plugin for TensorRT {major} is"
+    if not having:
+        others = sorted({f"TensorRT {b.tensorrt}" for b in every if b.tensorrt is not None})
+        raise PluginError(
+            f"{what} not built",
+            got=f"builds for {', '.join(others)}" if others and major is not None else None,
+            expected=f"{name} in {cache or cache_folder()}",
+            hint=command,
+        )
+    digest = source_hash()
+    current = [built for built in having if (built.sources, built.version) == (digest, __version__)]
+    if not current:
+        raise PluginError(
+            f"{what} stale: they were made from other sources" if major is None else f"{what} stale",
+            got=f"a build of version {having[0].version}, sources {having[0].sources[:12]}",
+            expected=f"version {__version__}, sources {digest[:12]}",
+            hint=command,
+        )
+    if architecture is not None:
+        fitting = [built for built in current if runs_on(built.architectures, architecture)]
+        if not fitting:
+            raise PluginError(
+                f"{what} not built for this GPU",
+                got=", ".join(current[0].architectures),
+                expected=f"sm_{architecture}",
+                hint=f"{command} --architecture {architecture}",
+            )
+        # Machine code before PTX, which the driver would have to compile first.
+        current = sorted(fitting, key=lambda built: f"sm_{architecture}" not in built.architectures)
+    return current[0].library(name)
+
+
+def _check_permissions(folder: Path) -> None:
+    """Nobody but this user and root may be able to change what is about to be loaded."""
+    for path in (folder, folder.parent):
+        status = path.stat()
+        if status.st_uid not in (os.getuid(), 0):
+            raise PluginError(
+                f"{path} belongs to another user: nothing is loaded from it",
+                got=f"user id {status.st_uid}",
+                expected=f"user id {os.getuid()}",
+                hint=f"remove it, or set XDG_CACHE_HOME, and run {REBUILD}",
+            )
+        if status.st_mode & stat.S_IWOTH:
+            raise PluginError(
+                f"everybody may write to {path}: nothing is loaded from it",
+                got=stat.filemode(status.st_mode),
+                hint=f"chmod o-w {path}",
+            )
