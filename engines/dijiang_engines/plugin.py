@@ -1,9 +1,10 @@
 """The compiled kernels and TensorRT plugins in the user's cache: what is there, and whether it may be loaded.
 
 `build-plugin` fills the cache (plugin_build.py), one folder per set of sources, compiler, architectures and
-TensorRT version. Each holds libdijiang_kernels.so, at most one libdijiang_tensorrt_<major>.so, and plugin.json,
-which says what they were made from and their hashes. A library whose hash differs is never loaded; neither is one
-in a folder that another user may write to. Hashes find damage, permissions keep others out.
+TensorRT version. Each holds libdijiang_kernels.so, at most one libdijiang_tensorrt_<major>.so, and
+plugin.json, which says what they were made from and their hashes. A library whose hash differs is never
+loaded; neither is one in a folder that another user may write to. Hashes find damage, permissions keep
+others out.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def find_kernels_library(architecture: int | None = None, cache: Path | None = N
     """The kernels' library in the cache that was made from these sources.
 
     Args:
-        architecture: of the GPU, as 10 * major + minor; with it, libraries that run there come first. Otherwise,
-            and among equals, the newest.
+        architecture: of the GPU, as 10 * major + minor: only a library that runs there will do, and one with
+            machine code for it comes first. Otherwise, and among equals, the newest.
         cache: default: `cache_folder()`.
 
     Raises:
@@ -112,8 +113,8 @@ def tensorrt_name(major: int) -> str:
 def runs_on(architectures: tuple[str, ...], architecture: int) -> bool:
     """True if code made for `architectures` runs on a GPU of compute capability `architecture`.
 
-    Machine code runs on its own compute capability (across minor versions it may, but not between a Jetson and
-    other GPUs: that is not counted on); PTX on every one from its own upwards.
+    Machine code runs on its own compute capability (across minor versions it may, but not between a Jetson
+    and other GPUs: that is not counted on); PTX on every one from its own upwards.
     """
     for name in architectures:
         kind, _, number = name.partition("_")
@@ -184,7 +185,7 @@ def read_manifest(folder: Path) -> BuiltPlugin:
 
 
 def plugin_sources() -> Path:
-    """The folder with the plugin's CMakeLists.txt: inside the installed package, or in the checkout around it.
+    """The folder with the plugin's CMakeLists.txt: in the installed package, or in the checkout around it.
 
     Raises:
         PluginError: neither is there.

@@ -41,6 +41,7 @@ COMMANDS = {
     "validate": ("validate:validate", "Replay a bundle's recorded cases and compare with PyTorch's results."),
     "generate": ("generate:generate", "Generate text from a bundle."),
     "inspect": ("inspect:inspect", "Describe a checkpoint or a bundle and what it takes to run."),
+    "build-plugin": ("build_plugin:build_plugin", "Compile the CUDA kernels and the TensorRT plugin."),
     "doctor": ("doctor:doctor", "Say what works on this machine, what is missing, and how to get it."),
     "bench": ("bench:bench", "Measure a bundle's speed and memory on this machine."),
     "completion": ("completion:completion", "Print the completion script of a shell."),
