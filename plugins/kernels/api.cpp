@@ -7,8 +7,8 @@
 #include "device.h"
 #include "errors.h"
 
-#ifndef DIJIANG_VERSION_STRING
-#define DIJIANG_VERSION_STRING "0+unknown"  // compiled by hand
+#ifndef DIJIANG_VERSION
+#define DIJIANG_VERSION "0+unknown"  // compiled by hand
 #endif
 
 namespace dijiang {
@@ -86,10 +86,7 @@ dijiang_status attention_plan(const dijiang_geometry* geometry, int32_t batch, i
     dijiang_device device{};
     DIJIANG_TRY(check_geometry(geometry));
     DIJIANG_TRY(check_size(batch, length));
-    if (text == nullptr || size == 0)
-        return fail(DIJIANG_INVALID_ARGUMENT,
-                    "text is missing; got %s; expected at least one byte of host memory",
-                    text == nullptr ? "NULL" : "size 0");
+    DIJIANG_TRY(check_text(text, size));
     DIJIANG_TRY(given_or_current(given, device));
     std::string plan;
     if (batch == 0) {
@@ -111,7 +108,7 @@ using namespace dijiang;
 
 int32_t dijiang_abi_version(void) { return DIJIANG_ABI_VERSION; }
 
-const char* dijiang_version(void) { return DIJIANG_VERSION_STRING; }
+const char* dijiang_version(void) { return DIJIANG_VERSION; }
 
 const char* dijiang_architectures(void) { return architectures(); }
 

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "errors.h"
-#include "regions.h"
 
 namespace dijiang {
 namespace {
@@ -59,10 +58,6 @@ dijiang_status check_state_strides(const dijiang_geometry& g, int32_t batch,
     DIJIANG_TRY(check_strides("past", batch, 1, state, 4, p.past_batch_stride, unused));
     unused = 0;
     return check_strides("present", batch, 1, state, 4, p.present_batch_stride, unused);
-}
-
-Region dense(const char* name, const void* pointer, int64_t bytes, bool written = false) {
-    return {name, bytes > 0 ? reinterpret_cast<uintptr_t>(pointer) : 0, bytes, 1, 0, 1, 0, written};
 }
 
 Region state_region(const char* name, const float* pointer, int64_t state, int64_t batch, int64_t stride,
@@ -156,40 +151,44 @@ dijiang_status check_overlaps(const dijiang_geometry& g, const AttentionParams& 
     const Region past = state_region("past_state", p.past_state, state, p.batch, p.past_batch_stride, false);
     const Region present =
         state_region("present_state", p.present_state, state, p.batch, p.present_batch_stride, true);
-    const Region read[] = {
+    const Region regions[] = {
+        past,
+        present,
         tokens("qkv", p.qkv, packed, p.qkv_batch_stride, p.qkv_token_stride, false),
         tokens("gate", p.gate, channels, p.gate_batch_stride, p.gate_token_stride, false),
-        past,
-        dense("positions", p.positions, rows),
-        dense("seq_lens", p.seq_lens, rows),
-        dense("proj", p.proj, 4 * d * d),
-        dense("norm_weight", p.norm_weight, 4 * channels),
-        dense("norm_bias", p.norm_bias, 4 * channels),
-        dense("inv_freq", p.inv_freq, 2 * int64_t{g.rotary_dim}),
-        dense("log_decay", p.log_decay, table),
-        dense("gain", p.gain, table),
-        dense("read_scale", p.read_scale, table),
-    };
-    const Region written[] = {
+        dense("positions", p.positions, rows, false),
+        dense("seq_lens", p.seq_lens, rows, false),
+        dense("proj", p.proj, 4 * d * d, false),
+        dense("norm_weight", p.norm_weight, 4 * channels, false),
+        dense("norm_bias", p.norm_bias, 4 * channels, false),
+        dense("inv_freq", p.inv_freq, 2 * int64_t{g.rotary_dim}, false),
+        dense("log_decay", p.log_decay, table, false),
+        dense("gain", p.gain, table, false),
+        dense("read_scale", p.read_scale, table, false),
         tokens("output", p.output, channels, p.output_batch_stride, p.output_token_stride, true),
-        present,
         dense("workspace", p.workspace, static_cast<int64_t>(needs.workspace), true),
         dense("sync", p.sync, static_cast<int64_t>(needs.sync), true),
     };
     DIJIANG_TRY(check_state_alias(past, present));
-    constexpr int kWritten = sizeof written / sizeof *written;
-    for (int i = 0; i < kWritten; ++i) {
-        for (const Region& other : read) {
-            const bool states = written[i].begin == present.begin && other.begin == past.begin;
-            if (!states && !disjoint(other, written[i])) return overlap(other, written[i]);
-        }
-        for (int j = 0; j < i; ++j)
-            if (!disjoint(written[j], written[i])) return overlap(written[j], written[i]);
-    }
-    return DIJIANG_OK;
+    return check_apart(regions, sizeof regions / sizeof *regions, 0, 1);
 }
 
 }  // namespace
+
+Region dense(const char* name, const void* pointer, int64_t bytes, bool written) {
+    return {name, bytes > 0 ? reinterpret_cast<uintptr_t>(pointer) : 0, bytes, 1, 0, 1, 0, written};
+}
+
+dijiang_status check_apart(const Region* regions, int count, int one, int other) {
+    for (int i = 0; i < count; ++i)
+        for (int j = 0; j < i; ++j) {
+            const bool may = (i == one && j == other) || (i == other && j == one);
+            if (may || !(regions[i].written || regions[j].written) || disjoint(regions[i], regions[j]))
+                continue;
+            return regions[i].written ? overlap(regions[j], regions[i]) : overlap(regions[i], regions[j]);
+        }
+    return DIJIANG_OK;
+}
 
 dijiang_status check_pointer(const char* name, const void* pointer, uintptr_t alignment) {
     if (pointer == nullptr)
@@ -200,6 +199,13 @@ dijiang_status check_pointer(const char* name, const void* pointer, uintptr_t al
                     "%s is not aligned; got address %p; expected a multiple of %d bytes", name, pointer,
                     static_cast<int>(alignment));
     return DIJIANG_OK;
+}
+
+dijiang_status check_text(const char* text, size_t size) {
+    if (text != nullptr && size > 0) return DIJIANG_OK;
+    return fail(DIJIANG_INVALID_ARGUMENT,
+                "text is missing; got %s; expected at least one byte of host memory",
+                text == nullptr ? "NULL" : "size 0");
 }
 
 dijiang_status check_geometry(const dijiang_geometry* geometry) {

@@ -49,6 +49,14 @@ dijiang_status check_capability(int32_t capability) {
 
 }  // namespace
 
+const char* architectures() noexcept {
+#ifdef DIJIANG_ARCHITECTURES
+    return DIJIANG_ARCHITECTURES;
+#else
+    return compiled_list();
+#endif
+}
+
 dijiang_status current_device(dijiang_device& device) {
     int index = 0;
     const cudaError_t error = cudaGetDevice(&index);

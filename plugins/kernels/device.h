@@ -10,6 +10,9 @@ constexpr int32_t kLeastComputeCapability = 80;
 // What the library was compiled for, e.g. "sm_80 sm_90 compute_90".
 const char* architectures() noexcept;
 
+// The same as nvcc itself knows it, which does not tell PTX from binaries (architectures.cu).
+const char* compiled_list() noexcept;
+
 // The current device: asked of CUDA once per device, then remembered. Fails for GPUs that are too old.
 dijiang_status current_device(dijiang_device& device);
 

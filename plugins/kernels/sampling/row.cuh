@@ -1,0 +1,103 @@
+// One row of logits as a block sees it: scores, their order, their softmax weights.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#include "sampling/sampling.h"
+#include "sampling/team.cuh"
+
+namespace dijiang {
+
+constexpr uint32_t kLowestKey = 0x007FFFFF;  // of -inf
+
+// Floats as integers of the same order; -0 equals 0.
+__device__ __forceinline__ uint32_t key_of(float score) {
+    const uint32_t bits = __float_as_uint(__fadd_rn(score, 0.0f));
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float score_of(uint32_t key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+// A token's place in the order of all: greater is better, and of equal scores the lower id is. No two are
+// equal.
+__device__ __forceinline__ uint64_t place_of(float score, int id) {
+    return uint64_t{key_of(score)} << 32 | ~static_cast<uint32_t>(id);
+}
+
+// exp((score - best) / temperature) as an integer, 2^shift for the best. Sums of integers do not depend on
+// their order; a whole vocabulary's stays below 2^63.
+struct Softmax {
+    float best, rate, scale;
+    int shift;
+
+    __device__ Softmax(float best_score, double temperature, int vocabulary) : best(best_score) {
+        constexpr double kLog2e = 1.4426950408889634;
+        // Within float32's normal range even for absurd temperatures, so that 0 and -inf times it are 0 and
+        // -inf.
+        rate = static_cast<float>(fmin(fmax(kLog2e / temperature, double{FLT_MIN}), double{FLT_MAX}));
+        shift = 62 - (32 - __clz(vocabulary - 1));
+        scale = ldexpf(1.0f, shift);
+    }
+
+    // log2 of the weight relative to the best, <= 0. Rounded step by step, so that it is the same wherever it
+    // is asked.
+    __device__ float exponent(float score) const { return __fmul_rn(__fsub_rn(score, best), rate); }
+
+    __device__ uint64_t weight(float score) const {
+        const float e = exponent(score);
+        return e < -static_cast<float>(shift + 1) ? 0 : __float2ull_rn(__fmul_rn(exp2f(e), scale));
+    }
+};
+
+// This block's part of a row: `per_warp` ids for each of its warps, one after another.
+struct Part {
+    const float* logits;
+    const uint32_t* allowed;  // or null
+    const uint32_t* seen;     // null where there is no penalty
+    double penalty;
+    float* staged;  // this part's scores in shared memory, or null: computed anew each time
+    int begin, end, per_warp;
+
+    // What the filters see of a logit; -inf if it may not be chosen.
+    __device__ float prepare(float logit, int id) const {
+        const uint32_t bit = 1u << (id % 32);
+        if (allowed != nullptr && !(__ldg(allowed + id / 32) & bit)) return -INFINITY;
+        if (seen == nullptr || !(__ldg(seen + id / 32) & bit) || !(fabsf(logit) < INFINITY)) return logit;
+        const double wide = logit > 0 ? logit / penalty : logit * penalty;
+        return static_cast<float>(fmin(fmax(wide, -double{FLT_MAX}), double{FLT_MAX}));
+    }
+
+    // Calls visit(id, score) for first <= id < last, in all lanes together and in the ids' order within each;
+    // ids from `last` on come with -inf.
+    template <typename Visit>
+    __device__ void each(int first, int last, Visit&& visit) const {
+        constexpr int kAhead = 8;  // loads on their way per lane
+        for (int base = first; base < last; base += 32 * kAhead) {
+            float scores[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int id = base + 32 * i + static_cast<int>(threadIdx.x % 32);
+                scores[i] = -INFINITY;
+                if (id < last) scores[i] = staged != nullptr ? staged[id - begin] : __ldg(logits + id);
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int id = base + 32 * i + static_cast<int>(threadIdx.x % 32);
+                if (base + 32 * i >= last) break;
+                visit(id, staged != nullptr || id >= last ? scores[i] : prepare(scores[i], id));
+            }
+        }
+    }
+
+    // The same for this warp's share of the part.
+    template <typename Visit>
+    __device__ void each(Visit&& visit) const {
+        const int first = begin + static_cast<int>(threadIdx.x / 32) * per_warp;
+        each(first, min(first + per_warp, end), visit);
+    }
+};
+
+}  // namespace dijiang

@@ -1,0 +1,229 @@
+// Where top-k and top-p cut a row: histograms narrow the place down to few tokens, which are then sorted.
+#pragma once
+
+#include "sampling/row.cuh"
+
+namespace dijiang {
+
+constexpr int kBins = 2 * kThreads;
+constexpr int kListed = kThreads;
+
+struct SelectMemory {
+    uint32_t counts[kBins], low[kBins], high[kBins];  // weights in two halves
+    uint64_t list[kListed], sorted[kListed];
+    uint32_t listed;
+    Tally scratch[kWarps];
+    Tally before, inside;  // what was found: the tally before it and of it
+    uint64_t found;
+};
+
+// Tokens from place `first` on are kept; `weight` is what they weigh together.
+struct Cut {
+    uint64_t first, weight;
+};
+
+struct Selector {
+    const Team& team;
+    const Part& part;
+    const Softmax& softmax;
+    SelectMemory& memory;
+    uint64_t best;    // the row's highest place
+    float per_bin;    // bins per unit of -exponent
+    Tally coarse[2];  // bins 2t and 2t + 1 of the whole row, equally wide in score
+    uint64_t total;   // what the row weighs
+
+    // `least`: the row's lowest finite score.
+    __device__ Selector(const Team& team_, const Part& part_, const Softmax& softmax_, SelectMemory& memory_,
+                        uint64_t best_, float least)
+        : team(team_), part(part_), softmax(softmax_), memory(memory_), best(best_) {
+        const float range = fminf(-softmax.exponent(least), static_cast<float>(softmax.shift + 1));
+        per_bin = range > 0 ? fminf(kBins / range, FLT_MAX) : 0.0f;
+        histogram([&](float score, int, bool& inside) {
+            inside = true;
+            return bin_of(score);
+        });
+        coarse[0] = tally_of(2 * threadIdx.x);
+        coarse[1] = tally_of(2 * threadIdx.x + 1);
+        const Tally running = block_running(coarse[0] + coarse[1], memory.scratch);
+        if (threadIdx.x == kThreads - 1) memory.found = running.weight;
+        team.sync();  // nobody reads these histograms any more
+        total = memory.found;
+        __syncthreads();
+    }
+
+    __device__ int bin_of(float score) const {
+        return min(kBins - 1, __float2int_rz(__fmul_rn(-softmax.exponent(score), per_bin)));
+    }
+
+    // The tally of one bin over all blocks.
+    __device__ Tally tally_of(int bin) const {
+        Tally sum = {0, 0};
+        for (int rank = 0; rank < team.size; ++rank) {
+            const SelectMemory& other = *team.of(&memory, rank);
+            sum = sum + Tally{other.counts[bin], uint64_t{other.high[bin]} << 32 | other.low[bin]};
+        }
+        return sum;
+    }
+
+    // Counts and weighs the tokens that have weight, by bin; bin(score, id, inside) says which, and whether
+    // it counts.
+    template <typename Bin>
+    __device__ void histogram(Bin&& bin_at) {
+        for (int bin = threadIdx.x; bin < kBins; bin += kThreads)
+            memory.counts[bin] = memory.low[bin] = memory.high[bin] = 0;
+        __syncthreads();
+        part.each([&](int id, float score) {
+            const uint64_t weight = softmax.weight(score);
+            bool inside = false;
+            int bin = weight > 0 ? bin_at(score, id, inside) : 0;
+            const uint32_t lanes = __ballot_sync(~0u, inside);
+            if (lanes == 0) return;
+            const int leader = __ffs(static_cast<int>(lanes)) - 1;
+            const int leading = __shfl_sync(~0u, bin, leader);
+            const uint64_t leading_weight = __shfl_sync(~0u, weight, leader);
+            if (__all_sync(~0u, !inside || (bin == leading && weight == leading_weight))) {
+                // Equal scores would all queue for one counter: one lane adds for all.
+                const uint32_t count = static_cast<uint32_t>(__popc(lanes));
+                if (static_cast<int>(threadIdx.x % 32) == leader) add(bin, count, count * weight);
+            } else if (inside) {
+                add(bin, 1, weight);
+            }
+        });
+        team.sync();
+    }
+
+    __device__ void add(int bin, uint32_t count, uint64_t weight) {
+        const uint32_t low = static_cast<uint32_t>(weight);
+        atomicAdd(&memory.counts[bin], count);
+        const uint32_t carry = atomicAdd(&memory.low[bin], low) > ~low ? 1 : 0;
+        const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
+        if (high != 0) atomicAdd(&memory.high[bin], high);
+    }
+
+    // Looks for the first item whose running tally reaches the target, given two neighbouring items of each
+    // thread. All threads get its index (or -1), and memory.before and .inside. `start` is added to every
+    // tally.
+    template <bool kByCount>
+    __device__ int reach(const Tally& first, const Tally& second, const Tally& start, uint64_t target) {
+        if (threadIdx.x == 0) memory.found = ~uint64_t{0};
+        const Tally end = start + block_running(first + second, memory.scratch);  // with a barrier inside
+        const Tally middle = {end.count - second.count, end.weight - second.weight};
+        const Tally begin = {middle.count - first.count, middle.weight - first.weight};
+        const auto amount = [](const Tally& tally) {
+            return kByCount ? uint64_t{tally.count} : tally.weight;
+        };
+        if (amount(begin) < target && target <= amount(end)) {
+            const bool in_first = target <= amount(middle);
+            memory.found = 2 * threadIdx.x + (in_first ? 0 : 1);
+            memory.before = in_first ? begin : middle;
+            memory.inside = in_first ? first : second;
+        }
+        __syncthreads();
+        const int found = static_cast<int>(memory.found);
+        __syncthreads();  // before the next search writes there
+        return found;
+    }
+
+    // The lowest key whose token would fall into bin `last` or a better one. All lanes search together.
+    __device__ uint32_t lowest_key(int last) const {
+        uint32_t low = kLowestKey, high = static_cast<uint32_t>(best >> 32);  // the answer is in [low, high]
+        while (low < high) {
+            const uint32_t span = high - low, step = span / 32 + 1, offset = (threadIdx.x % 32) * step;
+            const bool good = offset >= span || bin_of(score_of(low + offset)) <= last;
+            const uint32_t lanes = __ballot_sync(~0u, good);
+            const uint32_t first =
+                lanes == 0 ? 32u : static_cast<uint32_t>(__ffs(static_cast<int>(lanes)) - 1);
+            if (first < 32 && first * step < span) high = low + first * step;
+            if (first > 0) low += (first - 1) * step + 1;
+            low = min(low, high);
+        }
+        return low;
+    }
+
+    // The places in [low, high] of all blocks, best first, one per thread; 0 behind the last. At most
+    // kListed.
+    __device__ uint64_t sorted_window(uint64_t low, uint64_t high) {
+        if (threadIdx.x == 0) memory.listed = 0;
+        __syncthreads();
+        part.each([&](int id, float score) {
+            const uint64_t place = place_of(score, id);
+            if (place < low || place > high || softmax.weight(score) == 0) return;
+            memory.list[atomicAdd(&memory.listed, 1u)] = place;
+        });
+        team.sync();
+        uint64_t mine = 0;
+        uint32_t before = 0;
+        for (int rank = 0; rank < team.size; ++rank) {
+            const SelectMemory& other = *team.of(&memory, rank);
+            const uint32_t index = threadIdx.x - before;  // huge if another block's
+            if (threadIdx.x >= before && index < other.listed) mine = other.list[index];
+            before += other.listed;
+        }
+        team.sync();  // the lists may be filled anew
+        return sort(mine, static_cast<int>(before));
+    }
+
+    // Bitonic, descending. Only the first `count` threads have something; the others bring 0.
+    __device__ uint64_t sort(uint64_t mine, int count) {
+        const int thread = static_cast<int>(threadIdx.x);
+        for (int size = 2; size < 2 * count; size *= 2) {
+            for (int apart = size / 2; apart > 0; apart /= 2) {
+                uint64_t other;
+                if (apart < 32) {
+                    other = __shfl_xor_sync(~0u, mine, apart);
+                } else {
+                    memory.sorted[thread] = mine;
+                    __syncthreads();
+                    other = memory.sorted[thread ^ apart];
+                    __syncthreads();
+                }
+                const bool descending = (thread & size) == 0, lower = (thread & apart) == 0;
+                mine = descending == lower ? max(mine, other) : min(mine, other);
+            }
+        }
+        return mine;
+    }
+
+    // Keeps the best tokens until their number, or their weight, reaches `target` >= 1; all if that is not to
+    // be reached.
+    template <bool kByCount>
+    __device__ Cut select(uint64_t target) {
+        int bin = reach<kByCount>(coarse[0], coarse[1], {0, 0}, target);
+        if (bin < 0) return {0, 0};
+        Tally before = memory.before, inside = memory.inside;
+        uint64_t high = bin == 0 ? best : (uint64_t{lowest_key(bin - 1)} << 32) - 1;
+        uint64_t low = uint64_t{lowest_key(bin)} << 32;
+        while (inside.count > kListed) {
+            const int bits = 64 - __clzll(static_cast<long long>(high - low));
+            const int shift = max(0, bits - 11);
+            histogram([&](float score, int id, bool& counts) {
+                const uint64_t place = place_of(score, id);
+                counts = place >= low && place <= high;
+                return counts ? static_cast<int>((high - place) >> shift) : 0;
+            });
+            const Tally first = tally_of(2 * threadIdx.x), second = tally_of(2 * threadIdx.x + 1);
+            team.sync();
+            bin = reach<kByCount>(first, second, before, target);
+            before = memory.before;
+            inside = memory.inside;
+            high -= static_cast<uint64_t>(bin) << shift;
+            const uint64_t width = uint64_t{1} << shift;
+            low = high - low >= width ? high - width + 1 : low;
+        }
+        const uint64_t place = sorted_window(low, high);
+        const Tally one = place == 0 ? Tally{0, 0} : Tally{1, softmax.weight(score_of(place >> 32))};
+        const Tally running = before + block_running(one, memory.scratch);
+        const uint64_t amount = kByCount ? running.count : running.weight;
+        const uint64_t previous = kByCount ? running.count - one.count : running.weight - one.weight;
+        if (previous < target && target <= amount) {
+            memory.found = place;
+            memory.before = running;
+        }
+        __syncthreads();
+        const Cut cut = {memory.found, memory.before.weight};
+        __syncthreads();
+        return cut;
+    }
+};
+
+}  // namespace dijiang
