@@ -1,0 +1,30 @@
+#include "host_symbols.h"
+
+#include <NvInferVersion.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <string>
+
+namespace dijiang::trt {
+
+std::vector<void*> host_symbols(const char* name) {
+    std::vector<void*> found;
+    const auto add = [&found](void* symbol) {
+        if (symbol != nullptr && std::find(found.begin(), found.end(), symbol) == found.end()) {
+            found.push_back(symbol);
+        }
+    };
+    add(dlsym(RTLD_DEFAULT, name));
+    for (const char* library : {"libnvinfer.so.", "libnvinfer_lean.so.", "libnvinfer_dispatch.so."}) {
+        const std::string file = library + std::to_string(NV_TENSORRT_MAJOR);
+        // Only asks: RTLD_NOLOAD opens nothing that is not there already. The handle is kept on purpose, so
+        // that what is found stays there.
+        if (void* handle = dlopen(file.c_str(), RTLD_LAZY | RTLD_NOLOAD); handle != nullptr) {
+            add(dlsym(handle, name));
+        }
+    }
+    return found;
+}
+
+}  // namespace dijiang::trt

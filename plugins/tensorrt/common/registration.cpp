@@ -1,0 +1,69 @@
+// There are two ways in, and a process may use either or both:
+//  - It opens the library (dlopen, ctypes.CDLL, trtexec --staticPlugins): the creator registers itself with
+//  every TensorRT
+//    runtime that is loaded.
+//  - It calls IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which opens the library, asks it for
+//  its creators and
+//    registers them, and fails if they are registered already. So whoever asks for the creators takes them
+//    over: what the library registered by itself is withdrawn first.
+#include "registration.h"
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "attributes.h"
+#include "host_symbols.h"
+#include "log.h"
+
+#define DIJIANG_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace dijiang::trt {
+namespace {
+
+class OwnRegistration {
+public:
+    OwnRegistration() {
+        using GetRegistry = nvinfer1::IPluginRegistry* (*)();
+        for (void* symbol : host_symbols("getPluginRegistry")) {
+            nvinfer1::IPluginRegistry* registry = reinterpret_cast<GetRegistry>(symbol)();
+            if (registry != nullptr && registry->registerCreator(creator(), kPluginNamespace)) {
+                registries_.push_back(registry);
+            }
+        }
+    }
+
+    // The registries are still there: they were made before this object, and their libraries stay loaded.
+    ~OwnRegistration() { withdraw(); }
+
+    void withdraw() noexcept {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (nvinfer1::IPluginRegistry* registry : registries_) registry->deregisterCreator(creator());
+        registries_.clear();
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<nvinfer1::IPluginRegistry*> registries_;
+};
+
+OwnRegistration own_registration;
+
+}  // namespace
+}  // namespace dijiang::trt
+
+DIJIANG_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+    dijiang::trt::set_logger_finder(finder);
+}
+
+#if NV_TENSORRT_MAJOR >= 10
+DIJIANG_EXPORT dijiang::trt::Creator* const* getCreators(int32_t& count)
+#else
+DIJIANG_EXPORT dijiang::trt::Creator* const* getPluginCreators(int32_t& count)
+#endif
+{
+    dijiang::trt::own_registration.withdraw();
+    static dijiang::trt::Creator* const creators[] = {&dijiang::trt::creator()};
+    count = 1;
+    return creators;
+}
