@@ -1,0 +1,93 @@
+"""Compile what the contestants of `bench kernels` need, in processes of their own, ahead of the measurement.
+
+Triton and torch.compile keep what they compiled on disk, and compile one kernel after the other: some
+hundred for the default sizes. Several processes fill those caches at once. Nothing is timed here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_export.bench_kernels_plan import Cell, Dtype, Shape
+
+COMPILING = ("fla", "fla-phi", "torch-compile")
+TASK_SECONDS = 300
+
+
+def tasks(cells: Sequence[Cell], names: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
+    """(contestant, cells) of each process: one for each shape and phase, the longest work first."""
+    groups: dict[tuple[str, str, Shape], list[Cell]] = {}
+    for name in names:
+        for cell in cells:
+            if name in COMPILING:
+                groups.setdefault((name, cell.phase, cell.shape), []).append(cell)
+    order = {"fla": 0, "torch-compile": 1, "fla-phi": 2}
+    ranked = sorted(groups, key=lambda group: (group[1] != "prefill", order[group[0]]))
+    return [(group[0], tuple(groups[group])) for group in ranked]
+
+
+def warm(
+    cells: Sequence[Cell],
+    names: Sequence[str],
+    dtype: Dtype,
+    jobs: int,
+    progress: ProgressFactory = silent,
+) -> list[str]:
+    """Run all tasks, `jobs` at a time.
+
+    Returns:
+        What failed, a line each. The measurement compiles that itself, and says what is wrong with it.
+    """
+    todo = tasks(cells, names)
+    failed: list[str] = []
+    with progress("Compiling", len(todo), "items") as bar, ThreadPoolExecutor(jobs) as pool:
+        for (name, group), error in zip(todo, pool.map(lambda t: _run(*t, dtype), todo), strict=True):
+            if error is not None:
+                failed.append(f"{name}, {group[0].phase} {group[0].shape}: {error}")
+            bar.advance()
+    return failed
+
+
+def _run(name: str, cells: tuple[Cell, ...], dtype: str) -> str | None:
+    """One process; its last words if it fails."""
+    described = [[c.phase, c.shape.heads, c.shape.head_dim, c.batch, c.length] for c in cells]
+    request = json.dumps({"path": sys.path, "name": name, "dtype": dtype, "cells": described})
+    code = "import json,sys; r = json.load(sys.stdin); sys.path[:] = r['path']\n"
+    code += f"from {__name__} import compile_all; compile_all(r)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], input=request, capture_output=True, text=True,
+            timeout=TASK_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"took more than {TASK_SECONDS} s"
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
+
+
+def compile_all(request: dict[str, object]) -> None:
+    """Call one contestant once at each of the request's cells, on the current GPU."""
+    import torch
+
+    from dijiang_export.bench_kernels_cuda import TORCH_DTYPES
+    from dijiang_export.bench_kernels_inputs import make_calls, make_layer
+    from dijiang_export.bench_kernels_peers import PEERS, PeerError
+
+    device = torch.device("cuda")
+    contestant = PEERS[str(request["name"])]()
+    for phase, heads, head_dim, batch, length in request["cells"]:  # type: ignore[attr-defined]
+        cell = Cell(phase, Shape(heads, head_dim), batch, length)
+        layer = make_layer(cell.shape, device)
+        calls = make_calls(cell, TORCH_DTYPES[str(request["dtype"])], device)
+        try:
+            with torch.no_grad():
+                contestant.prepare(cell, layer, calls).run(0)
+        except PeerError:
+            continue
+    torch.cuda.synchronize()
