@@ -5,6 +5,9 @@
 # TORCH_INDEX  where to find PyTorch, if not in the default package index: for the CPU build
 #              TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # ARGS         more arguments for pytest                                     e.g. ARGS="-k cli"
+# ARCHITECTURES  what `make plugin` compiles for, e.g. "87;90"                default: all that nvcc knows
+# JOBS         compilers at a time                                           default: one per CPU
+# TRT_INCLUDE  folders with TensorRT's headers for `make plugin-headers`     e.g. /opt/trt-8.6/include:/opt/trt-11.1/include
 # SHAPES       what `make bench-export` exports                              default: 410M, 1B and 2.8B
 
 SHELL := /bin/bash
@@ -16,6 +19,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+ARCHITECTURES ?=
+JOBS ?= $(shell nproc)
+TRT_INCLUDE ?=
 SHAPES ?= pythia-410m pythia-1b pythia-2.8b
 
 BIN := $(VENV)/bin
@@ -27,10 +33,10 @@ PROMPT := def read_file(path):
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup demo test lint format bench bench-export clean distclean
+.PHONY: help setup demo test lint format plugin plugin-headers bench bench-export clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make the virtual environment, with the versions of constraints.txt
 
@@ -65,6 +71,13 @@ lint: $(INSTALLED) ## ruff (rules and format) and mypy
 format: $(INSTALLED) ## let ruff format and sort
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+plugin: ## compile the CUDA kernels for every architecture into build/plugin
+	cmake -S plugins -B build/plugin -DDIJIANG_WARNINGS_AS_ERRORS=ON -DCMAKE_CUDA_ARCHITECTURES="$(ARCHITECTURES)"
+	cmake --build build/plugin --parallel $(JOBS)
+
+plugin-headers: $(INSTALLED) ## compile the TensorRT plugin against the headers in each of TRT_INCLUDE
+	$(BIN)/python .ci/plugin_headers.py --jobs $(JOBS) "$(TRT_INCLUDE)"
 
 bench: $(BUNDLE)/manifest.json ## speed of the sample and of a 160M shape, beside PyTorch's
 	@mkdir -p build/bench

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
+import plugin_builds
 import pytest
 from numpy_runner import NumpyRunner
 from toy_bundle import ToyModel, make_bundle
@@ -56,3 +58,34 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dijiang_export.to_onnx import export_bundle
 
     return export_bundle(sample_checkpoint(), tmp_path_factory.mktemp("sample") / "tiny-stdlib.bundle").path
+
+
+@pytest.fixture(scope="session")
+def kernels_library() -> Path:
+    """libdijiang_kernels.so of this checkout, compiled if need be (plugin_builds.py says how to choose)."""
+    return plugin_builds.kernels()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Any:
+    """The CUDA kernels (kernel_engine.CudaEngine); tests that use it skip where there are none."""
+    from kernel_engine import CudaEngine, find_library
+
+    library, missing = find_library()
+    assert library is not None, missing
+    return CudaEngine(library)
+
+
+@pytest.fixture
+def the_gpu_is_kept() -> Iterator[None]:
+    """After an illegal access every later call fails: end this process, rather than blame the other tests."""
+    import torch
+
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"the CUDA context is lost: {error}", flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)  # xdist reports the test as crashed and starts another worker
+        pytest.exit(f"the CUDA context is lost: {error}", 3)

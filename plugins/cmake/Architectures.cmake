@@ -10,11 +10,15 @@ if("${CMAKE_CUDA_ARCHITECTURES}" STREQUAL "")
 endif()
 enable_language(CUDA)
 
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+    message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}; 12.0 or newer is needed")
+endif()
+
 if(choose_architectures)
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code
         OUTPUT_VARIABLE known RESULT_VARIABLE status ERROR_QUIET)
     if(NOT status EQUAL 0)
-        message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-code failed; CUDA 11.8 or newer is needed")
+        message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-code failed")
     endif()
     string(REGEX MATCHALL "sm_[0-9]+" known "${known}")
     set(CMAKE_CUDA_ARCHITECTURES "")
