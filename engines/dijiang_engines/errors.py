@@ -82,5 +82,9 @@ class PluginError(DijiangError):
     """The kernels or the TensorRT plugin are not built, are stale or damaged, or cannot be built here."""
 
 
+class KernelError(DijiangError):
+    """The CUDA kernels' library refused a call, or is not one that can be used."""
+
+
 class OutputError(DijiangError):
     """An output that cannot be written: it exists, its folder is read-only, or the disk is full."""

@@ -1,0 +1,285 @@
+"""The CUDA kernels from Python: attention, sampling and counting on, in memory that the caller owns.
+
+A thin layer over the C ABI of plugins/include/dijiang/: it never imports PyTorch, allocates nothing on the
+GPU and does not synchronise. Every method that takes a `stream` (a cudaStream_t as an int, 0 = the default
+stream) only enqueues work there, so it may be captured into a CUDA graph; the arrays must outlive that work.
+
+    kernels = load_kernels()
+    geometry = Geometry(16, 16, 64, rotary_dim=16, dtype="float16")
+    size = kernels.workspace_size(geometry, max_batch=8, max_length=2048)
+    stream = torch.cuda.current_stream().cuda_stream
+    kernels.attention_tensors(geometry, qkv=qkv, gate=gate, ..., stream=stream)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dijiang_engines import kernels_abi as abi
+from dijiang_engines.device_arrays import device_array
+from dijiang_engines.errors import KernelError
+from dijiang_engines.kernels_library import Device, device_argument
+from dijiang_engines.kernels_sampling import SamplingKernels
+from dijiang_engines.plugin import find_kernels_library
+
+ENVIRONMENT = "DIJIANG_KERNELS"
+"""The environment variable that names another library than the one in the cache."""
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One layer's attributes (docs/op-contract.md) and the types of its tensors."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int = 0
+    dtype: Dtype = "float16"
+    """T: of qkv, gate and output."""
+    epsilon: float = 1e-5
+    table_rows: int = 0
+    """N of log_decay, gain and read_scale [N, H]; 0 = geometric decay, log_decay [H]."""
+
+    @property
+    def packed_width(self) -> int:
+        """Last dimension of qkv."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Last dimension of gate and output."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class AttentionBuffers:
+    """Addresses in GPU memory and strides in elements, 0 = dense: dijiang_attention_buffers of the C ABI."""
+
+    qkv: int
+    gate: int
+    past_state: int
+    positions: int
+    seq_lens: int
+    proj: int
+    norm_weight: int
+    norm_bias: int
+    inv_freq: int
+    log_decay: int
+    output: int
+    present_state: int
+    gain: int = 0
+    read_scale: int = 0
+    qkv_batch_stride: int = 0
+    qkv_token_stride: int = 0
+    gate_batch_stride: int = 0
+    gate_token_stride: int = 0
+    output_batch_stride: int = 0
+    output_token_stride: int = 0
+    past_batch_stride: int = 0
+    present_batch_stride: int = 0
+    workspace: int = 0
+    workspace_size: int = 0
+    sync: int = 0
+    sync_size: int = 0
+
+
+def load_kernels(path: Path | str | None = None) -> Kernels:
+    """Load the kernels' library.
+
+    Args:
+        path: the library; default: the environment variable DIJIANG_KERNELS, else what
+            `dijiang-export build-plugin` built last from these sources.
+
+    Raises:
+        PluginError: none was built.
+        KernelError: it cannot be loaded, or is of another ABI.
+    """
+    if path is None:
+        path = os.environ.get(ENVIRONMENT) or find_kernels_library()
+    return Kernels(Path(path))
+
+
+class Kernels(SamplingKernels):
+    """The loaded library. All methods may be called from several threads.
+
+    Args:
+        path: libdijiang_kernels.so.
+
+    Attributes:
+        path: where it came from.
+        version: of the project that it was compiled from.
+        architectures: what it was compiled for, such as "sm_90 compute_90".
+
+    Raises:
+        KernelError: it cannot be loaded, or is of another ABI.
+    """
+
+    def workspace_size(
+        self, geometry: Geometry, max_batch: int, max_length: int, device: Device | None = None
+    ) -> int:
+        """Bytes of scratch memory for calls up to that size; contents need not survive between calls.
+
+        Args:
+            geometry: of the layer.
+            max_batch, max_length: rows, and tokens per row; enough for every smaller call too.
+            device: None for the current one; given, no GPU is needed.
+
+        Raises:
+            KernelError: an argument is out of range.
+        """
+        return self._size("dijiang_attention_workspace_size", geometry, max_batch, max_length, device)
+
+    def sync_size(
+        self, geometry: Geometry, max_batch: int, max_length: int, device: Device | None = None
+    ) -> int:
+        """Bytes of memory that its owner zeroes once and every call leaves zeroed; as `workspace_size`."""
+        return self._size("dijiang_attention_sync_size", geometry, max_batch, max_length, device)
+
+    def plan(self, geometry: Geometry, batch: int, length: int, device: Device | None = None) -> str:
+        """One line that says which kernels a call runs and how they cut the work; as `workspace_size`."""
+        text = ctypes.create_string_buffer(1024)
+        self.call(
+            "dijiang_attention_plan",
+            _geometry(geometry),
+            batch,
+            length,
+            device_argument(device),
+            text,
+            len(text),
+        )
+        return text.value.decode()
+
+    def attention(
+        self, geometry: Geometry, batch: int, length: int, buffers: AttentionBuffers, stream: int = 0
+    ) -> None:
+        """Enqueue DijiangAttention over addresses; nothing about the memory behind them can be checked.
+
+        Args:
+            geometry: of the layer.
+            batch: B.
+            length: L, tokens per row.
+            buffers: addresses and strides.
+            stream: where to.
+
+        Raises:
+            KernelError: an argument is wrong, or CUDA refused.
+        """
+        struct = abi.AttentionBuffersStruct(**asdict(buffers))
+        self.call("dijiang_attention", _geometry(geometry), batch, length, ctypes.byref(struct), stream)
+
+    def attention_tensors(
+        self,
+        geometry: Geometry,
+        *,
+        qkv: Any,
+        gate: Any,
+        past_state: Any,
+        positions: Any,
+        seq_lens: Any,
+        proj: Any,
+        norm_weight: Any,
+        norm_bias: Any,
+        inv_freq: Any,
+        log_decay: Any,
+        output: Any,
+        present_state: Any,
+        gain: Any = None,
+        read_scale: Any = None,
+        workspace: Any = None,
+        sync: Any = None,
+        stream: int = 0,
+    ) -> None:
+        """Enqueue DijiangAttention over arrays, after checking their types, shapes and strides.
+
+        B and L are those of `qkv`. T is `geometry.dtype`; arrays are dense row by row, qkv, gate and output
+        along their last axis only, states but for their first.
+
+        Args:
+            geometry: of the layer.
+            qkv: T [B, L, (H+2·Hkv)·d].
+            gate: T [B, L, H·d].
+            past_state: float32 [B, H, d, d].
+            positions: int32 [B].
+            seq_lens: int32 [B].
+            proj: float32 [d, d].
+            norm_weight, norm_bias: float32 [H·d].
+            inv_freq: float32 [max(r/2, 1)]; None if r is 0.
+            log_decay: float32 [H], or [N, H] with tables.
+            output: T [B, L, H·d], written.
+            present_state: float32 [B, H, d, d], written; may be `past_state`.
+            gain, read_scale: float32 [N, H], with tables only.
+            workspace: any type, at least `workspace_size` bytes; None if that is 0.
+            sync: any type, at least `sync_size` bytes, zeroed once; None if that is 0.
+            stream: where to.
+
+        Raises:
+            KernelError: an array is wrong, or CUDA refused.
+        """
+        given = {
+            name: device_array(name, value)
+            for name, value in locals().items()
+            if name not in ("self", "geometry", "stream")
+        }
+        batch, length = given["qkv"].size(0), given["qkv"].size(1)
+        heads, d = geometry.num_heads, geometry.head_dim
+        f32, table = ["float32"], [geometry.table_rows, heads] if geometry.table_rows else [heads]
+        half = [max(geometry.rotary_dim // 2, 1)]
+        for name, dtypes, shape, dense_from in (
+            ("qkv", [geometry.dtype], [batch, length, geometry.packed_width], 2),
+            ("gate", [geometry.dtype], [batch, length, geometry.width], 2),
+            ("output", [geometry.dtype], [batch, length, geometry.width], 2),
+            ("past_state", f32, [batch, heads, d, d], 1),
+            ("present_state", f32, [batch, heads, d, d], 1),
+            ("positions", ["int32"], [batch], 0),
+            ("seq_lens", ["int32"], [batch], 0),
+            ("proj", f32, [d, d], 0),
+            ("norm_weight", f32, [heads * d], 0),
+            ("norm_bias", f32, [heads * d], 0),
+            ("inv_freq", f32, half, 0),
+            ("log_decay", f32, table, 0),
+            ("gain", f32, table, 0),
+            ("read_scale", f32, table, 0),
+        ):
+            given[name].require(dtypes, shape, dense_from)
+        strides: dict[str, int] = {}
+        for name in ("qkv", "gate", "output"):
+            if given[name].known:
+                strides[f"{name}_batch_stride"] = given[name].stride(0)
+                strides[f"{name}_token_stride"] = given[name].stride(1)
+        for name in ("past", "present"):
+            if given[f"{name}_state"].known:
+                strides[f"{name}_batch_stride"] = given[f"{name}_state"].stride(0)
+        workspace, sync = given["workspace"], given["sync"]
+        # What is behind an address is the caller's word; an array says it itself.
+        sizes = {
+            "workspace_size": workspace.bytes()
+            if workspace.known or not workspace.pointer
+            else self.workspace_size(geometry, batch, length),
+            "sync_size": sync.bytes()
+            if sync.known or not sync.pointer
+            else self.sync_size(geometry, batch, length),
+        }
+        pointers = {name: array.pointer for name, array in given.items()}
+        self.attention(geometry, batch, length, AttentionBuffers(**pointers, **strides, **sizes), stream)
+
+    def _size(
+        self, name: str, geometry: Geometry, max_batch: int, max_length: int, device: Device | None
+    ) -> int:
+        size = ctypes.c_size_t()
+        self.call(
+            name, _geometry(geometry), max_batch, max_length, device_argument(device), ctypes.byref(size)
+        )
+        return size.value
+
+
+def _geometry(geometry: Geometry) -> Any:
+    fields = asdict(geometry)
+    if geometry.dtype not in abi.DTYPES:
+        raise KernelError("unknown dtype", got=geometry.dtype, expected=" or ".join(abi.DTYPES))
+    return ctypes.byref(abi.GeometryStruct(**{**fields, "dtype": abi.DTYPES[geometry.dtype]}))

@@ -1,0 +1,190 @@
+"""plugins/include/dijiang/{kernels,sampling}.h in ctypes: the structs field by field, the functions' types.
+
+The headers say what everything means. tests/test_kernels_host.py compares sizes and offsets with what a C
+compiler makes of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+
+ABI_VERSION = 1
+
+OK, INVALID_ARGUMENT, UNSUPPORTED, CUDA_ERROR, INTERNAL_ERROR = range(5)
+
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+INTEGERS = {"int32": 0, "int64": 1}
+ROW_STATUS = ("ok", "not finite", "nothing allowed", "bad options")
+"""Names of what `sample` writes to row_status, by number."""
+
+
+class DeviceStruct(ctypes.Structure):
+    """dijiang_device."""
+
+    _fields_ = [
+        ("compute_capability", c_int32),
+        ("multiprocessors", c_int32),
+        ("shared_memory", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class GeometryStruct(ctypes.Structure):
+    """dijiang_geometry."""
+
+    _fields_ = [
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("rotary_dim", c_int32),
+        ("dtype", c_int32),
+        ("table_rows", c_int32),
+        ("epsilon", c_float),
+        ("reserved", c_int32),
+    ]
+
+
+class AttentionBuffersStruct(ctypes.Structure):
+    """dijiang_attention_buffers."""
+
+    _fields_ = [
+        ("qkv", c_void_p),
+        ("gate", c_void_p),
+        ("past_state", c_void_p),
+        ("positions", c_void_p),
+        ("seq_lens", c_void_p),
+        ("proj", c_void_p),
+        ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
+        ("inv_freq", c_void_p),
+        ("log_decay", c_void_p),
+        ("gain", c_void_p),
+        ("read_scale", c_void_p),
+        ("output", c_void_p),
+        ("present_state", c_void_p),
+        ("qkv_batch_stride", c_int64),
+        ("qkv_token_stride", c_int64),
+        ("gate_batch_stride", c_int64),
+        ("gate_token_stride", c_int64),
+        ("output_batch_stride", c_int64),
+        ("output_token_stride", c_int64),
+        ("past_batch_stride", c_int64),
+        ("present_batch_stride", c_int64),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+        ("sync", c_void_p),
+        ("sync_size", c_size_t),
+    ]
+
+
+class SamplingOptionsStruct(ctypes.Structure):
+    """dijiang_sampling_options."""
+
+    _fields_ = [
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("repetition_penalty", c_double),
+        ("seed", c_uint64),
+        ("top_k", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class SampleBuffersStruct(ctypes.Structure):
+    """dijiang_sample_buffers."""
+
+    _fields_ = [
+        ("logits", c_void_p),
+        ("logits_row_stride", c_int64),
+        ("allowed", c_void_p),
+        ("allowed_row_stride", c_int64),
+        ("seen", c_void_p),
+        ("seen_row_stride", c_int64),
+        ("row_options", c_void_p),
+        ("streams", c_void_p),
+        ("draws", c_void_p),
+        ("tokens", c_void_p),
+        ("row_status", c_void_p),
+        ("batch", c_int32),
+        ("vocabulary", c_int32),
+        ("integers", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class AdvanceBuffersStruct(ctypes.Structure):
+    """dijiang_advance_buffers."""
+
+    _fields_ = [
+        ("tokens", c_void_p),
+        ("row_status", c_void_p),
+        ("positions", c_void_p),
+        ("seq_lens", c_void_p),
+        ("draws", c_void_p),
+        ("input_ids", c_void_p),
+        ("history", c_void_p),
+        ("history_lens", c_void_p),
+        ("history_row_stride", c_int64),
+        ("seen", c_void_p),
+        ("seen_row_stride", c_int64),
+        ("finished", c_void_p),
+        ("stop_ids", c_void_p),
+        ("active", c_void_p),
+        ("batch", c_int32),
+        ("vocabulary", c_int32),
+        ("history_max", c_int32),
+        ("stop_count", c_int32),
+        ("pad_id", c_int32),
+        ("integers", c_int32),
+    ]
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "dijiang_device": DeviceStruct,
+    "dijiang_geometry": GeometryStruct,
+    "dijiang_attention_buffers": AttentionBuffersStruct,
+    "dijiang_sampling_options": SamplingOptionsStruct,
+    "dijiang_sample_buffers": SampleBuffersStruct,
+    "dijiang_advance_buffers": AdvanceBuffersStruct,
+}
+
+_pointer = ctypes.POINTER
+_text = ctypes.c_char_p
+_sizes = [_pointer(GeometryStruct), c_int32, c_int32, _pointer(DeviceStruct), _pointer(c_size_t)]
+
+FUNCTIONS: dict[str, tuple[object, list[object]]] = {
+    "dijiang_abi_version": (c_int32, []),
+    "dijiang_version": (_text, []),
+    "dijiang_architectures": (_text, []),
+    "dijiang_status_name": (_text, [c_int32]),
+    "dijiang_last_error": (_text, []),
+    "dijiang_query_device": (c_int32, [_pointer(DeviceStruct)]),
+    "dijiang_attention_workspace_size": (c_int32, [*_sizes]),
+    "dijiang_attention_sync_size": (c_int32, [*_sizes]),
+    "dijiang_attention_plan": (
+        c_int32,
+        [_pointer(GeometryStruct), c_int32, c_int32, _pointer(DeviceStruct), c_void_p, c_size_t],
+    ),
+    "dijiang_attention": (
+        c_int32,
+        [_pointer(GeometryStruct), c_int32, c_int32, _pointer(AttentionBuffersStruct), c_void_p],
+    ),
+    "dijiang_sample": (c_int32, [_pointer(SamplingOptionsStruct), _pointer(SampleBuffersStruct), c_void_p]),
+    "dijiang_sample_plan": (c_int32, [c_int32, c_int32, _pointer(DeviceStruct), c_void_p, c_size_t]),
+    "dijiang_advance": (c_int32, [_pointer(AdvanceBuffersStruct), c_void_p]),
+}
+"""Name -> result, arguments."""
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Give every function of the ABI its types.
+
+    Raises:
+        AttributeError: the library lacks one.
+    """
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
