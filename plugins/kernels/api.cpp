@@ -70,11 +70,11 @@ dijiang_status attention(const dijiang_geometry* geometry, int32_t batch, int32_
         return fail(DIJIANG_INVALID_ARGUMENT,
                     "buffers is missing; got NULL; expected a dijiang_attention_buffers");
     if (length == 0) return copy_states(*geometry, batch, *buffers, stream);
+    AttentionParams params{};
+    DIJIANG_TRY(check_attention(*geometry, batch, length, *buffers, params));
     dijiang_device device{};
     DIJIANG_TRY(current_device(device));
-    AttentionParams params{};
-    DIJIANG_TRY(check_attention(*geometry, batch, length, *buffers,
-                                call_needs(*geometry, batch, length, device), params));
+    DIJIANG_TRY(check_scratch(*buffers, call_needs(*geometry, batch, length, device)));
     const auto launch = length == 1 ? decode::launch : prefill::launch;
     const cudaError_t error = launch(geometry->dtype, params, device, stream);
     return error == cudaSuccess ? DIJIANG_OK

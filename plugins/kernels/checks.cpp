@@ -89,15 +89,6 @@ dijiang_status check_state_alias(const Region& past, const Region& present) {
                 present.begin, past.begin);
 }
 
-dijiang_status check_scratch(const char* name, const void* pointer, size_t size, size_t need) {
-    if (size < need)
-        return fail(DIJIANG_INVALID_ARGUMENT,
-                    "%s_size is too small; got %zu; expected %zu bytes or more "
-                    "(dijiang_attention_%s_size)",
-                    name, size, need, name);
-    return need == 0 ? DIJIANG_OK : check_pointer(name, pointer, 16);
-}
-
 dijiang_status check_pointers(const dijiang_geometry& g, const dijiang_attention_buffers& b) {
     const bool tables = g.table_rows > 0;
     const struct {
@@ -120,6 +111,8 @@ dijiang_status check_pointers(const dijiang_geometry& g, const dijiang_attention
         {"read_scale", b.read_scale, 16, tables},
         {"output", b.output, 16, true},
         {"present_state", b.present_state, 16, true},
+        {"workspace", b.workspace, 16, false},
+        {"sync", b.sync, 16, false},
     };
     for (const auto& it : pointers)
         if (it.required || it.pointer != nullptr)
@@ -132,7 +125,8 @@ dijiang_status check_pointers(const dijiang_geometry& g, const dijiang_attention
     return DIJIANG_OK;
 }
 
-dijiang_status check_overlaps(const dijiang_geometry& g, const AttentionParams& p, const Needs& needs) {
+dijiang_status check_overlaps(const dijiang_geometry& g, const AttentionParams& p,
+                              const dijiang_attention_buffers& b) {
     const int64_t heads = g.num_heads, d = g.head_dim, size = element_size(g);
     const int64_t channels = heads * d, packed = (heads + 2 * int64_t{g.num_kv_heads}) * d,
                   state = heads * d * d;
@@ -166,8 +160,8 @@ dijiang_status check_overlaps(const dijiang_geometry& g, const AttentionParams& 
         dense("gain", p.gain, table, false),
         dense("read_scale", p.read_scale, table, false),
         tokens("output", p.output, channels, p.output_batch_stride, p.output_token_stride, true),
-        dense("workspace", p.workspace, static_cast<int64_t>(needs.workspace), true),
-        dense("sync", p.sync, static_cast<int64_t>(needs.sync), true),
+        dense("workspace", p.workspace, static_cast<int64_t>(b.workspace_size), true),
+        dense("sync", p.sync, static_cast<int64_t>(b.sync_size), true),
     };
     DIJIANG_TRY(check_state_alias(past, present));
     return check_apart(regions, sizeof regions / sizeof *regions, 0, 1);
@@ -278,7 +272,7 @@ dijiang_status check_states(const dijiang_geometry& g, int32_t batch, const diji
 }
 
 dijiang_status check_attention(const dijiang_geometry& g, int32_t batch, int32_t length,
-                               const dijiang_attention_buffers& b, const Needs& needs, AttentionParams& p) {
+                               const dijiang_attention_buffers& b, AttentionParams& p) {
     DIJIANG_TRY(check_pointers(g, b));
     const int64_t channels = int64_t{g.num_heads} * g.head_dim;
     const int64_t packed = channels + 2 * int64_t{g.num_kv_heads} * g.head_dim,
@@ -321,9 +315,25 @@ dijiang_status check_attention(const dijiang_geometry& g, int32_t batch, int32_t
     DIJIANG_TRY(check_strides("output", batch, length, channels, granule, p.output_batch_stride,
                               p.output_token_stride));
     DIJIANG_TRY(check_state_strides(g, batch, b, p));
-    DIJIANG_TRY(check_scratch("workspace", b.workspace, b.workspace_size, needs.workspace));
-    DIJIANG_TRY(check_scratch("sync", b.sync, b.sync_size, needs.sync));
-    return check_overlaps(g, p, needs);
+    return check_overlaps(g, p, b);
+}
+
+dijiang_status check_scratch(const dijiang_attention_buffers& b, const Needs& needs) {
+    const struct {
+        const char* name;
+        const void* pointer;
+        size_t size, need;
+    } scratch[] = {{"workspace", b.workspace, b.workspace_size, needs.workspace},
+                   {"sync", b.sync, b.sync_size, needs.sync}};
+    for (const auto& it : scratch) {
+        if (it.size < it.need)
+            return fail(
+                DIJIANG_INVALID_ARGUMENT,
+                "%s_size is too small; got %zu; expected %zu bytes or more (dijiang_attention_%s_size)",
+                it.name, it.size, it.need, it.name);
+        if (it.need > 0) DIJIANG_TRY(check_pointer(it.name, it.pointer, 16));
+    }
+    return DIJIANG_OK;
 }
 
 }  // namespace dijiang

@@ -24,11 +24,12 @@ dijiang_status check_apart(const Region* regions, int count, int one = -1, int o
 // A dense run of bytes as a region; absent if it is empty.
 Region dense(const char* name, const void* pointer, int64_t bytes, bool written);
 
-// Everything that needs no look into device memory. Fills `params`; batch and length are positive. `needs` is
-// what the call asks of workspace and sync.
+// Everything that needs no look into device memory and no GPU. Fills `params`; batch and length are positive.
 dijiang_status check_attention(const dijiang_geometry& geometry, int32_t batch, int32_t length,
-                               const dijiang_attention_buffers& buffers, const Needs& needs,
-                               AttentionParams& params);
+                               const dijiang_attention_buffers& buffers, AttentionParams& params);
+
+// Is there as much workspace and sync as the call needs?
+dijiang_status check_scratch(const dijiang_attention_buffers& buffers, const Needs& needs);
 
 // The same for length 0, where only the states are looked at. Strides in `params` are filled for them alone.
 dijiang_status check_states(const dijiang_geometry& geometry, int32_t batch,
