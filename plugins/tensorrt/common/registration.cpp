@@ -1,11 +1,9 @@
 // There are two ways in, and a process may use either or both:
 //  - It opens the library (dlopen, ctypes.CDLL, trtexec --staticPlugins): the creator registers itself with
-//  every TensorRT
-//    runtime that is loaded.
-//  - It calls IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which opens the library, asks it for
-//  its creators and
-//    registers them, and fails if they are registered already. So whoever asks for the creators takes them
-//    over: what the library registered by itself is withdrawn first.
+//    every TensorRT runtime that is loaded.
+//  - It calls IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which opens the library, asks it for its
+//    creators and registers them, and fails if they are registered already. So whoever asks for the creators
+//    takes them over: what the library registered by itself is withdrawn first.
 #include "registration.h"
 
 #include <cstdint>
