@@ -93,7 +93,7 @@ def test_the_core_asks_only_for_what_an_edge_device_needs(metadata: Message) -> 
     assert wanted["gpu"] == {"onnxruntime-gpu"}
     assert wanted["tensorrt"] == {"tensorrt", "polygraphy"}
     assert {"pytest", "ruff", "mypy"} <= wanted["dev"]
-    assert set(wanted) == {"export", "cpu", "gpu", "tensorrt", "dev"}
+    assert set(wanted) == {"export", "cpu", "gpu", "tensorrt", "bench", "dev"}
 
 
 def test_metadata(metadata: Message) -> None:

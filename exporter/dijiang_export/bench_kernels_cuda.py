@@ -151,7 +151,7 @@ def time_graph(prepared: Prepared, order: Sequence[int], seconds: float, *, keep
         keep: how many calls' results stay allocated at a time, so that a contestant which allocates its
             results writes to as many different places as it reads from.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for i in range(WARM_UPS):
@@ -175,7 +175,8 @@ def _samples(call: Callable[[], Any], seconds: float) -> Iterator[float]:
     for _ in range(WARM_UPS):
         call()
     torch.cuda.synchronize()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     until, count = time.perf_counter() + seconds, 0
     while count < LEAST_SAMPLES or time.perf_counter() < until:
         start.record()

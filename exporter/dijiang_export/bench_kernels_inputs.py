@@ -64,7 +64,7 @@ class Call:
 
     def heads(self, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as dense T [B, L, H, d]."""
-        parts = self.qkv.unflatten(-1, (3, geometry.num_heads, geometry.head_dim)).unbind(2)
+        parts = self.qkv.view(*self.qkv.shape[:2], 3, geometry.num_heads, geometry.head_dim).unbind(2)
         q, k, v = (part.contiguous() for part in parts)
         return q, k, v
 

@@ -46,7 +46,9 @@ def warm(
     todo = tasks(cells, names)
     failed: list[str] = []
     with progress("Compiling", len(todo), "items") as bar, ThreadPoolExecutor(jobs) as pool:
-        for (name, group), error in zip(todo, pool.map(lambda t: _run(*t, dtype), todo), strict=True):
+        for (name, group), error in zip(
+            todo, pool.map(lambda task: _run(task[0], task[1], dtype), todo), strict=True
+        ):
             if error is not None:
                 failed.append(f"{name}, {group[0].phase} {group[0].shape}: {error}")
             bar.advance()

@@ -51,7 +51,7 @@ COMMANDS = {
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export",
     "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "tensorrt": "tensorrt",
-    "polygraphy": "tensorrt",
+    "polygraphy": "tensorrt", "matplotlib": "bench",
 }  # fmt: skip
 
 
