@@ -8,6 +8,7 @@
 # ARCHITECTURES  what `make plugin` compiles for, e.g. "87;90"                default: all that nvcc knows
 # JOBS         compilers at a time                                           default: one per CPU
 # TRT_INCLUDE  folders with TensorRT's headers for `make plugin-headers`     e.g. /opt/trt-8.6/include:/opt/trt-11.1/include
+# KERNELS      more options of `make bench-kernels`                          e.g. KERNELS="--shape 32x128"
 # SHAPES       what `make bench-export` exports                              default: 410M, 1B and 2.8B
 
 SHELL := /bin/bash
@@ -22,6 +23,7 @@ ARGS ?=
 ARCHITECTURES ?=
 JOBS ?= $(shell nproc)
 TRT_INCLUDE ?=
+KERNELS ?=
 SHAPES ?= pythia-410m pythia-1b pythia-2.8b
 
 BIN := $(VENV)/bin
@@ -33,7 +35,7 @@ PROMPT := def read_file(path):
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup demo test lint format plugin plugin-headers bench bench-export clean distclean
+.PHONY: help setup demo test lint format plugin plugin-headers bench bench-export bench-kernels clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +90,10 @@ bench-export: $(INSTALLED) ## time and memory of exporting larger SHAPES, float1
 	@mkdir -p build/bench
 	for shape in $(SHAPES); do \
 		$(CLI) bench export --shape $$shape --save build/bench/export-$$shape.json; done
+
+bench-kernels: $(INSTALLED) ## the CUDA kernels beside other implementations (needs an NVIDIA GPU)
+	@mkdir -p build/bench
+	$(CLI) bench kernels --save build/bench/kernels.json $(KERNELS)
 
 clean: ## remove what was built; the virtual environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -152,7 +152,9 @@ def test_options_in_the_documents_exist() -> None:
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
-        known |= {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        inner = command.commands.values() if isinstance(command, click.Group) else ()
+        for one in (command, *inner):
+            known |= {option for p in one.params for option in (*p.opts, *p.secondary_opts)}
     shown = {
         (name, option) for name in NAMES for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text(name))
     }
