@@ -1,0 +1,65 @@
+// How decode cuts its work: shared by the host code and the launchers of the kernels.
+#pragma once
+
+#include "attention.h"
+
+namespace dijiang {
+namespace decode {
+
+// Who normalises a GroupNorm group.
+enum class Norm : int32_t {
+    block,    // it lies inside one block's channels
+    cluster,  // blocks of a cluster exchange their raw outputs
+    memory    // blocks meet in the workspace; the last one normalises the head set
+};
+
+// Consecutive heads that no GroupNorm group leaves: H / gcd(d, H).
+int32_t set_heads(int32_t num_heads, int32_t head_dim);
+
+// The slice kernel: a cluster serves `heads` heads, each by `splits` blocks that own some columns each.
+struct SliceCut {
+    int32_t splits, heads, set_heads;
+    int32_t sharing;  // query heads of a key/value head
+    Norm norm;
+    int32_t items;  // clusters' worth of work
+};
+
+// The stream kernel: a block serves one head, or one of `splits` parts of its columns.
+struct StreamCut {
+    int32_t splits, set_heads;
+    Norm norm;         // block or memory
+    int32_t items;     // blocks' worth of work
+    int32_t resident;  // P is kept in shared memory
+};
+
+// One instance of the slice kernel: an element type, a head size, a number of columns. Null if there is none.
+struct SliceKernel {
+    const void* function = nullptr;
+    int32_t width = 0, blocks_per_sm = 0, shared_memory = 0;  // columns; blocks; bytes of a block
+};
+SliceKernel slice_kernel_f32(int32_t head_dim);
+SliceKernel slice_kernel_f16(int32_t head_dim);
+SliceKernel slice_kernel_bf16(int32_t head_dim);
+
+constexpr int32_t kStreamBlocksPerSm = 2;
+constexpr int32_t kStreamStaticMemory = 13 * 1024;  // bytes of a block beside the dynamic ones, rounded up
+const void* stream_kernel(int32_t dtype);
+int32_t stream_shared_memory(int32_t dtype, int32_t head_dim, bool resident);
+
+// The newest architecture that the kernels are compiled for and a GPU can run, as 10 * major + minor.
+int32_t code_for(int32_t compute_capability);
+
+// A kernel, its share of each multiprocessor, and the work there is.
+struct Work {
+    const void* function;
+    int32_t cluster, blocks_per_sm, shared_memory, items;
+};
+SliceCut cut_slices(const dijiang_geometry&, int32_t batch, const SliceKernel&);
+StreamCut cut_stream(const dijiang_geometry&, int32_t batch, const dijiang_device&);
+
+// Enqueues as many clusters as fit the GPU, or as there are items. `overlap`: a programmatic dependent launch.
+cudaError_t enqueue(const Work&, const AttentionParams&, const void* cut, const dijiang_device&, bool overlap,
+                    cudaStream_t);
+
+}  // namespace decode
+}  // namespace dijiang

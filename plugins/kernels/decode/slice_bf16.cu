@@ -1,0 +1,7 @@
+#include "decode/slice.cuh"
+
+namespace dijiang {
+namespace decode {
+SliceKernel slice_kernel_bf16(int32_t head_dim) { return slice_instance<__nv_bfloat16>(head_dim); }
+}  // namespace decode
+}  // namespace dijiang

@@ -1,0 +1,7 @@
+#include "decode/slice.cuh"
+
+namespace dijiang {
+namespace decode {
+SliceKernel slice_kernel_f32(int32_t head_dim) { return slice_instance<float>(head_dim); }
+}  // namespace decode
+}  // namespace dijiang
