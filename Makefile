@@ -76,10 +76,10 @@ format: $(INSTALLED) ## let ruff format and sort
 
 plugin: ## compile the CUDA kernels for every architecture into build/plugin
 	cmake -S plugins -B build/plugin -DDIJIANG_WARNINGS_AS_ERRORS=ON -DCMAKE_CUDA_ARCHITECTURES="$(ARCHITECTURES)"
-	cmake --build build/plugin --parallel $(JOBS)
+	MAKEFLAGS= cmake --build build/plugin --parallel $(JOBS)
 
 plugin-headers: $(INSTALLED) ## compile the TensorRT plugin against the headers in each of TRT_INCLUDE
-	$(BIN)/python .ci/plugin_headers.py --jobs $(JOBS) "$(TRT_INCLUDE)"
+	MAKEFLAGS= $(BIN)/python .ci/plugin_headers.py --jobs $(JOBS) "$(TRT_INCLUDE)"
 
 bench: $(BUNDLE)/manifest.json ## speed of the sample and of a 160M shape, beside PyTorch's
 	@mkdir -p build/bench

@@ -74,19 +74,20 @@ def run_step(step: Step, log_file: Path, sink: IO[str], percent: Callable[[float
     except OSError as error:
         raise PluginError(step.failure, got=f"{step.command[0]}: {error.strerror}") from error
     lines: list[str] = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            sink.write(line)
-            lines.append(line.rstrip())
-            if (done := _progress(line)) is not None:
-                percent(done)
-        status = process.wait()
-    except BaseException:
-        _end(process)
-        raise
-    finally:
-        sink.flush()
+    with process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                sink.write(line)
+                lines.append(line.rstrip())
+                if (done := _progress(line)) is not None:
+                    percent(done)
+            status = process.wait()
+        except BaseException:
+            _end(process)
+            raise
+        finally:
+            sink.flush()
     if status != 0:
         raise _failure(step, status, lines, log_file)
 
@@ -129,5 +130,3 @@ def _end(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_SECONDS)
-    if process.stdout is not None:
-        process.stdout.close()

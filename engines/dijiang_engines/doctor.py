@@ -10,15 +10,14 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from dijiang_engines.machine import Machine, describe_machine, package_version, run_tool
+from dijiang_engines.machine import Machine, describe_machine, package_version
+from dijiang_engines.plugin_status import PackageStatus, PluginStatus, plugin_needs, plugin_status
 
 PROBE_SECONDS = 120
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
@@ -39,19 +38,6 @@ class RunnerStatus:
     """What was tried and came out."""
     hint: str | None = None
     """What to do if it is wanted; None if it works, or cannot work here."""
-
-
-@dataclass(frozen=True)
-class PackageStatus:
-    """One package or tool that a part of the program needs."""
-
-    name: str
-    version: str | None
-    """None: not installed."""
-    enough: bool
-    """Installed, and at least the least version known to work."""
-    least: str | None
-    hint: str | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +65,7 @@ class Diagnosis:
     machine: Machine
     runners: tuple[RunnerStatus, ...]
     abilities: tuple[Ability, ...]
+    plugin: PluginStatus
     problems: tuple[Problem, ...]
 
     @property
@@ -107,7 +94,9 @@ def diagnose(probe: Probe | None = None, machine: Machine | None = None) -> Diag
     probe = probe or probe_in_subprocess
     machine = machine or describe_machine()
     runners = (_ort_cpu(probe), _ort_cuda(probe, machine), _tensorrt(machine))
-    return Diagnosis(__version__, machine, runners, _abilities(), _problems(machine, runners))
+    plugin = plugin_status(machine)
+    problems = _problems(machine, runners, plugin)
+    return Diagnosis(__version__, machine, runners, _abilities(), plugin, problems)
 
 
 # -- runtimes ------------------------------------------------------------------------------------------
@@ -237,12 +226,12 @@ def _abilities() -> tuple[Ability, ...]:
     least = least_versions("export")
     needs = tuple(_package(name, least.get(name)) for name in least)
     export = Ability("convert and to-onnx", bool(needs) and all(n.enough for n in needs), needs)
-    tools = (_nvcc(), _cmake())
-    name = "compile the TensorRT plugin"
-    if importlib.util.find_spec("dijiang_engines.plugin") is None:
-        name += " (which is not part of this version yet)"
-    plugin = Ability(name, all(tool.enough for tool in tools), tools)
-    return export, plugin
+    return export, _plugin_ability()
+
+
+def _plugin_ability() -> Ability:
+    needs = plugin_needs()
+    return Ability("compile the kernels and the TensorRT plugin", all(n.enough for n in needs), needs)
 
 
 def least_versions(extra: str) -> dict[str, str]:
@@ -275,23 +264,9 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def _nvcc() -> PackageStatus:
-    path = shutil.which("nvcc") or next(
-        (str(p) for p in sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)), None
-    )
-    said = run_tool(path, "--version") if path else None
-    match = re.search(r"release ([\d.]+)", said or "")
-    hint = None if match else "install the CUDA toolkit (on a Jetson, JetPack brings it)"
-    return PackageStatus("nvcc", match[1] if match else None, match is not None, None, hint)
-
-
-def _cmake() -> PackageStatus:
-    match = re.search(r"version ([\d.]+)", run_tool("cmake", "--version") or "")
-    hint = None if match else "apt-get install cmake, or pip install cmake"
-    return PackageStatus("cmake", match[1] if match else None, match is not None, None, hint)
-
-
-def _problems(machine: Machine, runners: tuple[RunnerStatus, ...]) -> tuple[Problem, ...]:
+def _problems(
+    machine: Machine, runners: tuple[RunnerStatus, ...], plugin: PluginStatus
+) -> tuple[Problem, ...]:
     problems = []
     if package_version(ORT_CPU) and package_version(ORT_GPU):
         wanted = "gpu" if machine.gpus else "cpu"
@@ -305,4 +280,8 @@ def _problems(machine: Machine, runners: tuple[RunnerStatus, ...]) -> tuple[Prob
     for runner in runners:
         if runner.version is not None and not runner.works and runner.hint is not None:
             problems.append(Problem(f"{runner.name} {runner.version}: {runner.detail}", runner.hint))
+    for built in plugin.built:
+        if built.state == "damaged":
+            what = f"the build in {built.folder} is damaged: {built.detail}"
+            problems.append(Problem(what, "dijiang-export build-plugin --force"))
     return tuple(problems)

@@ -31,6 +31,9 @@ TENSORRT_RANGES = "8.6, or 10.3 and newer"
 FIRST_CUDA = {80: "11.0", 86: "11.1", 87: "11.4", 89: "11.8", 90: "11.8", 100: "12.8", 103: "12.9",
               110: "13.0", 120: "12.8", 121: "12.9"}  # fmt: skip
 
+SYSTEM = Path("/")
+"""Where system folders are looked for; tests have one of their own."""
+
 # The GPU inside, where no driver can be asked (in a container, say): device tree's model -> architecture.
 _JETSONS = {"Orin": 87, "Thor": 110}
 
@@ -220,7 +223,7 @@ def _ask_driver() -> list[int]:
 
 def _board() -> str:
     try:
-        return Path("/proc/device-tree/model").read_text(errors="replace")
+        return (SYSTEM / "proc/device-tree/model").read_text(errors="replace")
     except OSError:
         return ""
 
@@ -238,7 +241,7 @@ def _nvcc_places(environment: Mapping[str, str]) -> Iterator[Path]:
             yield Path(root) / "bin/nvcc"
     if path := shutil.which("nvcc", path=environment.get("PATH")):
         yield Path(path)
-    local = Path("/usr/local")
+    local = SYSTEM / "usr/local"
     yield local / "cuda/bin/nvcc"
     versions = sorted(local.glob("cuda-*"), key=lambda p: _numbers(p.name.partition("-")[2]), reverse=True)
     yield from (folder / "bin/nvcc" for folder in versions)
@@ -251,10 +254,11 @@ def _nvcc_places(environment: Mapping[str, str]) -> Iterator[Path]:
 def _header_places(environment: Mapping[str, str]) -> Iterator[Path]:
     if root := environment.get("TENSORRT_ROOT"):
         yield Path(root)
-    yield Path("/usr/include") / (sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu")
-    yield Path("/usr/include")
-    for top in ("/usr/local", "/opt"):
-        yield from sorted(Path(top).glob("[Tt]ensor[Rr][Tt]*"), reverse=True)
+    triplet = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
+    yield SYSTEM / "usr/include" / triplet
+    yield SYSTEM / "usr/include"
+    for top in ("usr/local", "opt"):
+        yield from sorted((SYSTEM / top).glob("[Tt]ensor[Rr][Tt]*"), reverse=True)
 
 
 def _tool(name: str, environment: Mapping[str, str]) -> Tool | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from dijiang_engines.doctor import Diagnosis
     from dijiang_engines.machine import Machine
+    from dijiang_engines.plugin_status import PluginStatus
 
 
 @click.command("doctor", epilog="Example: dijiang-export doctor --json")
@@ -52,7 +53,7 @@ def draw(found: Diagnosis) -> Group:
             Text(runner.detail),
             Text(runner.hint or ""),
         )
-    parts: list[Table | Text] = [machine, runners]
+    parts: list[Table | Text | Group] = [machine, runners]
     for ability in found.abilities:
         table = Table(title=f"To {ability.name}", title_justify="left")
         for column in ("needs", "", "version", "at least", "to get it"):
@@ -67,11 +68,40 @@ def draw(found: Diagnosis) -> Group:
             )
             table.add_row(*cells)
         parts.append(table)
+    parts.append(_plugin(found.plugin))
     for problem in found.problems:
         parts.append(
             Text.assemble(("problem: ", "red"), problem.what, "\n", ("hint: ", "bold"), problem.hint)
         )
     return Group(*parts)
+
+
+def _plugin(plugin: PluginStatus) -> Group:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table.grid(padding=(0, 2))
+    if plugin.known_architectures:
+        known = " ".join(str(number) for number in plugin.known_architectures)
+        facts.add_row("compiler", Text(f"{plugin.nvcc}, for the architectures {known}"))
+    if plugin.gpu_architectures:
+        facts.add_row("GPUs", " ".join(str(number) for number in plugin.gpu_architectures))
+    for version, folder in plugin.headers:
+        facts.add_row("headers", Text(f"TensorRT {version} in {folder}"))
+    if plugin.hint:
+        facts.add_row("next", Text(plugin.hint))
+    if not plugin.built:
+        facts.add_row("built", "nothing yet")
+        return Group("[italic]Kernels and TensorRT plugin[/]", facts)
+    table = Table(title="Built", title_justify="left")
+    for column in ("state", "TensorRT", "for", "CUDA", "where"):
+        table.add_column(column)
+    for built in plugin.built:
+        state = f"[{'green' if built.state == 'current' else 'red'}]{built.state}[/]"
+        names = Text(" ".join(built.architectures))
+        table.add_row(state, built.tensorrt or "-", names, built.cuda, Text(built.folder))
+    return Group("[italic]Kernels and TensorRT plugin[/]", facts, table)
 
 
 def _mark(works: bool) -> str:

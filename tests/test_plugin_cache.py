@@ -1,0 +1,173 @@
+"""Which library of the cache is loaded, and which never is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dijiang_engines import __version__, plugin
+from dijiang_engines.errors import PluginError
+from dijiang_engines.plugin import KERNELS, find_kernels_library, find_tensorrt_library, runs_on
+
+
+def make_build(cache: Path, name: str, **changes: Any) -> Path:
+    """A build as `build-plugin` leaves it; `changes` to its facts."""
+    folder = cache / name
+    folder.mkdir(parents=True)
+    tensorrt = changes.get("tensorrt", "10.13.3")
+    libraries = [KERNELS] + ([plugin.tensorrt_name(int(tensorrt.split(".")[0]))] if tensorrt else [])
+    for library in libraries:
+        (folder / library).write_text(f"{name} {library}")
+    facts = {
+        "version": __version__, "sources": plugin.source_hash(), "cuda": "13.0", "machine": "x86_64",
+        "architectures": ["sm_90", "compute_90"], "tensorrt": tensorrt, "made": "2026-01-01T00:00:00+00:00",
+    }  # fmt: skip
+    plugin.write_manifest(folder, facts | changes, libraries)
+    return folder
+
+
+def refusal(major: int | None = None, cache: Path | None = None, architecture: int | None = None) -> str:
+    def find() -> Path:
+        if major is None:
+            return find_kernels_library(architecture, cache)
+        return find_tensorrt_library(major, architecture, cache)
+
+    with pytest.raises(PluginError) as caught:
+        find()
+    assert "dijiang-export build-plugin" in str(caught.value.hint) or "chmod" in str(caught.value.hint)
+    return str(caught.value)
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert plugin.cache_folder() == tmp_path / "dijiang-export/plugin"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value in ("", "relative/folder"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert plugin.cache_folder() == tmp_path / "home/.cache/dijiang-export/plugin"
+
+
+def test_nothing_is_built(tmp_path: Path) -> None:
+    assert "the CUDA kernels are not built" in refusal(cache=tmp_path / "none")
+    assert "--kernels-only" in refusal(cache=tmp_path)
+    make_build(tmp_path, "a")
+    message = refusal(8, tmp_path)
+    assert "the plugin for TensorRT 8 is not built" in message
+    assert "builds for TensorRT 10.13.3" in message
+
+
+def test_the_newest_that_fits_is_found(tmp_path: Path) -> None:
+    make_build(tmp_path, "old", tensorrt="8.6.1")
+    new = make_build(tmp_path, "new", made="2026-02-01T00:00:00+00:00")
+    for_orin = make_build(tmp_path, "orin", tensorrt=None, architectures=["sm_87", "compute_87"])
+    assert find_kernels_library(cache=tmp_path) == new / KERNELS
+    assert find_tensorrt_library(8, cache=tmp_path) == tmp_path / "old/libdijiang_tensorrt_8.so"
+    assert find_tensorrt_library(10, 90, tmp_path) == new / "libdijiang_tensorrt_10.so"
+    # machine code before newer PTX; PTX where there is nothing else
+    assert find_kernels_library(87, tmp_path) == for_orin / KERNELS
+    assert find_kernels_library(89, tmp_path) == for_orin / KERNELS
+    assert find_kernels_library(120, tmp_path) == new / KERNELS
+    assert "expected: sm_80" in refusal(cache=tmp_path, architecture=80)
+
+
+@pytest.mark.parametrize(
+    ("names", "architecture", "runs"),
+    [
+        (("sm_90",), 90, True), (("sm_90",), 89, False), (("sm_80",), 87, False), (("sm_120",), 121, False),
+        (("compute_90",), 90, True), (("compute_90",), 120, True), (("compute_90",), 89, False),
+        ((), 90, False),
+    ],
+)  # fmt: skip
+def test_what_runs_where(names: tuple[str, ...], architecture: int, runs: bool) -> None:
+    assert runs_on(names, architecture) is runs
+
+
+def test_stale_builds_are_not_loaded(tmp_path: Path) -> None:
+    make_build(tmp_path, "a", sources="0" * 64)
+    make_build(tmp_path, "b", version="0.0.1")
+    assert "stale" in refusal(cache=tmp_path)
+    assert "stale" in refusal(10, tmp_path)
+    current = make_build(tmp_path, "c", made="2025-01-01T00:00:00+00:00")
+    assert find_kernels_library(cache=tmp_path) == current / KERNELS
+
+
+@pytest.mark.parametrize("damage", ["changed", "longer", "absent"])
+def test_a_library_that_changed_is_not_loaded(damage: str, tmp_path: Path) -> None:
+    path = make_build(tmp_path, "a") / KERNELS
+    if damage == "absent":
+        path.unlink()
+    else:
+        path.write_text(path.read_text().upper() if damage == "changed" else path.read_text() + " ")
+    message = refusal(cache=tmp_path)
+    assert str(path) in message
+    assert "--force" in message
+    find_tensorrt_library(10, cache=tmp_path)  # the other one is what was built
+
+
+@pytest.mark.parametrize("which", ["a", "."])
+def test_a_folder_that_others_can_write_to_is_not_trusted(which: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    make_build(cache, "a")
+    (cache / which).chmod(0o777)
+    assert "everybody may write to" in refusal(cache=cache)
+
+
+def test_a_folder_of_another_user_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_build(tmp_path, "a")
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(plugin.os, "getuid", lambda: owner + 1)
+    if owner == 0:  # root's folders are always trusted
+        assert find_kernels_library(cache=tmp_path).exists()
+    else:
+        assert "belongs to another user" in refusal(cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2}, {"libraries": []}, {"libraries": {"../evil.so": {"sha256": "0"}}},
+        {"libraries": {KERNELS: {}}}, {"tensorrt": "ten"}, {"architectures": None}, {"cuda": ...},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_is_not_ours_is_passed_over(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_build(tmp_path, "a")
+    path = folder / plugin.MANIFEST
+    data = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    with pytest.raises(PluginError, match="does not describe a build"):
+        plugin.read_manifest(folder)
+    assert "not built" in refusal(cache=tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+def test_a_broken_manifest_is_passed_over(content: bytes, tmp_path: Path) -> None:
+    folder = make_build(tmp_path, "a")
+    (folder / plugin.MANIFEST).write_bytes(content)
+    assert plugin.built_plugins(tmp_path) == []
+
+
+def test_the_hash_is_of_what_is_compiled(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return plugin.source_hash(tmp_path)
+
+    seen = [write("CMakeLists.txt", "a"), write("kernels/decode/a.cu", "x"), write("kernels/b.cu", "x")]
+    seen += [write("kernels/b.cu", "y"), write("include/dijiang/kernels.h", ""), write("exports/k.map", "")]
+    assert len(set(seen)) == len(seen)
+    same = {write("tests/driver.cpp", "x"), write("kernels/a.o", "x"), write("README.md", "x"), seen[-1]}
+    assert len(same) == 1
+    (tmp_path / "kernels/b.cu").rename(tmp_path / "kernels/c.cu")
+    assert plugin.source_hash(tmp_path) not in seen
+
+
+def test_this_checkout_has_sources() -> None:
+    sources = plugin.plugin_sources()
+    names = {path.relative_to(sources).as_posix() for path in plugin.source_files()}
+    assert {"CMakeLists.txt", "cmake/Compile.cmake", "include/dijiang/kernels.h"} <= names
+    assert not [name for name in names if name.startswith("tests/")]
