@@ -1,0 +1,342 @@
+// The consumer warps of the fused kernel: state, read-out and what follows it.
+#pragma once
+
+#include "fused_norm.cuh"
+
+namespace dijiang::prefill {
+
+template <int D> using StateTile = float[Shape<D>::kColumns / 16][D / 8][4];
+
+// Calls f(address of a state's element [feature, value], register) for the elements that this lane holds.
+template <int D, typename F>
+__device__ __forceinline__ void each_element(StateTile<D>& state, int size, int column, F&& f) {
+    const int d = opaque(size);  // or every element's offset would be kept between two uses
+    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kColumns / 16; ++m)
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n)
+            if (8 * n < d && column + 16 * m < d) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    f((8 * n + c + i % 2) * d + column + 16 * m + g + 8 * (i / 2), state[m][n][i]);
+            }
+}
+
+// A slot of the workspace holds a warp's registers, 128 floats at a time.
+template <int D> __device__ __forceinline__ void store_slot(float* slot, const StateTile<D>& state) {
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kColumns / 16; ++m)
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n)
+            *reinterpret_cast<float4*>(slot + (m * (D / 8) + n) * 128 + threadIdx.x % 32 * 4) =
+                make_float4(state[m][n][0], state[m][n][1], state[m][n][2], state[m][n][3]);
+}
+
+// state = state * keep + slot, past the first-level cache: another block may have written it.
+template <int D> __device__ __forceinline__ void add_slot(const float* slot, float keep, StateTile<D>& state) {
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kColumns / 16; ++m)
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            const float* from = slot + (m * (D / 8) + n) * 128 + threadIdx.x % 32 * 4;
+            const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
+            state[m][n][0] = fmaf(state[m][n][0], keep, x.x);
+            state[m][n][1] = fmaf(state[m][n][1], keep, x.y);
+            state[m][n][2] = fmaf(state[m][n][2], keep, x.z);
+            state[m][n][3] = fmaf(state[m][n][3], keep, x.w);
+        }
+}
+
+// Where the consumer warps of a job's segments meet. Slot 0 keeps the past (present may be the same memory), slot
+// i + 1 what segment i adds to it.
+template <int D> struct Exchange {
+    float *slots, *decays;
+    unsigned* flags;
+    int members;  // consumer warps per block; decays and flags of one segment are neighbours
+
+    __device__ __forceinline__ Exchange(const AttentionParams& p, const Cut& cut, const Place& at, int member) {
+        using S = Shape<D>;
+        const int jobs = p.batch * (p.num_heads / cut.set);
+        members = cut.set * S::kConsumers;
+        const int64_t first = static_cast<int64_t>(at.job) * cut.segments * members + member;
+        const int64_t all = static_cast<int64_t>(jobs) * cut.segments * members;
+        slots = cut.states + first * (S::kColumns * D);
+        decays = cut.states + all * (S::kColumns * D) + first;
+        flags = p.sync + 2 + first;
+    }
+    __device__ __forceinline__ float* slot(int i) const {
+        return slots + static_cast<int64_t>(i) * members * (Shape<D>::kColumns * D);
+    }
+};
+
+__device__ __forceinline__ void raise_flag(unsigned* flag) {
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void await_flag(const unsigned* flag) {
+    unsigned raised = 0;
+    while (true) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+        if (raised) break;
+        __nanosleep(40);
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int s = 16; s; s >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, s));
+    return x;
+}
+
+// The power of two that brings numbers of magnitude up to `bound` below 2^15, and its inverse.
+__device__ __forceinline__ float2 power_below(float bound) {
+    const int exponent = static_cast<int>(__float_as_uint(bound) >> 23 & 255) - 127;  // bound < 2^(exponent + 1)
+    const int shift = min(max(14 - exponent, -100), 100);
+    return make_float2(__uint_as_float((127 + shift) << 23), __uint_as_float((127 - shift) << 23));
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void
+consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, int unit, int warp) {
+    using S = Shape<D>;
+    constexpr int kPitch = S::kPitch, M = S::kColumns / 16, F = D / 8, V = S::kColumns / 8;
+    constexpr int kMembers = 32 * S::kWarps;
+    constexpr bool kHalf = kFeatureUnit<T> != 1.0f;  // float16: mind its range
+    constexpr float kUnit = kFeatureUnit<T>;
+    char* memory = shared + S::kProj + unit * S::kHead;
+    const int lane = threadIdx.x % 32, d = p.head_dim, head = at.first_head + unit;
+    const int column = warp * S::kColumns;
+    T* values = reinterpret_cast<T*>(memory + S::kValues) + column;
+    T* gates = reinterpret_cast<T*>(memory + S::kGate) + column;
+    const uint32_t value_at = shared_address(values) + lane_by_column(kPitch);
+    const uint32_t key_at = shared_address(memory + S::kFeatures) + lane_by_row(kPitch);
+    const uint32_t query_at = key_at + S::kTile;
+    const uint32_t score_at = shared_address(memory + S::kScores) + lane_by_row(S::kScorePitch);
+    // 64 tokens of this warp's columns; zeros past the end.
+    const auto load = [&](int chunk, T* to, const void* tensor, int64_t batch_stride, int64_t stride, int first) {
+        constexpr int kVectors = S::kColumns / 8;
+        const int v = lane % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
+        const T* from = static_cast<const T*>(tensor) + at.row * batch_stride + first;
+        const T* token = from + (chunk * kChunk + lane / kVectors) * stride + v;
+        uint32_t at_shared = shared_address(to + lane / kVectors * kPitch + v);
+#pragma unroll 2
+        for (int t = lane / kVectors; t < kChunk; t += 32 / kVectors) {
+            copy_async(at_shared, t < count ? token : from, t < count);
+            token += 32 / kVectors * stride;
+            at_shared += 32 / kVectors * 2 * kPitch;
+        }
+        commit_copies();
+    };
+    const auto load_values = [&](int chunk) {
+        const int kv = opaque(head) / (p.num_heads / p.num_kv_heads);
+        load(chunk, values, p.qkv, p.qkv_batch_stride, p.qkv_token_stride,
+             (p.num_heads + p.num_kv_heads + kv) * d + column);
+    };
+    const auto load_gates = [&](int chunk) {
+        load(chunk, gates, p.gate, p.gate_batch_stride, p.gate_token_stride, opaque(head) * d + column);
+    };
+
+    const auto past_state = [&] {
+        return p.past_state + at.row * p.past_batch_stride + static_cast<int64_t>(opaque(head)) * d * d;
+    };
+    const auto present_state = [&] {
+        return p.present_state + at.row * p.present_batch_stride + static_cast<int64_t>(opaque(head)) * d * d;
+    };
+    if (at.length == 0) {
+        const float4* past = reinterpret_cast<const float4*>(past_state());
+        float4* present = reinterpret_cast<float4*>(present_state());
+        if (past != present && at.segment == 0)
+            for (int i = warp * 32 + lane; i < d * d / 4; i += 32 * S::kConsumers) present[i] = past[i];
+        return;
+    }
+
+    // Slot 0 of a job keeps the past (its present may be the same memory); slot i + 1 what segment i adds.
+    const auto exchange = [&] { return Exchange<D>(p, cut, at, opaque(unit) * S::kConsumers + warp); };
+
+    StateTile<D> state;  // transposed: [value, feature], times kUnit
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < F; ++n) state[m][n][0] = state[m][n][1] = state[m][n][2] = state[m][n][3] = 0.0f;
+    const bool split = at.segments > 1;
+    if (at.segment == 0) {
+        const float* past = past_state();
+        each_element<D>(state, d, column, [&](int i, float& x) { x = past[i] * kUnit; });
+        if (split) store_slot<D>(exchange().slot(0), state);
+    }
+
+    int parity = 0;
+    const int first_walk = at.segment + 1 < at.segments ? 1 : 2;
+    for (int walk = first_walk; walk <= 2; ++walk) {
+        const bool full = walk == 2;
+        load_values(at.first_chunk);
+        if (full && !cut.raw) load_gates(at.first_chunk);
+        if (full && split) {
+            const Exchange<D> others = exchange();
+            if (at.segment == 0) {
+                add_slot<D>(others.slot(0), 0.0f, state);
+            } else {
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int n = 0; n < F; ++n) state[m][n][0] = state[m][n][1] = state[m][n][2] = state[m][n][3] = 0.0f;
+                for (int i = 0; i < at.segment; ++i) {
+                    await_flag(others.flags + i * others.members);
+                    const float keep = fast_exp2(__ldcg(others.decays + i * others.members));
+                    add_slot<D>(others.slot(i + 1), keep, state);
+                }
+            }
+        }
+        float bound = 0.0f;  // on |state|, for float16
+        if (kHalf && full) {
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int n = 0; n < F; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) bound = fmaxf(bound, fabsf(state[m][n][i]));
+            bound = warp_max(bound);
+        }
+
+        float faded = 0.0f;  // log2 decay of the segment
+        for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
+            float out[4][V][4] = {};
+            barrier_sync(kFull + 3 * unit, kMembers);
+            const ChunkTerms decay(memory, S::kTerms, parity);
+            const int g = lane / 4;
+            if (full) {
+                const float2 unit_of_state = kHalf ? power_below(bound) : make_float2(1.0f, 1.0f);
+#pragma unroll
+                for (int k = 0; k < D / 16; ++k) {
+                    uint32_t b[V][2];
+#pragma unroll
+                    for (int m = 0; m < M; ++m)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h)
+#pragma unroll
+                            for (int i = 0; i < 2; ++i) {
+                                const float x = state[m][2 * k + i][2 * h], y = state[m][2 * k + i][2 * h + 1];
+                                b[2 * m + h][i] = kHalf ? pack<T>(x * unit_of_state.x, y * unit_of_state.x) : pack<T>(x, y);
+                            }
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        uint32_t a[4];
+                        ldmatrix(a, query_at + 2 * (16 * r * kPitch + 16 * k));
+#pragma unroll
+                        for (int n = 0; n < V; ++n) mma<T>(out[r][n], a, b[n][0], b[n][1]);
+                    }
+                }
+                const float back = kHalf ? unit_of_state.y * (1.0f / kUnit) : 1.0f;
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    const float upper = decay.fade[16 * r + g] * back, lower = decay.fade[16 * r + g + 8] * back;
+#pragma unroll
+                    for (int n = 0; n < V; ++n) {
+                        out[r][n][0] *= upper, out[r][n][1] *= upper;
+                        out[r][n][2] *= lower, out[r][n][3] *= lower;
+                    }
+                }
+            }
+            wait_copies<0>();
+            __syncwarp();
+            if (full) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    uint32_t b[M][4];
+#pragma unroll
+                    for (int m = 0; m < M; ++m) ldmatrix_trans(b[m], value_at + 2 * (16 * k * kPitch + 16 * m));
+#pragma unroll
+                    for (int r = k; r < 4; ++r) {
+                        uint32_t a[4];
+                        ldmatrix(a, score_at + 2 * (16 * r * S::kScorePitch + 16 * k));
+#pragma unroll
+                        for (int m = 0; m < M; ++m) {
+                            mma<T>(out[r][2 * m], a, b[m][0], b[m][2]);
+                            mma<T>(out[r][2 * m + 1], a, b[m][1], b[m][3]);
+                        }
+                    }
+                }
+            }
+
+            // state = e^A state + (weight v)^T phi(k)
+            const float keep = decay.fade[kChunk - 1];
+            faded += decay.total[kChunk - 1];
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int n = 0; n < F; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) state[m][n][i] *= keep;
+            float largest = 0.0f;
+#pragma unroll S::kUnroll
+            for (int k = 0; k < 4; ++k) {
+                const int c = 2 * (lane % 4);
+                const float2 early = *reinterpret_cast<const float2*>(decay.weight + 16 * k + c);
+                const float2 late = *reinterpret_cast<const float2*>(decay.weight + 16 * k + 8 + c);
+                uint32_t a[M][4];
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    ldmatrix_trans(a[m], value_at + 2 * (16 * k * kPitch + 16 * m));
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float2 x = unpack<T>(a[m][i]), w = i < 2 ? early : late;
+                        const float lower = x.x * w.x, upper = x.y * w.y;
+                        if (kHalf) largest = fmaxf(largest, fmaxf(fabsf(lower), fabsf(upper)));
+                        a[m][i] = pack<T>(lower, upper);
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < F / 2; ++n) {
+                    uint32_t b[4];
+                    ldmatrix_trans(b, key_at + 2 * (16 * k * kPitch + 16 * n));
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        mma<T>(state[m][2 * n], a[m], b[0], b[1]);
+                        mma<T>(state[m][2 * n + 1], a[m], b[2], b[3]);
+                    }
+                }
+            }
+            if (kHalf && full) bound = bound * keep + warp_max(largest) * (kChunk * kUnit);
+            __syncwarp();
+            const bool more = chunk + 1 < at.last_chunk;
+            if (more || !full) barrier_arrive(kEmpty + 3 * unit, kMembers);
+            if (more) load_values(chunk + 1);
+            if (full) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const float scale = decay.read[16 * r + g + 8 * h] * (1.0f / kUnit);
+#pragma unroll
+                        for (int n = 0; n < V; ++n) out[r][n][2 * h] *= scale, out[r][n][2 * h + 1] *= scale;
+                    }
+                if (cut.raw) {
+                    store_raw<D>(p, cut, at, out, head, column, chunk);
+                } else {
+                    normalise<T, D>(p, cut, at, shared, gates, out, unit, column, parity);
+                    __syncwarp();
+                    store_rows<T, D>(p, at, gates, head, column, chunk);
+                    __syncwarp();
+                    if (more) load_gates(chunk + 1);
+                }
+            }
+            parity ^= 1;
+        }
+        if (!full) {
+            const Exchange<D> others = exchange();
+            store_slot<D>(others.slot(at.segment + 1), state);
+            if (lane == 0) others.decays[at.segment * others.members] = faded;
+            raise_flag(others.flags + at.segment * others.members);
+        }
+    }
+    if (at.segment == at.segments - 1) {
+        constexpr float kInverse = 1.0f / kUnit;
+        float* present = present_state();
+        each_element<D>(state, d, column, [&](int i, float& x) { present[i] = x * kInverse; });
+    }
+}
+
+}  // namespace dijiang::prefill

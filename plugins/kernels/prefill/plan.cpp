@@ -1,0 +1,78 @@
+#include "prefill/plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace dijiang::prefill {
+namespace {
+
+// The kernel's Shape<D>, as far as the host needs it.
+struct FusedShape {
+    int size, columns, most_heads;
+    int warps() const { return size / columns + 4; }
+    size_t tile() const { return size_t{2} * kChunk * (size + 8); }
+    size_t proj() const { return size_t{2} * size * (size + 8); }
+    size_t head() const { return 6 * tile() + 2 * kChunk * (kChunk + 8) + 2 * 5 * kChunk * 4; }
+    size_t stats() const { return size_t{2} * 3 * kChunk * (size / 16) * 4 * most_heads; }
+};
+
+FusedShape fused_shape(int d) {
+    if (d <= 64) return {64, 16, 2};
+    if (d <= 80) return {80, 16, 2};
+    return {128, 32, 1};
+}
+
+constexpr int kMostSegments = 8;
+
+// Grows with length, so that `needs` may look at the longest alone.
+int most_segments(int64_t jobs, int chunks, int64_t room) {
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({kMostSegments, room / jobs, chunks})));
+}
+
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+}  // namespace
+
+Plan make_plan(const dijiang_geometry& geometry, int batch, int length, const dijiang_device& device) {
+    const int64_t heads = geometry.num_heads, d = geometry.head_dim, tokens = int64_t{batch} * length;
+    Plan plan{};
+    plan.set = 1;
+    plan.segments = 1;
+    plan.segment_chunks = (length + kChunk - 1) / kChunk;
+    const FusedShape shape = fused_shape(static_cast<int>(d));
+    const size_t room_left = static_cast<size_t>(device.shared_memory) - 1024;  // static variables
+    const bool fits = shape.proj() + shape.head() <= room_left;
+    if (geometry.dtype != DIJIANG_FLOAT32 && d <= 128 && fits) {
+        plan.path = Path::fused;
+        const int set = static_cast<int>(heads / std::gcd(heads, d));
+        const size_t bytes = shape.proj() + set * shape.head() + shape.stats();
+        const bool whole = heads % 16 == 0 && set <= shape.most_heads && d % shape.columns == 0 && bytes <= room_left;
+        plan.raw = !whole;
+        plan.set = whole ? set : 1;
+        plan.shared = whole ? bytes : shape.proj() + shape.head();
+        plan.threads = 32 * shape.warps() * plan.set;
+        const int resident = plan.set == 1 && d <= 80 && 2 * (plan.shared + 1024) <= room_left ? 2 : 1;
+        const int64_t jobs = batch * (heads / plan.set), room = int64_t{device.multiprocessors} * resident;
+        // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.
+        const int chunks = plan.segment_chunks, segments = most_segments(jobs, chunks, room);
+        plan.segment_chunks = (chunks + segments - 1) / segments;
+        plan.segments = (chunks + plan.segment_chunks - 1) / plan.segment_chunks;
+        const int consumers = shape.size / shape.columns * plan.set;
+        const size_t states = segments > 1 ? jobs * segments : 0;
+        plan.states = 0;
+        plan.workspace = aligned(states * sizeof(float) * (plan.set * shape.size * shape.size + consumers));
+        plan.sync = segments > 1 ? sizeof(uint32_t) * (2 + states * consumers) : 0;
+        if (plan.raw) {
+            plan.outputs = plan.workspace;
+            plan.workspace += aligned(sizeof(float) * tokens * heads * d);
+        }
+        return plan;
+    }
+    plan.path = Path::generic;
+    plan.raw = true;
+    plan.outputs = aligned(sizeof(float) * tokens * (heads + geometry.num_kv_heads) * d);
+    plan.workspace = plan.outputs + aligned(sizeof(float) * tokens * heads * d);
+    return plan;
+}
+
+}  // namespace dijiang::prefill
