@@ -87,9 +87,10 @@ class Arena:
     def run(self, stream: int = 0) -> tuple[Tensor, Tensor]:
         """Launch once and check the memory. Returns copies of the output and the new state."""
         before = self.memory.clone()
+        synchronize = torch.cuda.synchronize if self.engine.device != "cpu" else lambda: None
+        synchronize()  # the call may run on a stream that knows nothing of the one that filled the memory
         self.launch(stream)
-        if self.engine.device != "cpu":
-            torch.cuda.synchronize()
+        synchronize()
         self.check_unchanged(before)
         return self.results()
 

@@ -118,10 +118,14 @@ def exact(call: Call) -> Exact:
         cos, sin = (t.unsqueeze(1) for t in rotation(at, wide.inv_freq, torch.float64))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     error_q, error_k = (1 + (x.square() @ wide.proj.square()).amax(-1, keepdim=True) for x in (q, k))
-    q, k = (att.feature_map(x, wide.proj).square() + tolerance.subnormal**2 for x in (q, k))
+    q, k = (att.feature_map(x, wide.proj).square() for x in (q, k))
     k, v2, error_k = (x.repeat_interleave(shared, dim=1) for x in (k, v.square(), error_k))
     terms = att.token_terms(wide.decay, wide.positions, wide.seq_lens, wide.length, torch.float64)
-    squared = att.TokenTerms(2 * terms.log_decay, terms.gain.square(), terms.read_scale.square())
+    # φ_q and b·φ_k are operands: near zero T resolves them to its subnormals only.
+    k = k * terms.gain.square().unsqueeze(-1) + tolerance.subnormal**2
+    q = q + tolerance.subnormal**2
+    valid = wide.valid().double().unsqueeze(1).expand_as(terms.gain)
+    squared = att.TokenTerms(2 * terms.log_decay, valid, terms.read_scale.square())
     past2 = wide.past_state.square()
     known = (STATE_ROUNDOFF / tolerance.roundoff) ** 2
     # One pass of the recurrence over squares, two sets of columns: plain, and with the errors of the writes.

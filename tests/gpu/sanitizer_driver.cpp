@@ -1,0 +1,196 @@
+// Calls every family and size class of the kernels through the C ABI, for compute-sanitizer (sanitize.py).
+//
+// Every buffer is an allocation of its own, exactly as large as the ABI asks, so that memcheck sees the first byte
+// beyond it. Output, new state and workspace are left as cudaMalloc gives them, so that initcheck sees a read of
+// what nobody wrote. What the numbers are is the business of tests/test_kernels_gpu.py; here they must be finite.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "dijiang/kernels.h"
+
+namespace {
+
+void require(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+    std::exit(3);
+}
+
+void require(dijiang_status status, const char* what) {
+    if (status == DIJIANG_OK) return;
+    std::fprintf(stderr, "%s: %s: %s\n", what, dijiang_status_name(status), dijiang_last_error());
+    std::exit(4);
+}
+
+class Device {
+public:
+    explicit Device(size_t bytes) : bytes_(bytes) {
+        if (bytes > 0) require(cudaMalloc(&data_, bytes), "cudaMalloc");
+    }
+    template <typename T> explicit Device(const std::vector<T>& values) : Device(values.size() * sizeof(T)) {
+        require(cudaMemcpy(data_, values.data(), bytes_, cudaMemcpyHostToDevice), "copy to the device");
+    }
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+    ~Device() { cudaFree(data_); }
+
+    template <typename T = void> T* as() const { return static_cast<T*>(data_); }
+    size_t bytes() const { return bytes_; }
+    template <typename T> std::vector<T> copy() const {
+        std::vector<T> host(bytes_ / sizeof(T));
+        require(cudaMemcpy(host.data(), data_, bytes_, cudaMemcpyDeviceToHost), "copy to the host");
+        return host;
+    }
+
+private:
+    void* data_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+struct Case {
+    int heads, kv_heads, d, rotary, dtype, rows, length;
+    std::vector<int32_t> lens;
+    bool in_place;
+};
+
+std::mt19937 rng(1);
+
+std::vector<float> normal(size_t count, float scale) {
+    std::normal_distribution<float> draw(0.0f, scale);
+    std::vector<float> values(count);
+    for (float& value : values) value = draw(rng);
+    return values;
+}
+
+// The bits of T.
+std::vector<uint8_t> typed(const std::vector<float>& values, int dtype) {
+    std::vector<uint8_t> bytes(values.size() * (dtype == DIJIANG_FLOAT32 ? 4 : 2));
+    for (size_t i = 0; i < values.size(); ++i) {
+        const __half half = __float2half(values[i]);
+        const __nv_bfloat16 bfloat = __float2bfloat16(values[i]);
+        if (dtype == DIJIANG_FLOAT32) std::memcpy(&bytes[4 * i], &values[i], 4);
+        if (dtype == DIJIANG_FLOAT16) std::memcpy(&bytes[2 * i], &half, 2);
+        if (dtype == DIJIANG_BFLOAT16) std::memcpy(&bytes[2 * i], &bfloat, 2);
+    }
+    return bytes;
+}
+
+bool finite(const Device& output, int dtype) {
+    if (dtype == DIJIANG_FLOAT32) {
+        for (float value : output.copy<float>())
+            if (!std::isfinite(value)) return false;
+        return true;
+    }
+    const uint16_t exponent = dtype == DIJIANG_FLOAT16 ? 0x7c00 : 0x7f80;
+    for (uint16_t value : output.copy<uint16_t>())
+        if ((value & exponent) == exponent) return false;
+    return true;
+}
+
+bool run(const Case& c) {
+    const size_t batch = c.lens.size(), tokens = batch * c.length;
+    const size_t channels = static_cast<size_t>(c.heads) * c.d;
+    const size_t width = static_cast<size_t>(c.heads + 2 * c.kv_heads) * c.d, state = batch * channels * c.d;
+    const dijiang_geometry geometry{c.heads, c.kv_heads, c.d, c.rotary, c.dtype, c.rows, 1e-5f, 0};
+
+    char plan[256];
+    require(dijiang_attention_plan(&geometry, batch, c.length, nullptr, plan, sizeof plan), "plan");
+    size_t workspace_size = 0, sync_size = 0;
+    require(dijiang_attention_workspace_size(&geometry, batch, c.length, nullptr, &workspace_size), "workspace");
+    require(dijiang_attention_sync_size(&geometry, batch, c.length, nullptr, &sync_size), "sync");
+
+    const Device qkv(typed(normal(tokens * width, 1), c.dtype)), gate(typed(normal(tokens * channels, 2), c.dtype));
+    const Device past(normal(state, 0.5f)), proj(normal(static_cast<size_t>(c.d) * c.d, 2 / std::sqrt(c.d)));
+    const Device weight(normal(channels, 1)), bias(normal(channels, 1));
+    std::vector<int32_t> starts(batch);
+    for (size_t b = 0; b < batch; ++b) starts[b] = static_cast<int32_t>(5 + 100 * b);
+    const Device positions(starts), lens(c.lens);
+    std::vector<float> frequencies(c.rotary > 0 ? c.rotary / 2 : 1);
+    for (size_t i = 0; i < frequencies.size(); ++i)
+        frequencies[i] = std::pow(10000.0f, -2.0f * i / std::max(c.rotary, 1));
+    const Device inv_freq(frequencies);
+    std::vector<float> decay = normal(static_cast<size_t>(std::max(c.rows, 1)) * c.heads, 0.05f);
+    for (float& value : decay) value = -std::fabs(value);
+    const Device log_decay(decay), gain(normal(static_cast<size_t>(c.rows) * c.heads, 1));
+    const Device read_scale(normal(static_cast<size_t>(c.rows) * c.heads, 1));
+    const size_t element = c.dtype == DIJIANG_FLOAT32 ? 4 : 2;
+    const Device output(tokens * channels * element), present(c.in_place ? 0 : state * 4);
+    const Device workspace(workspace_size), sync(sync_size);
+    if (sync_size > 0) require(cudaMemset(sync.as(), 0, sync_size), "cudaMemset");
+
+    dijiang_attention_buffers b{};
+    b.qkv = qkv.as();
+    b.gate = gate.as();
+    b.past_state = past.as<float>();
+    b.positions = positions.as<int32_t>();
+    b.seq_lens = lens.as<int32_t>();
+    b.proj = proj.as<float>();
+    b.norm_weight = weight.as<float>();
+    b.norm_bias = bias.as<float>();
+    b.inv_freq = inv_freq.as<float>();
+    b.log_decay = log_decay.as<float>();
+    b.gain = gain.as<float>();
+    b.read_scale = read_scale.as<float>();
+    b.output = output.as();
+    b.present_state = c.in_place ? past.as<float>() : present.as<float>();
+    b.workspace = workspace.as();
+    b.workspace_size = workspace_size;
+    b.sync = sync.as();
+    b.sync_size = sync_size;
+
+    cudaStream_t stream = nullptr;
+    require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    for (int repeat = 0; repeat < 2; ++repeat)  // the second call finds what the first one left in sync
+        require(dijiang_attention(&geometry, batch, c.length, &b, reinterpret_cast<dijiang_stream>(stream)),
+                "dijiang_attention");
+    require(cudaStreamSynchronize(stream), plan);
+    require(cudaStreamDestroy(stream), "cudaStreamDestroy");
+    bool good = finite(output, c.dtype);
+    for (float value : (c.in_place ? past : present).copy<float>()) good = good && std::isfinite(value);
+    if (sync_size > 0)
+        for (uint8_t byte : sync.copy<uint8_t>()) good = good && byte == 0;
+    std::printf("%-4s %3dx%-3d kv %-2d r %-3d dtype %d rows %-3d B %zu L %-4d %s | %s\n", good ? "ok" : "BAD", c.heads,
+                c.d, c.kv_heads, c.rotary, c.dtype, c.rows, batch, c.length, c.in_place ? "in place" : "copy    ", plan);
+    return good;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    // With "quick": the cases of racecheck, which takes 100 times longer.
+    const bool quick = count > 1 && std::strcmp(words[1], "quick") == 0;
+    std::vector<Case> cases;
+    const int shapes[][4] = {{16, 16, 64, 16}, {12, 4, 64, 64},  {32, 32, 80, 20}, {4, 2, 128, 32}, {8, 8, 256, 64},
+                             {13, 13, 16, 6},  {5, 5, 48, 0},    {1, 1, 64, 10},   {3, 1, 96, 96},  {2, 2, 112, 0},
+                             {6, 2, 32, 8},    {40, 40, 128, 0}, {2, 1, 160, 80},  {2, 2, 208, 14}, {2, 1, 240, 30}};
+    int turn = 0;
+    for (const auto& s : shapes)
+        for (int dtype = 0; dtype < 3; ++dtype) {
+            const bool tables = turn % 2 == 1, in_place = turn / 2 % 2 == 1;
+            cases.push_back({s[0], s[1], s[2], s[3], dtype, tables ? 40 : 0, 1, {1, 0, 1}, in_place});
+            cases.push_back({s[0], s[1], s[2], s[3], dtype, tables ? 0 : 40, quick ? 70 : 150,
+                             quick ? std::vector<int32_t>{66} : std::vector<int32_t>{150, 0, 65}, !in_place});
+            if (!quick) cases.push_back({s[0], s[1], s[2], s[3], dtype, 0, 3, {3}, in_place});
+            ++turn;
+        }
+    // Enough rows for the plans that a full GPU gets, and a long text.
+    if (!quick) {
+        cases.push_back({16, 16, 64, 16, DIJIANG_FLOAT16, 0, 1, std::vector<int32_t>(64, 1), true});
+        cases.push_back({32, 32, 128, 32, DIJIANG_BFLOAT16, 0, 1, std::vector<int32_t>(16, 1), true});
+        cases.push_back({16, 16, 64, 16, DIJIANG_FLOAT16, 0, 2048, {2048}, true});
+        cases.push_back({8, 8, 256, 64, DIJIANG_FLOAT16, 0, 700, {700, 333}, true});
+    }
+    int bad = 0;
+    for (const Case& c : cases) bad += !run(c);
+    std::printf("%zu calls, %d bad\n", cases.size(), bad);
+    return bad > 0;
+}
