@@ -215,11 +215,14 @@ def test_shapes_and_prompts_are_read() -> None:
 
 def test_compilation_is_shared_out() -> None:
     tasks = bench_kernels_warm.tasks(plan.plan_cells(), ["ours", "fla", "fla-phi", "torch-compile", "copy"])
-    assert len(tasks) == 3 * 2 * 4
-    assert {name for name, _ in tasks} == {"fla", "fla-phi", "torch-compile"}
-    assert all(len({(c.phase, c.shape) for c in cells}) == 1 for _, cells in tasks)
+    assert len(tasks) == 3 * 2 * 4 + 3 * 4
+    assert {name for name, _, _ in tasks} == {"fla", "fla-phi", "torch-compile"}
+    assert all(len({(c.phase, c.shape) for c in cells}) == 1 for _, cells, _ in tasks)
     assert tasks[0][1][0].phase == "prefill"
-    assert sum(len(cells) for _, cells in tasks) == 3 * 32
+    assert [part for name, cells, part in tasks if cells[0].shape == Shape(32, 80) and name == "fla"] == [
+        (0, 4), (1, 4), (2, 4), (3, 4), (0, 1),
+    ]  # fmt: skip
+    assert sum(len(cells) for name, cells, _ in tasks if name != "fla") == 2 * 32
 
 
 def test_a_compilation_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +249,33 @@ def test_the_record_says_everything(record: dict[str, Any]) -> None:
     assert cell["results"]["fla-phi"] == {"skipped": "failed: no such kernel"}
     assert cell["derived"]["ratios"]["fla"] == pytest.approx(1.5)
     assert record["absent"] == {"torch-compile": "no compiler"}
+
+
+def test_time_can_be_limited() -> None:
+    lab, seen = FakeLab(), []
+    cells = plan.plan_cells()
+    found = measure_kernels(lab, cells, limit=0.0, report=lambda r: seen.append(len(r["cells"])))
+    assert found["cells"] == seen == []
+    assert found["notes"][0].startswith("left out, the time was up: decode 16x64 B1 L1, decode 16x64 B8 L1")
+    found = measure_kernels(lab, cells[:3], limit=60.0, report=lambda r: seen.append(len(r["cells"])))
+    assert seen == [1, 2, 3]
+    assert found["seconds"] >= 0
+
+
+def test_what_was_measured_before_an_end_is_kept(
+    lab: list[FakeLab], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = FakeLab.measure
+
+    def stop(self: FakeLab, cell: Cell, seconds: float) -> Any:
+        if len(self.seen) == 2:
+            raise KeyboardInterrupt
+        return measure(self, cell, seconds)
+
+    monkeypatch.setattr(FakeLab, "measure", stop)
+    saved = tmp_path / "kernels.json"
+    assert main([*SMALL, "--save", str(saved)]) == 130
+    assert len(read_record(saved)["cells"]) == 2
 
 
 def test_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:

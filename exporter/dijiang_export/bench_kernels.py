@@ -7,6 +7,7 @@ The document (`docs/performance.md` quotes such records):
     gpu, library           the device; our library's path, SHA-256, version and architectures, or None
     settings               dtype, seconds, which figure is quoted, the tolerance
     ceilings               the measured copy and matrix product
+    seconds                that it all took, compiling included
     absent                 contestants that could not take part, and why
     cells                  phase, heads, head_dim, batch, length; `results` by contestant; `derived`
 """
@@ -17,7 +18,8 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,7 +77,9 @@ def measure_kernels(
     dtype: Dtype = "float16",
     seconds: float = 0.2,
     jobs: int = 1,
+    limit: float | None = None,
     progress: ProgressFactory = silent,
+    report: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure all contestants of `lab` at all `cells`.
 
@@ -85,8 +89,11 @@ def measure_kernels(
         dtype: of qkv, gate and output.
         seconds: about how long to measure each figure.
         jobs: processes that compile ahead; 1 compiles on the way.
+        limit: start no cell later than so many seconds from now; the others are left out, and named.
         progress: for the cells.
+        report: called with what there is so far after each cell, and with the whole at the end.
     """
+    start = time.monotonic()
     if not cells:
         raise UsageError("nothing is left to measure", hint="name at least one batch or prompt")
     about = about_run()
@@ -94,9 +101,24 @@ def measure_kernels(
     notes = lab.warm(cells, jobs, progress) if jobs > 1 else []
     ceilings = lab.ceilings()
     copy, matmul = ceilings["copy"]["per_second"], ceilings["matmul"]["per_second"]
-    measured = []
+    measured: list[dict[str, Any]] = []
+    record = about | {
+        "format": FORMAT,
+        "commit": find_commit(),
+        "gpu": lab.describe(),
+        "library": lab.library(),
+        "settings": {"dtype": dtype, "seconds": seconds, "quoted": QUOTED},
+        "ceilings": _plain(ceilings),
+        "absent": lab.absent,
+        "notes": notes,
+        "cells": measured,
+    }
     with progress("Measuring kernels", len(cells), "items") as bar:
-        for cell in cells:
+        for index, cell in enumerate(cells):
+            if limit is not None and time.monotonic() - start > limit:
+                left = ", ".join(map(str, cells[index:]))
+                notes.append(f"left out, the time was up: {left}")
+                break
             results = {name: _plain(found) for name, found in lab.measure(cell, seconds).items()}
             measured.append(
                 {
@@ -109,18 +131,10 @@ def measure_kernels(
                     "derived": derive(cell, dtype, medians(results), copy, matmul),
                 }
             )
+            record["seconds"] = time.monotonic() - start
+            report(record)
             bar.advance()
-    return about | {
-        "format": FORMAT,
-        "commit": find_commit(),
-        "gpu": lab.describe(),
-        "library": lab.library(),
-        "settings": {"dtype": dtype, "seconds": seconds, "quoted": QUOTED},
-        "ceilings": _plain(ceilings),
-        "absent": lab.absent,
-        "notes": notes,
-        "cells": measured,
-    }
+    return record
 
 
 def medians(results: dict[str, Any], figure: str = QUOTED) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dijiang_export.bench_kernels import medians
+from dijiang_export.bench_kernels import cell_name, medians
 from dijiang_export.bench_kernels_plan import geometric_mean
 
 if TYPE_CHECKING:
@@ -40,6 +40,16 @@ def contestants(record: dict[str, Any]) -> list[str]:
     """Who was measured or tried at any cell, in the tables' order."""
     seen = {name for cell in record["cells"] for name in cell["results"]}
     return [name for name in ORDER if name in seen] + sorted(seen - set(ORDER))
+
+
+def describe_cell(cell: dict[str, Any]) -> str:
+    """One measured cell in a line."""
+    words = []
+    for name, result in cell["results"].items():
+        said = result.get("skipped") or result_cell(result, "rotated")
+        wrong = "" if result.get("right", True) else f" {result['errors']}"
+        words.append(f"{name} {said}{wrong}")
+    return f"{cell_name(cell)}: {', '.join(words)}"
 
 
 def _head(record: dict[str, Any]) -> str:

@@ -75,12 +75,12 @@ class Fla:
                 "flash-linear-attention is not here", got=summary, hint="pip install flash-linear-attention"
             ) from error
         self._step, self._chunk = fused_recurrent_simple_gla, chunk_simple_gla
-        self._tuners = _autotuners()
+        self.tuners = _autotuners()
         self._features: Callable[..., Any] | None = compiled(_two_features) if features else None
 
     def prepare(self, cell: Cell, layer: Layer, calls: Sequence[Call]) -> Prepared:
         """Tune and, with a feature map, compile for `cell`."""
-        for tuner in self._tuners:
+        for tuner in self.tuners:
             tuner.cache.clear()
         kernel = self._step if cell.phase == "decode" else self._chunk
         features, proj = self._features, layer.proj.to(calls[0].qkv.dtype)

@@ -7,10 +7,12 @@ hundred for the default sizes. Several processes fill those caches at once. Noth
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.bench_kernels_plan import Cell, Dtype, Shape
@@ -19,8 +21,15 @@ COMPILING = ("fla", "fla-phi", "torch-compile")
 TASK_SECONDS = 300
 
 
-def tasks(cells: Sequence[Cell], names: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
-    """(contestant, cells) of each process: one for each shape and phase, the longest work first."""
+PARTS = 4
+"""Processes among which the configurations of one of flash-linear-attention's prefills are shared out."""
+
+Task = tuple[str, tuple[Cell, ...], tuple[int, int]]
+"""Contestant, cells, and which part of how many of its kernels' configurations."""
+
+
+def tasks(cells: Sequence[Cell], names: Sequence[str]) -> list[Task]:
+    """What each process compiles: one shape and phase of one contestant, the longest work first."""
     groups: dict[tuple[str, str, Shape], list[Cell]] = {}
     for name in names:
         for cell in cells:
@@ -28,7 +37,13 @@ def tasks(cells: Sequence[Cell], names: Sequence[str]) -> list[tuple[str, tuple[
                 groups.setdefault((name, cell.phase, cell.shape), []).append(cell)
     order = {"fla": 0, "torch-compile": 1, "fla-phi": 2}
     ranked = sorted(groups, key=lambda group: (group[1] != "prefill", order[group[0]]))
-    return [(group[0], tuple(groups[group])) for group in ranked]
+    made: list[Task] = []
+    for group in ranked:
+        if group[0] == "fla" and group[1] == "prefill":
+            made += [(group[0], tuple(groups[group][:1]), (part, PARTS)) for part in range(PARTS)]
+        else:
+            made.append((group[0], tuple(groups[group]), (0, 1)))
+    return made
 
 
 def warm(
@@ -46,25 +61,24 @@ def warm(
     todo = tasks(cells, names)
     failed: list[str] = []
     with progress("Compiling", len(todo), "items") as bar, ThreadPoolExecutor(jobs) as pool:
-        for (name, group), error in zip(
-            todo, pool.map(lambda task: _run(task[0], task[1], dtype), todo), strict=True
-        ):
+        for (name, group, _), error in zip(todo, pool.map(lambda task: _run(task, dtype), todo), strict=True):
             if error is not None:
                 failed.append(f"{name}, {group[0].phase} {group[0].shape}: {error}")
             bar.advance()
     return failed
 
 
-def _run(name: str, cells: tuple[Cell, ...], dtype: str) -> str | None:
+def _run(task: Task, dtype: str) -> str | None:
     """One process; its last words if it fails."""
+    name, cells, part = task
     described = [[c.phase, c.shape.heads, c.shape.head_dim, c.batch, c.length] for c in cells]
-    request = json.dumps({"path": sys.path, "name": name, "dtype": dtype, "cells": described})
+    request = json.dumps({"path": sys.path, "name": name, "dtype": dtype, "cells": described, "part": part})
     code = "import json,sys; r = json.load(sys.stdin); sys.path[:] = r['path']\n"
     code += f"from {__name__} import compile_all; compile_all(r)"
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], input=request, capture_output=True, text=True,
-            timeout=TASK_SECONDS, check=False,
+            timeout=TASK_SECONDS, check=False, env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"took more than {TASK_SECONDS} s"
@@ -73,7 +87,7 @@ def _run(name: str, cells: tuple[Cell, ...], dtype: str) -> str | None:
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
 
 
-def compile_all(request: dict[str, object]) -> None:
+def compile_all(request: dict[str, Any]) -> None:
     """Call one contestant once at each of the request's cells, on the current GPU."""
     import torch
 
@@ -82,11 +96,15 @@ def compile_all(request: dict[str, object]) -> None:
     from dijiang_export.bench_kernels_peers import PEERS, PeerError
 
     device = torch.device("cuda")
-    contestant = PEERS[str(request["name"])]()
-    for phase, heads, head_dim, batch, length in request["cells"]:  # type: ignore[attr-defined]
+    contestant = PEERS[request["name"]]()
+    part, parts = request["part"]
+    if parts > 1:
+        for tuner in contestant.tuners:  # type: ignore[attr-defined]
+            tuner.configs = tuner.configs[part::parts] or tuner.configs[:1]
+    for phase, heads, head_dim, batch, length in request["cells"]:
         cell = Cell(phase, Shape(heads, head_dim), batch, length)
         layer = make_layer(cell.shape, device)
-        calls = make_calls(cell, TORCH_DTYPES[str(request["dtype"])], device)
+        calls = make_calls(cell, TORCH_DTYPES[request["dtype"]], device)
         try:
             with torch.no_grad():
                 contestant.prepare(cell, layer, calls).run(0)

@@ -221,6 +221,7 @@ def export(
     "--jobs", type=click.IntRange(min=1), default=1, show_default=True,
     help="Compile the peers in this many processes first.",
 )  # fmt: skip
+@click.option("--limit", type=click.FloatRange(min=1), help="Start no size later than after so many seconds.")
 @click.option(
     "--from",
     "record",
@@ -259,7 +260,7 @@ def kernels(
     if record is not None:
         result = bench_kernels.read_record(record)
     else:
-        result = _measure_kernels(output, phase, peers, **wanted)
+        result = _measure_kernels(output, phase, peers, save, **wanted)
     if plot is not None:
         plot_kernels(result, plot)
         output.log(f"drew {plot}")
@@ -274,6 +275,7 @@ def _measure_kernels(
     output: Output,
     phase: str,
     peers: tuple[str, ...],
+    save: Path | None,
     *,
     shapes: tuple[str, ...],
     batches: tuple[int, ...],
@@ -283,9 +285,11 @@ def _measure_kernels(
     library: Path | None,
     seconds: float,
     jobs: int,
+    limit: float | None,
 ) -> dict[str, Any]:
     from dijiang_export import bench_kernels
     from dijiang_export import bench_kernels_plan as plan
+    from dijiang_export.bench_kernels_draw import describe_cell
 
     cells = plan.plan_cells(
         [plan.parse_shape(s) for s in shapes] or plan.SHAPES,
@@ -294,21 +298,32 @@ def _measure_kernels(
         ("decode", "prefill") if phase == "both" else (phase,),  # type: ignore[arg-type]
     )
     lab = bench_kernels.open_lab(peers or bench_kernels.PEER_NAMES, dtype, library=library, ours=not no_ours)
+
+    def report(so_far: dict[str, Any]) -> None:
+        output.log(f"{so_far['seconds']:6.1f} s  {describe_cell(so_far['cells'][-1])}")
+        if save is not None:  # whoever stops it keeps what was measured
+            _save(so_far, save)
+
     return bench_kernels.measure_kernels(
-        lab, cells, dtype=dtype, seconds=seconds, jobs=jobs, progress=output.progress
-    )
+        lab, cells, dtype=dtype, seconds=seconds, jobs=jobs, limit=limit, progress=output.progress,
+        report=report,
+    )  # fmt: skip
 
 
 def _finish(output: Output, result: dict[str, Any], save: Path | None, table: Any) -> None:
     if save is not None:
-        from dijiang_engines.errors import OutputError
-
-        try:
-            save.write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise OutputError(f"{save} cannot be written", got=error.strerror) from error
+        _save(result, save)
         output.log(f"saved {save}")
     output.print_result(result, table)
+
+
+def _save(result: dict[str, Any], path: Path) -> None:
+    from dijiang_engines.errors import OutputError
+
+    try:
+        path.write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written", got=error.strerror) from error
 
 
 # -- for people ----------------------------------------------------------------------------------------
