@@ -9,9 +9,8 @@ Little-endian. "DJCASES1", int32 count, then each case:
     int32 number of inputs (10, or 12 with tables), the inputs in the contract's order
     output's expected value, its bound, present_state's expected value, its bound
 
-A tensor is int32 type (0 float32, 1 float16, 2 bfloat16, 3 int32), int32 rank, int64 sizes, the elements. Expected
-values come from the float64 reference and are stored, like the bounds (kernel_bounds.py), as float32. An
-element is right if |got - expected| <= bound; the bound is 0 where a result has to be exact.
+A tensor is int32 type (0 float32, 1 float16, 2 bfloat16, 3 int32), int32 rank, int64 sizes, the elements.
+Expected values come from the float64 reference and are stored as float32, like the bounds (kernel_bounds.py). An element is right if |got - expected| <= bound; the bound is 0 where a result has to be exact.
 """
 
 from __future__ import annotations
@@ -34,13 +33,21 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 
 CASES = {
     "decode 16x64 float16": Case(heads=16, d=64, dtype="float16", batch=2, position=1000),
-    "decode 12x64 float16, groups straddle heads": Case(heads=12, d=64, dtype="float16", batch=2, lens=(1, 1)),
-    "decode 4x80 bfloat16, tables": Case(heads=4, d=80, dtype="bfloat16", batch=3, decay="trained", position=290),
-    "decode 4x128 float16, grouped kv": Case(heads=4, d=128, kv_heads=1, dtype="float16", rotary=128, batch=2),
+    "decode 12x64 float16, groups straddle heads": Case(
+        heads=12, d=64, dtype="float16", batch=2, lens=(1, 1)
+    ),
+    "decode 4x80 bfloat16, tables": Case(
+        heads=4, d=80, dtype="bfloat16", batch=3, decay="trained", position=290
+    ),
+    "decode 4x128 float16, grouped kv": Case(
+        heads=4, d=128, kv_heads=1, dtype="float16", rotary=128, batch=2
+    ),
     "decode 2x256 float16": Case(heads=2, d=256, dtype="float16", rotary=64, position=999_999),
     "decode 5x48 float32, no rotary": Case(heads=5, d=48, rotary=0, batch=5),
     "prefill 4x64 float16": Case(heads=4, d=64, dtype="float16", length=100, batch=3),
-    "prefill 3x80 bfloat16, tables": Case(heads=3, d=80, dtype="bfloat16", length=129, batch=2, decay="trained"),
+    "prefill 3x80 bfloat16, tables": Case(
+        heads=3, d=80, dtype="bfloat16", length=129, batch=2, decay="trained"
+    ),
     "prefill 2x128 float16": Case(heads=2, d=128, dtype="float16", length=350, lens=(349,)),
     "prefill 1x256 float16": Case(heads=1, d=256, dtype="float16", length=63, batch=2, rotary=64),
     "prefill 6x32 float32": Case(heads=6, d=32, kv_heads=3, length=65, batch=3, position=123_456),
@@ -86,9 +93,7 @@ def write(path: Path, cases: dict[str, Case]) -> None:
 
 def main() -> int:
     """Record every case."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("file", type=Path)
     options = parser.parse_args()
     write(options.file, CASES)

@@ -1,0 +1,75 @@
+// What a TensorRT 8.6 plan keeps of the plugin: written and read back, and refused in every other shape.
+#include "blob.h"
+
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+using dijiang::trt::Attributes;
+using dijiang::trt::kBlobSize;
+using dijiang::trt::Limits;
+using dijiang::trt::read_blob;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool right, const char* what) {
+    std::printf("%s %s\n", right ? "ok  " : "FAIL", what);
+    failures += right ? 0 : 1;
+}
+
+using Blob = std::array<unsigned char, kBlobSize>;
+
+bool refused(const void* bytes, size_t size, const char* text) {
+    Attributes attributes;
+    Limits limits;
+    return read_blob(bytes, size, attributes, limits).find(text) != std::string::npos;
+}
+
+}  // namespace
+
+int main() {
+    Attributes attributes;
+    attributes.num_heads = 12;
+    attributes.num_kv_heads = 3;
+    attributes.head_dim = 0x01020340;  // four different bytes: their order shows
+    attributes.rotary_dim = 16;
+    attributes.epsilon = 1.0000001e-5f;
+    Limits limits;
+    limits.include(8, 1);
+    limits.include(2, 4096);
+    Blob blob{};
+    write_blob(attributes, limits, blob.data());
+    const unsigned char head[] = {'D', 'J', 'T', 'A', 1, 0, 0, 0, 12, 0, 0, 0, 3, 0, 0, 0, 0x40, 0x03, 0x02, 0x01};
+    expect(std::memcmp(blob.data(), head, sizeof head) == 0, "little-endian, with magic and format version");
+
+    Attributes read;
+    Limits read_limits;
+    expect(read_blob(blob.data(), blob.size(), read, read_limits).empty(), "reads what was written");
+    expect(read.num_heads == 12 && read.num_kv_heads == 3 && read.head_dim == attributes.head_dim &&
+            read.rotary_dim == 16 && read.epsilon == attributes.epsilon, "the same attributes");
+    expect(read_limits.max_batch == 8 && read_limits.max_length == 4096, "the same limits");
+
+    bool all = true;
+    for (size_t size = 0; size < kBlobSize; ++size) {
+        // In memory of exactly this size, so that an address sanitizer sees a read beyond it.
+        const std::vector<unsigned char> part(blob.begin(), blob.begin() + static_cast<std::ptrdiff_t>(size));
+        all = all && refused(part.data(), size, "expected 36");
+    }
+    expect(all, "every shorter blob is refused");
+    std::vector<unsigned char> longer(blob.begin(), blob.end());
+    longer.push_back(0);
+    expect(refused(longer.data(), longer.size(), "expected 36"), "a longer one too");
+    expect(refused(nullptr, kBlobSize, "expected 36"), "and none at all");
+    const auto changed = [&blob](size_t at, unsigned char value) {
+        Blob other = blob;
+        other[at] = value;
+        return other;
+    };
+    expect(refused(changed(0, 'X').data(), kBlobSize, "DJTA"), "another magic");
+    expect(refused(changed(4, 2).data(), kBlobSize, "format 2"), "a newer format");
+    expect(refused(changed(31, 0x80).data(), kBlobSize, "negative"), "a negative limit");
+    return failures == 0 ? 0 : 1;
+}
