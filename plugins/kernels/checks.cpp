@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 
@@ -32,7 +33,7 @@ dijiang_status check_strides(const char* name, int64_t batch, int64_t length, in
                         "or a multiple of %" PRId64 " elements (16 bytes) below 2^40",
                         name, stride.kind, stride.value, granule);
     if (token_stride == 0) token_stride = width;
-    if (batch_stride == 0) batch_stride = (length - 1) * token_stride + width;
+    if (batch_stride == 0) batch_stride = std::max(length * token_stride, width);
     const bool tokens_inside = length == 1 || token_stride >= width;
     const bool batch_outside =
         batch == 1 || batch_stride >= (length - 1) * (length == 1 ? 0 : token_stride) + width;

@@ -29,7 +29,8 @@ __device__ Report warp_report(Report report) {
 
 struct Memory {
     Report warps[kWarps], block;
-    uint64_t weight;  // of this block's kept tokens
+    uint64_t weight;                   // of this block's kept tokens
+    dijiang_sampling_options options;  // not in registers, which are scarce
     SelectMemory select;
 };
 
@@ -131,7 +132,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const dijiang_sample_buffers& b = params.buffers;
     const Team team = Team::mine(plan.team);
     const int row = static_cast<int>(blockIdx.x) / plan.team;
-    const dijiang_sampling_options options = params.options_per_row ? b.row_options[row] : params.options;
+    if (threadIdx.x == 0) memory.options = params.options_per_row ? b.row_options[row] : params.options;
+    __syncthreads();
+    const dijiang_sampling_options& options = memory.options;
     const bool reports = team.rank == 0 && threadIdx.x == 0;
     const bool greedy = options.temperature == 0;
     const auto refuse = [&](int status) {
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     part.allowed = b.allowed == nullptr ? nullptr : b.allowed + row * b.allowed_row_stride;
     part.seen =
         b.seen == nullptr || options.repetition_penalty == 1 ? nullptr : b.seen + row * b.seen_row_stride;
-    part.penalty = options.repetition_penalty;
+    part.penalty = &options.repetition_penalty;
     part.per_warp = plan.per_warp;
     part.begin = min(team.rank * kWarps * plan.per_warp, b.vocabulary);
     part.end = min(part.begin + kWarps * plan.per_warp, b.vocabulary);
@@ -202,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 int most_staged(const dijiang_device& device) {
-    return device.shared_memory - static_cast<int>(sizeof(Memory));
+    constexpr int kMemory = (sizeof(Memory) + 127) / 128 * 128;  // the compiler aligns what follows
+    return device.shared_memory - kMemory;
 }
 
 }  // namespace

@@ -66,11 +66,11 @@ typedef struct {
     int32_t reserved;     /* 0 */
 } dijiang_geometry;
 
-/* One call's tensors. Strides count elements; 0 means dense. Strides of T tensors and of states must be
- * multiples of 16 bytes; so must all pointers but positions and seq_lens (4 bytes). The rows of one token are
- * dense. [B, L, ..] and [L, B, ..] are both expressible; rows of a tensor must not overlap each other. What
- * is written (output, present_state, workspace, sync) must not overlap anything else, but columns of one
- * matrix may interleave. */
+/* One call's tensors. Strides count elements; 0 means dense: a token stride of the row's width, a batch
+ * stride of L token strides. Strides of T tensors and of states must be multiples of 16 bytes; so must all
+ * pointers but positions and seq_lens (4 bytes). The rows of one token are dense. [B, L, ..] and [L, B, ..]
+ * are both expressible; rows of a tensor must not overlap each other. What is written (output, present_state,
+ * workspace, sync) must not overlap anything else, but columns of one matrix may interleave. */
 typedef struct {
     const void* qkv;          /* T [B, L, (H + 2 Hkv) d], q then k then v */
     const void* gate;         /* T [B, L, H d], before SiLU */

@@ -57,8 +57,8 @@ struct Part {
     const float* logits;
     const uint32_t* allowed;  // or null
     const uint32_t* seen;     // null where there is no penalty
-    double penalty;
-    float* staged;  // this part's scores in shared memory, or null: computed anew each time
+    const double* penalty;    // in shared memory: registers are scarce
+    float* staged;            // this part's scores in shared memory, or null: computed anew each time
     int begin, end, per_warp;
 
     // What the filters see of a logit; -inf if it may not be chosen.
@@ -66,7 +66,7 @@ struct Part {
         const uint32_t bit = 1u << (id % 32);
         if (allowed != nullptr && !(__ldg(allowed + id / 32) & bit)) return -INFINITY;
         if (seen == nullptr || !(__ldg(seen + id / 32) & bit) || !(fabsf(logit) < INFINITY)) return logit;
-        const double wide = logit > 0 ? logit / penalty : logit * penalty;
+        const double wide = logit > 0 ? logit / *penalty : logit * *penalty;
         return static_cast<float>(fmin(fmax(wide, -double{FLT_MAX}), double{FLT_MAX}));
     }
 
