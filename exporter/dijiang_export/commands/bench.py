@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, jsonable, output_options
+from dijiang_export.commands.bench_kernels import kernels
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
+from dijiang_export.commands.saving import finish, save_option
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -42,7 +43,7 @@ class DefaultGroup(click.Group):
     epilog="Example: dijiang-export bench ./pythia.bundle --checkpoint ./pythia-dijiang --save bench.json",
 )
 def bench() -> None:
-    """Measure the speed of BUNDLE on this machine; `bench export` measures exporting instead.
+    """Measure the speed of BUNDLE on this machine; the commands below measure something else.
 
     First validates the bundle, so that no figure is of wrong results. Then: prefills of 128, 512 and 2048
     tokens, steps at positions 100 and 100,000, batches, the share of this machine's memory bandwidth, and
@@ -51,9 +52,8 @@ def bench() -> None:
     """
 
 
-_SAVE = click.option(
-    "--save", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result as JSON to a file."
-)
+bench.add_command(kernels)
+
 _SECONDS = click.option(
     "--seconds",
     type=click.FloatRange(min=0.01),
@@ -83,7 +83,7 @@ _SECONDS = click.option(
 @click.option(
     "--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Batch sizes; may be repeated."
 )
-@_SAVE
+@save_option
 @output_options
 def run(
     output: Output,
@@ -109,7 +109,7 @@ def run(
         batches=batches or None,
         progress=output.progress,
     )
-    _finish(output, result, save, lambda: draw_run(result))
+    finish(output, result, save, lambda: draw_run(result))
 
 
 @bench.command(
@@ -137,7 +137,7 @@ def run(
 @click.option("--run", "and_run", is_flag=True, help="Then measure the bundle's speed, and PyTorch's.")
 @_SECONDS
 @click.option("--threads", type=click.IntRange(min=1), help="For --run; default: all cores.")
-@_SAVE
+@save_option
 @output_options
 def export(
     output: Output,
@@ -174,156 +174,7 @@ def export(
                 seconds=seconds,
                 progress=output.progress,
             )
-    _finish(output, result, save, lambda: draw_export(result))
-
-
-@bench.command(
-    "kernels",
-    short_help="Measure the CUDA kernels beside other implementations (needs an NVIDIA GPU).",
-    epilog="Example: dijiang-export bench kernels --shape 32x128 --save kernels.json --plot kernels.svg",
-)
-@click.option("--shape", "shapes", multiple=True, metavar="HxD", help="Heads, repeatable.")
-@click.option("--phase", type=click.Choice(["decode", "prefill", "both"]), default="both", show_default=True)
-@click.option(
-    "--batch",
-    "batches",
-    type=click.IntRange(min=1),
-    multiple=True,
-    help="Rows of decode steps, repeatable.",
-)
-@click.option(
-    "--prompt", "prompts", multiple=True, metavar="[Bx]L",
-    help="Rows and length of prefills, such as 8x2048; repeatable.",
-)  # fmt: skip
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float16",
-    show_default=True,
-    help="Of queries, keys, values, gate and output; the state is always float32.",
-)
-@click.option(
-    "--peer", "peers", type=click.Choice(["fla", "fla-phi", "torch-compile", "copy"]), multiple=True,
-    help="Measure only this one beside ours; repeatable.",
-)  # fmt: skip
-@click.option("--no-ours", is_flag=True, help="Measure the peers alone.")
-@click.option(
-    "--library", type=click.Path(dir_okay=False, path_type=Path), help="Our kernels; default: the built ones."
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0.001),
-    default=0.2,
-    show_default=True,
-    help="Measure each figure for about this long.",
-)
-@click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Compile the peers in this many processes first.",
-)  # fmt: skip
-@click.option("--limit", type=click.FloatRange(min=1), help="Start no size later than after so many seconds.")
-@click.option(
-    "--from",
-    "record",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Measure nothing: draw this saved result. Needs no GPU.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the result: .svg or .png.",
-)
-@_SAVE
-@output_options
-def kernels(
-    output: Output,
-    phase: str,
-    peers: tuple[str, ...],
-    record: Path | None,
-    plot: Path | None,
-    save: Path | None,
-    **wanted: Any,
-) -> None:
-    """Measure the CUDA kernels beside flash-linear-attention, torch.compile and a copy of as many bytes.
-
-    Everybody gets the same tensors and the same treatment: a check against float64 first, then medians of
-    CUDA graph replays. What computes something else is not timed. Without options: the heads of four Pythia
-    models, 1 to 256 rows, prompts of 512 to 8192 tokens. Peers that are not installed are left out.
-    """
-    from dijiang_engines.errors import ValidationMismatch
-    from dijiang_export import bench_kernels
-    from dijiang_export.bench_kernels_draw import draw_kernels
-    from dijiang_export.bench_kernels_plot import check_plot, plot_kernels
-
-    if plot is not None:
-        check_plot(plot)  # before minutes of measuring
-    if record is not None:
-        result = bench_kernels.read_record(record)
-    else:
-        result = _measure_kernels(output, phase, peers, save, **wanted)
-    if plot is not None:
-        plot_kernels(result, plot)
-        output.log(f"drew {plot}")
-    _finish(output, result, save, lambda: draw_kernels(result))
-    if wrong := bench_kernels.wrong(result):
-        raise ValidationMismatch(
-            "our kernels compute something else than the reference", got="; ".join(wrong[:3])
-        )
-
-
-def _measure_kernels(
-    output: Output,
-    phase: str,
-    peers: tuple[str, ...],
-    save: Path | None,
-    *,
-    shapes: tuple[str, ...],
-    batches: tuple[int, ...],
-    prompts: tuple[str, ...],
-    dtype: Any,
-    no_ours: bool,
-    library: Path | None,
-    seconds: float,
-    jobs: int,
-    limit: float | None,
-) -> dict[str, Any]:
-    from dijiang_export import bench_kernels
-    from dijiang_export import bench_kernels_plan as plan
-    from dijiang_export.bench_kernels_draw import describe_cell
-
-    cells = plan.plan_cells(
-        [plan.parse_shape(s) for s in shapes] or plan.SHAPES,
-        batches or plan.BATCHES,
-        [plan.parse_prompt(p) for p in prompts] or plan.PROMPTS,
-        ("decode", "prefill") if phase == "both" else (phase,),  # type: ignore[arg-type]
-    )
-    lab = bench_kernels.open_lab(peers or bench_kernels.PEER_NAMES, dtype, library=library, ours=not no_ours)
-
-    def report(so_far: dict[str, Any]) -> None:
-        output.log(f"{so_far['seconds']:6.1f} s  {describe_cell(so_far['cells'][-1])}")
-        if save is not None:  # whoever stops it keeps what was measured
-            _save(so_far, save)
-
-    return bench_kernels.measure_kernels(
-        lab, cells, dtype=dtype, seconds=seconds, jobs=jobs, limit=limit, progress=output.progress,
-        report=report,
-    )  # fmt: skip
-
-
-def _finish(output: Output, result: dict[str, Any], save: Path | None, table: Any) -> None:
-    if save is not None:
-        _save(result, save)
-        output.log(f"saved {save}")
-    output.print_result(result, table)
-
-
-def _save(result: dict[str, Any], path: Path) -> None:
-    from dijiang_engines.errors import OutputError
-
-    try:
-        path.write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written", got=error.strerror) from error
+    finish(output, result, save, lambda: draw_export(result))
 
 
 # -- for people ----------------------------------------------------------------------------------------
