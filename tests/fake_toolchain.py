@@ -70,6 +70,7 @@ class FakeToolchain:
         self.bin = folder / "bin"
         self.system = folder / "system"
         self.cache = folder / "cache"
+        self.variables: dict[str, str] = {}
         self.bin.mkdir(parents=True)
         self.system.mkdir()
         self.nvcc()
@@ -80,8 +81,8 @@ class FakeToolchain:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to use it: nothing else of this machine's toolchain is in it."""
-        return {"PATH": str(self.bin), "CUDACXX": str(self.bin / "nvcc"),
-                "CXX": str(self.bin / "c++"), "XDG_CACHE_HOME": str(self.cache)}  # fmt: skip
+        programs = {"CUDACXX": str(self.bin / "nvcc"), "CXX": str(self.bin / "c++")}
+        return {"PATH": str(self.bin), "XDG_CACHE_HOME": str(self.cache), **programs, **self.variables}
 
     def program(self, name: str, text: str) -> Path:
         path = self.bin / name
@@ -99,6 +100,9 @@ class FakeToolchain:
         folder = folder or self.system / "opt/TensorRT/include"
         write_headers(folder, version)
         return folder
+
+    def gpu(self, capability: str = "8.7") -> None:
+        self.program("nvidia-smi", f"#!/bin/sh\necho 'NVIDIA Test, 16000, 555.1, {capability}'\n")
 
     @property
     def compiled(self) -> int:

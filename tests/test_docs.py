@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from checkpoints import write_checkpoint
+from fake_toolchain import FakeToolchain, without_tools
 
 from dijiang_export.cli import COMMANDS, cli
 
@@ -61,15 +62,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "COLUMNS": "100",
-    }
+def shell(command: str, cwd: Path, tools: FakeToolchain | None = None) -> subprocess.CompletedProcess[str]:
+    """Run it; with `tools`, on a machine that compiles within no time."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "COLUMNS": "100"}
+    if tools is not None:
+        environment = without_tools() | tools.environment | {"PATH": f"{tools.bin}:{path}", "COLUMNS": "100"}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command], cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+@pytest.fixture
+def tools(tmp_path_factory: pytest.TempPathFactory) -> FakeToolchain:
+    """Compilers that compile nothing, a GPU, and TensorRT's headers: what `build-plugin` needs."""
+    made = FakeToolchain(tmp_path_factory.mktemp("tools"))
+    made.gpu()
+    made.variables["TENSORRT_ROOT"] = str(made.headers())
+    return made
 
 
 # Commands
@@ -81,14 +92,14 @@ def test_there_are_commands_and_each_is_of_a_known_kind() -> None:
     assert [command for command in others if not command.startswith(("make ", "pip install "))] == []
 
 
-def test_the_commands_of_the_readme(models: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_readme(models: Path, tmp_path: Path, tools: FakeToolchain) -> None:
     """In order and in one folder, as a reader would type them."""
     for name in ("pythia-160m-dijiang", "pythia-70m"):
         (tmp_path / name).symlink_to(models / name)
     commands = [c for c in shown_commands("README.md") if "dijiang-export " in c]
     assert len(commands) >= 10
     for command in commands:
-        done = shell(command, tmp_path)
+        done = shell(command, tmp_path, tools if "build-plugin" in command else None)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         if "--json" in command:
             assert json.loads(done.stdout)
@@ -96,9 +107,28 @@ def test_the_commands_of_the_readme(models: Path, tmp_path: Path) -> None:
     assert (tmp_path / "pythia-70m-dijiang/config.json").exists()
 
 
-def test_other_pages_show_commands_of_make_only() -> None:
-    others = {command for name, command in ALL_COMMANDS if name != "README.md"}
+def test_other_pages_show_commands_of_make_and_build_plugin_only() -> None:
+    others = {command for name, command in ALL_COMMANDS if name not in ("README.md", "docs/plugin.md")}
     assert [command for command in others if not command.startswith("make ")] == []
+
+
+def test_the_commands_about_the_plugin(tmp_path: Path, tools: FakeToolchain) -> None:
+    tools.headers(folder=tmp_path / "TensorRT-10.13/include")
+    commands = [c for c in shown_commands("docs/plugin.md") if not c.startswith("make ")]
+    assert len(commands) >= 5
+    for command in commands:
+        assert command.startswith(("dijiang-export build-plugin", "dijiang-export doctor"))
+        done = shell(command, tmp_path, tools)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "plugin/libdijiang_kernels.so").exists()
+
+
+def test_the_table_of_messages_about_the_plugin() -> None:
+    """Each message is one that the code prints, or that a compiler does."""
+    code = "\n".join(path.read_text() for path in (ROOT / "engines/dijiang_engines").glob("*.py"))
+    rows = table("docs/plugin.md", "When something goes wrong")
+    assert len(rows) >= 8
+    assert [message for message, _ in rows if message.split("...")[-1].strip() not in code] == []
 
 
 @pytest.mark.parametrize("command", sorted({c for _, c in ALL_COMMANDS if c.startswith("make ")}))
@@ -127,7 +157,9 @@ def test_pip_commands() -> None:
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
-def test_the_examples_of_help(name: str, models: Path, sample_bundle: Path, tmp_path: Path) -> None:
+def test_the_examples_of_help(
+    name: str, models: Path, sample_bundle: Path, tmp_path: Path, tools: FakeToolchain
+) -> None:
     command = cli.get_command(click.Context(cli), name) if name else cli
     assert command is not None
     found = re.search(r"Example[^:]*: (.*)", command.epilog or "", re.DOTALL)
@@ -143,7 +175,7 @@ def test_the_examples_of_help(name: str, models: Path, sample_bundle: Path, tmp_
         (tmp_path / sample_bundle.name).symlink_to(sample_bundle)
     if name == "bench":
         example += " --seconds 0.01 --length 16 --batch 1"  # what is measured, for less long
-    done = shell(example, tmp_path)
+    done = shell(example, tmp_path, tools if name == "build-plugin" else None)
     assert done.returncode == 0, f"{example}\n{done.stdout}\n{done.stderr}"
 
 
@@ -205,7 +237,9 @@ def python_files() -> dict[str, Path]:
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_are_named_exist(name: str) -> None:
     page = text(name)
-    paths = set(re.findall(r"(?<![\w/.])((?:exporter|engines|tests|docs|samples|\.ci)/[\w./-]*\w)", page))
+    paths = set(
+        re.findall(r"(?<![\w/.])((?:exporter|engines|plugins|tests|docs|samples|\.ci)/[\w./-]*\w)", page)
+    )
     inside = ("", "exporter/dijiang_export", "engines", "engines/dijiang_engines")
     missing = [p for p in sorted(paths) if not any((ROOT / top / p).exists() for top in inside)]
     modules = set(re.findall(r"(?<![\w*/-])(\w+\.py)\b", page)) - {"modeling_gpt_neox_dijiang.py"}

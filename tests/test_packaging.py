@@ -11,8 +11,10 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from plugin_builds import needs_nvcc
 
 from dijiang_engines import __version__
+from dijiang_engines.plugin import plugin_sources, source_files, source_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = "dijiang_engines/samples/tiny-stdlib"
@@ -74,6 +76,36 @@ def test_it_brings_the_sample_model(wheel: Path, names: set[str], tmp_path: Path
     assert Path(done.stdout.strip()) == tmp_path / SAMPLE
 
 
+SOURCES = "dijiang_engines/plugin_sources/"
+
+
+def test_it_brings_the_sources_of_the_plugin_and_no_product_of_it(names: set[str]) -> None:
+    shipped = {name.removeprefix(SOURCES) for name in names if name.startswith(SOURCES)}
+    wanted = {path.relative_to(plugin_sources()).as_posix() for path in source_files()}
+    assert {"CMakeLists.txt", "kernels/api.cpp", "tensorrt/v3/plugin.cpp"} <= wanted
+    assert shipped == wanted
+
+
+@needs_nvcc
+def test_an_installed_package_can_compile_the_plugin(wheel: Path, tmp_path: Path) -> None:
+    """Up to the compiler's first call: that the rest compiles, test_plugin_compile.py shows."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "from dijiang_engines import plugin as p; print(p.plugin_sources(), p.source_hash())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
+    )
+    folder, digest = done.stdout.split()
+    assert Path(folder) == tmp_path / "site" / SOURCES
+    assert digest == source_hash()
+    done = subprocess.run(
+        ["cmake", "-S", folder, "-B", tmp_path / "b", "-DCMAKE_CUDA_ARCHITECTURES=90"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"CMAKE_PROJECT_VERSION:STATIC={__version__}" in (tmp_path / "b/CMakeCache.txt").read_text()
+
+
 def test_it_declares_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(f"dijiang_export-{__version__}.dist-info/entry_points.txt").decode()
@@ -109,6 +141,8 @@ def test_the_source_archive_can_be_built_and_tested(tmp_path: Path) -> None:
     wanted = {"Makefile", "constraints.txt", ".ci/setup_venv.py", ".ci/run", "pyproject.toml", "LICENSE"}
     assert wanted <= names
     assert {"tests/test_packaging.py", "samples/tiny-stdlib/config.json", "docs/architecture.md"} <= names
+    assert {"plugins/CMakeLists.txt", "plugins/kernels/api.cpp", ".ci/plugin_headers.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".a", ".ptxas"))]
 
 
 def test_every_installed_version_is_pinned() -> None:
