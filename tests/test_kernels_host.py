@@ -142,6 +142,30 @@ def test_it_says_what_it_is(kernels: Kernels) -> None:
     assert name(77) == b"unknown status"
 
 
+def test_the_example_compiles(tmp_path: Path) -> None:
+    """plugins/README.md: as strictly as its readers may compile it."""
+    cuda = next((path for path in (Path("/usr/local/cuda/include"), Path("/usr/include")) if
+                 (path / "cuda_runtime_api.h").is_file()), None)  # fmt: skip
+    if cuda is None or shutil.which("g++") is None:
+        pytest.skip("no CUDA headers, or no g++")
+    text = (INCLUDE.parent / "README.md").read_text()
+    (tmp_path / "example.cpp").write_text(text.split("```cpp\n")[1].split("```")[0])
+    command = [
+        "g++",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        f"-I{INCLUDE}",
+        "-isystem",
+    ]
+    done = subprocess.run(
+        [*command, str(cuda), str(tmp_path / "example.cpp")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # -- attention: what is refused ------------------------------------------------------------------------
 
 WRONG_GEOMETRY = [
