@@ -10,7 +10,8 @@ Little-endian. "DJCASES1", int32 count, then each case:
     output's expected value, its bound, present_state's expected value, its bound
 
 A tensor is int32 type (0 float32, 1 float16, 2 bfloat16, 3 int32), int32 rank, int64 sizes, the elements.
-Expected values come from the float64 reference and are stored as float32, like the bounds (kernel_bounds.py). An element is right if |got - expected| <= bound; the bound is 0 where a result has to be exact.
+Expected values come from the float64 reference and are stored as float32, like the bounds (kernel_bounds.py).
+An element is right if |got - expected| <= bound; the bound is 0 where a result has to be exact.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The plugin in TensorRT's real plugin registry, and in C++ alone; no GPU is needed.
 
-DIJIANG_TENSORRT_INCLUDE   folders with TensorRT's headers, 10.3 or newer, with colons between
-DIJIANG_TENSORRT_RUNTIME   libnvinfer or libnvinfer_lean of the same major versions, with colons; default: what
-                           `make registry-test` fetched, or an installed tensorrt or tensorrt_lean package
+DIJIANG_TENSORRT_INCLUDE  folders with TensorRT's headers, 10.3 or newer, with colons between
+DIJIANG_TENSORRT_RUNTIME  libnvinfer or libnvinfer_lean of the same major versions, with colons; default: what
+                          `make registry-test` fetched, or an installed tensorrt or tensorrt_lean package
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from plugin_builds import ROOT, missing_tool, needs_nvcc, run
 
 from dijiang_engines.toolchain import read_headers
-from dijiang_export.graph.contract import ATTRIBUTES, INPUTS, OP_NAME, OP_VERSION, OUTPUTS
+from dijiang_export.graph.contract import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, OP_VERSION, OUTPUTS
 
 SHELLS = ROOT / "plugins/tensorrt"
 HEADERS = [Path(folder) for folder in os.environ.get("DIJIANG_TENSORRT_INCLUDE", "").split(":") if folder]
@@ -107,3 +109,43 @@ def test_sources_follow_the_contract() -> None:
     identity = (SHELLS / "common/attributes.h").read_text()
     assert f'kPluginName[] = "{OP_NAME}"' in identity
     assert f'kPluginVersion[] = "{OP_VERSION}"' in identity
+
+
+def test_the_one_node_graph_is_onnx(tmp_path: Path) -> None:
+    """tests/gpu/tensorrt86_plugin.py writes ONNX without the onnx package, where TensorRT 8.6 runs."""
+    onnx = pytest.importorskip("onnx")
+    sys.path.insert(0, str(ROOT / "tests/gpu"))
+    import tensorrt86_plugin as script
+    from kernel_cases import Case, make_call
+    from tensorrt_cases import write
+
+    cases = {
+        "a": Case(heads=2, d=32, dtype="float16", length=3, batch=2, decay="trained", rows=5, rotary=0),
+        "b": Case(heads=3, d=16),
+        "c": Case(heads=2, d=16, dtype="bfloat16"),
+    }
+    write(tmp_path / "cases.bin", cases)
+    read = script.read_cases(tmp_path / "cases.bin")
+    assert [case.name for case in read] == list(cases)
+    assert [case.is_bfloat16 for case in read] == [False, False, True]
+    call = make_call(cases["a"])
+    assert np.array_equal(read[0].inputs[0], call.qkv.numpy())
+    assert np.array_equal(read[0].inputs[11], call.read_scale.numpy())  # type: ignore[union-attr]
+
+    for case, count in ((read[0], 12), (read[1], 10)):
+        model = onnx.load_from_string(script.onnx_model(case))
+        onnx.checker.check_model(model)
+        assert model.ir_version == 8
+        assert {o.domain: o.version for o in model.opset_import} == {"": 17, "dijiang": 1}
+        (node,) = model.graph.node
+        assert (node.domain, node.op_type, len(node.input)) == (DOMAIN, OP_NAME, count)
+        given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert given.pop("plugin_namespace") == b"dijiang" and given.pop("plugin_version") == b"1"
+        assert list(given) == list(ATTRIBUTES)
+        assert given["epsilon"] == pytest.approx(1e-5)
+        assert [i.name for i in model.graph.input] == [f.name for f in INPUTS[:5]]
+        shape = model.graph.input[0].type.tensor_type.shape.dim
+        assert [d.dim_param for d in shape[:2]] == ["batch", "length"]
+        weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        for name, value in zip(script.NAMES[5:], case.inputs[5:], strict=False):
+            np.testing.assert_array_equal(weights[name], value)
