@@ -151,6 +151,25 @@ def test_no_cmake_or_an_old_one(
     assert "pip install cmake" in str(error.hint)
 
 
+def test_pips_toolkit_is_taken_where_there_is_no_other(
+    tools: FakeToolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "site/nvidia/cu13"
+    (root / "bin").mkdir(parents=True)
+    shutil.move(tools.bin / "nvcc", root / "bin/nvcc")
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
+    failure(lambda: plan(tools))  # a compiler without the runtime's headers
+    for name in ("include/cuda_runtime.h", "lib/libcudart_static.a"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("")
+    monkeypatch.setenv("LIBRARY_PATH", "/mine")
+    nvcc = plan(tools).nvcc
+    assert nvcc.path == root / "bin/nvcc"
+    assert nvcc.environment == {"LIBRARY_PATH": f"{root / 'lib'}:/mine"}
+    (root / "lib64").mkdir()
+    assert nvcc.environment == {}
+
+
 @pytest.mark.parametrize(("name", "what"), [("c++", "C++ compiler"), ("make", "neither make nor ninja")])
 def test_no_compiler_or_no_make(
     name: str, what: str, tools: FakeToolchain, monkeypatch: pytest.MonkeyPatch

@@ -6,9 +6,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -43,6 +43,8 @@ class Step:
 
     failure: str
     command: Sequence[str | os.PathLike[str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables besides this process's."""
 
 
 def run_step(step: Step, log_file: Path, sink: IO[str], percent: Callable[[float], None]) -> None:
@@ -69,7 +71,7 @@ def run_step(step: Step, log_file: Path, sink: IO[str], percent: Callable[[float
             text=True,
             errors="replace",
             start_new_session=True,
-            env=os.environ | {"LC_ALL": "C"},
+            env=os.environ | {"LC_ALL": "C"} | dict(step.environment),
         )
     except OSError as error:
         raise PluginError(step.failure, got=f"{step.command[0]}: {error.strerror}") from error

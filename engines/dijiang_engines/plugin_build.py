@@ -151,8 +151,10 @@ def _compile(
     names = ", ".join(plan.architecture_names)
     log(f"compiling {what} for {names} with CUDA {plan.nvcc.release}, {count} at a time")
     with log_file.open("w", encoding="utf-8") as sink, progress("Compiling", 100, "items") as bar:
-        run_step(Step("CMake could not configure the build", configure), log_file, sink, lambda percent: None)
-        run_step(Step("compiling failed", compile_), log_file, sink, _percent(bar.advance))
+        variables = plan.nvcc.environment
+        step = Step("CMake could not configure the build", configure, variables)
+        run_step(step, log_file, sink, lambda percent: None)
+        run_step(Step("compiling failed", compile_, variables), log_file, sink, _percent(bar.advance))
     for name in plan.libraries:
         made = work / name
         if not made.is_file():

@@ -54,6 +54,15 @@ class Nvcc:
         return self.path.parent.parent
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Variables that it needs: pip's packages have libraries where nvcc does not tell the linker."""
+        library = self.path.resolve().parent.parent / "lib"
+        if (library / "libcudart_static.a").exists() and not library.with_name("lib64").exists():
+            others = os.environ.get("LIBRARY_PATH", "")
+            return {"LIBRARY_PATH": f"{library}{os.pathsep}{others}".rstrip(os.pathsep)}
+        return {}
+
+    @property
     def release(self) -> str:
         """Such as "13.0"."""
         return ".".join(map(str, self.version))

@@ -47,7 +47,7 @@ function(dijiang_shared_library target map)
     set(map "${CMAKE_CURRENT_SOURCE_DIR}/${map}")
     add_library(${target} SHARED $<TARGET_OBJECTS:dijiang_objects> ${ARGN})
     dijiang_compile_options(${target})
-    target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+    target_link_libraries(${target} PRIVATE dijiang_cudart)
     target_link_options(${target} PRIVATE
         -Wl,--version-script=${map} -Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,--gc-sections -Wl,--build-id=sha1)
     set_target_properties(${target} PROPERTIES

@@ -47,6 +47,6 @@ function(dijiang_tensorrt_plugin folder)
     dijiang_shared_library(${target} exports/tensorrt.map ${sources})
     target_include_directories(${target} PRIVATE include kernels tensorrt/common)
     # As system headers: NVIDIA's own warnings are not ours.
-    target_include_directories(${target} SYSTEM PRIVATE "${folder}" ${CUDAToolkit_INCLUDE_DIRS})
+    target_include_directories(${target} SYSTEM PRIVATE "${folder}" ${DIJIANG_CUDA_INCLUDE})
     set_target_properties(${target} PROPERTIES OUTPUT_NAME ${name} LIBRARY_OUTPUT_DIRECTORY "${output}")
 endfunction()
