@@ -35,7 +35,7 @@ PROMPT := def read_file(path):
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup demo test lint format plugin plugin-headers bench bench-export bench-kernels clean distclean
+.PHONY: help setup demo test lint format plugin plugin-headers registry-test bench bench-export bench-kernels clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,10 @@ plugin: ## compile the CUDA kernels for every architecture into build/plugin
 
 plugin-headers: $(INSTALLED) ## compile the TensorRT plugin against the headers in each of TRT_INCLUDE
 	MAKEFLAGS= $(BIN)/python .ci/plugin_headers.py --jobs $(JOBS) "$(TRT_INCLUDE)"
+
+registry-test: $(INSTALLED) ## drive the plugin through the registries of TensorRT's lean runtimes (fetches 90 MB)
+	$(BIN)/python plugins/tests/fetch_lean.py build/tensorrt-lean
+	DIJIANG_TENSORRT_INCLUDE="$(TRT_INCLUDE)" $(BIN)/python -m pytest tests/test_tensorrt_registry.py $(ARGS)
 
 bench: $(BUNDLE)/manifest.json ## speed of the sample and of a 160M shape, beside PyTorch's
 	@mkdir -p build/bench
