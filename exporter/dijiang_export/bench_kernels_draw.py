@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 ORDER = ("ours", "fla", "fla-phi", "torch-compile", "copy")
 LEGEND = (
-    "Times are medians in µs of one call in a CUDA graph. The calls go round sets of tensors, together three "
-    "times the L2 cache; single: all use one set. floor: the op's bytes and operations at the measured "
+    "Times are medians in µs of one call in a CUDA graph. single: all calls use one set of tensors; rotated: "
+    "they go round sets, together three times the L2 cache. floor: the op's bytes and operations at measured "
     "ceilings. of copy: the op's bytes over its time, of the copy's rate. fla computes the recurrence alone; "
     "fla-phi adds the feature map."
 )
@@ -46,10 +46,40 @@ def describe_cell(cell: dict[str, Any]) -> str:
     """One measured cell in a line."""
     words = []
     for name, result in cell["results"].items():
-        said = result.get("skipped") or result_cell(result, "rotated")
+        said = result.get("skipped") or result_cell(result, "single")
         wrong = "" if result.get("right", True) else f" {result['errors']}"
         words.append(f"{name} {said}{wrong}")
     return f"{cell_name(cell)}: {', '.join(words)}"
+
+
+def markdown_table(record: dict[str, Any], phase: str) -> str:
+    """The table of one phase as docs/performance.md shows it.
+
+    The quoted figures of ours, fla, fla-phi and the copy, what follows from them, and the other figures of
+    ours and fla.
+    """
+    quoted = record["settings"]["quoted"]
+    other = "rotated" if quoted == "single" else "single"
+    names = ("ours", "fla", "fla-phi", "copy")
+    head = ["heads", "B" if phase == "decode" else "B, L", "ours", "fla", "fla + φ", "copy", "floor"]
+    head += ["of copy rate", "fla / ours", f"{other}: ours", "fla"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for cell in record["cells"]:
+        if cell["phase"] != phase:
+            continue
+        derived, results = cell["derived"], cell["results"]
+        ratio, share = derived["ratios"].get("fla"), derived["share_of_copy"]
+        row = [
+            f"{cell['heads']}×{cell['head_dim']}",
+            str(cell["batch"]) if phase == "decode" else f"{cell['batch']}, {cell['length']}",
+            *(result_cell(results.get(name), quoted) for name in names),
+            _microseconds(derived["floor"]),
+            "" if share is None else f"{100 * share:.0f}%",
+            "" if ratio is None else f"{ratio:.2f}",
+            *(result_cell(results.get(name), other) for name in ("ours", "fla")),
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
 def _head(record: dict[str, Any]) -> str:
@@ -70,10 +100,12 @@ def _table(record: dict[str, Any], cells: list[dict[str, Any]], title: str) -> T
     from rich.table import Table
 
     names = contestants(record)
-    table = Table(title=title, title_justify="left")
-    columns = ["heads", "B", "L", *names, "fla/ours", "floor", "over floor", "of copy", "ours, single"]
-    if "fla" in names:
-        columns.append("fla, single")
+    quoted = record["settings"]["quoted"]
+    table = Table(title=f"{title} ({quoted} buffers)", title_justify="left")
+    other = "rotated" if quoted == "single" else "single"
+    others = [name for name in ("ours", "fla") if name in names]
+    columns = ["heads", "B", "L", *names, "fla/ours", "floor", "over floor", "of copy"]
+    columns += [f"{name}, {other}" for name in others]
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     previous = None
@@ -81,16 +113,14 @@ def _table(record: dict[str, Any], cells: list[dict[str, Any]], title: str) -> T
         size = f"{cell['heads']}x{cell['head_dim']}"
         derived = cell["derived"]
         row = [size if size != previous else "", str(cell["batch"]), str(cell["length"])]
-        row += [result_cell(cell["results"].get(name), "rotated") for name in names]
+        row += [result_cell(cell["results"].get(name), quoted) for name in names]
         row += [
             _factor(derived["ratios"].get("fla")),
             _microseconds(derived["floor"]),
             _factor(derived["over_floor"]),
             "" if derived["share_of_copy"] is None else f"{100 * derived['share_of_copy']:.0f}%",
-            result_cell(cell["results"].get("ours"), "single"),
+            *(result_cell(cell["results"].get(name), other) for name in others),
         ]
-        if "fla" in names:
-            row.append(result_cell(cell["results"].get("fla"), "single"))
         if previous not in (None, size):
             table.add_section()
         previous = size
@@ -127,7 +157,8 @@ def _notes(record: dict[str, Any]) -> list[str]:
                 reasons[why] = reasons.get(why, 0) + 1
         found += [f"{name} at {count} sizes: {reason}" for reason, count in reasons.items()]
     for phase in ("decode", "prefill"):
-        cells = [medians(c["results"]) for c in record["cells"] if c["phase"] == phase]
+        quoted = record["settings"]["quoted"]
+        cells = [medians(c["results"], quoted) for c in record["cells"] if c["phase"] == phase]
         for peer in ("fla", "fla-phi", "torch-compile"):
             ratios = [c[peer] / c["ours"] for c in cells if peer in c and "ours" in c]
             mean = geometric_mean(ratios)
