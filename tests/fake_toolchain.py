@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 TENSORRT = (10, 13, 3)
+_PYTHON = sys.executable  # tests make it name another
 
 _CMAKE = """#!{python}
 import os, pathlib, re, sys, time
@@ -94,7 +95,7 @@ class FakeToolchain:
         self.program("nvcc", _NVCC.format(version=version, architectures=architectures))
 
     def cmake(self, version: str = "3.25.1") -> None:
-        self.program("cmake", _CMAKE.format(python=sys.executable, cmake=version))
+        self.program("cmake", _CMAKE.format(python=_PYTHON, cmake=version))
 
     def headers(self, version: tuple[int, int, int] = TENSORRT, folder: Path | None = None) -> Path:
         folder = folder or self.system / "opt/TensorRT/include"
