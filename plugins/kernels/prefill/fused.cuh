@@ -13,14 +13,16 @@
 
 #include "fused_consumer.cuh"
 #include "fused_producer.cuh"
+#include "wide_producer.cuh"
 
 namespace dijiang::prefill {
 
 // All threads: zero output on this block's padding.
-template <typename T>
+template <typename T, int D>
 __device__ __forceinline__ void clear_padding(const AttentionParams& p, const Place& at, int first, int last) {
-    const int vectors = at.set * p.head_dim / 8;
-    T* out = static_cast<T*>(p.output) + at.row * p.output_batch_stride + at.first_head * p.head_dim;
+    const int vectors = (Shape<D>::kWide ? Shape<D>::kOwn : at.set * p.head_dim) / 8;
+    T* out = static_cast<T*>(p.output) + at.row * p.output_batch_stride + at.first_head * p.head_dim
+             + at.first_column;
     for (int i = threadIdx.x; i < (last - first) * vectors; i += blockDim.x) {
         const int t = i / vectors, c = i - t * vectors;
         *reinterpret_cast<uint4*>(out + (first + t) * p.output_token_stride + 8 * c) = make_uint4(0, 0, 0, 0);
@@ -34,16 +36,22 @@ fused_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
     extern __shared__ __align__(16) char shared[];
     // In shared memory rather than in every thread's registers, which the accumulators need.
     __shared__ Place at;
+    if constexpr (!S::kWide) prepare_rotation(p, at.turns);
     if (threadIdx.x == 0) {
         const int work = cut.segments > 1 ? static_cast<int>(atomicAdd(p.sync, 1u)) : blockIdx.x;
-        const int sets = p.num_heads / cut.set, jobs = p.batch * sets;
+        const int blocks = S::kWide ? p.head_dim / S::kOwn : 1;  // per set
+        const int sets = p.num_heads / cut.set * blocks, jobs = p.batch * sets;
         at.segment = work / jobs;
         at.job = work - at.segment * jobs;
         at.row = at.job / sets;
         at.set = cut.set;
-        at.first_head = (at.job - at.row * sets) * cut.set;
+        at.first_head = (at.job - at.row * sets) / blocks * cut.set;
+        at.first_column = (at.job - at.row * sets) % blocks * S::kOwn;
         at.length = min(max(p.seq_lens[at.row], 0), p.length);
         at.position = p.positions[at.row];
+        const int shared_by = p.num_heads / p.num_kv_heads;
+        at.kv_head[0] = at.first_head / shared_by;
+        at.kv_head[1] = (at.first_head + 1) / shared_by;
         const int tokens = cut.segment_chunks * kChunk;  // per segment
         at.segments = max(1, (at.length + tokens - 1) / tokens);
         at.first_token = at.segment * tokens;
@@ -54,23 +62,23 @@ fused_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
     __syncthreads();
 
     if (at.segment < at.segments) {
-        T* proj = reinterpret_cast<T*>(shared);
-        for (int i = threadIdx.x; i < D * D / 2; i += blockDim.x) {
-            const int r = i / (D / 2), c = i % (D / 2) * 2;
-            const bool there = r < p.head_dim && c < p.head_dim;
-            const float2 x = there ? *reinterpret_cast<const float2*>(p.proj + r * p.head_dim + c) : float2{0.0f, 0.0f};
-            *reinterpret_cast<uint32_t*>(proj + r * S::kPitch + c) = pack<T>(x.x, x.y);
+        if constexpr (!S::kWide) {
+            load_proj<T, D>(p, reinterpret_cast<T*>(shared));
+            __syncthreads();
         }
-        __syncthreads();
         const int warp = threadIdx.x / 32, unit = warp / S::kWarps, role = warp % S::kWarps;
         if (role < S::kConsumers) {
             consume<T, D>(p, cut, at, shared, unit, role);
         } else {
-            produce<T, D>(p, at, shared, unit, role - S::kConsumers);
+            if constexpr (S::kWide) {
+                fetch<T, D>(p, cut, at, shared, role - S::kConsumers);
+            } else {
+                produce<T, D>(p, at, shared, unit, role - S::kConsumers);
+            }
         }
     }
     const int padding = max(at.first_token, at.length);
-    if (!cut.raw && padding < at.last_token) clear_padding<T>(p, at, padding, at.last_token);
+    if (!cut.raw && padding < at.last_token) clear_padding<T, D>(p, at, padding, at.last_token);
 
     if (cut.segments > 1) {
         // The last block to finish leaves the sync memory as it was found.
@@ -98,10 +106,10 @@ template <typename T, int D> cudaError_t launch_fused(const AttentionParams& p, 
     cut.set = plan.set;
     cut.segments = plan.segments;
     cut.segment_chunks = plan.segment_chunks;
+    cut.features = workspace + plan.features;
     cut.raw = plan.raw ? reinterpret_cast<float*>(workspace + plan.outputs) : nullptr;
     cut.states = reinterpret_cast<float*>(workspace + plan.states);
-    const int blocks = p.batch * (p.num_heads / plan.set) * plan.segments;
-    kernel<<<blocks, plan.threads, plan.shared, stream>>>(p, cut);
+    kernel<<<plan.blocks, plan.threads, plan.shared, stream>>>(p, cut);
     return cudaGetLastError();
 }
 

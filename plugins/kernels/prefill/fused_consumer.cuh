@@ -57,7 +57,7 @@ template <int D> struct Exchange {
 
     __device__ __forceinline__ Exchange(const AttentionParams& p, const Cut& cut, const Place& at, int member) {
         using S = Shape<D>;
-        const int jobs = p.batch * (p.num_heads / cut.set);
+        const int jobs = gridDim.x / cut.segments;
         members = cut.set * S::kConsumers;
         const int64_t first = static_cast<int64_t>(at.job) * cut.segments * members + member;
         const int64_t all = static_cast<int64_t>(jobs) * cut.segments * members;
@@ -102,19 +102,19 @@ template <typename T, int D>
 __device__ __forceinline__ void
 consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, int unit, int warp) {
     using S = Shape<D>;
-    constexpr int kPitch = S::kPitch, M = S::kColumns / 16, F = D / 8, V = S::kColumns / 8;
+    constexpr int kPitch = S::kValuePitch, M = S::kColumns / 16, F = D / 8, V = S::kColumns / 8;
     constexpr int kMembers = 32 * S::kWarps;
     constexpr bool kHalf = kFeatureUnit<T> != 1.0f;  // float16: mind its range
     constexpr float kUnit = kFeatureUnit<T>;
     char* memory = shared + S::kProj + unit * S::kHead;
     const int lane = threadIdx.x % 32, d = p.head_dim, head = at.first_head + unit;
-    const int column = warp * S::kColumns;
-    T* values = reinterpret_cast<T*>(memory + S::kValues) + column;
-    T* gates = reinterpret_cast<T*>(memory + S::kGate) + column;
+    const int local = warp * S::kColumns;
+    const int column = at.first_column + local;
+    T* values = reinterpret_cast<T*>(memory + S::kValues) + local;
+    T* gates = reinterpret_cast<T*>(memory + S::kGate) + local;
     const uint32_t value_at = shared_address(values) + lane_by_column(kPitch);
-    const uint32_t key_at = shared_address(memory + S::kFeatures) + lane_by_row(kPitch);
-    const uint32_t query_at = key_at + S::kTile;
-    const uint32_t score_at = shared_address(memory + S::kScores) + lane_by_row(S::kScorePitch);
+    const uint32_t first_key_at = shared_address(memory + S::kFeatures) + lane_by_row(S::kPitch);
+    const uint32_t first_score_at = shared_address(memory + S::kScores) + lane_by_row(S::kScorePitch);
     // 64 tokens of this warp's columns; zeros past the end.
     const auto load = [&](int chunk, T* to, const void* tensor, int64_t batch_stride, int64_t stride, int first) {
         constexpr int kVectors = S::kColumns / 8;
@@ -122,7 +122,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         const T* from = static_cast<const T*>(tensor) + at.row * batch_stride + first;
         const T* token = from + (chunk * kChunk + lane / kVectors) * stride + v;
         uint32_t at_shared = shared_address(to + lane / kVectors * kPitch + v);
-#pragma unroll 2
+#pragma unroll 4
         for (int t = lane / kVectors; t < kChunk; t += 32 / kVectors) {
             copy_async(at_shared, t < count ? token : from, t < count);
             token += 32 / kVectors * stride;
@@ -131,7 +131,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         commit_copies();
     };
     const auto load_values = [&](int chunk) {
-        const int kv = opaque(head) / (p.num_heads / p.num_kv_heads);
+        const int kv = at.kv_head[unit];
         load(chunk, values, p.qkv, p.qkv_batch_stride, p.qkv_token_stride,
              (p.num_heads + p.num_kv_heads + kv) * d + column);
     };
@@ -148,7 +148,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
     if (at.length == 0) {
         const float4* past = reinterpret_cast<const float4*>(past_state());
         float4* present = reinterpret_cast<float4*>(present_state());
-        if (past != present && at.segment == 0)
+        if (past != present && at.segment == 0 && at.first_column == 0)
             for (int i = warp * 32 + lane; i < d * d / 4; i += 32 * S::kConsumers) present[i] = past[i];
         return;
     }
@@ -170,6 +170,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
 
     int parity = 0;
     const int first_walk = at.segment + 1 < at.segments ? 1 : 2;
+    int left = (3 - first_walk) * max(0, at.last_chunk - at.first_chunk);  // chunks to come
     for (int walk = first_walk; walk <= 2; ++walk) {
         const bool full = walk == 2;
         load_values(at.first_chunk);
@@ -204,7 +205,11 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         float faded = 0.0f;  // log2 decay of the segment
         for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
             float out[4][V][4] = {};
-            barrier_sync(kFull + 3 * unit, kMembers);
+            // Where stages take turns there is one head: their barriers are those of a second head otherwise.
+            const int stage = S::kStages == 2 ? parity : 0, meeting = 3 * (unit + stage);
+            barrier_sync(kFull + meeting, kMembers);
+            const uint32_t key_at = first_key_at + stage * 2 * S::kTile, query_at = key_at + S::kTile;
+            const uint32_t score_at = first_score_at + stage * S::kScoreTile;
             const ChunkTerms decay(memory, S::kTerms, parity);
             const int g = lane / 4;
             if (full) {
@@ -224,7 +229,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
 #pragma unroll
                     for (int r = 0; r < 4; ++r) {
                         uint32_t a[4];
-                        ldmatrix(a, query_at + 2 * (16 * r * kPitch + 16 * k));
+                        ldmatrix(a, query_at + 2 * (16 * r * S::kPitch + 16 * k));
 #pragma unroll
                         for (int n = 0; n < V; ++n) mma<T>(out[r][n], a, b[n][0], b[n][1]);
                     }
@@ -291,7 +296,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
 #pragma unroll
                 for (int n = 0; n < F / 2; ++n) {
                     uint32_t b[4];
-                    ldmatrix_trans(b, key_at + 2 * (16 * k * kPitch + 16 * n));
+                    ldmatrix_trans(b, key_at + 2 * (16 * k * S::kPitch + 16 * n));
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
                         mma<T>(state[m][2 * n], a[m], b[0], b[1]);
@@ -302,7 +307,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
             if (kHalf && full) bound = bound * keep + warp_max(largest) * (kChunk * kUnit);
             __syncwarp();
             const bool more = chunk + 1 < at.last_chunk;
-            if (more || !full) barrier_arrive(kEmpty + 3 * unit, kMembers);
+            if (--left >= S::kStages) barrier_arrive(kEmpty + meeting, kMembers);
             if (more) load_values(chunk + 1);
             if (full) {
 #pragma unroll
@@ -316,7 +321,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
                 if (cut.raw) {
                     store_raw<D>(p, cut, at, out, head, column, chunk);
                 } else {
-                    normalise<T, D>(p, cut, at, shared, gates, out, unit, column, parity);
+                    normalise<T, D>(p, cut, at, shared, gates, out, unit, local, parity);
                     __syncwarp();
                     store_rows<T, D>(p, at, gates, head, column, chunk);
                     __syncwarp();

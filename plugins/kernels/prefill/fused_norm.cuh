@@ -37,137 +37,169 @@ __device__ __forceinline__ void store_rows(const AttentionParams& p, const Place
     if (column + v >= p.head_dim) return;
     T* to = rows + (chunk * kChunk + lane / kVectors) * p.output_token_stride + v;
     const int count = min(kChunk, at.length - chunk * kChunk);
-#pragma unroll 2
+#pragma unroll 4
     for (int t = lane / kVectors; t < count; t += 32 / kVectors, to += 32 / kVectors * p.output_token_stride)
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(tile + t * Shape<D>::kPitch + v);
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(tile + t * Shape<D>::kValuePitch + v);
 }
 
-// x -> (x * unit - mean) * factor is the group's normalisation (reference/attention.py, group_norm).
-struct Moments {
-    float top, mean, squares;  // largest magnitude, at least 1; then of x / top: mean, sum of squares about it
-};
-
-__device__ __forceinline__ float reciprocal(float x) {
+__device__ __forceinline__ float fast_rsqrt(float x) {
     float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
+// Of kRows of the eight rows that a lane holds a part of: largest magnitude, at least 1; then of x / top: mean, sum of squares
+// about it. All rows take each step together, because a step is short and its latency is not.
+template <int kRows> struct Moments {
+    float top[kRows], mean[kRows], squares[kRows];
+};
 
-template <int kTiles>
-__device__ __forceinline__ Moments moments(const float (&x)[kTiles][2]) {
-    Moments m = {1.0f, 0.0f, 0.0f};
+template <int kTiles, int kRows, int V>
+__device__ __forceinline__ void measure(const float (&out)[4][V][4], int unit, int first, Moments<kRows>& m) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) m.top = fmaxf(m.top, fmaxf(fabsf(x[n][0]), fabsf(x[n][1])));
-    m.top = fmaxf(m.top, __shfl_xor_sync(~0u, m.top, 1));
-    m.top = fmaxf(m.top, __shfl_xor_sync(~0u, m.top, 2));
-    const float scale = reciprocal(m.top);
+    for (int i = 0; i < kRows; ++i) {
+        m.top[i] = 1.0f;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) m.mean += x[n][0] * scale + x[n][1] * scale;
-    m.mean = quad_sum(m.mean) * (1.0f / (8 * kTiles));
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-        const float a = x[n][0] * scale - m.mean, b = x[n][1] * scale - m.mean;
-        m.squares = fmaf(a, a, fmaf(b, b, m.squares));
+        for (int n = unit * kTiles; n < (unit + 1) * kTiles; ++n)
+            m.top[i] = fmaxf(m.top[i], fmaxf(fabsf(out[(first + i) / 2][n][i % 2 * 2]), fabsf(out[(first + i) / 2][n][i % 2 * 2 + 1])));
     }
-    m.squares = quad_sum(m.squares);
-    return m;
+#pragma unroll
+    for (int s = 1; s <= 2; s *= 2)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) m.top[i] = fmaxf(m.top[i], __shfl_xor_sync(~0u, m.top[i], s));
+    float scale[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        scale[i] = reciprocal(m.top[i]);
+        m.mean[i] = 0.0f;
+#pragma unroll
+        for (int n = unit * kTiles; n < (unit + 1) * kTiles; ++n)
+            m.mean[i] += scale[i] * out[(first + i) / 2][n][i % 2 * 2] + scale[i] * out[(first + i) / 2][n][i % 2 * 2 + 1];
+    }
+#pragma unroll
+    for (int s = 1; s <= 2; s *= 2)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) m.mean[i] += __shfl_xor_sync(~0u, m.mean[i], s);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        m.mean[i] *= 1.0f / (8 * kTiles);
+        m.squares[i] = 0.0f;
+#pragma unroll
+        for (int n = unit * kTiles; n < (unit + 1) * kTiles; ++n) {
+            const float a = fmaf(out[(first + i) / 2][n][i % 2 * 2], scale[i], -m.mean[i]);
+            const float b = fmaf(out[(first + i) / 2][n][i % 2 * 2 + 1], scale[i], -m.mean[i]);
+            m.squares[i] = fmaf(a, a, fmaf(b, b, m.squares[i]));
+        }
+    }
+#pragma unroll
+    for (int s = 1; s <= 2; s *= 2)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) m.squares[i] += __shfl_xor_sync(~0u, m.squares[i], s);
 }
 
-// Groups of H channels are made of units of 8 kTiles columns, whose moments meet in shared memory and are combined as
-// for samples of equal size.
+// Groups of H channels are made of units of 8 kTiles columns. Where a group has several, their moments meet in shared
+// memory and are combined as for samples of equal size.
 template <typename T, int D, int kTiles>
 __device__ __forceinline__ void
 normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, T* gates,
-                const float (&out)[4][Shape<D>::kColumns / 8][4], int unit, int column, int parity) {
+                const float (&out)[4][Shape<D>::kColumns / 8][4], int unit, int local, int parity) {
     using S = Shape<D>;
     constexpr int kUnits = S::kColumns / 8 / kTiles, kWidth = 8 * kTiles;
+    constexpr int kRows = S::kNormRows;
     const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), d = p.head_dim, heads = p.num_heads;
-    const int per_group = heads / kWidth, in_set = unit * d + column;
-    constexpr int kStride = S::kMostHeads * D / 16 * kChunk;  // one array of a parity
+    const int in_set = unit * d + local;
+    const bool several = heads > kWidth;
+    constexpr int kStride = S::kMostHeads * (S::kOwn / S::kNarrowest) * kChunk;  // one array of a parity
     float* stats = reinterpret_cast<float*>(shared + S::kProj + cut.set * S::kHead) + parity * 3 * kStride + g;
-    if (column >= d) return;
+    if (local >= d) return;
+    if (several) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
+        for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int u = 0; u < kUnits; ++u) {
-                float x[kTiles][2];
-#pragma unroll
-                for (int n = 0; n < kTiles; ++n) {
-                    x[n][0] = out[r][u * kTiles + n][2 * h];
-                    x[n][1] = out[r][u * kTiles + n][2 * h + 1];
-                }
-                const Moments m = moments<kTiles>(x);
+            for (int row = 0; row < 8; row += kRows) {
+                Moments<kRows> m;
+                measure<kTiles>(out, u, row, m);
                 if (lane % 4 == 0) {
-                    float* to = stats + (in_set / kWidth + u) * kChunk + 16 * r + 8 * h;
-                    to[0] = m.top, to[kStride] = m.mean, to[2 * kStride] = m.squares;
+#pragma unroll
+                    for (int i = 0; i < kRows; ++i) {
+                        float* to = stats + (in_set / kWidth + u) * kChunk + 8 * (row + i);
+                        to[0] = m.top[i], to[kStride] = m.mean[i], to[2 * kStride] = m.squares[i];
+                    }
                 }
             }
-    if (heads > S::kColumns) barrier_sync(kNormed, 32 * cut.set * (d / S::kColumns));
-    else __syncwarp();
-    const float share = reciprocal(heads), part = reciprocal(per_group);
-    const float* weights = p.norm_weight + at.first_head * d + in_set + c;
-    const float* biases = p.norm_bias + at.first_head * d + in_set + c;
-    gates += g * S::kPitch + c;
+        }
+        barrier_sync(kNormed, 32 * cut.set * (min(d, S::kOwn) / S::kColumns));
+    }
+    const float share = reciprocal(static_cast<float>(heads));
+    const int channel = at.first_head * d + at.first_column + in_set + c;
+    gates += g * S::kValuePitch + c;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-        const float* from_group = stats + (in_set / kWidth + u) / per_group * per_group * kChunk;
-        float2 w[kTiles], b[kTiles];
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-            w[n] = *reinterpret_cast<const float2*>(weights + 8 * (u * kTiles + n));
-            b[n] = *reinterpret_cast<const float2*>(biases + 8 * (u * kTiles + n));
-        }
+        for (int row = 0; row < 8; row += kRows) {
+            Moments<kRows> m;
+            if (several) {
+                const int per_group = heads / kWidth;
+                const float* from = stats + (in_set / kWidth + u) / per_group * per_group * kChunk + 8 * row;
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float* from = from_group + 16 * r + 8 * h;
-                float top = from[0], mean = from[kStride], squares = from[2 * kStride];
+                for (int i = 0; i < kRows; ++i)
+                    m.top[i] = from[8 * i], m.mean[i] = from[kStride + 8 * i], m.squares[i] = from[2 * kStride + 8 * i];
 #pragma unroll 1
-                for (int i = 1; i < per_group; ++i) {  // i units so far, each of the size of the one to come
-                    const float next = from[i * kChunk], most = fmaxf(top, next), scale = reciprocal(most);
-                    const float old_unit = top * scale, new_unit = next * scale, count = static_cast<float>(i);
-                    const float new_mean = from[i * kChunk + kStride] * new_unit;
-                    const float gap = new_mean - mean * old_unit, fraction = reciprocal(count + 1.0f);
-                    mean = fmaf(gap, fraction, mean * old_unit);
-                    squares = squares * old_unit * old_unit + from[i * kChunk + 2 * kStride] * new_unit * new_unit
-                              + gap * gap * (kWidth * count * fraction);
-                    top = most;
-                }
-                const float scale = reciprocal(top);
-                const float factor = rsqrtf(squares * share + fmaxf(p.epsilon * scale * scale, kLeastEpsilon));
-                const float first = scale * factor, second = -mean * factor;
+                for (int j = 1; j < per_group; ++j) {  // j units so far, and one more
+                    from += kChunk;
+                    const float fraction = reciprocal(j + 1.0f), weight = kWidth * j * fraction;
 #pragma unroll
-                for (int n = 0; n < kTiles; ++n) {
-                    const int at_tile = u * kTiles + n;
-                    uint32_t* gate = reinterpret_cast<uint32_t*>(gates + (16 * r + 8 * h) * S::kPitch + 8 * at_tile);
-                    const float2 z = unpack<T>(*gate);
-                    const float x = fmaf(out[r][at_tile][2 * h], first, second);
-                    const float y = fmaf(out[r][at_tile][2 * h + 1], first, second);
-                    *gate = pack<T>(fmaf(x, w[n].x, b[n].x) * __fdividef(z.x, 1.0f + __expf(-z.x)),
-                                    fmaf(y, w[n].y, b[n].y) * __fdividef(z.y, 1.0f + __expf(-z.y)));
+                    for (int i = 0; i < kRows; ++i) {
+                        const float next = from[8 * i], most = fmaxf(m.top[i], next), scale = reciprocal(most);
+                        const float old_unit = m.top[i] * scale, new_unit = next * scale;
+                        const float old_mean = m.mean[i] * old_unit, gap = fmaf(from[kStride + 8 * i], new_unit, -old_mean);
+                        m.mean[i] = fmaf(gap, fraction, old_mean);
+                        m.squares[i] = m.squares[i] * old_unit * old_unit
+                                       + fmaf(from[2 * kStride + 8 * i] * new_unit, new_unit, gap * gap * weight);
+                        m.top[i] = most;
+                    }
+                }
+            } else {
+                measure<kTiles>(out, u, row, m);
+            }
+            float first[kRows], second[kRows];  // x -> x * first + second normalises
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                const float scale = reciprocal(m.top[i]);
+                const float factor = fast_rsqrt(m.squares[i] * share + fmaxf(p.epsilon * scale * scale, kLeastEpsilon));
+                first[i] = scale * factor;
+                second[i] = -m.mean[i] * factor;
+            }
+#pragma unroll
+            for (int n = u * kTiles; n < (u + 1) * kTiles; ++n) {
+                const float2 w = *reinterpret_cast<const float2*>(p.norm_weight + channel + 8 * n);
+                const float2 b = *reinterpret_cast<const float2*>(p.norm_bias + channel + 8 * n);
+                uint32_t* gate = reinterpret_cast<uint32_t*>(gates + 8 * row * S::kValuePitch + 8 * n);
+                constexpr int kStep = 8 * S::kValuePitch / 2;  // of eight rows
+                float2 z[kRows];
+#pragma unroll
+                for (int i = 0; i < kRows; ++i) z[i] = unpack<T>(gate[i * kStep]);
+#pragma unroll
+                for (int i = 0; i < kRows; ++i) {
+                    const float x = fmaf(out[(row + i) / 2][n][i % 2 * 2], first[i], second[i]);
+                    const float y = fmaf(out[(row + i) / 2][n][i % 2 * 2 + 1], first[i], second[i]);
+                    gate[i * kStep] = pack<T>(fmaf(x, w.x, b.x) * fast_silu(z[i].x), fmaf(y, w.y, b.y) * fast_silu(z[i].y));
                 }
             }
+        }
     }
 }
 
-// H is a multiple of 16.
+// H is a multiple of kNarrowest.
 template <typename T, int D>
 __device__ __forceinline__ void
 normalise(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, T* gates,
-          const float (&out)[4][Shape<D>::kColumns / 8][4], int unit, int column, int parity) {
-    constexpr int kTiles = Shape<D>::kColumns / 8;
-    if (kTiles == 2 || p.num_heads % 32 == 0)
-        normalise_units<T, D, kTiles>(p, cut, at, shared, gates, out, unit, column, parity);
+          const float (&out)[4][Shape<D>::kColumns / 8][4], int unit, int local, int parity) {
+    constexpr int kTiles = Shape<D>::kColumns / 8, kFewest = Shape<D>::kNarrowest / 8;
+    if (kTiles == kFewest || p.num_heads % (8 * kTiles) == 0)
+        normalise_units<T, D, kTiles>(p, cut, at, shared, gates, out, unit, local, parity);
     else
-        normalise_units<T, D, 2>(p, cut, at, shared, gates, out, unit, column, parity);
+        normalise_units<T, D, kFewest>(p, cut, at, shared, gates, out, unit, local, parity);
 }
 
 }  // namespace dijiang::prefill

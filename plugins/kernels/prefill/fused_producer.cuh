@@ -7,84 +7,135 @@ namespace dijiang::prefill {
 
 constexpr float kLog2e = 1.44269504f;
 
-// Rotates 16 tokens of k and q in shared memory. A lane owns the pairs (i, i + r/2), (i + 1, i + 1 + r/2) of every
-// n-th token and turns its angles on by a fixed step from an accurate start.
-template <typename T>
-__device__ __forceinline__ void rotate_rows(const AttentionParams& p, T* k, T* q, int pitch, int position, bool full) {
-    const int half = p.rotary_dim / 2;
-    if (half == 0) return;
-    const int units = (half + 1) / 2, groups = 32 / units, lane = threadIdx.x % 32;
-    const int group = lane / units, i = 2 * (lane - group * units);
-    if (group >= groups) return;
+// All threads: P, rounded to T and padded with zeros.
+template <typename T, int D> __device__ __forceinline__ void load_proj(const AttentionParams& p, T* proj) {
+    for (int i = threadIdx.x; i < D * D / 4; i += blockDim.x) {
+        const int r = i / (D / 4), c = i % (D / 4) * 4;
+        const bool there = r < p.head_dim && c < p.head_dim;
+        const float4 x = there ? *reinterpret_cast<const float4*>(p.proj + r * p.head_dim + c)
+                               : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        *reinterpret_cast<uint2*>(proj + r * Shape<D>::kPitch + c) = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
+    }
+}
+
+// Rotation of 16 tokens: a lane owns the pairs (i, i + r/2), (i + 1, i + 1 + r/2) of every `groups`-th token.
+struct RotaryLane {
+    int i, group, groups;  // group >= groups: idle
+    __device__ __forceinline__ RotaryLane(int half, int first_pair) {
+        const int units = max(1, min(32, (half - first_pair + 1) / 2)), lane = threadIdx.x % 32;
+        groups = first_pair < half ? 32 / units : 0;
+        group = lane / units;
+        i = first_pair + 2 * (lane - group * units);
+    }
+};
+
+__device__ __forceinline__ float2 rotation_by(float turn) {
+    constexpr float kTwoPi = 6.28318531f;
+    float2 r;
+    __sincosf(kTwoPi * turn, &r.y, &r.x);
+    return r;
+}
+
+// All threads: per pair of dimensions, turns per token and the rotation from one of a lane's tokens to its next.
+__device__ __forceinline__ void prepare_rotation(const AttentionParams& p, float4* turns) {
+    for (int i = threadIdx.x; i < p.rotary_dim / 2; i += blockDim.x) {
+        const RotaryLane mine(p.rotary_dim / 2, i / 64 * 64);
+        const Turns t = turns_per_token(p.inv_freq[i]);
+        const float2 step = rotation_by(rotary_turn(t, static_cast<float>(mine.groups)));
+        turns[i] = make_float4(t.hi, t.lo, step.x, step.y);
+    }
+}
+
+// Rotates rows of k, and of q if kBoth, in shared memory, from an accurate start per call by steps.
+template <typename T, bool kBoth>
+__device__ __forceinline__ void
+rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* k, T* q, int pitch, int position) {
+    if (mine.group >= mine.groups) return;
+    const int i = mine.i;
     const bool second = i + 1 < half, even = half % 2 == 0;
-    const Turns turns[2] = {turns_per_token(p.inv_freq[i]), turns_per_token(p.inv_freq[second ? i + 1 : i])};
-    float c[2], s[2], dc[2], ds[2];
+    float2 r[2], step[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-        constexpr float kTwoPi = 6.28318531f;
-        const float start = kTwoPi * rotary_turn(turns[j], static_cast<float>(position + group));
-        const float step = kTwoPi * rotary_turn(turns[j], static_cast<float>(groups));
-        __sincosf(start, &s[j], &c[j]);
-        __sincosf(step, &ds[j], &dc[j]);
+        const float4 turn = turns[second ? i + j : i];
+        r[j] = rotation_by(rotary_turn({turn.x, turn.y}, static_cast<float>(position + mine.group)));
+        step[j] = make_float2(turn.z, turn.w);
     }
-    for (int t = group; t < 16; t += groups) {
+#pragma unroll 2
+    for (int t = mine.group; t < 16; t += mine.groups) {
+        T* row[2] = {k + t * pitch + i, q + t * pitch + i};
+        float2 a[2], b[2];
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-            if (tile == 1 && !full) break;
-            T* x = (tile ? q : k) + t * pitch + i;
-            T* y = x + half;
+        for (int m = 0; m < 1 + kBoth; ++m) {
             if (even) {
-                const float2 a = unpack<T>(*reinterpret_cast<const uint32_t*>(x));
-                const float2 b = unpack<T>(*reinterpret_cast<const uint32_t*>(y));
-                *reinterpret_cast<uint32_t*>(x) = pack<T>(a.x * c[0] - b.x * s[0], a.y * c[1] - b.y * s[1]);
-                *reinterpret_cast<uint32_t*>(y) = pack<T>(b.x * c[0] + a.x * s[0], b.y * c[1] + a.y * s[1]);
+                a[m] = unpack<T>(*reinterpret_cast<const uint32_t*>(row[m]));
+                b[m] = unpack<T>(*reinterpret_cast<const uint32_t*>(row[m] + half));
             } else {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    if (j == 1 && !second) break;
-                    const float a = to_float(x[j]), b = to_float(y[j]);
-                    x[j] = from_float<T>(a * c[j] - b * s[j]);
-                    y[j] = from_float<T>(b * c[j] + a * s[j]);
-                }
+                a[m] = make_float2(to_float(row[m][0]), second ? to_float(row[m][1]) : 0.0f);
+                b[m] = make_float2(to_float(row[m][half]), second ? to_float(row[m][half + 1]) : 0.0f);
             }
         }
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const float next = c[j] * dc[j] - s[j] * ds[j];
-            s[j] = s[j] * dc[j] + c[j] * ds[j];
-            c[j] = next;
+        for (int m = 0; m < 1 + kBoth; ++m) {
+            const float2 x = make_float2(a[m].x * r[0].x - b[m].x * r[0].y, a[m].y * r[1].x - b[m].y * r[1].y);
+            const float2 y = make_float2(b[m].x * r[0].x + a[m].x * r[0].y, b[m].y * r[1].x + a[m].y * r[1].y);
+            if (even) {
+                *reinterpret_cast<uint32_t*>(row[m]) = pack<T>(x.x, x.y);
+                *reinterpret_cast<uint32_t*>(row[m] + half) = pack<T>(y.x, y.y);
+            } else {
+                row[m][0] = from_float<T>(x.x), row[m][half] = from_float<T>(y.x);
+                if (second) row[m][1] = from_float<T>(x.y), row[m][half + 1] = from_float<T>(y.y);
+            }
         }
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            r[j] = make_float2(r[j].x * step[j].x - r[j].y * step[j].y, r[j].y * step[j].x + r[j].x * step[j].y);
     }
 }
 
 // Logits of 16 rows in accumulators -> features times kFeatureUnit, packed as they stand (C and A fragments).
-template <typename T, int N>
-__device__ __forceinline__ void softmax_rows(float (&x)[N][4], uint32_t (&packed)[N][2], int d) {
+template <typename T, int kTiles, int N>
+__device__ __forceinline__ void softmax_rows(float (&x)[kTiles][N][4], uint32_t (&packed)[kTiles][N][2], int d) {
+    constexpr int R = 2 * kTiles;  // rows of a lane
     if (d < 8 * N) {
 #pragma unroll
-        for (int n = 0; n < N; ++n)
-            if (8 * n >= d) x[n][0] = x[n][1] = x[n][2] = x[n][3] = -INFINITY;
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+                if (8 * n >= d) x[m][n][0] = x[m][n][1] = x[m][n][2] = x[m][n][3] = -INFINITY;
+    }
+    float top[R], total[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+        top[i] = x[i / 2][0][i % 2 * 2];
+#pragma unroll
+        for (int n = 0; n < N; ++n) top[i] = fmaxf(top[i], fmaxf(x[i / 2][n][i % 2 * 2], x[i / 2][n][i % 2 * 2 + 1]));
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        float top = x[0][2 * h];
+    for (int s = 1; s <= 2; s *= 2)
 #pragma unroll
-        for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(x[n][2 * h], x[n][2 * h + 1]));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        const float shift = -top * kLog2e;
-        float total = 0.0f;
+        for (int i = 0; i < R; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], s));
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+        const float shift = -top[i] * kLog2e;
+        total[i] = 0.0f;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-            x[n][2 * h] = fast_exp2(fmaf(x[n][2 * h], kLog2e, shift));
-            x[n][2 * h + 1] = fast_exp2(fmaf(x[n][2 * h + 1], kLog2e, shift));
-            total += x[n][2 * h] + x[n][2 * h + 1];
+            float &a = x[i / 2][n][i % 2 * 2], &b = x[i / 2][n][i % 2 * 2 + 1];
+            a = fast_exp2(fmaf(a, kLog2e, shift));
+            b = fast_exp2(fmaf(b, kLog2e, shift));
+            total[i] += a + b;
         }
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        const float scale = __fdividef(kFeatureUnit<T>, total);
+    }
 #pragma unroll
-        for (int n = 0; n < N; ++n) packed[n][h] = pack<T>(x[n][2 * h] * scale, x[n][2 * h + 1] * scale);
+    for (int s = 1; s <= 2; s *= 2)
+#pragma unroll
+        for (int i = 0; i < R; ++i) total[i] += __shfl_xor_sync(~0u, total[i], s);
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+        const float scale = kFeatureUnit<T> * reciprocal(total[i]);
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+            packed[i / 2][n][i % 2] = pack<T>(x[i / 2][n][i % 2 * 2] * scale, x[i / 2][n][i % 2 * 2 + 1] * scale);
     }
 }
 
@@ -136,6 +187,57 @@ __device__ __forceinline__ void write_terms(const ChunkTerms& out, const Terms (
     }
 }
 
+// Decayed causal scores of 16 tokens against those up to them; query(k, a) gives the fragment of features 16 k.
+template <typename T, int D, typename Query>
+__device__ __forceinline__ void
+write_scores(const ChunkTerms& decay, uint32_t keys, T* scores, int warp, Query&& query) {
+    using S = Shape<D>;
+    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row0 = 16 * warp;
+    const float total[2] = {decay.total[row0 + g], decay.total[row0 + g + 8]};
+#pragma unroll 1
+    for (int j = 0; j <= warp; j += 2) {  // 32 earlier tokens at a time: enough products in flight
+        float sum[4][4] = {};
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            uint32_t a[4];
+            query(k, a);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                uint32_t b[4];
+                ldmatrix(b, keys + 2 * (16 * (j + n) * S::kPitch + 16 * k));
+                mma<T>(sum[2 * n], a, b[0], b[1]);
+                mma<T>(sum[2 * n + 1], a, b[2], b[3]);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const int s = 16 * j + 8 * n + c;
+            const float2 before = *reinterpret_cast<const float2*>(decay.total + s);
+            const float2 gain = *reinterpret_cast<const float2*>(decay.gain + s);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int t = row0 + g + 8 * h;
+                const float x = s <= t ? fast_exp2(total[h] - before.x) * gain.x : 0.0f;
+                const float y = s + 1 <= t ? fast_exp2(total[h] - before.y) * gain.y : 0.0f;
+                constexpr float kUnit = 1.0f / kFeatureUnit<T>;
+                *reinterpret_cast<uint32_t*>(scores + t * S::kScorePitch + s) =
+                    pack<T>(sum[n][2 * h] * (x * kUnit), sum[n][2 * h + 1] * (y * kUnit));
+            }
+        }
+    }
+}
+
+// Factors of the chunk's tokens lane and lane + 32.
+__device__ __forceinline__ void read_terms(const AttentionParams& p, const Place& at, int head, int chunk,
+                                           Terms (&terms)[2]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        const int t = chunk * kChunk + threadIdx.x % 32 + 32 * j;
+        terms[j] = {0.0f, 0.0f, 0.0f};
+        if (t < at.length) terms[j] = token_terms(p, head, static_cast<int64_t>(at.position) + t);
+    }
+}
+
 template <typename T, int D>
 __device__ __forceinline__ void produce(const AttentionParams& p, const Place& at, char* shared, int unit, int warp) {
     using S = Shape<D>;
@@ -149,22 +251,26 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Place& a
     const uint32_t raw_at = shared_address(raw), proj_at = shared_address(shared) + lane_by_row(kPitch);
 
     const auto load = [&](int chunk, bool full) {
-        const int first = chunk * kChunk + row0, own = opaque(head);
+        constexpr int kVectors = D / 8, kStep = 32 / kVectors;  // per row; rows per turn
+        const int t0 = lane / kVectors, v = lane % kVectors * 8, first = chunk * kChunk + row0;
+        const int count = v < d ? at.length - first : 0;
         const T* source = static_cast<const T*>(p.qkv) + at.row * p.qkv_batch_stride;
-        const T* k_source = source + (p.num_heads + own / (p.num_heads / p.num_kv_heads)) * d;
-        const T* q_source = source + own * d;
-#pragma unroll 1
-        for (int i = lane; i < 2 * D; i += 32) {  // 16 rows of D / 8 vectors
-            const int t = i / (D / 8), v = i % (D / 8) * 8;
-            const bool there = first + t < at.length && v < d;
-            const int64_t from = there ? (first + t) * p.qkv_token_stride + v : 0;
-            const uint32_t to = raw_at + 2 * (t * kPitch + v);
-            copy_async(to, k_source + from, there);
-            if (full) copy_async(to + S::kTile, q_source + from, there);
+        const T* query = source + (first + t0) * p.qkv_token_stride + head * d + v;
+        const int64_t to_key = (p.num_heads + at.kv_head[unit] - head) * d, step = kStep * p.qkv_token_stride;
+        uint32_t to = raw_at + 2 * (t0 * kPitch + v);
+        if (t0 < kStep) {
+#pragma unroll S::kLoadUnroll
+            for (int t = t0; t < 16; t += kStep) {
+                copy_async(to, t < count ? query + to_key : source, t < count);
+                if (full) copy_async(to + S::kTile, t < count ? query : source, t < count);
+                query += step;
+                to += kStep * 2 * kPitch;
+            }
         }
         commit_copies();
     };
 
+    const RotaryLane rotary(p.rotary_dim / 2, 0);
     bool started = false;
     int parity = 0;
     for (int walk = at.segment + 1 < at.segments ? 1 : 2; walk <= 2; ++walk) {
@@ -173,45 +279,43 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Place& a
         for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
             wait_copies<0>();
             __syncwarp();
-            rotate_rows<T>(p, raw, raw + kChunk * kPitch, kPitch, at.position + chunk * kChunk + row0, full);
+            const int half = p.rotary_dim / 2, position = at.position + chunk * kChunk + row0;
+            if (full) rotate_rows<T, true>(rotary, half, at.turns, raw, raw + kChunk * kPitch, kPitch, position);
+            else rotate_rows<T, false>(rotary, half, at.turns, raw, raw, kPitch, position);
             __syncwarp();
-            uint32_t fk[N][2], fq[N][2];
+            uint32_t features_of[2][N][2];  // k, q
+            auto& fk = reinterpret_cast<uint32_t(&)[1][N][2]>(features_of[0]);
+            auto& fq = reinterpret_cast<uint32_t(&)[1][N][2]>(features_of[1]);
             const uint32_t rows = raw_at + lane_by_row(kPitch);
+            const bool more = chunk + 1 < at.last_chunk;
             if constexpr (S::kTogether) {
                 if (full) {
                     float sum[2][N][4];
                     project<T, D, 2>(sum, rows, S::kTile, proj_at);
                     __syncwarp();
-                    if (chunk + 1 < at.last_chunk) load(chunk + 1, full);
-                    softmax_rows<T, N>(sum[0], fk, d);
-                    softmax_rows<T, N>(sum[1], fq, d);
+                    if (more) load(chunk + 1, full);
+                    softmax_rows<T, 2, N>(sum, features_of, d);
                 } else {
                     float sum[1][N][4];
                     project<T, D, 1>(sum, rows, S::kTile, proj_at);
                     __syncwarp();
-                    if (chunk + 1 < at.last_chunk) load(chunk + 1, full);
-                    softmax_rows<T, N>(sum[0], fk, d);
+                    if (more) load(chunk + 1, full);
+                    softmax_rows<T, 1, N>(sum, fk, d);
                 }
             } else {
                 float sum[1][N][4];
                 project<T, D, 1>(sum, rows, S::kTile, proj_at);
-                softmax_rows<T, N>(sum[0], fk, d);
+                softmax_rows<T, 1, N>(sum, fk, d);
                 if (full) {
                     project<T, D, 1>(sum, rows + S::kTile, S::kTile, proj_at);
-                    softmax_rows<T, N>(sum[0], fq, d);
+                    softmax_rows<T, 1, N>(sum, fq, d);
                 }
                 __syncwarp();
-                if (chunk + 1 < at.last_chunk) load(chunk + 1, full);
+                if (more) load(chunk + 1, full);
             }
 
-            Terms terms[2] = {{0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f}};
-            if (warp == 0) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int t = chunk * kChunk + lane + 32 * j;
-                    if (t < at.length) terms[j] = token_terms(p, head, static_cast<int64_t>(at.position) + t);
-                }
-            }
+            Terms terms[2];
+            if (warp == 0) read_terms(p, at, head, chunk, terms);
             if (started) barrier_sync(kEmpty + 3 * unit, kMembers);
             started = true;
 #pragma unroll
@@ -219,8 +323,8 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Place& a
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     T* to = features + (row0 + g + 8 * h) * kPitch + 8 * n + c;
-                    *reinterpret_cast<uint32_t*>(to) = fk[n][h];
-                    if (full) *reinterpret_cast<uint32_t*>(to + kChunk * kPitch) = fq[n][h];
+                    *reinterpret_cast<uint32_t*>(to) = fk[0][n][h];
+                    if (full) *reinterpret_cast<uint32_t*>(to + kChunk * kPitch) = fq[0][n][h];
                 }
             }
             const ChunkTerms decay(memory, S::kTerms, parity);
@@ -228,33 +332,9 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Place& a
             barrier_sync(kProduced + 3 * unit, 32 * S::kProducers);
             if (full) {
                 const uint32_t keys = shared_address(features) + lane_by_column(kPitch);
-                const float total[2] = {decay.total[row0 + g], decay.total[row0 + g + 8]};
-                for (int j = 0; j <= warp; ++j) {  // 16 earlier tokens at a time
-                    float sum[2][4] = {};
-#pragma unroll
-                    for (int k = 0; k < D / 16; ++k) {
-                        uint32_t b[4];
-                        ldmatrix(b, keys + 2 * (16 * j * kPitch + 16 * k));
-                        const uint32_t a[4] = {fq[2 * k][0], fq[2 * k][1], fq[2 * k + 1][0], fq[2 * k + 1][1]};
-                        mma<T>(sum[0], a, b[0], b[1]);
-                        mma<T>(sum[1], a, b[2], b[3]);
-                    }
-#pragma unroll
-                    for (int n = 0; n < 2; ++n) {
-                        const int s = 16 * j + 8 * n + c;
-                        const float2 before = *reinterpret_cast<const float2*>(decay.total + s);
-                        const float2 gain = *reinterpret_cast<const float2*>(decay.gain + s);
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const int t = row0 + g + 8 * h;
-                            const float x = s <= t ? fast_exp2(total[h] - before.x) * gain.x : 0.0f;
-                            const float y = s + 1 <= t ? fast_exp2(total[h] - before.y) * gain.y : 0.0f;
-                            constexpr float kUnit = 1.0f / kFeatureUnit<T>;
-                            *reinterpret_cast<uint32_t*>(scores + t * S::kScorePitch + s) =
-                                pack<T>(sum[n][2 * h] * (x * kUnit), sum[n][2 * h + 1] * (y * kUnit));
-                        }
-                    }
-                }
+                write_scores<T, D>(decay, keys, scores, warp, [&](int k, uint32_t(&a)[4]) {
+                    a[0] = fq[0][2 * k][0], a[1] = fq[0][2 * k][1], a[2] = fq[0][2 * k + 1][0], a[3] = fq[0][2 * k + 1][1];
+                });
             }
             barrier_arrive(kFull + 3 * unit, kMembers);
             parity ^= 1;

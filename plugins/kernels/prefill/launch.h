@@ -17,6 +17,9 @@ cudaError_t launch_fused_128_f16(const AttentionParams&, const Plan&, cudaStream
 cudaError_t launch_fused_64_bf16(const AttentionParams&, const Plan&, cudaStream_t);
 cudaError_t launch_fused_80_bf16(const AttentionParams&, const Plan&, cudaStream_t);
 cudaError_t launch_fused_128_bf16(const AttentionParams&, const Plan&, cudaStream_t);
+// Heads of 129 to 256.
+cudaError_t launch_wide_256_f16(const AttentionParams&, const Plan&, cudaStream_t);
+cudaError_t launch_wide_256_bf16(const AttentionParams&, const Plan&, cudaStream_t);
 
 // Lets `kernel` use as much shared memory as the device has, once per device.
 class SharedMemoryGrant {

@@ -6,21 +6,30 @@
 namespace dijiang::prefill {
 namespace {
 
-// The kernel's Shape<D>, as far as the host needs it.
+// The kernel's Shape<D> (fused_shape.cuh), as far as the host needs it.
 struct FusedShape {
-    int size, columns, most_heads;
-    int warps() const { return size / columns + 4; }
+    int size, columns, consumers, most_heads;
+    bool wide() const { return size == 256; }
+    int own() const { return columns * consumers; }
+    int narrowest() const { return wide() ? 8 : 16; }
+    int warps() const { return consumers + 4; }
     size_t tile() const { return size_t{2} * kChunk * (size + 8); }
-    size_t proj() const { return size_t{2} * size * (size + 8); }
-    size_t head() const { return 6 * tile() + 2 * kChunk * (kChunk + 8) + 2 * 5 * kChunk * 4; }
-    size_t stats() const { return size_t{2} * 3 * kChunk * (size / 16) * 4 * most_heads; }
+    size_t proj() const { return wide() ? 0 : size_t{2} * size * (size + 8); }
+    size_t head() const {
+        const size_t scores = 2 * kChunk * (kChunk + 8), values = 2 * kChunk * (own() + 8), terms = 2 * 5 * kChunk * 4;
+        return 4 * tile() + 2 * values + (wide() ? 2 : 1) * scores + terms;
+    }
+    size_t stats() const { return size_t{2} * 3 * kChunk * (own() / narrowest()) * 4 * most_heads; }
 };
 
 FusedShape fused_shape(int d) {
-    if (d <= 64) return {64, 16, 2};
-    if (d <= 80) return {80, 16, 2};
-    return {128, 32, 1};
+    if (d <= 64) return {64, 16, 4, 2};
+    if (d <= 80) return {80, 16, 5, 2};
+    if (d <= 128) return {128, 32, 4, 1};
+    return {256, 16, 4, 1};
 }
+
+constexpr size_t kStaticShared = 2304;  // at most, of any kernel here
 
 constexpr int kMostSegments = 8;
 
@@ -40,28 +49,38 @@ Plan make_plan(const dijiang_geometry& geometry, int batch, int length, const di
     plan.segments = 1;
     plan.segment_chunks = (length + kChunk - 1) / kChunk;
     const FusedShape shape = fused_shape(static_cast<int>(d));
-    const size_t room_left = static_cast<size_t>(device.shared_memory) - 1024;  // static variables
-    const bool fits = shape.proj() + shape.head() <= room_left;
-    if (geometry.dtype != DIJIANG_FLOAT32 && d <= 128 && fits) {
-        plan.path = Path::fused;
+    plan.multiprocessors = device.multiprocessors;
+    const size_t room_left = static_cast<size_t>(device.shared_memory) - kStaticShared;
+    const size_t wide_features = shape.wide() ? size_t{2} * (256 + 128) * (256 + 8) : 0;
+    const bool fits = shape.proj() + shape.head() <= room_left && wide_features <= room_left;
+    const bool tuned = d <= 128 || d == 256;
+    if (geometry.dtype != DIJIANG_FLOAT32 && tuned && fits) {
+        plan.path = shape.wide() ? Path::wide : Path::fused;
         const int set = static_cast<int>(heads / std::gcd(heads, d));
         const size_t bytes = shape.proj() + set * shape.head() + shape.stats();
-        const bool whole = heads % 16 == 0 && set <= shape.most_heads && d % shape.columns == 0 && bytes <= room_left;
+        const bool inside = shape.wide() ? shape.own() % heads == 0 : d % shape.columns == 0;
+        const bool whole = heads % shape.narrowest() == 0 && set <= shape.most_heads && inside && bytes <= room_left;
         plan.raw = !whole;
         plan.set = whole ? set : 1;
         plan.shared = whole ? bytes : shape.proj() + shape.head();
         plan.threads = 32 * shape.warps() * plan.set;
-        const int resident = plan.set == 1 && d <= 80 && 2 * (plan.shared + 1024) <= room_left ? 2 : 1;
-        const int64_t jobs = batch * (heads / plan.set), room = int64_t{device.multiprocessors} * resident;
+        const int resident = plan.set == 1 && d <= 80 && 2 * (plan.shared + kStaticShared) <= room_left ? 2 : 1;
+        const int64_t jobs = batch * (heads / plan.set) * (shape.wide() ? d / shape.own() : 1);
+        const int64_t room = int64_t{device.multiprocessors} * resident;
         // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.
         const int chunks = plan.segment_chunks, segments = most_segments(jobs, chunks, room);
         plan.segment_chunks = (chunks + segments - 1) / segments;
         plan.segments = (chunks + plan.segment_chunks - 1) / plan.segment_chunks;
-        const int consumers = shape.size / shape.columns * plan.set;
+        plan.blocks = static_cast<int>(jobs * plan.segments);
+        const int consumers = shape.consumers * plan.set;
         const size_t states = segments > 1 ? jobs * segments : 0;
         plan.states = 0;
-        plan.workspace = aligned(states * sizeof(float) * (plan.set * shape.size * shape.size + consumers));
+        plan.workspace = aligned(states * consumers * sizeof(float) * (shape.columns * shape.size + 1));
         plan.sync = segments > 1 ? sizeof(uint32_t) * (2 + states * consumers) : 0;
+        if (shape.wide()) {
+            plan.features = plan.workspace;
+            plan.workspace += aligned(size_t{2} * batch * (heads + geometry.num_kv_heads) * chunks * kChunk * d);
+        }
         if (plan.raw) {
             plan.outputs = plan.workspace;
             plan.workspace += aligned(sizeof(float) * tokens * heads * d);

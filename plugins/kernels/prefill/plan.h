@@ -8,20 +8,20 @@ namespace dijiang::prefill {
 enum class Path {
     generic,  // float32 arithmetic, any size: features, scan, norm
     fused,    // tensor cores, d = 64, 80, 128: one kernel (and norm, if a block does not own whole groups)
-    wide      // tensor cores, d = 256: features and scores first, then the recurrence over column blocks
+    wide      // tensor cores, d = 256: features first, then the same kernel over blocks of 64 value columns
 };
 
 struct Plan {
     Path path;
     int set;             // heads per block (fused)
-    int columns;         // value columns per block (wide)
+    int multiprocessors;
     bool raw;            // outputs go through the workspace in float32 and are normalised by a last kernel
     int segments;        // pieces of the sequence that run at the same time
     int segment_chunks;  // chunks of 64 tokens per piece
-    int threads;         // per block of the main kernel
+    int blocks, threads; // of the main kernel
     size_t shared;       // bytes of shared memory per block of the main kernel
     // Byte offsets into the workspace, then its size and that of the sync memory.
-    size_t features, scores, states, outputs, workspace, sync;
+    size_t features, states, outputs, workspace, sync;
 };
 
 constexpr int kChunk = 64;

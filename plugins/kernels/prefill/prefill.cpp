@@ -19,9 +19,8 @@ Needs needs(const dijiang_geometry& geometry, int32_t max_batch, int32_t max_len
 std::string plan(const dijiang_geometry& geometry, int32_t batch, int32_t length, const dijiang_device& device) {
     const Plan plan = make_plan(geometry, batch, length, device);
     if (plan.path == Path::generic) return "prefill generic float32: features, scan, norm";
-    const int blocks = batch * (geometry.num_heads / plan.set) * plan.segments;
-    return "prefill fused heads=" + std::to_string(plan.set) + " segments=" + std::to_string(plan.segments) + "x"
-           + std::to_string(plan.segment_chunks * kChunk) + " ctas=" + std::to_string(blocks)
+    return std::string("prefill ") + (plan.path == Path::wide ? "wide" : "fused") + " heads=" + std::to_string(plan.set) + " segments=" + std::to_string(plan.segments) + "x"
+           + std::to_string(plan.segment_chunks * kChunk) + " ctas=" + std::to_string(plan.blocks)
            + " threads=" + std::to_string(plan.threads) + " shared=" + std::to_string(plan.shared)
            + (plan.raw ? ", norm" : "");
 }
@@ -41,7 +40,8 @@ cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device
     const int d = p.head_dim;
     const auto fused = d <= 64   ? (half ? launch_fused_64_f16 : launch_fused_64_bf16)
                        : d <= 80 ? (half ? launch_fused_80_f16 : launch_fused_80_bf16)
-                                 : (half ? launch_fused_128_f16 : launch_fused_128_bf16);
+                       : d <= 128 ? (half ? launch_fused_128_f16 : launch_fused_128_bf16)
+                                  : (half ? launch_wide_256_f16 : launch_wide_256_bf16);
     const cudaError_t status = fused(p, plan, stream);
     if (status != cudaSuccess || !plan.raw) return status;
     const char* workspace = static_cast<const char*>(p.workspace);

@@ -1,0 +1,10 @@
+#include "prefill/fused.cuh"
+
+namespace dijiang::prefill {
+
+cudaError_t launch_wide_256_bf16(const AttentionParams& p, const Plan& plan, cudaStream_t stream) {
+    const cudaError_t status = launch_wide_features<__nv_bfloat16, 256>(p, plan, plan.multiprocessors, stream);
+    return status == cudaSuccess ? launch_fused<__nv_bfloat16, 256>(p, plan, stream) : status;
+}
+
+}  // namespace dijiang::prefill
