@@ -70,7 +70,7 @@ class FakeLab:
 
         def good(microseconds: float) -> Measured:
             t = microseconds * 1e-6 * cell.batch
-            return Measured({"output": 1e-4, "state": 1e-5}, True, timing(t), timing(t / 2), 4, 8)
+            return Measured({"output": 1e-4, "state": 1e-5}, True, timing(2 * t), timing(t), 4, 8)
 
         found: dict[str, Measured | str] = {"fla": good(15), "copy": good(5)}
         if self.ours:
@@ -239,12 +239,12 @@ def test_a_compilation_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_record_says_everything(record: dict[str, Any]) -> None:
     assert {"command", "date", "versions", "machine", "commit", "gpu", "library", "settings", "ceilings",
             "absent", "notes", "cells", "format"} <= set(record)  # fmt: skip
-    assert record["settings"] == {"dtype": "float16", "seconds": 0.2, "quoted": "rotated"}
+    assert record["settings"] == {"dtype": "float16", "seconds": 0.2, "quoted": "single"}
     assert record["ceilings"]["copy"]["per_second"] == COPY
     assert record["ceilings"]["copy"]["timing"]["median"] == 1.0
     cell = record["cells"][1]
     assert (cell["phase"], cell["heads"], cell["head_dim"], cell["batch"]) == ("decode", 16, 64, 8)
-    assert cell["results"]["ours"]["rotated"]["median"] == pytest.approx(80e-6)
+    assert cell["results"]["ours"]["single"]["median"] == pytest.approx(80e-6)
     assert cell["results"]["ours"]["errors"] == {"output": 1e-4, "state": 1e-5}
     assert cell["results"]["fla-phi"] == {"skipped": "failed: no such kernel"}
     assert cell["derived"]["ratios"]["fla"] == pytest.approx(1.5)
@@ -315,6 +315,20 @@ def test_what_is_measured_can_be_chosen(lab: list[FakeLab], tmp_path: Path) -> N
     assert (lab[0].dtype, lab[0].peers, lab[0].ours) == ("bfloat16", ("copy",), False)
     assert (lab[0].asked, lab[0].warmed) == (library, 3)
     assert {c.phase for c in lab[0].seen} == {"prefill"}
+
+
+def test_the_other_figure_can_be_compared(
+    record: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "kernels.json"
+    saved.write_text(json.dumps(record))
+    assert main(["bench", "kernels", "--from", str(saved), "--buffers", "rotated", "--json"]) == 0
+    shown = json.loads(capfd.readouterr().out)
+    assert shown["settings"]["quoted"] == "rotated"
+    first, before = shown["cells"][0]["derived"], record["cells"][0]["derived"]
+    assert first["share_of_copy"] == pytest.approx(before["share_of_copy"] / 2)
+    assert first["ratios"] == pytest.approx(before["ratios"])
+    assert bench_kernels.requote(shown, "single")["cells"] == record["cells"]
 
 
 def test_the_tables(lab: list[FakeLab], capfd: pytest.CaptureFixture[str]) -> None:

@@ -22,17 +22,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from dijiang_engines.errors import OutputError, UsageError
 from dijiang_engines.machine import package_versions
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.bench_bundle import about_run
-from dijiang_export.bench_kernels_plan import Cell, Dtype, derive
+from dijiang_export.bench_kernels_plan import Cell, Dtype, Shape, derive
 
 FORMAT = 1
-QUOTED = "rotated"
-"""Which of the two figures ratios and shares are of."""
+Buffers = Literal["single", "rotated"]
+"""The two figures of a contestant; see bench_kernels_cuda. Ratios and shares are of the quoted one."""
 PEER_NAMES = ("fla", "fla-phi", "torch-compile", "copy")
 _PACKAGES = ("torch", "triton", "fla-core", "flash-linear-attention")
 
@@ -76,6 +76,7 @@ def measure_kernels(
     *,
     dtype: Dtype = "float16",
     seconds: float = 0.2,
+    quoted: Buffers = "single",
     jobs: int = 1,
     limit: float | None = None,
     progress: ProgressFactory = silent,
@@ -88,6 +89,7 @@ def measure_kernels(
         cells: the sizes, in order.
         dtype: of qkv, gate and output.
         seconds: about how long to measure each figure.
+        quoted: which of the two figures ratios and shares are of; both are measured.
         jobs: processes that compile ahead; 1 compiles on the way.
         limit: start no cell later than so many seconds from now; the others are left out, and named.
         progress: for the cells.
@@ -107,7 +109,7 @@ def measure_kernels(
         "commit": find_commit(),
         "gpu": lab.describe(),
         "library": lab.library(),
-        "settings": {"dtype": dtype, "seconds": seconds, "quoted": QUOTED},
+        "settings": {"dtype": dtype, "seconds": seconds, "quoted": quoted},
         "ceilings": _plain(ceilings),
         "absent": lab.absent,
         "notes": notes,
@@ -128,7 +130,7 @@ def measure_kernels(
                     "batch": cell.batch,
                     "length": cell.length,
                     "results": results,
-                    "derived": derive(cell, dtype, medians(results), copy, matmul),
+                    "derived": derive(cell, dtype, medians(results, quoted), copy, matmul),
                 }
             )
             record["seconds"] = time.monotonic() - start
@@ -137,7 +139,18 @@ def measure_kernels(
     return record
 
 
-def medians(results: dict[str, Any], figure: str = QUOTED) -> dict[str, float]:
+def requote(record: dict[str, Any], quoted: Buffers) -> dict[str, Any]:
+    """The same record with ratios and shares of the other figure."""
+    rates = [record["ceilings"][name]["per_second"] for name in ("copy", "matmul")]
+    cells = []
+    for cell in record["cells"]:
+        size = Cell(cell["phase"], Shape(cell["heads"], cell["head_dim"]), cell["batch"], cell["length"])
+        derived = derive(size, record["settings"]["dtype"], medians(cell["results"], quoted), *rates)
+        cells.append(cell | {"derived": derived})
+    return record | {"settings": record["settings"] | {"quoted": quoted}, "cells": cells}
+
+
+def medians(results: dict[str, Any], figure: Buffers) -> dict[str, float]:
     """Seconds by contestant, of those that were right."""
     return {name: found[figure]["median"] for name, found in results.items() if found.get(figure) is not None}
 

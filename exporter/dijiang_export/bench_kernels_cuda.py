@@ -4,8 +4,8 @@ Every contestant is timed the same way: a CUDA graph of many calls is replayed b
 time of one call is the replay's over the number of calls. Two figures each:
 
     rotated   the calls go round several sets of tensors, together three times the L2 cache, as the layers
-              of a model do: what a call reads is in device memory. This one is quoted.
-    single    all calls use one set: whatever fits the cache stays there.
+              of a model do: what a call reads is in device memory
+    single    all calls use one set: whatever fits the cache stays there
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def series(record: dict[str, Any], phase: str, heads: int, head_dim: int) -> dic
         if (cell["phase"], cell["heads"], cell["head_dim"]) != (phase, heads, head_dim):
             continue
         x = float(cell["batch"] if phase == "decode" else cell["batch"] * cell["length"])
-        found = medians(cell["results"])
+        found = medians(cell["results"], record["settings"]["quoted"])
         if cell["derived"]["floor"] is not None:
             found["floor"] = cell["derived"]["floor"]
         if phase == "prefill" and cell["batch"] > 1:  # beside the line over length, not on it
@@ -61,7 +61,7 @@ def roofline(record: dict[str, Any]) -> dict[str, Points]:
     """By phase: (operations per byte, operations per second) of ours, or of fla where ours is absent."""
     points: dict[str, Points] = {}
     for cell in record["cells"]:
-        found = medians(cell["results"])
+        found = medians(cell["results"], record["settings"]["quoted"])
         seconds = found.get("ours", found.get("fla"))
         if seconds is not None:
             operations = cell["derived"]["operations"]

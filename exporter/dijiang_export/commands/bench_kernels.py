@@ -57,6 +57,10 @@ from dijiang_export.commands.saving import finish, save_json, save_option
 )  # fmt: skip
 @click.option("--limit", type=click.FloatRange(min=1), help="Start no size later than after so many seconds.")
 @click.option(
+    "--buffers", "quoted", type=click.Choice(["single", "rotated"]),
+    help="Which of the two figures to show and compare; both are measured. [default: single]",
+)  # fmt: skip
+@click.option(
     "--from",
     "record",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -74,6 +78,7 @@ def kernels(
     phase: str,
     peers: tuple[str, ...],
     record: Path | None,
+    quoted: Any,
     plot: Path | None,
     save: Path | None,
     **wanted: Any,
@@ -93,8 +98,9 @@ def kernels(
         check_plot(plot)  # before minutes of measuring
     if record is not None:
         result = bench_kernels.read_record(record)
+        result = bench_kernels.requote(result, quoted) if quoted else result
     else:
-        result = _measure_kernels(output, phase, peers, save, **wanted)
+        result = _measure_kernels(output, phase, peers, save, quoted=quoted or "single", **wanted)
     if plot is not None:
         plot_kernels(result, plot)
         output.log(f"drew {plot}")
@@ -120,6 +126,7 @@ def _measure_kernels(
     seconds: float,
     jobs: int,
     limit: float | None,
+    quoted: Any,
 ) -> dict[str, Any]:
     from dijiang_export import bench_kernels
     from dijiang_export import bench_kernels_plan as plan
@@ -139,6 +146,6 @@ def _measure_kernels(
             save_json(so_far, save)
 
     return bench_kernels.measure_kernels(
-        lab, cells, dtype=dtype, seconds=seconds, jobs=jobs, limit=limit, progress=output.progress,
-        report=report,
+        lab, cells, dtype=dtype, seconds=seconds, jobs=jobs, quoted=quoted, limit=limit,
+        progress=output.progress, report=report,
     )  # fmt: skip
