@@ -1,13 +1,14 @@
 // There are two ways in, and a process may use either or both:
 //  - It opens the library (dlopen, ctypes.CDLL, trtexec --staticPlugins): the creator registers itself with
 //    every TensorRT runtime that is loaded.
-//  - It calls IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which opens the library, asks it for its
-//    creators and registers them, and fails if they are registered already. So whoever asks for the creators
-//    takes them over: what the library registered by itself is withdrawn first.
+//  - It calls IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which opens the library, asks it for
+//    its creators and registers them, and fails if they are registered already. So whoever asks for the
+//    creators takes them over: what the library registered by itself is withdrawn first.
 #include "registration.h"
 
 #include <cstdint>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "attributes.h"
@@ -19,9 +20,28 @@
 namespace dijiang::trt {
 namespace {
 
+// 8.6.0 has the registry's functions in another order than 8.6.1 and later: a library that was compiled with
+// the headers of one must not call the other's.
+bool same_registry() {
+#if NV_TENSORRT_MAJOR == 8
+    using GetVersion = int32_t (*)();
+    for (void* symbol : host_symbols("getInferLibVersion")) {
+        const int32_t version = reinterpret_cast<GetVersion>(symbol)();  // e.g. 8601
+        if ((version == 8600) == (NV_TENSORRT_VERSION == 8600)) continue;
+        log(Severity::kWARNING,
+            "not registered: compiled with the headers of TensorRT " + std::to_string(NV_TENSORRT_VERSION) +
+                ", but this is " + std::to_string(version) +
+                "; compile it with headers of that version, or load it with IPluginRegistry::loadLibrary");
+        return false;
+    }
+#endif
+    return true;
+}
+
 class OwnRegistration {
 public:
     OwnRegistration() {
+        if (!same_registry()) return;
         using GetRegistry = nvinfer1::IPluginRegistry* (*)();
         for (void* symbol : host_symbols("getPluginRegistry")) {
             nvinfer1::IPluginRegistry* registry = reinterpret_cast<GetRegistry>(symbol)();
