@@ -29,24 +29,28 @@ __device__ Report warp_report(Report report) {
 
 struct Memory {
     Report warps[kWarps], block;
-    uint64_t weight;                   // of this block's kept tokens
+    uint64_t weight;  // of this block's kept tokens
+    uint64_t random, least_weight, target;
+    Softmax softmax;
     dijiang_sampling_options options;  // not in registers, which are scarce
     SelectMemory select;
 };
 
-// Reads the logits, keeps the scores in `staging` unless that is null, and tells all threads of the team.
+// Reads the logits, keeps the scores in `staging` unless that is null, and tells all threads of the team. A
+// greedy choice needs no lowest score.
+template <bool kGreedy>
 __device__ Report survey(const Team& team, const Part& part, float* staging, Memory& memory) {
     float best = -INFINITY, least = INFINITY;
     int best_id = -1;
     uint32_t wrong = 0;
-    part.each([&](int id, float score) {
-        if (staging != nullptr && id < part.end) staging[id - part.begin] = score;
+    part.each<kGreedy ? 8 : 4>([&](int id, float score) {
+        if (!kGreedy && staging != nullptr && id < part.end) staging[id - part.begin] = score;
         wrong |= score < INFINITY ? 0u : 1u;
         if (score > best) {
             best = score;
             best_id = id;
         }
-        if (score > -INFINITY) least = fminf(least, score);
+        if (!kGreedy && score > -INFINITY) least = fminf(least, score);
     });
     const Report mine = warp_report({best_id < 0 ? 0 : place_of(best, best_id), least, wrong});
     if (threadIdx.x % 32 == 0) memory.warps[threadIdx.x / 32] = mine;
@@ -155,7 +159,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     part.end = min(part.begin + kWarps * plan.per_warp, b.vocabulary);
     float* const staged = plan.staged_bytes > 0 && !greedy ? staging : nullptr;
 
-    const Report found = survey(team, part, staged, memory);
+    // A part of its own warp, which has the fewest logits to read: the number takes a while.
+    if (!greedy && threadIdx.x == kThreads - 1) {
+        const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(row) : b.streams[row];
+        memory.random = philox_first(options.seed, stream, static_cast<uint64_t>(b.draws[row]));
+    }
+    const Report found =
+        greedy ? survey<true>(team, part, nullptr, memory) : survey<false>(team, part, staged, memory);
     if (found.wrong != 0 || found.best == 0 || greedy) {
         if (found.wrong != 0) {
             refuse(DIJIANG_ROW_NOT_FINITE);
@@ -169,12 +179,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         return;
     }
     part.staged = staged;
-    const Softmax softmax(score_of(static_cast<uint32_t>(found.best >> 32)), options.temperature,
-                          b.vocabulary);
+    if (threadIdx.x == 0) {
+        const float best = score_of(static_cast<uint32_t>(found.best >> 32));
+        memory.softmax = Softmax::make(best, options.temperature, b.vocabulary);
+        const double least = ceil(options.min_p * ldexp(1.0, memory.softmax.shift));
+        memory.least_weight = max(static_cast<uint64_t>(least), uint64_t{1});
+    }
+    __syncthreads();
+    const Softmax softmax = memory.softmax;
     uint64_t kept_from = 0;
     const bool some = options.top_k > 0 && options.top_k < b.vocabulary;
     if (some || options.top_p < 1) {
-        __syncthreads();  // staged scores are read by their own warp, but the memory is shared
         Selector selector(team, part, softmax, memory.select, found.best, found.least);
         uint64_t total = selector.total;
         if (some) {
@@ -183,18 +198,18 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (cut.first != 0) total = cut.weight;
         }
         if (options.top_p < 1) {
-            const double target = ceil(options.top_p * static_cast<double>(total));
-            const Cut cut =
-                selector.select<false>(min(max(static_cast<uint64_t>(target), uint64_t{1}), total));
+            if (threadIdx.x == 0) {
+                const double target = ceil(options.top_p * static_cast<double>(total));
+                memory.target = min(max(static_cast<uint64_t>(target), uint64_t{1}), total);
+            }
+            __syncthreads();
+            const Cut cut = selector.select<false>(memory.target);
             kept_from = max(kept_from, cut.first);
         }
     }
-    const double least = ceil(options.min_p * ldexp(1.0, softmax.shift));
-    const uint64_t least_weight = max(static_cast<uint64_t>(least), uint64_t{1});
-    const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(row) : b.streams[row];
-    const uint64_t random = philox_first(options.seed, stream, static_cast<uint64_t>(b.draws[row]));
+    const uint64_t least_weight = memory.least_weight;
     __syncthreads();
-    const int token = draw(team, part, memory, random, [&](int id, float score) -> uint64_t {
+    const int token = draw(team, part, memory, memory.random, [&](int id, float score) -> uint64_t {
         if (place_of(score, id) < kept_from) return 0;
         const uint64_t weight = softmax.weight(score);
         return weight >= least_weight ? weight : 0;

@@ -53,7 +53,8 @@ typedef struct {
  * the work is cut. Against a float64 computation a draw differs only where it falls within about 1e-6 of a
  * boundary between two tokens; top-p and min-p keep one token more or less only where their threshold is that
  * close; weights below about 1e-13 (2^-44 at V = 256k) of the largest count as zero; a penalised logit is
- * rounded to float32. Greedy choice and top-k compare exactly. */
+ * rounded to float32. Greedy choice and top-k compare scores exactly, even those whose exponentials float64
+ * cannot tell apart. */
 typedef struct {
     const float* logits;        /* [B, V], 4-byte aligned */
     int64_t logits_row_stride;  /* elements, >= V; 0: dense */

@@ -33,13 +33,13 @@ struct Softmax {
     float best, rate, scale;
     int shift;
 
-    __device__ Softmax(float best_score, double temperature, int vocabulary) : best(best_score) {
+    // Double precision is slow on most GPUs: for one thread to call.
+    __device__ static Softmax make(float best, double temperature, int vocabulary) {
         constexpr double kLog2e = 1.4426950408889634;
-        // Within float32's normal range even for absurd temperatures, so that 0 and -inf times it are 0 and
-        // -inf.
-        rate = static_cast<float>(fmin(fmax(kLog2e / temperature, double{FLT_MIN}), double{FLT_MAX}));
-        shift = 62 - (32 - __clz(vocabulary - 1));
-        scale = ldexpf(1.0f, shift);
+        const int shift = 62 - (32 - __clz(vocabulary - 1));
+        // Within float32's normal range even for absurd temperatures: 0 and -inf times it are 0 and -inf.
+        const double rate = fmin(fmax(kLog2e / temperature, double{FLT_MIN}), double{FLT_MAX});
+        return {best, static_cast<float>(rate), ldexpf(1.0f, shift), shift};
     }
 
     // log2 of the weight relative to the best, <= 0. Rounded step by step, so that it is the same wherever it
@@ -72,9 +72,9 @@ struct Part {
 
     // Calls visit(id, score) for first <= id < last, in all lanes together and in the ids' order within each;
     // ids from `last` on come with -inf.
-    template <typename Visit>
+    // kAhead: loads on their way per lane.
+    template <int kAhead = 4, typename Visit>
     __device__ void each(int first, int last, Visit&& visit) const {
-        constexpr int kAhead = 8;  // loads on their way per lane
         for (int base = first; base < last; base += 32 * kAhead) {
             float scores[kAhead];
 #pragma unroll
@@ -93,10 +93,10 @@ struct Part {
     }
 
     // The same for this warp's share of the part.
-    template <typename Visit>
+    template <int kAhead = 4, typename Visit>
     __device__ void each(Visit&& visit) const {
         const int first = begin + static_cast<int>(threadIdx.x / 32) * per_warp;
-        each(first, min(first + per_warp, end), visit);
+        each<kAhead>(first, min(first + per_warp, end), visit);
     }
 };
 

@@ -10,7 +10,12 @@ constexpr int kListed = kThreads;
 
 struct SelectMemory {
     uint32_t counts[kBins], low[kBins], high[kBins];  // weights in two halves
-    uint64_t list[kListed], sorted[kListed];
+    union {
+        struct {
+            uint64_t list[kListed], sorted[kListed];
+        };
+        Tally sums[kThreads];  // of all blocks, for this block's share of the bins
+    };
     uint32_t listed;
     Tally scratch[kWarps];
     Tally before, inside;  // what was found: the tally before it and of it
@@ -42,11 +47,10 @@ struct Selector {
             inside = true;
             return bin_of(score);
         });
-        coarse[0] = tally_of(2 * threadIdx.x);
-        coarse[1] = tally_of(2 * threadIdx.x + 1);
+        add_up(coarse[0], coarse[1]);
         const Tally running = block_running(coarse[0] + coarse[1], memory.scratch);
         if (threadIdx.x == kThreads - 1) memory.found = running.weight;
-        team.sync();  // nobody reads these histograms any more
+        __syncthreads();
         total = memory.found;
         __syncthreads();
     }
@@ -55,14 +59,32 @@ struct Selector {
         return min(kBins - 1, __float2int_rz(__fmul_rn(-softmax.exponent(score), per_bin)));
     }
 
-    // The tally of one bin over all blocks.
-    __device__ Tally tally_of(int bin) const {
-        Tally sum = {0, 0};
-        for (int rank = 0; rank < team.size; ++rank) {
-            const SelectMemory& other = *team.of(&memory, rank);
-            sum = sum + Tally{other.counts[bin], uint64_t{other.high[bin]} << 32 | other.low[bin]};
+    // The tallies of bins 2t and 2t + 1 over all blocks. Each block adds up its share of the bins, which all
+    // then read: shared memory of other blocks is far away.
+    __device__ void add_up(Tally& first, Tally& second) {
+        const int bin = 2 * static_cast<int>(threadIdx.x);
+        if (team.size == 1) {
+            first = tally_of(memory, bin);
+            second = tally_of(memory, bin + 1);
+        } else {
+            const int share = kBins / team.size;
+            if (static_cast<int>(threadIdx.x) < share) {
+                Tally sum = {0, 0};
+#pragma unroll 2
+                for (int rank = 0; rank < team.size; ++rank)
+                    sum = sum + tally_of(*team.of(&memory, rank), team.rank * share + threadIdx.x);
+                memory.sums[threadIdx.x] = sum;
+            }
+            team.sync();
+            const Tally* const sums = team.of(memory.sums, bin / share) + bin % share;
+            first = sums[0];
+            second = sums[1];
         }
-        return sum;
+        team.sync();  // nobody reads the histograms and sums any more
+    }
+
+    __device__ static Tally tally_of(const SelectMemory& memory, int bin) {
+        return {memory.counts[bin], uint64_t{memory.high[bin]} << 32 | memory.low[bin]};
     }
 
     // Counts and weighs the tokens that have weight, by bin; bin(score, id, inside) says which, and whether
@@ -166,19 +188,22 @@ struct Selector {
     // Bitonic, descending. Only the first `count` threads have something; the others bring 0.
     __device__ uint64_t sort(uint64_t mine, int count) {
         const int thread = static_cast<int>(threadIdx.x);
-        for (int size = 2; size < 2 * count; size *= 2) {
+        int padded = 32;  // to whole warps and a power of two
+        while (padded < count) padded *= 2;
+        const bool active = thread < padded;
+        for (int size = 2; size <= padded; size *= 2) {
             for (int apart = size / 2; apart > 0; apart /= 2) {
-                uint64_t other;
-                if (apart < 32) {
+                uint64_t other = 0;
+                if (apart >= 32) {
+                    if (active) memory.sorted[thread] = mine;
+                    __syncthreads();
+                    if (active) other = memory.sorted[thread ^ apart];
+                    __syncthreads();
+                } else if (active) {
                     other = __shfl_xor_sync(~0u, mine, apart);
-                } else {
-                    memory.sorted[thread] = mine;
-                    __syncthreads();
-                    other = memory.sorted[thread ^ apart];
-                    __syncthreads();
                 }
                 const bool descending = (thread & size) == 0, lower = (thread & apart) == 0;
-                mine = descending == lower ? max(mine, other) : min(mine, other);
+                if (active) mine = descending == lower ? max(mine, other) : min(mine, other);
             }
         }
         return mine;
@@ -201,8 +226,8 @@ struct Selector {
                 counts = place >= low && place <= high;
                 return counts ? static_cast<int>((high - place) >> shift) : 0;
             });
-            const Tally first = tally_of(2 * threadIdx.x), second = tally_of(2 * threadIdx.x + 1);
-            team.sync();
+            Tally first, second;
+            add_up(first, second);
             bin = reach<kByCount>(first, second, before, target);
             before = memory.before;
             inside = memory.inside;
