@@ -76,10 +76,10 @@ format: $(INSTALLED) ## let ruff format and sort
 
 plugin: ## compile the CUDA kernels for every architecture into build/plugin
 	cmake -S plugins -B build/plugin -DDIJIANG_WARNINGS_AS_ERRORS=ON -DCMAKE_CUDA_ARCHITECTURES="$(ARCHITECTURES)"
-	MAKEFLAGS= cmake --build build/plugin --parallel $(JOBS)
+	env -u MAKEFLAGS -u MAKELEVEL cmake --build build/plugin --parallel $(JOBS)
 
 plugin-headers: $(INSTALLED) ## compile the TensorRT plugin against the headers in each of TRT_INCLUDE
-	MAKEFLAGS= $(BIN)/python .ci/plugin_headers.py --jobs $(JOBS) "$(TRT_INCLUDE)"
+	env -u MAKEFLAGS -u MAKELEVEL $(BIN)/python .ci/plugin_headers.py --jobs $(JOBS) "$(TRT_INCLUDE)"
 
 registry-test: $(INSTALLED) ## drive the plugin through the registries of TensorRT's lean runtimes (fetches 90 MB)
 	$(BIN)/python plugins/tests/fetch_lean.py build/tensorrt-lean
