@@ -3,7 +3,7 @@
 A fixed tolerance cannot serve random calls: GroupNorm divides by the spread of a group, softmax turns an
 absolute error of its exponents into a relative one, and either can be large or small. So each result element
 gets a scale, the root mean square of what relative errors of size one, independent in every operand, would do
-to it at first order; a bound is `Tolerance.roundings` such errors of the type's unit roundoff. With
+to it at first order; a bound is `Tolerance.unit` such errors, a few of the type's unit roundoff. With
 ζ(x)² = max_j Σ_i x_i² P_ij² (exponents of the softmax) and fade, b, r as in docs/mathematics.md,
 
     state    var S  = fade²·var S + b² φ_k² v² (1 + ζ_k²)          errors of the operands of each write
@@ -42,6 +42,14 @@ class Tolerance:
     least: float
     """Absolute, of outputs: half the spacing of the type's smallest numbers."""
     reason: str
+
+    def unit(self, length: int, steps: int = 1) -> float:
+        """Of a call of `length` tokens, whose state went through `steps` calls.
+
+        A float32 sum of n terms, one after another, errs by the root of n of its roundings, and each call
+        fades the state by a float32 number: half a unit in the last place, every time the same.
+        """
+        return self.roundings * self.roundoff + (4 * math.sqrt(length) + steps) * 2.0**-24
 
 
 TOLERANCES = {
@@ -121,8 +129,9 @@ def exact(call: Call) -> Exact:
     q, k = (att.feature_map(x, wide.proj).square() for x in (q, k))
     k, v2, error_k = (x.repeat_interleave(shared, dim=1) for x in (k, v.square(), error_k))
     terms = att.token_terms(wide.decay, wide.positions, wide.seq_lens, wide.length, torch.float64)
-    # φ_q and b·φ_k are operands: near zero T resolves them to its subnormals only.
-    k = k * terms.gain.square().unsqueeze(-1) + tolerance.subnormal**2
+    # φ_q, and b·φ_k or b·v, are operands: near zero T resolves them to its subnormals only.
+    coarse = tolerance.subnormal**2 / v2.mean(-1).clamp(min=1e-30)
+    k = k * (terms.gain.square() + coarse).unsqueeze(-1) + tolerance.subnormal**2
     q = q + tolerance.subnormal**2
     valid = wide.valid().double().unsqueeze(1).expand_as(terms.gain)
     squared = att.TokenTerms(2 * terms.log_decay, valid, terms.read_scale.square())
@@ -183,7 +192,9 @@ class Errors:
         return max(self.output, self.state)
 
 
-def compare(call: Call, output: Tensor, state: Tensor, truth: Exact | None = None) -> Errors:
+def compare(
+    call: Call, output: Tensor, state: Tensor, truth: Exact | None = None, *, steps: int = 1
+) -> Errors:
     """Errors of one result.
 
     Args:
@@ -191,12 +202,13 @@ def compare(call: Call, output: Tensor, state: Tensor, truth: Exact | None = Non
         output: T [B, L, H·d], on the call's device.
         state: float32 [B, H, d, d].
         truth: exact(call), if it is known already.
+        steps: how many calls made this result.
     """
     assert output.shape == (*call.gate.shape,) and state.shape == call.past_state.shape
     assert output.dtype == call.dtype and state.dtype == torch.float32
     truth = truth or exact(call)
     tolerance, lens = TOLERANCES[call.dtype], call.seq_lens.clamp(0, call.length)
-    unit = tolerance.roundings * tolerance.roundoff
+    unit = tolerance.unit(call.length, steps)
     valid = call.with_(seq_lens=lens).valid()
     if (output[~valid] != 0).any():  # NaN too
         return Errors(math.inf, 0.0, "output on padding is not zero")

@@ -86,7 +86,7 @@ def test_bounds_are_as_tight_as_the_type_allows(dtype: str) -> None:
     """In an ordinary call a typical bound is a small part of a typical result."""
     call = make_call(replace(BASES["geometric"], dtype=dtype))
     truth, tolerance = exact(call), TOLERANCES[call.dtype]
-    unit = tolerance.roundings * tolerance.roundoff
+    unit = tolerance.unit(call.length)
     most = {"float32": (1e-4, 2e-5), "float16": (3e-2, 1e-2), "bfloat16": (0.25, 0.08)}[dtype]
     valid = call.valid()
     for scale, value, limit in (
