@@ -42,14 +42,16 @@ int main() {
     limits.include(2, 4096);
     Blob blob{};
     write_blob(attributes, limits, blob.data());
-    const unsigned char head[] = {'D', 'J', 'T', 'A', 1, 0, 0, 0, 12, 0, 0, 0, 3, 0, 0, 0, 0x40, 0x03, 0x02, 0x01};
+    const unsigned char head[] = {
+        'D', 'J', 'T', 'A', 1, 0, 0, 0, 12, 0, 0, 0, 3, 0, 0, 0, 0x40, 0x03, 0x02, 0x01};
     expect(std::memcmp(blob.data(), head, sizeof head) == 0, "little-endian, with magic and format version");
 
     Attributes read;
     Limits read_limits;
     expect(read_blob(blob.data(), blob.size(), read, read_limits).empty(), "reads what was written");
     expect(read.num_heads == 12 && read.num_kv_heads == 3 && read.head_dim == attributes.head_dim &&
-            read.rotary_dim == 16 && read.epsilon == attributes.epsilon, "the same attributes");
+               read.rotary_dim == 16 && read.epsilon == attributes.epsilon,
+        "the same attributes");
     expect(read_limits.max_batch == 8 && read_limits.max_length == 4096, "the same limits");
 
     bool all = true;

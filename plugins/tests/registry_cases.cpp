@@ -64,7 +64,8 @@ public:
 
 private:
     void raw(void* to, size_t size) {
-        if (!file_.read(static_cast<char*>(to), static_cast<std::streamsize>(size))) expect(false, "the file ends early");
+        if (!file_.read(static_cast<char*>(to), static_cast<std::streamsize>(size)))
+            expect(false, "the file ends early");
     }
 
     template <typename Number>
@@ -113,7 +114,8 @@ public:
         std::vector<char> bytes(size_ + kCanary);
         cuda(cudaMemcpy(bytes.data(), data_, bytes.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
         for (size_t i = size_; i < bytes.size(); ++i) {
-            if (static_cast<unsigned char>(bytes[i]) != 0xFF) expect(false, "nothing is written behind a buffer");
+            if (static_cast<unsigned char>(bytes[i]) != 0xFF)
+                expect(false, "nothing is written behind a buffer");
         }
         bytes.resize(size_);
         return bytes;
@@ -153,8 +155,8 @@ float element(const std::vector<char>& bytes, DataType type, size_t at) {
 double worst(const std::vector<char>& got, DataType type, const Array& expected, const Array& bound) {
     double most = 0.0;
     for (size_t i = 0; i < expected.bytes.size() / 4; ++i) {
-        const double error = std::abs(static_cast<double>(element(got, type, i)) -
-            element(expected.bytes, DataType::kFLOAT, i));
+        const double error = std::abs(
+            static_cast<double>(element(got, type, i)) - element(expected.bytes, DataType::kFLOAT, i));
         const double allowed = element(bound.bytes, DataType::kFLOAT, i);
         if (error == 0.0) continue;
         const double ratio = error / allowed;
@@ -166,7 +168,9 @@ double worst(const std::vector<char>& got, DataType type, const Array& expected,
 // One execution context: a plugin attached to it, and memory of its own.
 struct Session {
     Session(IPluginV3* plugin, const Case& from, size_t workspace_size)
-        : data(from), attached(test::runtime_of(plugin)->attachToContext(&context)), workspace(workspace_size),
+        : data(from),
+          attached(test::runtime_of(plugin)->attachToContext(&context)),
+          workspace(workspace_size),
           output(from.expected[0].bytes.size() / (from.inputs[0].type == DataType::kFLOAT ? 1 : 2)),
           present(from.expected[1].bytes.size()) {
         expect(attached != nullptr, "attach to a context");
@@ -206,8 +210,10 @@ struct Session {
     void poison(bool in_place) {
         workspace.poison();
         output.poison();
-        if (in_place) present.set(data.inputs[2].bytes);
-        else present.poison();
+        if (in_place)
+            present.set(data.inputs[2].bytes);
+        else
+            present.poison();
         cuda(cudaDeviceSynchronize(), "prepare");
     }
 
@@ -216,12 +222,13 @@ struct Session {
         const double o = worst(output.get(), data.inputs[0].type, data.expected[0], data.bounds[0]);
         const double s = worst(present.get(), DataType::kFLOAT, data.expected[1], data.bounds[1]);
         for (size_t i = 0; i < memory.size(); ++i) {
-            if (memory[i]->get() != data.inputs[i].bytes) expect(false, "input " + std::to_string(i) + " is unchanged");
+            if (memory[i]->get() != data.inputs[i].bytes)
+                expect(false, "input " + std::to_string(i) + " is unchanged");
         }
         workspace.get();
         char text[200];
-        std::snprintf(text, sizeof text, "%s, %s: output %.3f, state %.3f of the bound", data.name.c_str(), how.c_str(),
-            o, s);
+        std::snprintf(text, sizeof text, "%s, %s: output %.3f, state %.3f of the bound", data.name.c_str(),
+            how.c_str(), o, s);
         expect(o <= 1.0 && s <= 1.0, text);
     }
 
@@ -237,10 +244,12 @@ struct Session {
 };
 
 // From a node to a plan's plugin, with profiles up to twice the case's batch and length.
-std::unique_ptr<IPluginV3> plan_plugin(nvinfer1::IPluginCreatorV3One& creator, const Case& data, size_t& workspace) {
+std::unique_ptr<IPluginV3> plan_plugin(
+    nvinfer1::IPluginCreatorV3One& creator, const Case& data, size_t& workspace) {
     const char* names[] = {"num_heads", "num_kv_heads", "head_dim", "rotary_dim"};
     std::vector<PluginField> fields;
-    for (int32_t i = 0; i < 4; ++i) fields.emplace_back(names[i], &data.attributes[i], PluginFieldType::kINT32, 1);
+    for (int32_t i = 0; i < 4; ++i)
+        fields.emplace_back(names[i], &data.attributes[i], PluginFieldType::kINT32, 1);
     fields.emplace_back("epsilon", &data.epsilon, PluginFieldType::kFLOAT32, 1);
     const PluginFieldCollection node{static_cast<int32_t>(fields.size()), fields.data()};
     const std::unique_ptr<IPluginV3> built(creator.createPlugin("layer0", &node, TensorRTPhase::kBUILD));
@@ -252,8 +261,10 @@ std::unique_ptr<IPluginV3> plan_plugin(nvinfer1::IPluginCreatorV3One& creator, c
         const bool result = i >= inputs;
         const bool is_t = i < 2 || i == inputs;
         auto& at = all[i];
-        at.desc = Session::describe(result ? data.expected[i - inputs].dims : data.inputs[i].dims,
-            is_t ? data.inputs[0].type : result ? DataType::kFLOAT : data.inputs[i].type);
+        at.desc = Session::describe(
+            result ? data.expected[i - inputs].dims : data.inputs[i].dims, is_t     ? data.inputs[0].type
+                                                                           : result ? DataType::kFLOAT
+                                                                                    : data.inputs[i].type);
         at.min = at.opt = at.max = at.desc.dims;
         if (i > 4 && !result) continue;  // weights
         at.max.d[0] *= 2;
@@ -265,7 +276,8 @@ std::unique_ptr<IPluginV3> plan_plugin(nvinfer1::IPluginCreatorV3One& creator, c
     }
     auto* build = test::build_of(built.get());
     for (int32_t i = 0; i < inputs + 2; ++i) {
-        expect(build->supportsFormatCombination(i, all.data(), inputs, 2), "tensor " + std::to_string(i) + " fits");
+        expect(build->supportsFormatCombination(i, all.data(), inputs, 2),
+            "tensor " + std::to_string(i) + " fits");
     }
     expect(build->configurePlugin(all.data(), inputs, &all[inputs], 2) == 0, "configure");
     workspace = build->getWorkspaceSize(all.data(), inputs, &all[inputs], 2);

@@ -3,8 +3,8 @@
 //   registry_driver RUNTIME PLUGIN          what needs no GPU
 //   registry_driver RUNTIME PLUGIN CASES    and every recorded case on the current GPU (registry_cases.cpp)
 //
-// RUNTIME: libnvinfer, libnvinfer_lean or libnvinfer_dispatch of the plugin's major version. Says what it checked, a
-// line each; the exit status is 0 if all was right.
+// RUNTIME: libnvinfer, libnvinfer_lean or libnvinfer_dispatch of the plugin's major version. Says what it
+// checked, a line each; the exit status is 0 if all was right.
 #include <cstring>
 #include <memory>
 
@@ -27,7 +27,8 @@ struct Node {
     float epsilon = 1e-5f;
     std::vector<PluginField> fields{{"num_heads", &num_heads, PluginFieldType::kINT32, 1},
         {"num_kv_heads", &num_kv_heads, PluginFieldType::kINT32, 1},
-        {"head_dim", &head_dim, PluginFieldType::kINT32, 1}, {"rotary_dim", &rotary_dim, PluginFieldType::kINT32, 1},
+        {"head_dim", &head_dim, PluginFieldType::kINT32, 1},
+        {"rotary_dim", &rotary_dim, PluginFieldType::kINT32, 1},
         {"epsilon", &epsilon, PluginFieldType::kFLOAT32, 1}};
 
     Node() = default;
@@ -56,8 +57,10 @@ void registration(test::Runtime& runtime, const char* plugin) {
     expect(dlclose(opened) == 0, "close the library");
 
     opened = dlopen(plugin, RTLD_NOW | RTLD_LOCAL);
-    expect(opened != nullptr && test::find_creator(runtime) != nullptr, "opened again, it registers itself again");
-    expect(dlclose(opened) == 0 && test::find_creator(runtime) == nullptr, "a closed library leaves no creator behind");
+    expect(opened != nullptr && test::find_creator(runtime) != nullptr,
+        "opened again, it registers itself again");
+    expect(dlclose(opened) == 0 && test::find_creator(runtime) == nullptr,
+        "a closed library leaves no creator behind");
 
     handle = registry.loadLibrary(plugin);
     expect(handle != nullptr && test::find_creator(runtime) != nullptr, "loadLibrary alone");
@@ -75,14 +78,15 @@ void registration(test::Runtime& runtime, const char* plugin) {
 }
 
 void fields(nvinfer1::IPluginCreatorV3One& creator) {
-    expect(std::strcmp(creator.getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0, "the creator is of IPluginV3");
+    expect(std::strcmp(creator.getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0,
+        "the creator is of IPluginV3");
     const PluginFieldCollection* names = creator.getFieldNames();
     for (int32_t i = 0; i < names->nbFields; ++i) {
         const PluginField& field = names->fields[i];
         std::printf("field %s %s %d\n", field.name,
-            field.type == PluginFieldType::kINT32         ? "int"
-                : field.type == PluginFieldType::kFLOAT32 ? "float"
-                                                          : "other",
+            field.type == PluginFieldType::kINT32     ? "int"
+            : field.type == PluginFieldType::kFLOAT32 ? "float"
+                                                      : "other",
             field.length);
     }
 }
@@ -119,8 +123,8 @@ void refusals(nvinfer1::IPluginCreatorV3One& creator, test::Logger& logger) {
 
 void formats(IPluginV3* plugin) {
     auto* build = test::build_of(plugin);
-    constexpr DataType kTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8, DataType::kINT32,
-        DataType::kINT64, DataType::kBOOL};
+    constexpr DataType kTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8,
+        DataType::kINT32, DataType::kINT64, DataType::kBOOL};
     const auto is_t = [](DataType type) {
         return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
     };
@@ -132,8 +136,9 @@ void formats(IPluginV3* plugin) {
             for (int32_t at = 0; at < inputs + 2; ++at) {
                 for (const DataType type : kTypes) {
                     if (at == 0 && type != t) continue;
-                    const DataType wanted = at <= 1 || at == inputs ? t : at == 3 || at == 4 ? DataType::kINT32
-                                                                                             : DataType::kFLOAT;
+                    const DataType wanted = at <= 1 || at == inputs ? t
+                                            : at == 3 || at == 4    ? DataType::kINT32
+                                                                    : DataType::kFLOAT;
                     tensors[at].desc.type = type;
                     tensors[at].desc.format = nvinfer1::TensorFormat::kLINEAR;
                     const bool supported = build->supportsFormatCombination(at, tensors.data(), inputs, 2);
@@ -166,22 +171,26 @@ void shapes(IPluginV3* plugin, test::Logger& logger) {
     for (int32_t i = 0; i < 3; ++i) inputs[1].d[i] = expression(i);
     for (int32_t i = 0; i < 4; ++i) inputs[2].d[i] = expression(8 + i);
     nvinfer1::DimsExprs outputs[2]{};
-    expect(build->getOutputShapes(inputs.data(), 10, nullptr, 0, outputs, 2, builder) == 0, "getOutputShapes");
+    expect(
+        build->getOutputShapes(inputs.data(), 10, nullptr, 0, outputs, 2, builder) == 0, "getOutputShapes");
     bool same = outputs[0].nbDims == 3 && outputs[1].nbDims == 4;
     for (int32_t i = 0; i < 3; ++i) same = same && outputs[0].d[i] == expression(i);
     for (int32_t i = 0; i < 4; ++i) same = same && outputs[1].d[i] == expression(8 + i);
     expect(same, "output has gate's shape, present_state past_state's");
     inputs[1].nbDims = 2;
-    expect(build->getOutputShapes(inputs.data(), 10, nullptr, 0, outputs, 2, builder) != 0 && logger.said("gate has 2"),
+    expect(build->getOutputShapes(inputs.data(), 10, nullptr, 0, outputs, 2, builder) != 0 &&
+               logger.said("gate has 2"),
         "a gate of two dimensions is refused");
 
     std::vector<DataType> types(12, DataType::kFLOAT);
     types[0] = types[1] = DataType::kHALF;
     DataType made[2]{};
     expect(build->getOutputDataTypes(made, 2, types.data(), 12) == 0 && made[0] == DataType::kHALF &&
-            made[1] == DataType::kFLOAT, "output types are T and float32");
+               made[1] == DataType::kFLOAT,
+        "output types are T and float32");
     types[0] = DataType::kINT8;
-    expect(build->getOutputDataTypes(made, 2, types.data(), 12) != 0 && logger.said("is int8"), "T = int8 is refused");
+    expect(build->getOutputDataTypes(made, 2, types.data(), 12) != 0 && logger.said("is int8"),
+        "T = int8 is refused");
     expect(build->getNbOutputs() == 2, "two outputs");
 }
 
@@ -191,7 +200,8 @@ nvinfer1::Dims dims(std::initializer_list<int64_t> sizes) {
     return made;
 }
 
-// configurePlugin for Node's geometry with profiles up to [max_batch, max_length]; batch and length are dynamic.
+// configurePlugin for Node's geometry with profiles up to [max_batch, max_length]; batch and length are
+// dynamic.
 int32_t configure(IPluginV3* plugin, int64_t max_batch, int64_t max_length, int64_t gate_width = 256) {
     std::vector<nvinfer1::DynamicPluginTensorDesc> in(10), out(2);
     const auto set = [](nvinfer1::DynamicPluginTensorDesc& at, nvinfer1::Dims shape, DataType type) {
@@ -218,7 +228,8 @@ int32_t configure(IPluginV3* plugin, int64_t max_batch, int64_t max_length, int6
 // The value of an int32 field, or -1.
 int32_t value(const PluginFieldCollection* fields, const char* name) {
     for (int32_t i = 0; i < fields->nbFields; ++i) {
-        if (std::strcmp(fields->fields[i].name, name) == 0) return *static_cast<const int32_t*>(fields->fields[i].data);
+        if (std::strcmp(fields->fields[i].name, name) == 0)
+            return *static_cast<const int32_t*>(fields->fields[i].data);
     }
     return -1;
 }
@@ -227,10 +238,11 @@ void lifecycle(nvinfer1::IPluginCreatorV3One& creator, test::Logger& logger) {
     Node node;
     std::unique_ptr<IPluginV3> plugin(node.create(creator));
     expect(plugin != nullptr, "create in the build phase");
-    auto* core = test::capability<nvinfer1::IPluginV3OneCore>(plugin.get(), nvinfer1::PluginCapabilityType::kCORE);
+    auto* core =
+        test::capability<nvinfer1::IPluginV3OneCore>(plugin.get(), nvinfer1::PluginCapabilityType::kCORE);
     expect(core != nullptr && std::strcmp(core->getPluginName(), creator.getPluginName()) == 0 &&
-            std::strcmp(core->getPluginVersion(), creator.getPluginVersion()) == 0 &&
-            std::strcmp(core->getPluginNamespace(), creator.getPluginNamespace()) == 0,
+               std::strcmp(core->getPluginVersion(), creator.getPluginVersion()) == 0 &&
+               std::strcmp(core->getPluginNamespace(), creator.getPluginNamespace()) == 0,
         "name, version and namespace are the creator's");
     formats(plugin.get());
     shapes(plugin.get(), logger);
@@ -240,15 +252,18 @@ void lifecycle(nvinfer1::IPluginCreatorV3One& creator, test::Logger& logger) {
     const std::unique_ptr<IPluginV3> attached(test::runtime_of(plugin.get())->attachToContext(&context));
     expect(attached != nullptr && attached != plugin, "attachToContext gives a clone");
 
-    expect(configure(plugin.get(), 4, 512) == 0 && configure(plugin.get(), 16, 1) == 0, "configure two profiles");
-    expect(configure(plugin.get(), 4, 512, 255) != 0 && logger.said("input 1 (gate)"), "a gate too narrow is refused");
+    expect(configure(plugin.get(), 4, 512) == 0 && configure(plugin.get(), 16, 1) == 0,
+        "configure two profiles");
+    expect(configure(plugin.get(), 4, 512, 255) != 0 && logger.said("input 1 (gate)"),
+        "a gate too narrow is refused");
     std::unique_ptr<IPluginV3> clone(plugin->clone());
     expect(clone != nullptr && clone != plugin, "clone");
     const std::string identity = test::build_of(plugin.get())->getTimingCacheID();
     plugin.reset();  // a clone must not lean on what it was cloned from
     const PluginFieldCollection* kept = test::runtime_of(clone.get())->getFieldsToSerialize();
     expect(value(kept, "num_heads") == 4 && value(kept, "rotary_dim") == 16, "serialized fields");
-    expect(value(kept, "max_batch") == 16 && value(kept, "max_length") == 512, "the largest profile is serialized");
+    expect(value(kept, "max_batch") == 16 && value(kept, "max_length") == 512,
+        "the largest profile is serialized");
 
     // TensorRT writes the fields to the plan: take the bytes, destroy their owner, rebuild.
     std::vector<std::vector<char>> bytes;
@@ -269,7 +284,8 @@ void lifecycle(nvinfer1::IPluginCreatorV3One& creator, test::Logger& logger) {
     Node other;
     other.epsilon = 1.0000001e-5f;
     const std::unique_ptr<IPluginV3> different(other.create(creator));
-    expect(identity != test::build_of(different.get())->getTimingCacheID(), "another epsilon is another identity");
+    expect(identity != test::build_of(different.get())->getTimingCacheID(),
+        "another epsilon is another identity");
 }
 
 }  // namespace

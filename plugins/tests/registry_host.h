@@ -32,7 +32,8 @@ public:
         const std::lock_guard<std::mutex> lock(mutex_);
         bool found = false;
         for (const std::string& error : errors_) {
-            found = found || (error.find("dijiang::DijiangAttention: ") == 0 && error.find(text) != std::string::npos);
+            found = found ||
+                    (error.find("dijiang::DijiangAttention: ") == 0 && error.find(text) != std::string::npos);
         }
         errors_.clear();
         return found;
@@ -92,16 +93,18 @@ public:
 class Runtime {
 public:
     explicit Runtime(const char* path) : handle_(dlopen(path, RTLD_LAZY | RTLD_LOCAL)) {
-        expect(handle_ != nullptr, std::string("open ") + path + (handle_ ? "" : std::string(": ") + dlerror()));
+        expect(
+            handle_ != nullptr, std::string("open ") + path + (handle_ ? "" : std::string(": ") + dlerror()));
         version = symbol<int32_t()>("getInferLibVersion")();
-        // The first runtime, builder or refitter of a process decides where its registry logs. Without a GPU there is
-        // none: then see give_logger.
+        // The first runtime, builder or refitter of a process decides where its registry logs. Without a GPU
+        // there is none: then see give_logger.
         symbol<void*(void*, int32_t)>("createInferRuntime_INTERNAL")(&logger, NV_TENSORRT_VERSION);
         logger.forget();
         registry_ = symbol<nvinfer1::IPluginRegistry*()>("getPluginRegistry")();
         has_logger = symbol<nvinfer1::ILogger*()>("getLogger")() != nullptr;
         std::printf("  TensorRT library %d, headers %d.%d.%d, the registry %s\n", version, NV_TENSORRT_MAJOR,
-            NV_TENSORRT_MINOR, NV_TENSORRT_PATCH, has_logger ? "has our logger" : "has no logger, for want of a GPU");
+            NV_TENSORRT_MINOR, NV_TENSORRT_PATCH,
+            has_logger ? "has our logger" : "has no logger, for want of a GPU");
     }
 
     nvinfer1::IPluginRegistry& registry() { return *registry_; }
