@@ -25,16 +25,22 @@ __global__ void __launch_bounds__(kGenericThreads) norm_kernel(const AttentionPa
     for (int s = lanes / 2; s; s >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, s));
     const float unit = 1.0f / top;
     float sum = 0.0f;
-    for (int i = lane; i < count; i += lanes) sum += x[i] * unit;
+    // Rounded before the mean is taken off: a fused multiply-add would leave a group of one channel its own rounding
+    // error, which a tiny epsilon makes 1.
+    for (int i = lane; i < count; i += lanes) sum += __fmul_rn(x[i], unit);
     for (int s = lanes / 2; s; s >>= 1) sum += __shfl_xor_sync(~0u, sum, s);
     const float mean = sum / heads;
     float squares = 0.0f;
-    for (int i = lane; i < count; i += lanes) squares += (x[i] * unit - mean) * (x[i] * unit - mean);
+    for (int i = lane; i < count; i += lanes) {
+        const float centred = __fmul_rn(x[i], unit) - mean;
+        squares += centred * centred;
+    }
     for (int s = lanes / 2; s; s >>= 1) squares += __shfl_xor_sync(~0u, squares, s);
     const float factor = rsqrtf(squares / heads + fmaxf(p.epsilon * unit * unit, kLeastEpsilon));
     const T* gate = static_cast<const T*>(p.gate) + row * p.gate_batch_stride + token * p.gate_token_stride + channel;
     for (int i = lane; i < count; i += lanes) {
-        const float normed = (x[i] * unit - mean) * factor * p.norm_weight[channel + i] + p.norm_bias[channel + i];
+        const float centred = __fmul_rn(x[i], unit) - mean;
+        const float normed = centred * factor * p.norm_weight[channel + i] + p.norm_bias[channel + i];
         out[i] = from_float<T>(normed * silu(to_float(gate[i])));
     }
     if (there && !valid)
