@@ -130,9 +130,10 @@ def exact(call: Call) -> Exact:
     k, v2, error_k = (x.repeat_interleave(shared, dim=1) for x in (k, v.square(), error_k))
     terms = att.token_terms(wide.decay, wide.positions, wide.seq_lens, wide.length, torch.float64)
     # φ_q, and b·φ_k or b·v, are operands: near zero T resolves them to its subnormals only.
-    coarse = tolerance.subnormal**2 / v2.mean(-1).clamp(min=1e-30)
-    k = k * (terms.gain.square() + coarse).unsqueeze(-1) + tolerance.subnormal**2
-    q = q + tolerance.subnormal**2
+    gain2, coarse = terms.gain.square().unsqueeze(-1), tolerance.subnormal**2
+    v2 = v2 + coarse / gain2.clamp(min=coarse or 1e-300)
+    k = k * gain2 + coarse
+    q = q + coarse
     valid = wide.valid().double().unsqueeze(1).expand_as(terms.gain)
     squared = att.TokenTerms(2 * terms.log_decay, valid, terms.read_scale.square())
     past2 = wide.past_state.square()

@@ -140,7 +140,10 @@ def test_drift_over_100_000_steps(engine: CudaEngine, dtype: str, d: int) -> Non
     results["prefill"] = whole.results()
     for name, (output, state) in results.items():
         largest = truth.state.abs().amax((-1, -2), keepdim=True)
-        state_error = ((state.double() - truth.state).abs() / largest).flatten(2).amax((0, 2))
+        # Steps compute in float32 throughout; a text at once rounds the operands of its products.
+        rounded = TOLERANCES[call.dtype].unit(1) * truth.state_scale if name == "prefill" else 0.0
+        excess = (state.double() - truth.state).abs() - rounded
+        state_error = (excess / largest).flatten(2).amax((0, 2))
         output_error = ((output.double() - truth.output).abs() / truth.output_scale)[0, at].amax(-1)
         print(f"{name} {dtype} d={d}: states {state_error.tolist()}, outputs {output_error.tolist()}")
         assert state_error.max() <= DRIFT, (name, state_error)
