@@ -86,6 +86,7 @@ def plot_kernels(record: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "dijiang"  # the same bytes for the same record
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text that can be read and searched
     from matplotlib import pyplot
 
     shapes = list(dict.fromkeys((cell["heads"], cell["head_dim"]) for cell in record["cells"]))
@@ -99,7 +100,9 @@ def plot_kernels(record: dict[str, Any], path: Path) -> None:
                 axes = figure.add_subplot(grid[row, column])
                 _panel(axes, series(record, phase, *shape), contestants(record))
                 axes.set_title(f"{phase}, {shape[0]} heads of {shape[1]}", fontsize=9)
-                axes.set_xlabel("rows" if phase == "decode" else "tokens of all rows", fontsize=8)
+                axes.set_xlabel(
+                    "rows" if phase == "decode" else "tokens (diamonds: of several rows)", fontsize=8
+                )
                 if column == 0:
                     axes.set_ylabel("µs per call", fontsize=8)
                 if (row, column) == (0, 0):
@@ -130,6 +133,9 @@ def _panel(axes: Any, lines: dict[str, Points], names: list[str]) -> None:
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
     axes.grid(True, which="major", alpha=0.3)
     axes.tick_params(labelsize=7)
 
