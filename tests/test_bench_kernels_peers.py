@@ -178,3 +178,20 @@ def test_the_feature_maps_matrix_is_a_scaled_orthonormal_one() -> None:
     assert torch.allclose(gram, torch.diag(gram.diagonal()), atol=1e-5)
     assert layer.geometry.rotary_dim == 16
     assert layer.inv_freq.shape == (8,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("cell", [STEP, PROMPT], ids=str)
+def test_a_gpu_measures(cell: Cell) -> None:
+    """The one thing that no stand-in can do: graphs, events and both figures."""
+    from dijiang_export.bench_kernels_cuda import Gpu, Measured
+
+    gpu = Gpu("float16")
+    assert gpu.describe()["l2_bytes"] > 0
+    found = gpu.measure(cell, make_roster(["copy"]).contestants, 0.01)["copy"]
+    assert isinstance(found, Measured)
+    assert found.right
+    assert found.sets >= 2
+    for timing in (found.single, found.rotated):
+        assert timing is not None
+        assert 1e-7 < timing.best <= timing.median < 1e-2
