@@ -30,8 +30,8 @@ __device__ __forceinline__ uint32_t cluster_count() {
 }
 
 // The two halves of a barrier over the cluster. Its only use is at the start: nobody may write to a block
-// that does not run yet, or whose mbarriers are not ready.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// that does not run yet, or whose mbarriers are not published.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {

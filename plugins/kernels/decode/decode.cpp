@@ -15,18 +15,22 @@ namespace {
 constexpr int32_t kMostClusterBlocks = 8;  // what every GPU with clusters can do
 constexpr int32_t kLeastWidth = 16;        // columns of a block of the stream kernel: 64 bytes of a state's row
 
-// The slice kernel for this geometry and GPU, or none.
-SliceKernel slice_kernel(const dijiang_geometry& geometry, const dijiang_device& device) {
+constexpr int64_t kManyBytes = 32 * 1024;  // of state a multiprocessor, from where wide slices are faster
+
+// The slice kernel for this geometry, batch and GPU, or none.
+SliceKernel slice_kernel(const dijiang_geometry& geometry, int32_t batch, const dijiang_device& device) {
     if (code_for(device.compute_capability) < 90) return {};
+    const int64_t head_bytes = int64_t{4} * geometry.head_dim * geometry.head_dim;
+    const bool many = batch * geometry.num_heads * head_bytes > device.multiprocessors * kManyBytes;
     switch (geometry.dtype) {
-        case DIJIANG_FLOAT16: return slice_kernel_f16(geometry.head_dim);
-        case DIJIANG_BFLOAT16: return slice_kernel_bf16(geometry.head_dim);
-        default: return slice_kernel_f32(geometry.head_dim);
+        case DIJIANG_FLOAT16: return slice_kernel_f16(geometry.head_dim, many);
+        case DIJIANG_BFLOAT16: return slice_kernel_bf16(geometry.head_dim, many);
+        default: return slice_kernel_f32(geometry.head_dim, many);
     }
 }
 
 Work slice_work(const SliceKernel& kernel, const SliceCut& cut) {
-    return {kernel.function, cut.heads * cut.splits, kernel.blocks_per_sm, kernel.shared_memory, cut.items};
+    return {kernel.function, cut.heads * cut.splits, kernel.threads, kernel.blocks_per_sm, kernel.shared_memory, cut.items};
 }
 
 int32_t stream_blocks_per_sm(const dijiang_device& device, int32_t shared_memory) {
@@ -37,7 +41,7 @@ int32_t stream_blocks_per_sm(const dijiang_device& device, int32_t shared_memory
 
 Work stream_work(const dijiang_geometry& geometry, const StreamCut& cut, const dijiang_device& device) {
     const int32_t memory = stream_shared_memory(geometry.dtype, geometry.head_dim, cut.resident != 0);
-    return {stream_kernel(geometry.dtype), 1, stream_blocks_per_sm(device, memory), memory, cut.items};
+    return {stream_kernel(geometry.dtype), 1, kStreamThreads, stream_blocks_per_sm(device, memory), memory, cut.items};
 }
 
 // Clusters that the GPU holds at once if nothing is known but its size.
@@ -72,7 +76,7 @@ cudaError_t prepare(const Work& work, const dijiang_device& device, int32_t& clu
         // Clusters live inside one group of multiprocessors, so that fewer may fit than blocks alone would.
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3(clusters * work.cluster);
-        config.blockDim = dim3(256);
+        config.blockDim = dim3(work.threads);
         config.dynamicSmemBytes = work.shared_memory;
         cudaLaunchAttribute attribute = {};
         attribute.id = cudaLaunchAttributeClusterDimension;
@@ -113,7 +117,9 @@ SliceCut cut_slices(const dijiang_geometry& g, int32_t batch, const SliceKernel&
     SliceCut cut = {};
     cut.splits = g.head_dim / kernel.width;
     cut.set_heads = set_heads(g.num_heads, g.head_dim);
-    cut.sharing = g.num_heads / g.num_kv_heads;
+    cut.sharing = divisor(g.num_heads / g.num_kv_heads);
+    cut.channels = divisor(g.num_heads);
+    cut.inverse_channels = 1.0f / static_cast<float>(g.num_heads);
     cut.heads = 1;
     if (cut.set_heads == 1 && kernel.width % g.num_heads == 0) {
         cut.norm = Norm::block;
@@ -124,6 +130,7 @@ SliceCut cut_slices(const dijiang_geometry& g, int32_t batch, const SliceKernel&
         cut.norm = Norm::memory;
     }
     cut.items = batch * (g.num_heads / cut.heads);
+    cut.items_per_row = divisor(g.num_heads / cut.heads);
     return cut;
 }
 
@@ -156,7 +163,7 @@ cudaError_t enqueue(const Work& work, const AttentionParams& params, const void*
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(std::min(clusters, work.items) * work.cluster));
-    config.blockDim = dim3(256);
+    config.blockDim = dim3(work.threads);
     config.dynamicSmemBytes = work.shared_memory;
     config.stream = stream;
     config.attrs = attributes;
@@ -173,17 +180,22 @@ cudaError_t enqueue(const Work& work, const AttentionParams& params, const void*
 }
 
 Needs needs(const dijiang_geometry& g, int32_t max_batch, const dijiang_device& device) {
-    const SliceKernel kernel = slice_kernel(g, device);
-    // Who normalises does not depend on the batch.
-    const Norm norm = kernel.function != nullptr ? cut_slices(g, 1, kernel).norm : cut_stream(g, 1, device).norm;
-    if (norm != Norm::memory) return {0, 0};
+    // Who normalises depends on the batch only through the kernel for few heads or for many.
+    bool in_memory = false;
+    for (const int32_t batch : {1, max_batch}) {
+        const SliceKernel kernel = slice_kernel(g, batch, device);
+        const Norm norm =
+            kernel.function != nullptr ? cut_slices(g, batch, kernel).norm : cut_stream(g, batch, device).norm;
+        in_memory = in_memory || norm == Norm::memory;
+    }
+    if (!in_memory) return {0, 0};
     const size_t rows = static_cast<size_t>(max_batch);
     const size_t sets = static_cast<size_t>(g.num_heads / set_heads(g.num_heads, g.head_dim));
     return {rows * g.num_heads * g.head_dim * sizeof(float), rows * sets * sizeof(uint32_t)};
 }
 
 std::string plan(const dijiang_geometry& g, int32_t batch, const dijiang_device& device) {
-    const SliceKernel kernel = slice_kernel(g, device);
+    const SliceKernel kernel = slice_kernel(g, batch, device);
     const bool slices = kernel.function != nullptr;
     Work work;
     Norm norm;
@@ -202,7 +214,7 @@ std::string plan(const dijiang_geometry& g, int32_t batch, const dijiang_device&
     const int32_t blocks = std::min(expected_clusters(work, device), work.items) * work.cluster;
     return std::string("decode ") + (slices ? "slice" : "stream") + " splits=" + std::to_string(splits) +
            " cluster=" + std::to_string(work.cluster) + " ctas=" + std::to_string(blocks) +
-           " threads=256 norm=" + name(norm);
+           " threads=" + std::to_string(work.threads) + " norm=" + name(norm);
 }
 
 cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device& device, cudaStream_t stream) {
@@ -210,7 +222,7 @@ cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device
                                 dtype,       p.table_rows,   p.epsilon,  0};
     // Only code of compute capability 9.0 and up waits for the previous kernel by itself.
     const bool overlap = code_for(device.compute_capability) >= 90 && driver_overlaps();
-    const SliceKernel kernel = slice_kernel(g, device);
+    const SliceKernel kernel = slice_kernel(g, p.batch, device);
     if (kernel.function != nullptr) {
         const SliceCut cut = cut_slices(g, p.batch, kernel);
         return enqueue(slice_work(kernel, cut), p, &cut, device, overlap, stream);

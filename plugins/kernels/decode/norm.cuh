@@ -6,8 +6,6 @@
 namespace dijiang {
 namespace decode {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -20,6 +18,13 @@ __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
     return x;
+}
+
+// 2^x; what is below float32's normal numbers becomes 0.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // 16 bytes from global to this thread's place in shared memory, past L1 and the registers.
@@ -36,10 +41,10 @@ template <int Pending> __device__ __forceinline__ void wait_async() {
 }
 
 // One warp normalises one group: get(c) is its channel c in 0..channels-1, put(c, y) takes the normalised value.
-// The group is divided by its largest magnitude if that exceeds one, so that squares cannot overflow
-// (docs/mathematics.md, section 5). Most groups have at most 32 channels, one a lane, read once.
+// The group is divided by the power of two below its largest magnitude if that exceeds one, so that squares cannot
+// overflow: docs/mathematics.md, section 5, divides by the magnitude itself, which any scale near it replaces. Most groups have at most 32 channels, one a lane, read once.
 template <typename Get, typename Put>
-__device__ __forceinline__ void normalise_group(int channels, float epsilon, Get get, Put put) {
+__device__ __forceinline__ void normalise_group(int channels, float inverse_channels, float epsilon, Get get, Put put) {
     // The sum is taken before the scale is known; 2^-10 keeps it finite, and loses only what is far below epsilon.
     constexpr float kShrink = 1.0f / 1024.0f;
     const int lane = threadIdx.x % 32;
@@ -56,8 +61,10 @@ __device__ __forceinline__ void normalise_group(int channels, float epsilon, Get
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
         sum += __shfl_xor_sync(~0u, sum, offset);
     }
-    const float shrink = 1.0f / fmaxf(largest, 1.0f);
-    const float mean = sum * shrink * (1.0f / kShrink / channels);
+    // 2^-e for a magnitude of 2^e and more, e in 0..126.
+    const uint32_t exponent = min(__float_as_uint(fmaxf(largest, 1.0f)) >> 23, 253u);
+    const float shrink = __uint_as_float((254u - exponent) << 23);
+    const float mean = sum * shrink * (inverse_channels / kShrink);
     const float centred = first * shrink - mean;
     float squares = lane < channels ? centred * centred : 0.0f;
 #pragma unroll 1
@@ -66,7 +73,7 @@ __device__ __forceinline__ void normalise_group(int channels, float epsilon, Get
         squares += x * x;
     }
     squares = warp_sum(squares);
-    const float inverse = rsqrtf(squares / channels + fmaxf(epsilon * shrink * shrink, kLeastEpsilon));
+    const float inverse = rsqrtf(squares * inverse_channels + fmaxf(epsilon * shrink * shrink, kLeastEpsilon));
     if (lane < channels) put(lane, centred * inverse);
 #pragma unroll 1
     for (int c = lane + 32; c < channels; c += 32) put(c, (get(c) * shrink - mean) * inverse);
@@ -92,10 +99,11 @@ __device__ __forceinline__ void finish_set(const AttentionParams& p, int row, in
     const T* gate = static_cast<const T*>(p.gate) + row * p.gate_batch_stride + start;
     T* output = static_cast<T*>(p.output) + row * p.output_batch_stride + start;
     const int groups = set_channels / p.num_heads;
-    for (int group = threadIdx.x / 32; group < groups; group += kWarps) {
+    const float inverse_channels = 1.0f / p.num_heads;
+    for (int group = threadIdx.x / 32; group < groups; group += blockDim.x / 32) {
         const int base = group * p.num_heads;
         normalise_group(
-            p.num_heads, p.epsilon, [&](int c) { return __ldcg(raw + base + c); },
+            p.num_heads, inverse_channels, p.epsilon, [&](int c) { return __ldcg(raw + base + c); },
             [&](int c, float y) {
                 const int x = base + c;
                 const float normed = y * p.norm_weight[start + x] + p.norm_bias[start + x];

@@ -19,17 +19,18 @@
 namespace dijiang {
 namespace decode {
 
-template <int D_, int W_> struct Slice {
-    static constexpr int D = D_, W = W_;
+template <int D_, int W_, int Warps> struct Slice {
+    static constexpr int D = D_, W = W_, kWarps = Warps, kThreads = 32 * Warps;
     static constexpr int kSplits = D / W;
     static constexpr int kQuads = W / 4;                           // float4 in a row of the slice
     static constexpr int kSubs = 32 / kQuads;                      // rows that a warp touches at once
     static constexpr int kRows = D / kWarps;                       // rows of a warp
     static constexpr int kSteps = (kRows + kSubs - 1) / kSubs;     // rows of a lane
-    static constexpr int kTurned = (2 * kRows + 31) / 32;          // elements of q and k that a lane turns
-    static constexpr int kLogits = (D + 31) / 32;                  // columns of the softmax of a lane
+    static constexpr int kTurned = kRows <= 16 ? 1 : 2;            // elements of q and k that a lane turns
+    static constexpr int kKeyLane = kRows <= 16 ? kRows : 0;       // where k's begin, in the last of them
+    static constexpr int kLogits = D / 16;                         // logits of q or of k of a lane
     static constexpr bool kFull = kQuads * kSubs == 32 && kRows % kSubs == 0;  // no lane or step is idle
-    static_assert(D % kWarps == 0 && W % 4 == 0 && (2 * kRows <= 32 || kRows == 32), "untried shape");
+    static_assert(D % kWarps == 0 && W % 4 == 0 && kRows <= 32, "untried shape");
 };
 
 // Sums N values over the lanes that share a column quad. Afterwards lane 0 of them, or with a power of two of
@@ -87,19 +88,19 @@ template <typename T> __device__ __forceinline__ float4 load_quad(const T* from)
 }
 
 template <typename T, typename S, int Blocks, int Ahead>
-__global__ void __launch_bounds__(kThreads, Blocks)
+__global__ void __launch_bounds__(S::kThreads, Blocks)
     slice_decode(const __grid_constant__ AttentionParams p, const __grid_constant__ SliceCut cut) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    constexpr int D = S::D, W = S::W, kRows = S::kRows, kSteps = S::kSteps, kSubs = S::kSubs;
+    constexpr int D = S::D, W = S::W, kWarps = S::kWarps, kThreads = S::kThreads, kRows = S::kRows, kSteps = S::kSteps, kSubs = S::kSubs;
     constexpr bool kExchange = S::kSplits > 1;
     constexpr int kMostClusterChannels = 8 * W;
     __shared__ alignas(16) float2 logits[2][D];  // (q, k); two sets, for this item and the next
+    __shared__ alignas(16) float2 features[D];   // each warp's own rows, not yet divided by their sums
     __shared__ alignas(16) float2 logit_parts[kWarps][W];
     __shared__ alignas(16) float output_parts[kWarps][W];
     __shared__ alignas(16) float raw[2][kMostClusterChannels];
     __shared__ alignas(16) float values[2][W];   // v
     __shared__ alignas(16) float2 affine[2][W];  // (weight, bias) of GroupNorm times the gate
-    __shared__ alignas(16) float4 factors[2];    // e^a, b and r of the token
     __shared__ alignas(8) uint64_t logits_there[2], raw_there[2];
     extern __shared__ float4 slots[];  // states of the next items: each thread's own, touched by nobody else
 
@@ -107,7 +108,6 @@ __global__ void __launch_bounds__(kThreads, Blocks)
     const int quad = lane % S::kQuads, sub = lane / S::kQuads;
     const int rank = cluster_rank(), blocks = cut.heads * S::kSplits;
     const int split = rank % S::kSplits, first_peer = rank - split;
-    const int items_per_row = p.num_heads / cut.heads;
     const int first_row = warp * kRows;  // of the features of this warp
     const auto holds = [&](int step) { return S::kFull || (sub < kSubs && sub + step * kSubs < kRows); };
 
@@ -120,111 +120,133 @@ __global__ void __launch_bounds__(kThreads, Blocks)
         mbarrier_publish();
     }
     if (blocks > 1) cluster_arrive();
+
+    // Where items are: item = row * items_per_row + unit, a unit being `heads` heads.
+    const int stride = cluster_count(), row_stride = cut.items_per_row.quotient(stride);
+    const int head_stride = stride * cut.heads - row_stride * p.num_heads;
+    int item = cluster_index(), row = cut.items_per_row.quotient(item);
+    int head = item * cut.heads - row * p.num_heads + rank / S::kSplits;  // of this block
+    const auto step_on = [&](int& row, int& head) {
+        row += row_stride;
+        head += head_stride;
+        if (head >= p.num_heads) {
+            head -= p.num_heads;
+            ++row;
+        }
+    };
+    const uint32_t in_head = (first_row + sub) * D + split * W + 4 * quad;  // this thread's first state entry
+    const int half = p.rotary_dim / 2;
     wait_for_previous_kernel();
 
-    // Requested one item ahead: what starts an item. Requested `Ahead` items ahead: the state.
-    float own[S::kTurned], partner[S::kTurned];
+    // Requested one item ahead, and not touched before it is needed: elements of q and k and their partners, and
+    // by the first W threads a column's value, gate and affine.
+    T own[S::kTurned], partner[S::kTurned], value = T(), opening = T();
+    float weight = 0.0f, bias = 0.0f;
     int position = 0, valid = 0;
-    const auto state_offset = [&](int head) {
-        return (static_cast<int64_t>(head) * D + first_row + sub) * D + split * W + 4 * quad;
-    };
-    const int half = p.rotary_dim / 2;
-    const auto request = [&](int item) {
-        const int row = item / items_per_row;
-        const int head = (item - row * items_per_row) * cut.heads + rank / S::kSplits;
+    // Of q; of k in further lanes or in a second element.
+    const int turned_row = first_row + (S::kTurned == 1 ? lane % kRows : min(lane, kRows - 1));
+    const auto request = [&](int row, int head) {
         position = p.positions[row];
         valid = p.seq_lens[row];
         const T* qkv = static_cast<const T*>(p.qkv) + row * p.qkv_batch_stride;
-        const T* query = qkv + head * D;
-        const T* key = qkv + (p.num_heads + head / cut.sharing) * D;
+        const int kv_head = cut.sharing.quotient(head), key = (p.num_heads + kv_head) * D;
+        const int other = turned_row < half ? turned_row + half : turned_row < 2 * half ? turned_row - half : turned_row;
 #pragma unroll
         for (int i = 0; i < S::kTurned; ++i) {
-            const int j = lane + 32 * i;
-            const int at = first_row + j % kRows;
-            const int other = at < half ? at + half : at < 2 * half ? at - half : at;
-            const T* from = j < kRows ? query : key;
-            own[i] = to_float(from[at]);
-            partner[i] = to_float(from[other]);
+            const T* from = qkv + (i == 0 && (S::kTurned == 2 || lane < kRows) ? head * D : key);
+            own[i] = from[turned_row];
+            partner[i] = from[other];
         }
-    };
-    const auto request_state = [&](int item, float4* to) {
-        if (item < cut.items) {
-            const int row = item / items_per_row;
-            const int head = (item - row * items_per_row) * cut.heads + rank / S::kSplits;
-            const float* from = p.past_state + row * p.past_batch_stride + state_offset(head);
-#pragma unroll
-            for (int j = 0; j < kSteps; ++j) {
-                if (holds(j)) copy_async(to + j * kThreads, from + j * kSubs * D);
-            }
+        if (threadIdx.x < W) {
+            const int column = head * D + split * W + threadIdx.x;
+            value = qkv[key + p.num_kv_heads * D + split * W + threadIdx.x];
+            opening = static_cast<const T*>(p.gate)[row * p.gate_batch_stride + column];
+            weight = __ldg(p.norm_weight + column);
+            bias = __ldg(p.norm_bias + column);
         }
-        close_async();
     };
 
-    const int stride = cluster_count();
-    int item = cluster_index();
-    float4* slot = slots + threadIdx.x;
-    Turns turns[S::kTurned];
-#pragma unroll
-    for (int i = 0; i < S::kTurned; ++i) {
-        const int at = first_row + (lane + 32 * i) % kRows;
-        const bool turned = at < 2 * half;
-        const float inv_freq = turned ? __ldg(p.inv_freq + (at < half ? at : at - half)) : 0.0f;
+    // Requested `Ahead` items ahead: the state.
+    int ahead_item = item, ahead_row = row, ahead_head = head;
+    const float* ahead = nullptr;
+    const auto aim = [&] {
+        ahead = p.past_state + ahead_row * p.past_batch_stride + static_cast<int64_t>(ahead_head) * (D * D) + in_head;
+    };
+    const auto request_state = [&](float4* to, int j) {
+        if (ahead_item < cut.items && holds(j)) copy_async(to + j * kThreads, ahead + j * kSubs * D);
+    };
+    const auto requested = [&] {
+        close_async();
+        ahead_item += stride;
+        step_on(ahead_row, ahead_head);
+    };
+
+    if (item < cut.items) request(row, head);
+    Turns turns = {0.0f, 0.0f};
+    if (turned_row < 2 * half) {
         // The first half of a pair subtracts the partner's sine: fold the sign into the angle.
-        turns[i] = turns_per_token(at < half ? -inv_freq : inv_freq);
+        const float inv_freq = __ldg(p.inv_freq + (turned_row < half ? turned_row : turned_row - half));
+        turns = turns_per_token(turned_row < half ? -inv_freq : inv_freq);
     }
-    if (item < cut.items) request(item);
+    float4 columns[kSteps];
 #pragma unroll
-    for (int i = 0; i < Ahead; ++i) request_state(item + i * stride, slot + i * kSteps * kThreads);
+    for (int j = 0; j < kSteps; ++j) {
+        columns[j] = {0.0f, 0.0f, 0.0f, 0.0f};
+        const float* from = p.proj + in_head + j * kSubs * D;
+        if (holds(j)) columns[j] = __ldg(reinterpret_cast<const float4*>(from));
+    }
+    float4* slot = slots + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < Ahead; ++i) {
+        aim();
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) request_state(slot + i * kSteps * kThreads, j);
+        requested();
+    }
     Quad<T> proj[kSteps];
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-        float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
-        const float* from = p.proj + (first_row + sub + j * kSubs) * D + split * W + 4 * quad;
-        if (holds(j)) x = __ldg(reinterpret_cast<const float4*>(from));
-        proj[j] = {from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z), from_float<T>(x.w)};
+        proj[j] = {from_float<T>(columns[j].x), from_float<T>(columns[j].y), from_float<T>(columns[j].z),
+                   from_float<T>(columns[j].w)};
     }
 
-    const auto next = [&]() {  // this item's slot is free, and its q and k are used
-        request_state(item + Ahead * stride, slot);
-        if (Ahead > 1) slot = slot == slots + threadIdx.x + (Ahead - 1) * kSteps * kThreads ? slots + threadIdx.x : slot + kSteps * kThreads;
-        if (item + stride < cut.items) request(item + stride);
+    const auto next = [&](int row, int head) {  // this item's slot is requested anew, and its inputs are used
+        requested();
+        if (Ahead > 1) {
+            slot += kSteps * kThreads;
+            if (slot >= slots + Ahead * kSteps * kThreads) slot -= Ahead * kSteps * kThreads;
+        }
+        if (item + stride < cut.items) request(row, head);
     };
+    // This block's channels in its head set, and the groups that they belong to.
+    const int begin = (cut.norm == Norm::cluster ? rank : split) * W;
+    const int first_group = cut.channels.quotient(begin), last_group = cut.channels.quotient(begin + W - 1);
     bool met = blocks == 1;  // whether the whole cluster is known to run
     uint32_t used = 0;       // items that sent anything: selects buffers and phases
-    for (; item < cut.items; item += stride) {
-        const int row = item / items_per_row;
-        const int head = (item - row * items_per_row) * cut.heads + rank / S::kSplits;
-        T* output = static_cast<T*>(p.output) + row * p.output_batch_stride;
-        float* const present = p.present_state + row * p.present_batch_stride + state_offset(head);
+    for (int next_row, next_head; item < cut.items; item += stride, row = next_row, head = next_head) {
+        next_row = row;
+        next_head = head;
+        step_on(next_row, next_head);
+        const int start = head * D + split * W;  // the block's channels: W from here
+        T* const output = static_cast<T*>(p.output) + row * p.output_batch_stride + start;
+        float* const present = p.present_state + row * p.present_batch_stride +
+                               static_cast<int64_t>(head) * (D * D) + in_head;
+        aim();
         if (valid <= 0) {
             wait_async<Ahead - 1>();
-            if (p.present_state != p.past_state) {
-#pragma unroll
-                for (int j = 0; j < kSteps; ++j) {
-                    if (holds(j)) __stcg(reinterpret_cast<float4*>(present + j * kSubs * D), slot[j * kThreads]);
+#pragma unroll 2
+            for (int j = 0; j < kSteps; ++j) {
+                if (p.present_state != p.past_state && holds(j)) {
+                    __stcg(reinterpret_cast<float4*>(present + j * kSubs * D), slot[j * kThreads]);
                 }
+                request_state(slot, j);
             }
-            if (threadIdx.x < W) output[head * D + split * W + threadIdx.x] = from_float<T>(0.0f);
-            next();
+            if (threadIdx.x < W) output[threadIdx.x] = from_float<T>(0.0f);
+            next(next_row, next_head);
             continue;
         }
 
-        // Everything else that the item needs is requested before the first wait.
-        const int in_set = head % cut.set_heads;  // this block's channels in its head set
-        const int set_start = (head - in_set) * D, begin = in_set * D + split * W;
-        if (threadIdx.x == kThreads - 1) {
-            const Terms terms = token_terms(p, head, position);
-            factors[used & 1] = {expf(terms.log_decay), terms.gain, terms.read_scale, 0.0f};
-        }
-        float value = 0.0f, opening = 0.0f, weight = 0.0f, bias = 0.0f;
-        if (threadIdx.x < W) {
-            const int kv_head = head / cut.sharing, column = split * W + threadIdx.x;
-            value = to_float(static_cast<const T*>(p.qkv)[row * p.qkv_batch_stride +
-                                                          (p.num_heads + p.num_kv_heads + kv_head) * D + column]);
-            opening = to_float(static_cast<const T*>(p.gate)[row * p.gate_batch_stride + head * D + column]);
-            weight = __ldg(p.norm_weight + head * D + column);
-            bias = __ldg(p.norm_bias + head * D + column);
-        }
+        const Terms terms = token_terms(p, head, position);
         const uint32_t buffer = used & 1, parity = (used >> 1) & 1;
         ++used;
         if (threadIdx.x == 0) {
@@ -237,16 +259,15 @@ __global__ void __launch_bounds__(kThreads, Blocks)
 #pragma unroll
         for (int i = 0; i < S::kTurned; ++i) {
             float cosine, sine;
-            rotary_cos_sin(rotary_turn(turns[i], static_cast<float>(position)), cosine, sine);
-            u[i] = own[i] * cosine + partner[i] * sine;
+            rotary_cos_sin(rotary_turn(turns, static_cast<float>(position)), cosine, sine);
+            u[i] = to_float(own[i]) * cosine + to_float(partner[i]) * sine;
         }
         float acc[8] = {};  // 4 columns of (q, k)
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const int local = sub + j * kSubs;
             const float q = __shfl_sync(~0u, u[0], local & 31);
-            const float k = kRows == 32 ? __shfl_sync(~0u, u[S::kTurned - 1], local & 31)
-                                        : __shfl_sync(~0u, u[0], (kRows + local) & 31);
+            const float k = __shfl_sync(~0u, u[S::kTurned - 1], (S::kKeyLane + local) & 31);
             const float columns[4] = {to_float(proj[j].x), to_float(proj[j].y), to_float(proj[j].z),
                                       to_float(proj[j].w)};
 #pragma unroll
@@ -265,15 +286,16 @@ __global__ void __launch_bounds__(kThreads, Blocks)
             }
         }
         if (threadIdx.x < W) {
-            opening = silu(opening);
-            values[buffer][threadIdx.x] = value;
-            affine[buffer][threadIdx.x] = {weight * opening, bias * opening};
+            const float gate = silu(to_float(opening));
+            values[buffer][threadIdx.x] = to_float(value);
+            affine[buffer][threadIdx.x] = {weight * gate, bias * gate};
         }
         if (!met) {
             cluster_wait();
             met = true;
         }
         __syncthreads();
+#pragma unroll 1
         for (int i = threadIdx.x; i < W * S::kSplits; i += kThreads) {
             const int column = i % W;
             float2 sum = {0.0f, 0.0f};
@@ -296,57 +318,58 @@ __global__ void __launch_bounds__(kThreads, Blocks)
             __syncthreads();
         }
 
-        // Softmax: every warp finds the maxima and sums of all D logits, and the features of its own rows.
-        float2 all[S::kLogits];
-        float2 most = {-INFINITY, -INFINITY};
+        // Softmax: every warp finds the maxima and sums of all D logits, q's in its lower and k's in its upper half.
+        // phi(q) is divided by its sum at the end.
+        const float* half_logits = reinterpret_cast<const float*>(logits[buffer] + lane % 16) + lane / 16;
+        float mine[S::kLogits], most = -INFINITY, total = 0.0f;
 #pragma unroll
         for (int i = 0; i < S::kLogits; ++i) {
-            const int at = lane + 32 * i;
-            all[i] = (D % 32 == 0 || at < D) ? logits[buffer][at] : make_float2(-INFINITY, -INFINITY);
-            most.x = fmaxf(most.x, all[i].x);
-            most.y = fmaxf(most.y, all[i].y);
+            mine[i] = half_logits[32 * i];
+            most = fmaxf(most, mine[i]);
         }
-        most.x = warp_max(most.x);
-        most.y = warp_max(most.y);
-        float2 total = {0.0f, 0.0f};
 #pragma unroll
-        for (int i = 0; i < S::kLogits; ++i) {
-            total.x += exp2f((all[i].x - most.x) * kLog2E);
-            total.y += exp2f((all[i].y - most.y) * kLog2E);
-        }
-        float2 features[kSteps];  // not yet divided by their sums
+        for (int offset = 8; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+        const float other_most = __shfl_xor_sync(~0u, most, 16);
+        const float2 most_of = lane < 16 ? make_float2(most, other_most) : make_float2(other_most, most);
 #pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-            const int local = sub + j * kSubs;
-            const float2 x = logits[buffer][first_row + (S::kFull || local < kRows ? local : 0)];
-            features[j] = {exp2f((x.x - most.x) * kLog2E), exp2f((x.y - most.y) * kLog2E)};
+        for (int i = 0; i < S::kLogits; ++i) total += power_of_two((mine[i] - most) * kLog2E);
+        if (lane < kRows) {
+            const float2 x = logits[buffer][first_row + lane];
+            features[first_row + lane] = {power_of_two((x.x - most_of.x) * kLog2E),
+                                          power_of_two((x.y - most_of.y) * kLog2E)};
         }
-        total.x = warp_sum(total.x);
-        total.y = warp_sum(total.y);
+#pragma unroll
+        for (int offset = 8; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+        const float other_total = __shfl_xor_sync(~0u, total, 16);
+        const float query_total = lane < 16 ? total : other_total, key_total = lane < 16 ? other_total : total;
+        __syncwarp();
 
         // S' and phi(q) S' on this warp's rows.
-        const float4 terms = factors[buffer];
-        const float fade = terms.x, write = terms.y / total.y, read = terms.z / total.x;
-        const float4 v = *reinterpret_cast<const float4*>(&values[buffer][4 * quad]);
+        const float fade = expf(terms.log_decay), write = __fdividef(terms.gain, key_total);
+        const float read = __fdividef(terms.read_scale, query_total);
+        float4 v = *reinterpret_cast<const float4*>(&values[buffer][4 * quad]);
+        v = {write * v.x, write * v.y, write * v.z, write * v.w};
         float o[4] = {};
         wait_async<Ahead - 1>();
-#pragma unroll
+#pragma unroll(kSteps < 8 ? kSteps : 8)
         for (int j = 0; j < kSteps; ++j) {
             if (holds(j)) {
-                const float b = write * features[j].y, q = features[j].x;
+                const float2 x = features[first_row + sub + j * kSubs];
+                const float q = x.x, k = x.y;
                 float4 s = slot[j * kThreads];
-                s.x = fmaf(fade, s.x, b * v.x);
-                s.y = fmaf(fade, s.y, b * v.y);
-                s.z = fmaf(fade, s.z, b * v.z);
-                s.w = fmaf(fade, s.w, b * v.w);
+                s.x = fmaf(fade, s.x, k * v.x);
+                s.y = fmaf(fade, s.y, k * v.y);
+                s.z = fmaf(fade, s.z, k * v.z);
+                s.w = fmaf(fade, s.w, k * v.w);
                 __stcg(reinterpret_cast<float4*>(present + j * kSubs * D), s);
                 o[0] = fmaf(q, s.x, o[0]);
                 o[1] = fmaf(q, s.y, o[1]);
                 o[2] = fmaf(q, s.z, o[2]);
                 o[3] = fmaf(q, s.w, o[3]);
+                request_state(slot, j);
             }
         }
-        next();
+        next(next_row, next_head);
         {
             using Sum = SubSum<S::kQuads, kSubs, 4>;
             const int start = Sum::run(o, lane);
@@ -365,8 +388,8 @@ __global__ void __launch_bounds__(kThreads, Blocks)
 
         // GroupNorm and gate.
         if (cut.norm == Norm::memory) {
-            float* workspace = static_cast<float*>(p.workspace) + static_cast<int64_t>(row) * p.num_heads * D;
-            if (threadIdx.x < W) workspace[set_start + begin + threadIdx.x] = whole(threadIdx.x);
+            float* raw_outputs = static_cast<float*>(p.workspace) + static_cast<int64_t>(row) * p.num_heads * D;
+            if (threadIdx.x < W) raw_outputs[start + threadIdx.x] = whole(threadIdx.x);
             const int set = head / cut.set_heads;
             if (arrives_last(p.sync + row * (p.num_heads / cut.set_heads) + set, cut.set_heads * S::kSplits)) {
                 finish_set<T>(p, row, set, cut.set_heads * D);
@@ -382,18 +405,17 @@ __global__ void __launch_bounds__(kThreads, Blocks)
             }
             mbarrier_wait(&raw_there[buffer], parity);
         }
-        const int first_group = begin / p.num_heads, last_group = (begin + W - 1) / p.num_heads;
 #pragma unroll 1
         for (int group = first_group + warp; group <= last_group; group += kWarps) {
             const int base = group * p.num_heads;
             normalise_group(
-                p.num_heads, p.epsilon,
+                p.num_heads, cut.inverse_channels, p.epsilon,
                 [&](int c) { return cut.norm == Norm::cluster ? raw[buffer][base + c] : whole(base + c - begin); },
                 [&](int c, float y) {
-                    const int x = base + c;
-                    if (x < begin || x >= begin + W) return;
-                    const float2 line = affine[buffer][x - begin];
-                    output[set_start + x] = from_float<T>(fmaf(y, line.x, line.y));
+                    const int x = base + c - begin;
+                    if (x < 0 || x >= W) return;
+                    const float2 line = affine[buffer][x];
+                    output[x] = from_float<T>(fmaf(y, line.x, line.y));
                 });
         }
     }
@@ -401,19 +423,23 @@ __global__ void __launch_bounds__(kThreads, Blocks)
 #endif
 }
 
-// The instances of one element type: one width per head size, as measured best on an H200.
-template <typename T, int D, int W, int Blocks, int Ahead> SliceKernel slice_instance() {
-    using S = Slice<D, W>;
-    return {reinterpret_cast<const void*>(slice_decode<T, S, Blocks, Ahead>), W, Blocks,
-            Ahead * S::kSteps * kThreads * static_cast<int32_t>(sizeof(float4))};
+// The instances of one element type, as measured best on an H200: for few heads, cut into narrow slices so that
+// every multiprocessor has one, and for many, where a slice is wide so that less is done twice.
+template <typename T, int D, int W, int Warps, int Blocks, int Ahead> SliceKernel slice_instance() {
+    using S = Slice<D, W, Warps>;
+    return {reinterpret_cast<const void*>(slice_decode<T, S, Blocks, Ahead>), W, S::kThreads, Blocks,
+            Ahead * S::kSteps * S::kThreads * static_cast<int32_t>(sizeof(float4))};
 }
 
-template <typename T> SliceKernel slice_instance(int32_t head_dim) {
+template <typename T> SliceKernel slice_instance(int32_t head_dim, bool many) {
     switch (head_dim) {
-        case 64: return slice_instance<T, 64, 64, 3, 2>();
-        case 80: return slice_instance<T, 80, 40, 3, 2>();
-        case 128: return slice_instance<T, 128, 32, 3, 2>();
-        case 256: return slice_instance<T, 256, 32, 2, 2>();
+        case 64: return many ? slice_instance<T, 64, 64, 4, 4, 2>() : slice_instance<T, 64, 64, 8, 2, 2>();
+        case 80: return many ? slice_instance<T, 80, 80, 8, 2, 1>() : slice_instance<T, 80, 40, 5, 3, 1>();
+        case 128: return many ? slice_instance<T, 128, 64, 8, 2, 1>() : slice_instance<T, 128, 32, 8, 2, 1>();
+        case 256:
+            // P's slice in registers: twice as many for float32.
+            return many ? slice_instance<T, 256, sizeof(T) == 4 ? 64 : 128, 16, 1, 1>()
+                        : slice_instance<T, 256, 32, 8, 2, 1>();
         default: return {};
     }
 }

@@ -12,6 +12,7 @@ namespace dijiang {
 namespace decode {
 namespace {
 
+constexpr int kThreads = kStreamThreads, kWarps = kThreads / 32;
 constexpr int kStages = 8;                   // float4 of each thread that are under way
 constexpr int kParts = 8 * kThreads;         // floats: partial sums of 2 d logits by 256 / (d/4) threads each
 constexpr int kMostDim = 256;
@@ -89,7 +90,7 @@ __device__ __forceinline__ void softmax(float* x, int d) {
     most = warp_max(most);
     float sum = 0.0f;
     for (int i = lane; i < d; i += 32) {
-        const float e = exp2f((x[i] - most) * kLog2E);
+        const float e = power_of_two((x[i] - most) * kLog2E);
         x[i] = e;
         sum += e;
     }
@@ -251,7 +252,7 @@ __global__ void __launch_bounds__(kThreads)
             const int base = group * p.num_heads;
             for (int c = threadIdx.x % 32; c < p.num_heads; c += 32) features[base + c] = whole(base + c);
             normalise_group(
-                p.num_heads, p.epsilon, [&](int c) { return features[base + c]; },
+                p.num_heads, 1.0f / p.num_heads, p.epsilon, [&](int c) { return features[base + c]; },
                 [&](int c, float y) {
                     const int x = base + c;
                     const float normed = fmaf(y, __ldg(p.norm_weight + begin + x), __ldg(p.norm_bias + begin + x));
