@@ -66,14 +66,15 @@ fused_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
             load_proj<T, D>(p, reinterpret_cast<T*>(shared));
             __syncthreads();
         }
-        const int warp = threadIdx.x / 32, unit = warp / S::kWarps, role = warp % S::kWarps;
+        // The same in all lanes, and known to be.
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), unit = warp / S::kWarps, role = warp % S::kWarps;
         if (role < S::kConsumers) {
             consume<T, D>(p, cut, at, shared, unit, role);
         } else {
             if constexpr (S::kWide) {
                 fetch<T, D>(p, cut, at, shared, role - S::kConsumers);
             } else {
-                produce<T, D>(p, at, shared, unit, role - S::kConsumers);
+                produce<T, D>(p, cut, at, shared, unit, role - S::kConsumers);
             }
         }
     }
@@ -104,6 +105,8 @@ template <typename T, int D> cudaError_t launch_fused(const AttentionParams& p, 
     char* workspace = static_cast<char*>(p.workspace);
     Cut cut;
     cut.set = plan.set;
+    cut.stages = plan.stages;
+    cut.head_memory = Shape<D>::kFeatures + plan.stages * Shape<D>::kStage;
     cut.segments = plan.segments;
     cut.segment_chunks = plan.segment_chunks;
     cut.features = workspace + plan.features;

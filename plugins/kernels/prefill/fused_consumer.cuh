@@ -91,11 +91,10 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// The power of two that brings numbers of magnitude up to `bound` below 2^15, and its inverse.
-__device__ __forceinline__ float2 power_below(float bound) {
+// The power of two that brings numbers of magnitude up to `bound` below 2^12: room to grow up to float16's 2^16.
+__device__ __forceinline__ float power_below(float bound) {
     const int exponent = static_cast<int>(__float_as_uint(bound) >> 23 & 255) - 127;  // bound < 2^(exponent + 1)
-    const int shift = min(max(14 - exponent, -100), 100);
-    return make_float2(__uint_as_float((127 + shift) << 23), __uint_as_float((127 - shift) << 23));
+    return __uint_as_float((127 + max(11 - exponent, -120)) << 23);
 }
 
 template <typename T, int D>
@@ -106,7 +105,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
     constexpr int kMembers = 32 * S::kWarps;
     constexpr bool kHalf = kFeatureUnit<T> != 1.0f;  // float16: mind its range
     constexpr float kUnit = kFeatureUnit<T>;
-    char* memory = shared + S::kProj + unit * S::kHead;
+    char* memory = shared + S::kProj + unit * cut.head_memory;
     const int lane = threadIdx.x % 32, d = p.head_dim, head = at.first_head + unit;
     const int local = warp * S::kColumns;
     const int column = at.first_column + local;
@@ -118,12 +117,12 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
     // 64 tokens of this warp's columns; zeros past the end.
     const auto load = [&](int chunk, T* to, const void* tensor, int64_t batch_stride, int64_t stride, int first) {
         constexpr int kVectors = S::kColumns / 8;
-        const int v = lane % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
+        const int mine = opaque(lane), v = mine % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
         const T* from = static_cast<const T*>(tensor) + at.row * batch_stride + first;
-        const T* token = from + (chunk * kChunk + lane / kVectors) * stride + v;
-        uint32_t at_shared = shared_address(to + lane / kVectors * kPitch + v);
+        const T* token = from + (chunk * kChunk + mine / kVectors) * stride + v;
+        uint32_t at_shared = shared_address(to + mine / kVectors * kPitch + v);
 #pragma unroll 4
-        for (int t = lane / kVectors; t < kChunk; t += 32 / kVectors) {
+        for (int t = mine / kVectors; t < kChunk; t += 32 / kVectors) {
             copy_async(at_shared, t < count ? token : from, t < count);
             token += 32 / kVectors * stride;
             at_shared += 32 / kVectors * 2 * kPitch;
@@ -168,7 +167,8 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         if (split) store_slot<D>(exchange().slot(0), state);
     }
 
-    int parity = 0;
+    float ratio = 1.0f;  // state = S kUnit ratio
+    int step = 0;
     const int first_walk = at.segment + 1 < at.segments ? 1 : 2;
     int left = (3 - first_walk) * max(0, at.last_chunk - at.first_chunk);  // chunks to come
     for (int walk = first_walk; walk <= 2; ++walk) {
@@ -206,14 +206,24 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
             float out[4][V][4] = {};
             // Where stages take turns there is one head: their barriers are those of a second head otherwise.
-            const int stage = S::kStages == 2 ? parity : 0, meeting = 3 * (unit + stage);
+            const int stage = cut.stages == 2 ? step & 1 : 0, meeting = 3 * (unit + stage);
             barrier_sync(kFull + meeting, kMembers);
-            const uint32_t key_at = first_key_at + stage * 2 * S::kTile, query_at = key_at + S::kTile;
-            const uint32_t score_at = first_score_at + stage * S::kScoreTile;
-            const ChunkTerms decay(memory, S::kTerms, parity);
+            const uint32_t key_at = first_key_at + stage * S::kStage, query_at = key_at + S::kTile;
+            const uint32_t score_at = first_score_at + stage * S::kStage;
+            const ChunkTerms decay(memory, S::kTerms, step);
             const int g = lane / 4;
             if (full) {
-                const float2 unit_of_state = kHalf ? power_below(bound) : make_float2(1.0f, 1.0f);
+                if (kHalf && bound > 65000.0f) {  // rare: float16 could not hold the state
+                    const float factor = power_below(bound);
+#pragma unroll
+                    for (int m = 0; m < M; ++m)
+#pragma unroll
+                        for (int n = 0; n < F; ++n)
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) state[m][n][i] *= factor;
+                    bound *= factor;
+                    ratio *= factor;
+                }
 #pragma unroll
                 for (int k = 0; k < D / 16; ++k) {
                     uint32_t b[V][2];
@@ -223,8 +233,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
                         for (int h = 0; h < 2; ++h)
 #pragma unroll
                             for (int i = 0; i < 2; ++i) {
-                                const float x = state[m][2 * k + i][2 * h], y = state[m][2 * k + i][2 * h + 1];
-                                b[2 * m + h][i] = kHalf ? pack<T>(x * unit_of_state.x, y * unit_of_state.x) : pack<T>(x, y);
+                                b[2 * m + h][i] = pack<T>(state[m][2 * k + i][2 * h], state[m][2 * k + i][2 * h + 1]);
                             }
 #pragma unroll
                     for (int r = 0; r < 4; ++r) {
@@ -234,7 +243,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
                         for (int n = 0; n < V; ++n) mma<T>(out[r][n], a, b[n][0], b[n][1]);
                     }
                 }
-                const float back = kHalf ? unit_of_state.y * (1.0f / kUnit) : 1.0f;
+                const float back = kHalf ? reciprocal(ratio) * (1.0f / kUnit) : 1.0f;
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
                     const float upper = decay.fade[16 * r + g] * back, lower = decay.fade[16 * r + g + 8] * back;
@@ -275,23 +284,30 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
                 for (int n = 0; n < F; ++n)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) state[m][n][i] *= keep;
-            float largest = 0.0f;
+            uint32_t largest = 0;
 #pragma unroll S::kUnroll
             for (int k = 0; k < 4; ++k) {
-                const int c = 2 * (lane % 4);
-                const float2 early = *reinterpret_cast<const float2*>(decay.weight + 16 * k + c);
-                const float2 late = *reinterpret_cast<const float2*>(decay.weight + 16 * k + 8 + c);
+                const uint32_t* weights = static_cast<const uint32_t*>(decay.weight) + 8 * k + lane % 4;
+                const uint32_t early = weights[0], late = weights[4];
                 uint32_t a[M][4];
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
                     ldmatrix_trans(a[m], value_at + 2 * (16 * k * kPitch + 16 * m));
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const float2 x = unpack<T>(a[m][i]), w = i < 2 ? early : late;
-                        const float lower = x.x * w.x, upper = x.y * w.y;
-                        if (kHalf) largest = fmaxf(largest, fmaxf(fabsf(lower), fabsf(upper)));
-                        a[m][i] = pack<T>(lower, upper);
-                    }
+                    for (int i = 0; i < 4; ++i) a[m][i] = multiply<T>(a[m][i], i < 2 ? early : late);
+                }
+                if (kHalf && ratio != 1.0f) {
+                    const uint32_t scale = pack<T>(ratio, ratio);
+#pragma unroll
+                    for (int m = 0; m < M; ++m)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) a[m][i] = multiply<T>(a[m][i], scale);
+                }
+                if (kHalf) {
+#pragma unroll
+                    for (int m = 0; m < M; ++m)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) largest = larger(largest, a[m][i]);
                 }
 #pragma unroll
                 for (int n = 0; n < F / 2; ++n) {
@@ -304,31 +320,27 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
                     }
                 }
             }
-            if (kHalf && full) bound = bound * keep + warp_max(largest) * (kChunk * kUnit);
+            if (kHalf && full) {
+                const float2 most = unpack<T>(largest);
+                bound = bound * keep + warp_max(fmaxf(most.x, most.y)) * (kChunk * kUnit);
+            }
             __syncwarp();
             const bool more = chunk + 1 < at.last_chunk;
-            if (--left >= S::kStages) barrier_arrive(kEmpty + meeting, kMembers);
+            if (--left >= cut.stages) barrier_arrive(kEmpty + meeting, kMembers);
             if (more) load_values(chunk + 1);
             if (full) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const float scale = decay.read[16 * r + g + 8 * h] * (1.0f / kUnit);
-#pragma unroll
-                        for (int n = 0; n < V; ++n) out[r][n][2 * h] *= scale, out[r][n][2 * h + 1] *= scale;
-                    }
                 if (cut.raw) {
-                    store_raw<D>(p, cut, at, out, head, column, chunk);
+                    store_raw<D>(p, cut, at, out, decay.read, 1.0f / kUnit, head, column, chunk);
                 } else {
-                    normalise<T, D>(p, cut, at, shared, gates, out, unit, local, parity);
+                    if (cut.set > 1 && p.table_rows) scale_rows<S::kColumns / 8>(out, decay.read);
+                    normalise<T, D>(p, cut, at, shared, gates, out, decay.epsilon, unit, local, step & 1);
                     __syncwarp();
                     store_rows<T, D>(p, at, gates, head, column, chunk);
                     __syncwarp();
                     if (more) load_gates(chunk + 1);
                 }
             }
-            parity ^= 1;
+            ++step;
         }
         if (!full) {
             const Exchange<D> others = exchange();
@@ -338,9 +350,9 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         }
     }
     if (at.segment == at.segments - 1) {
-        constexpr float kInverse = 1.0f / kUnit;
+        const float back = 1.0f / (kUnit * ratio);
         float* present = present_state();
-        each_element<D>(state, d, column, [&](int i, float& x) { present[i] = x * kInverse; });
+        each_element<D>(state, d, column, [&](int i, float& x) { present[i] = x * back; });
     }
 }
 

@@ -8,8 +8,8 @@ namespace dijiang::prefill {
 // What a block does not normalise itself goes out in float32.
 template <int D>
 __device__ __forceinline__ void store_raw(const AttentionParams& p, const Cut& cut, const Place& at,
-                                          const float (&out)[4][Shape<D>::kColumns / 8][4], int head, int column,
-                                          int chunk) {
+                                          const float (&out)[4][Shape<D>::kColumns / 8][4], const float* read,
+                                          float unit, int head, int column, int chunk) {
     const int lane = threadIdx.x % 32, width = p.num_heads * p.head_dim;
     float* rows = cut.raw + (static_cast<int64_t>(at.row) * p.length + chunk * kChunk) * width + head * p.head_dim
                   + column + 2 * (lane % 4);
@@ -19,11 +19,12 @@ __device__ __forceinline__ void store_raw(const AttentionParams& p, const Cut& c
         for (int h = 0; h < 2; ++h) {
             const int t = 16 * r + lane / 4 + 8 * h;
             if (chunk * kChunk + t >= at.length) continue;
+            const float scale = read[t] * unit;
 #pragma unroll
             for (int n = 0; n < Shape<D>::kColumns / 8; ++n)
                 if (column + 8 * n < p.head_dim)
                     *reinterpret_cast<float2*>(rows + static_cast<int64_t>(t) * width + 8 * n) =
-                        make_float2(out[r][n][2 * h], out[r][n][2 * h + 1]);
+                        make_float2(out[r][n][2 * h] * scale, out[r][n][2 * h + 1] * scale);
         }
 }
 
@@ -33,7 +34,7 @@ __device__ __forceinline__ void store_rows(const AttentionParams& p, const Place
                                            int column, int chunk) {
     constexpr int kVectors = Shape<D>::kColumns / 8;
     T* rows = static_cast<T*>(p.output) + at.row * p.output_batch_stride + head * p.head_dim + column;
-    const int lane = threadIdx.x % 32, v = lane % kVectors * 8;
+    const int lane = opaque(threadIdx.x % 32), v = lane % kVectors * 8;
     if (column + v >= p.head_dim) return;
     T* to = rows + (chunk * kChunk + lane / kVectors) * p.output_token_stride + v;
     const int count = min(kChunk, at.length - chunk * kChunk);
@@ -48,33 +49,30 @@ __device__ __forceinline__ float fast_rsqrt(float x) {
     return y;
 }
 
-// Of kRows of the eight rows that a lane holds a part of: largest magnitude, at least 1; then of x / top: mean, sum of squares
-// about it. All rows take each step together, because a step is short and its latency is not.
+// Heads of one group that are read at different scales: each token's relative to the largest of its set.
+template <int V> __device__ __forceinline__ void scale_rows(float (&out)[4][V][4], const float* read) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float scale = read[threadIdx.x % 32 / 4 + 8 * i];
+#pragma unroll
+        for (int n = 0; n < V; ++n) out[i / 2][n][i % 2 * 2] *= scale, out[i / 2][n][i % 2 * 2 + 1] *= scale;
+    }
+}
+
+// Of kRows of the eight rows that a lane holds a part of: mean and sum of squares about it. All rows take each step
+// together, because a step is short and its latency is not. Nothing here overflows below 1e18.
 template <int kRows> struct Moments {
-    float top[kRows], mean[kRows], squares[kRows];
+    float mean[kRows], squares[kRows];
 };
 
 template <int kTiles, int kRows, int V>
 __device__ __forceinline__ void measure(const float (&out)[4][V][4], int unit, int first, Moments<kRows>& m) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-        m.top[i] = 1.0f;
-#pragma unroll
-        for (int n = unit * kTiles; n < (unit + 1) * kTiles; ++n)
-            m.top[i] = fmaxf(m.top[i], fmaxf(fabsf(out[(first + i) / 2][n][i % 2 * 2]), fabsf(out[(first + i) / 2][n][i % 2 * 2 + 1])));
-    }
-#pragma unroll
-    for (int s = 1; s <= 2; s *= 2)
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) m.top[i] = fmaxf(m.top[i], __shfl_xor_sync(~0u, m.top[i], s));
-    float scale[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-        scale[i] = reciprocal(m.top[i]);
+        const int r = (first + i) / 2, h = (first + i) % 2 * 2;
         m.mean[i] = 0.0f;
 #pragma unroll
-        for (int n = unit * kTiles; n < (unit + 1) * kTiles; ++n)
-            m.mean[i] += scale[i] * out[(first + i) / 2][n][i % 2 * 2] + scale[i] * out[(first + i) / 2][n][i % 2 * 2 + 1];
+        for (int n = unit * kTiles; n < (unit + 1) * kTiles; ++n) m.mean[i] += out[r][n][h] + out[r][n][h + 1];
     }
 #pragma unroll
     for (int s = 1; s <= 2; s *= 2)
@@ -82,12 +80,12 @@ __device__ __forceinline__ void measure(const float (&out)[4][V][4], int unit, i
         for (int i = 0; i < kRows; ++i) m.mean[i] += __shfl_xor_sync(~0u, m.mean[i], s);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+        const int r = (first + i) / 2, h = (first + i) % 2 * 2;
         m.mean[i] *= 1.0f / (8 * kTiles);
         m.squares[i] = 0.0f;
 #pragma unroll
         for (int n = unit * kTiles; n < (unit + 1) * kTiles; ++n) {
-            const float a = fmaf(out[(first + i) / 2][n][i % 2 * 2], scale[i], -m.mean[i]);
-            const float b = fmaf(out[(first + i) / 2][n][i % 2 * 2 + 1], scale[i], -m.mean[i]);
+            const float a = out[r][n][h] - m.mean[i], b = out[r][n][h + 1] - m.mean[i];
             m.squares[i] = fmaf(a, a, fmaf(b, b, m.squares[i]));
         }
     }
@@ -102,15 +100,16 @@ __device__ __forceinline__ void measure(const float (&out)[4][V][4], int unit, i
 template <typename T, int D, int kTiles>
 __device__ __forceinline__ void
 normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, T* gates,
-                const float (&out)[4][Shape<D>::kColumns / 8][4], int unit, int local, int parity) {
+                const float (&out)[4][Shape<D>::kColumns / 8][4], const float* epsilon, int unit, int local,
+                int parity) {
     using S = Shape<D>;
     constexpr int kUnits = S::kColumns / 8 / kTiles, kWidth = 8 * kTiles;
     constexpr int kRows = S::kNormRows;
-    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), d = p.head_dim, heads = p.num_heads;
+    const int lane = opaque(threadIdx.x % 32), g = lane / 4, c = 2 * (lane % 4), d = p.head_dim, heads = p.num_heads;
     const int in_set = unit * d + local;
     const bool several = heads > kWidth;
-    constexpr int kStride = S::kMostHeads * (S::kOwn / S::kNarrowest) * kChunk;  // one array of a parity
-    float* stats = reinterpret_cast<float*>(shared + S::kProj + cut.set * S::kHead) + parity * 3 * kStride + g;
+    const int stride = cut.set * (S::kOwn / S::kNarrowest) * kChunk;  // one array of a parity
+    float* stats = reinterpret_cast<float*>(shared + S::kProj + cut.set * cut.head_memory) + parity * 2 * stride + g;
     if (local >= d) return;
     if (several) {
 #pragma unroll
@@ -123,7 +122,7 @@ normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char*
 #pragma unroll
                     for (int i = 0; i < kRows; ++i) {
                         float* to = stats + (in_set / kWidth + u) * kChunk + 8 * (row + i);
-                        to[0] = m.top[i], to[kStride] = m.mean[i], to[2 * kStride] = m.squares[i];
+                        to[0] = m.mean[i], to[stride] = m.squares[i];
                     }
                 }
             }
@@ -143,20 +142,16 @@ normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char*
                 const float* from = stats + (in_set / kWidth + u) / per_group * per_group * kChunk + 8 * row;
 #pragma unroll
                 for (int i = 0; i < kRows; ++i)
-                    m.top[i] = from[8 * i], m.mean[i] = from[kStride + 8 * i], m.squares[i] = from[2 * kStride + 8 * i];
+                    m.mean[i] = from[8 * i], m.squares[i] = from[stride + 8 * i];
 #pragma unroll 1
                 for (int j = 1; j < per_group; ++j) {  // j units so far, and one more
                     from += kChunk;
                     const float fraction = reciprocal(j + 1.0f), weight = kWidth * j * fraction;
 #pragma unroll
                     for (int i = 0; i < kRows; ++i) {
-                        const float next = from[8 * i], most = fmaxf(m.top[i], next), scale = reciprocal(most);
-                        const float old_unit = m.top[i] * scale, new_unit = next * scale;
-                        const float old_mean = m.mean[i] * old_unit, gap = fmaf(from[kStride + 8 * i], new_unit, -old_mean);
-                        m.mean[i] = fmaf(gap, fraction, old_mean);
-                        m.squares[i] = m.squares[i] * old_unit * old_unit
-                                       + fmaf(from[2 * kStride + 8 * i] * new_unit, new_unit, gap * gap * weight);
-                        m.top[i] = most;
+                        const float gap = from[8 * i] - m.mean[i];
+                        m.mean[i] = fmaf(gap, fraction, m.mean[i]);
+                        m.squares[i] += fmaf(gap * gap, weight, from[stride + 8 * i]);
                     }
                 }
             } else {
@@ -165,10 +160,9 @@ normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char*
             float first[kRows], second[kRows];  // x -> x * first + second normalises
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-                const float scale = reciprocal(m.top[i]);
-                const float factor = fast_rsqrt(m.squares[i] * share + fmaxf(p.epsilon * scale * scale, kLeastEpsilon));
-                first[i] = scale * factor;
-                second[i] = -m.mean[i] * factor;
+                const float floor = epsilon[g + 8 * (row + i)];
+                first[i] = copysignf(fast_rsqrt(fmaf(m.squares[i], share, fabsf(floor))), floor);
+                second[i] = -m.mean[i] * first[i];
             }
 #pragma unroll
             for (int n = u * kTiles; n < (u + 1) * kTiles; ++n) {
@@ -194,12 +188,13 @@ normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char*
 template <typename T, int D>
 __device__ __forceinline__ void
 normalise(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, T* gates,
-          const float (&out)[4][Shape<D>::kColumns / 8][4], int unit, int local, int parity) {
+          const float (&out)[4][Shape<D>::kColumns / 8][4], const float* epsilon, int unit, int local,
+                int parity) {
     constexpr int kTiles = Shape<D>::kColumns / 8, kFewest = Shape<D>::kNarrowest / 8;
     if (kTiles == kFewest || p.num_heads % (8 * kTiles) == 0)
-        normalise_units<T, D, kTiles>(p, cut, at, shared, gates, out, unit, local, parity);
+        normalise_units<T, D, kTiles>(p, cut, at, shared, gates, out, epsilon, unit, local, parity);
     else
-        normalise_units<T, D, kFewest>(p, cut, at, shared, gates, out, unit, local, parity);
+        normalise_units<T, D, kFewest>(p, cut, at, shared, gates, out, epsilon, unit, local, parity);
 }
 
 }  // namespace dijiang::prefill

@@ -46,10 +46,10 @@ __device__ __forceinline__ void prepare_rotation(const AttentionParams& p, float
     }
 }
 
-// Rotates rows of k, and of q if kBoth, in shared memory, from an accurate start per call by steps.
-template <typename T, bool kBoth>
+// Rotates 16 rows in shared memory, from an accurate start per call by steps.
+template <typename T>
 __device__ __forceinline__ void
-rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* k, T* q, int pitch, int position) {
+rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* rows, int pitch, int position) {
     if (mine.group >= mine.groups) return;
     const int i = mine.i;
     const bool second = i + 1 < half, even = half % 2 == 0;
@@ -62,29 +62,23 @@ rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* k, T* q, i
     }
 #pragma unroll 2
     for (int t = mine.group; t < 16; t += mine.groups) {
-        T* row[2] = {k + t * pitch + i, q + t * pitch + i};
-        float2 a[2], b[2];
-#pragma unroll
-        for (int m = 0; m < 1 + kBoth; ++m) {
-            if (even) {
-                a[m] = unpack<T>(*reinterpret_cast<const uint32_t*>(row[m]));
-                b[m] = unpack<T>(*reinterpret_cast<const uint32_t*>(row[m] + half));
-            } else {
-                a[m] = make_float2(to_float(row[m][0]), second ? to_float(row[m][1]) : 0.0f);
-                b[m] = make_float2(to_float(row[m][half]), second ? to_float(row[m][half + 1]) : 0.0f);
-            }
+        T* row = rows + t * pitch + i;
+        float2 a, b;
+        if (even) {
+            a = unpack<T>(*reinterpret_cast<const uint32_t*>(row));
+            b = unpack<T>(*reinterpret_cast<const uint32_t*>(row + half));
+        } else {
+            a = make_float2(to_float(row[0]), second ? to_float(row[1]) : 0.0f);
+            b = make_float2(to_float(row[half]), second ? to_float(row[half + 1]) : 0.0f);
         }
-#pragma unroll
-        for (int m = 0; m < 1 + kBoth; ++m) {
-            const float2 x = make_float2(a[m].x * r[0].x - b[m].x * r[0].y, a[m].y * r[1].x - b[m].y * r[1].y);
-            const float2 y = make_float2(b[m].x * r[0].x + a[m].x * r[0].y, b[m].y * r[1].x + a[m].y * r[1].y);
-            if (even) {
-                *reinterpret_cast<uint32_t*>(row[m]) = pack<T>(x.x, x.y);
-                *reinterpret_cast<uint32_t*>(row[m] + half) = pack<T>(y.x, y.y);
-            } else {
-                row[m][0] = from_float<T>(x.x), row[m][half] = from_float<T>(y.x);
-                if (second) row[m][1] = from_float<T>(x.y), row[m][half + 1] = from_float<T>(y.y);
-            }
+        const float2 x = make_float2(a.x * r[0].x - b.x * r[0].y, a.y * r[1].x - b.y * r[1].y);
+        const float2 y = make_float2(b.x * r[0].x + a.x * r[0].y, b.y * r[1].x + a.y * r[1].y);
+        if (even) {
+            *reinterpret_cast<uint32_t*>(row) = pack<T>(x.x, x.y);
+            *reinterpret_cast<uint32_t*>(row + half) = pack<T>(y.x, y.y);
+        } else {
+            row[0] = from_float<T>(x.x), row[half] = from_float<T>(y.x);
+            if (second) row[1] = from_float<T>(x.y), row[half + 1] = from_float<T>(y.y);
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j)
@@ -166,7 +160,8 @@ __device__ __forceinline__ void project(float (&sum)[kTiles][D / 8][4], uint32_t
 }
 
 // One warp: decay terms of a chunk. Tokens past the end neither fade nor write.
-__device__ __forceinline__ void write_terms(const ChunkTerms& out, const Terms (&terms)[2]) {
+template <typename T>
+__device__ __forceinline__ void write_terms(const ChunkTerms& out, const Terms (&terms)[2], const float (&peak)[2], float epsilon) {
     const int lane = threadIdx.x % 32;
     float total[2] = {terms[0].log_decay * kLog2e, terms[1].log_decay * kLog2e};
 #pragma unroll
@@ -182,25 +177,31 @@ __device__ __forceinline__ void write_terms(const ChunkTerms& out, const Terms (
         out.total[t] = total[j];
         out.gain[t] = terms[j].gain;
         out.fade[t] = exp2f(total[j]);
-        out.weight[t] = exp2f(end - total[j]) * terms[j].gain;
-        out.read[t] = terms[j].read_scale;
+        static_cast<T*>(out.weight)[t] = from_float<T>(exp2f(end - total[j]) * terms[j].gain);
+        // With R the largest read scale of the set and r = R x: (r o - mean) / sqrt(var + eps) is the same of x o with
+        // eps / R^2, so nothing overflows. A set of one head has x = 1 and leaves the sign to epsilon's; `raw` needs r.
+        const float r = terms[j].read_scale;
+        constexpr float kSquare = kFeatureUnit<T> * kFeatureUnit<T>;
+        const float most = peak[j] > 0.0f ? peak[j] : fabsf(r);
+        out.read[t] = peak[j] > 0.0f ? r / peak[j] : r;
+        out.epsilon[t] = copysignf(kSquare * fmaxf(epsilon / (most * most), kLeastEpsilon), peak[j] > 0.0f ? 1.0f : r);
     }
 }
 
-// Decayed causal scores of 16 tokens against those up to them; query(k, a) gives the fragment of features 16 k.
-template <typename T, int D, typename Query>
+// Decayed causal scores of 16 tokens against those up to them; eight warps take turns of 32 tokens.
+template <typename T, int D>
 __device__ __forceinline__ void
-write_scores(const ChunkTerms& decay, uint32_t keys, T* scores, int warp, Query&& query) {
+write_scores(const ChunkTerms& decay, uint32_t queries, uint32_t keys, T* scores, int warp) {
     using S = Shape<D>;
-    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row0 = 16 * warp;
+    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row0 = 16 * (warp % 4);
     const float total[2] = {decay.total[row0 + g], decay.total[row0 + g + 8]};
 #pragma unroll 1
-    for (int j = 0; j <= warp; j += 2) {  // 32 earlier tokens at a time: enough products in flight
+    for (int j = warp / 4 * 2; j <= warp % 4; j += S::kProducers / 2) {  // 32 earlier tokens at a time: enough products in flight
         float sum[4][4] = {};
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
             uint32_t a[4];
-            query(k, a);
+            ldmatrix(a, queries + 32 * k);
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 uint32_t b[4];
@@ -229,115 +230,107 @@ write_scores(const ChunkTerms& decay, uint32_t keys, T* scores, int warp, Query&
 
 // Factors of the chunk's tokens lane and lane + 32.
 __device__ __forceinline__ void read_terms(const AttentionParams& p, const Place& at, int head, int chunk,
-                                           Terms (&terms)[2]) {
+                                           Terms (&terms)[2], float (&peak)[2]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         const int t = chunk * kChunk + threadIdx.x % 32 + 32 * j;
         terms[j] = {0.0f, 0.0f, 0.0f};
-        if (t < at.length) terms[j] = token_terms(p, head, static_cast<int64_t>(at.position) + t);
+        peak[j] = 0.0f;
+        if (t >= at.length) continue;
+        const int64_t position = static_cast<int64_t>(at.position) + t;
+        terms[j] = token_terms(p, head, position);
+        for (int i = 0; i < at.set && at.set > 1; ++i)
+            peak[j] = fmaxf(peak[j], fabsf(token_terms(p, at.first_head + i, position).read_scale));
     }
 }
 
 template <typename T, int D>
-__device__ __forceinline__ void produce(const AttentionParams& p, const Place& at, char* shared, int unit, int warp) {
+__device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, int unit, int warp) {
     using S = Shape<D>;
     constexpr int N = D / 8, kPitch = S::kPitch, kMembers = 32 * S::kWarps;
-    char* memory = shared + S::kProj + unit * S::kHead;
+    char* memory = shared + S::kProj + unit * cut.head_memory;
     const int lane = threadIdx.x % 32, d = p.head_dim, head = at.first_head + unit;
-    const int g = lane / 4, c = 2 * (lane % 4), row0 = 16 * warp;
+    const int g = lane / 4, c = 2 * (lane % 4), row0 = 16 * (warp % 4);
+    // Tile 0 is k, 1 is q. Of eight warps each has one of them, of four each has both.
+    constexpr bool kOne = S::kProducers == 8;
+    const int first_tile = kOne ? warp / 4 : 0, half = p.rotary_dim / 2;
     T* raw = reinterpret_cast<T*>(memory + S::kRaw) + row0 * kPitch;  // this warp's rows of k; q's are a tile further
-    T* features = reinterpret_cast<T*>(memory + S::kFeatures);
-    T* scores = reinterpret_cast<T*>(memory + S::kScores);
     const uint32_t raw_at = shared_address(raw), proj_at = shared_address(shared) + lane_by_row(kPitch);
 
-    const auto load = [&](int chunk, bool full) {
+    const auto load = [&](int chunk, int tile) {
         constexpr int kVectors = D / 8, kStep = 32 / kVectors;  // per row; rows per turn
         const int t0 = lane / kVectors, v = lane % kVectors * 8, first = chunk * kChunk + row0;
         const int count = v < d ? at.length - first : 0;
         const T* source = static_cast<const T*>(p.qkv) + at.row * p.qkv_batch_stride;
-        const T* query = source + (first + t0) * p.qkv_token_stride + head * d + v;
-        const int64_t to_key = (p.num_heads + at.kv_head[unit] - head) * d, step = kStep * p.qkv_token_stride;
-        uint32_t to = raw_at + 2 * (t0 * kPitch + v);
+        const T* from = source + (first + t0) * p.qkv_token_stride
+                        + (tile ? head : p.num_heads + at.kv_head[unit]) * d + v;
+        const int64_t step = kStep * p.qkv_token_stride;
+        uint32_t to = raw_at + tile * S::kTile + 2 * (t0 * kPitch + v);
         if (t0 < kStep) {
 #pragma unroll S::kLoadUnroll
             for (int t = t0; t < 16; t += kStep) {
-                copy_async(to, t < count ? query + to_key : source, t < count);
-                if (full) copy_async(to + S::kTile, t < count ? query : source, t < count);
-                query += step;
+                copy_async(to, t < count ? from : source, t < count);
+                from += step;
                 to += kStep * 2 * kPitch;
             }
         }
         commit_copies();
     };
 
-    const RotaryLane rotary(p.rotary_dim / 2, 0);
-    bool started = false;
-    int parity = 0;
+    const RotaryLane rotary(half, 0);
+    int step = 0;  // chunks so far
     for (int walk = at.segment + 1 < at.segments ? 1 : 2; walk <= 2; ++walk) {
         const bool full = walk == 2;
-        if (at.first_chunk < at.last_chunk) load(at.first_chunk, full);
+        const int end_tile = kOne ? (full ? first_tile + 1 : 1) : walk;
+        if (at.first_chunk < at.last_chunk)
+            for (int tile = first_tile; tile < end_tile; ++tile) load(at.first_chunk, tile);
         for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
             wait_copies<0>();
             __syncwarp();
-            const int half = p.rotary_dim / 2, position = at.position + chunk * kChunk + row0;
-            if (full) rotate_rows<T, true>(rotary, half, at.turns, raw, raw + kChunk * kPitch, kPitch, position);
-            else rotate_rows<T, false>(rotary, half, at.turns, raw, raw, kPitch, position);
-            __syncwarp();
-            uint32_t features_of[2][N][2];  // k, q
-            auto& fk = reinterpret_cast<uint32_t(&)[1][N][2]>(features_of[0]);
-            auto& fq = reinterpret_cast<uint32_t(&)[1][N][2]>(features_of[1]);
-            const uint32_t rows = raw_at + lane_by_row(kPitch);
             const bool more = chunk + 1 < at.last_chunk;
-            if constexpr (S::kTogether) {
-                if (full) {
-                    float sum[2][N][4];
-                    project<T, D, 2>(sum, rows, S::kTile, proj_at);
-                    __syncwarp();
-                    if (more) load(chunk + 1, full);
-                    softmax_rows<T, 2, N>(sum, features_of, d);
-                } else {
-                    float sum[1][N][4];
-                    project<T, D, 1>(sum, rows, S::kTile, proj_at);
-                    __syncwarp();
-                    if (more) load(chunk + 1, full);
-                    softmax_rows<T, 1, N>(sum, fk, d);
-                }
-            } else {
-                float sum[1][N][4];
-                project<T, D, 1>(sum, rows, S::kTile, proj_at);
-                softmax_rows<T, 1, N>(sum, fk, d);
-                if (full) {
-                    project<T, D, 1>(sum, rows + S::kTile, S::kTile, proj_at);
-                    softmax_rows<T, 1, N>(sum, fq, d);
-                }
+            const int stage = cut.stages == 2 ? step & 1 : 0, meeting = 3 * (unit + stage);
+            T* features = reinterpret_cast<T*>(memory + S::kFeatures + stage * S::kStage);
+            bool waiting = step >= cut.stages;
+#pragma unroll 1
+            for (int tile = first_tile; tile < end_tile; ++tile) {
+                T* own = raw + tile * kChunk * kPitch;
+                rotate_rows<T>(rotary, half, at.turns, own, kPitch,
+                                      at.position + chunk * kChunk + row0);
                 __syncwarp();
-                if (more) load(chunk + 1, full);
-            }
-
-            Terms terms[2];
-            if (warp == 0) read_terms(p, at, head, chunk, terms);
-            if (started) barrier_sync(kEmpty + 3 * unit, kMembers);
-            started = true;
+                float sum[1][N][4];
+                uint32_t packed[1][N][2];
+                project<T, D, 1>(sum, raw_at + tile * S::kTile + lane_by_row(kPitch), 0, proj_at);
+                __syncwarp();
+                if (more) load(chunk + 1, tile);
+                softmax_rows<T, 1, N>(sum, packed, d);
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+                for (int n = 0; n < N; ++n) keep_before(packed[0][n][0]), keep_before(packed[0][n][1]);
+                if (waiting) barrier_sync(kEmpty + meeting, kMembers);
+                waiting = false;
+                T* to = features + (tile * kChunk + row0 + g) * kPitch + c;
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    T* to = features + (row0 + g + 8 * h) * kPitch + 8 * n + c;
-                    *reinterpret_cast<uint32_t*>(to) = fk[0][n][h];
-                    if (full) *reinterpret_cast<uint32_t*>(to + kChunk * kPitch) = fq[0][n][h];
-                }
+                for (int n = 0; n < N; ++n)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+                        *reinterpret_cast<uint32_t*>(to + 8 * h * kPitch + 8 * n) = packed[0][n][h];
             }
-            const ChunkTerms decay(memory, S::kTerms, parity);
-            if (warp == 0) write_terms(decay, terms);
+            if (waiting) barrier_sync(kEmpty + meeting, kMembers);
+            const ChunkTerms decay(memory, S::kTerms, step);
+            if (warp == 0) {
+                Terms terms[2];
+                float peak[2];
+                read_terms(p, at, head, chunk, terms, peak);
+                write_terms<T>(decay, terms, peak, p.epsilon);
+            }
             barrier_sync(kProduced + 3 * unit, 32 * S::kProducers);
             if (full) {
-                const uint32_t keys = shared_address(features) + lane_by_column(kPitch);
-                write_scores<T, D>(decay, keys, scores, warp, [&](int k, uint32_t(&a)[4]) {
-                    a[0] = fq[0][2 * k][0], a[1] = fq[0][2 * k][1], a[2] = fq[0][2 * k + 1][0], a[3] = fq[0][2 * k + 1][1];
-                });
+                const uint32_t tile = shared_address(features);
+                const uint32_t queries = tile + S::kTile + 2 * row0 * kPitch + lane_by_row(kPitch);
+                write_scores<T, D>(decay, queries, tile + lane_by_column(kPitch),
+                                   reinterpret_cast<T*>(memory + S::kScores + stage * S::kStage), warp);
             }
-            barrier_arrive(kFull + 3 * unit, kMembers);
-            parity ^= 1;
+            barrier_arrive(kFull + meeting, kMembers);
+            ++step;
         }
     }
 }

@@ -10,9 +10,12 @@ namespace dijiang::prefill {
 template <int D> struct Shape {
     // Heads of 256 are too large for one block: it owns 64 value columns, and finds the features in the workspace.
     static constexpr bool kWide = D == 256;
-    static constexpr int kColumns = D == 128 ? 32 : 16;  // value columns per consumer warp
+#ifndef P128
+#define P128 0
+#endif
+    static constexpr int kColumns = D == 128 && !P128 ? 32 : 16;  // value columns per consumer warp
     static constexpr int kConsumers = kWide ? 4 : D / kColumns;
-    static constexpr int kProducers = 4;
+    static constexpr int kProducers = D == 128 && P128 ? 8 : 4;
     static constexpr int kWarps = kConsumers + kProducers;  // per head
     static constexpr int kMostHeads = D > 80 ? 1 : 2;       // per block
     static constexpr int kThreads = 32 * kWarps * kMostHeads;
@@ -21,43 +24,46 @@ template <int D> struct Shape {
     static constexpr int kPitch = D + 8;                // elements per row of a tile: ldmatrix without bank conflicts
     static constexpr int kValuePitch = kOwn + 8;
     static constexpr int kScorePitch = kChunk + 8;
-    static constexpr int kUnroll = D > 80 ? 4 : 1;  // of the state's update: what registers allow
-    static constexpr bool kTogether = D == 128;     // q and k in one pass over P, likewise
+    static constexpr int kUnroll = D > 80 && !(D == 128 && P128) ? 4 : 1;  // of the state's update: what registers allow
     static constexpr int kNormRows = D == 80 ? 2 : 8;
-    static constexpr int kLoadUnroll = D > 80 ? 4 : 1;
-    static constexpr int kStages = kWide ? 2 : 1;   // of features and scores
+    static constexpr int kLoadUnroll = D > 80 ? 4 : 2;
 
-    // Bytes of shared memory, head by head after P.
+    // Bytes of shared memory: P, then per head what follows, then GroupNorm's moments.
     static constexpr int kProj = kWide ? 0 : 2 * D * kPitch;
     static constexpr int kTile = 2 * kChunk * kPitch;
     static constexpr int kValueTile = 2 * kChunk * kValuePitch;
-    static constexpr int kScoreTile = 2 * kChunk * kScorePitch;
     static constexpr int kRaw = 0;  // k then q as loaded
-    static constexpr int kFeatures = kWide ? 0 : 2 * kTile;  // phi(k) then phi(q)
-    static constexpr int kValues = kFeatures + kStages * 2 * kTile;
+    static constexpr int kValues = kWide ? 0 : 2 * kTile;
     static constexpr int kGate = kValues + kValueTile;
-    static constexpr int kScores = kGate + kValueTile;
-    static constexpr int kTerms = kScores + kStages * kScoreTile;
-    static constexpr int kHead = kTerms + 2 * 5 * kChunk * 4;
+    static constexpr int kTerms = kGate + kValueTile;
+    static constexpr int kTermSets = 4;  // more than chunks that anybody is ahead of somebody
+    static constexpr int kFeatures = kTerms + kTermSets * 6 * kChunk * 4;  // one or two stages: phi(k), phi(q) and
+    static constexpr int kScores = kFeatures + 2 * kTile;                  // scores
+    static constexpr int kStage = 2 * kTile + 2 * kChunk * kScorePitch;
     static constexpr int kNarrowest = kWide ? 8 : 16;  // columns of one GroupNorm unit
-    static constexpr int kStats = 2 * 3 * kChunk * (kOwn / kNarrowest) * 4 * kMostHeads;  // once per block
+    static constexpr int kStats = 2 * 2 * kChunk * (kOwn / kNarrowest) * 4;  // per head
 };
 
-// Per chunk, five arrays of 64 floats: cumulative log2 decay, gain, e^A, weight in the state's update, read scale.
+// Per chunk, arrays of 64: cumulative log2 decay, gain, e^A, read scale, GroupNorm's epsilon in units of o without the
+// read scale (whose sign it carries), and, as T, the weight in the state's update.
 struct ChunkTerms {
-    float *total, *gain, *fade, *weight, *read;
-    __device__ __forceinline__ ChunkTerms(char* head_memory, int offset, int parity) {
-        total = reinterpret_cast<float*>(head_memory + offset) + parity * 5 * kChunk;
+    float *total, *gain, *fade, *read, *epsilon;
+    void* weight;
+    __device__ __forceinline__ ChunkTerms(char* head_memory, int offset, int step) {
+        total = reinterpret_cast<float*>(head_memory + offset) + step % 4 * 6 * kChunk;
         gain = total + kChunk;
         fade = gain + kChunk;
-        weight = fade + kChunk;
-        read = weight + kChunk;
+        read = fade + kChunk;
+        epsilon = read + kChunk;
+        weight = epsilon + kChunk;
     }
 };
 
 // How the launch was cut.
 struct Cut {
     int set, segments, segment_chunks;
+    int stages;       // of features and scores; 2 only with one head per block
+    int head_memory;  // bytes
     const void* features;  // wide: T [B, H + Hkv, chunks * 64, D], times kFeatureUnit
     float* raw;     // [B, L, H d], or null if the kernel normalises
     float* states;  // per job and segment, in the order of the consumers' registers; then the segments' log2 decay

@@ -29,6 +29,21 @@ template <> __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t bot
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both));
 }
 
+// Products of pairs, and the larger magnitudes of pairs.
+template <typename T> struct Pair;
+template <> struct Pair<__half> { using type = __half2; };
+template <> struct Pair<__nv_bfloat16> { using type = __nv_bfloat162; };
+template <typename T> __device__ __forceinline__ uint32_t multiply(uint32_t x, uint32_t y) {
+    using P = typename Pair<T>::type;
+    const P product = __hmul2(*reinterpret_cast<const P*>(&x), *reinterpret_cast<const P*>(&y));
+    return *reinterpret_cast<const uint32_t*>(&product);
+}
+__device__ __forceinline__ uint32_t larger(uint32_t x, uint32_t y) {
+    const __half2 most = __hmax2(__habs2(*reinterpret_cast<const __half2*>(&x)),
+                                 __habs2(*reinterpret_cast<const __half2*>(&y)));
+    return *reinterpret_cast<const uint32_t*>(&most);
+}
+
 template <typename T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
@@ -49,6 +64,9 @@ __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+
+// x is computed before the next barrier, not after it.
+__device__ __forceinline__ void keep_before(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -8,28 +8,37 @@ namespace {
 
 // The kernel's Shape<D> (fused_shape.cuh), as far as the host needs it.
 struct FusedShape {
-    int size, columns, consumers, most_heads;
+    int size, columns, consumers, producers, most_heads;
     bool wide() const { return size == 256; }
     int own() const { return columns * consumers; }
     int narrowest() const { return wide() ? 8 : 16; }
-    int warps() const { return consumers + 4; }
+    int warps() const { return consumers + producers; }
     size_t tile() const { return size_t{2} * kChunk * (size + 8); }
     size_t proj() const { return wide() ? 0 : size_t{2} * size * (size + 8); }
-    size_t head() const {
-        const size_t scores = 2 * kChunk * (kChunk + 8), values = 2 * kChunk * (own() + 8), terms = 2 * 5 * kChunk * 4;
-        return 4 * tile() + 2 * values + (wide() ? 2 : 1) * scores + terms;
+    size_t head(int stages) const {
+        const size_t values = 2 * kChunk * (own() + 8), scores = 2 * kChunk * (kChunk + 8), terms = 4 * 6 * kChunk * 4;
+        return (wide() ? 0 : 2) * tile() + 2 * values + terms + stages * (2 * tile() + scores);
     }
-    size_t stats() const { return size_t{2} * 3 * kChunk * (own() / narrowest()) * 4 * most_heads; }
+    size_t stats() const { return size_t{2} * 2 * kChunk * (own() / narrowest()) * 4; }
+    // Per block. The moments are there for whoever normalises.
+    size_t bytes(int set, int stages) const { return proj() + set * (head(stages) + stats()); }
 };
 
+#if P128
+constexpr FusedShape kFused128 = {128, 16, 8, 8, 1};
+#else
+constexpr FusedShape kFused128 = {128, 32, 4, 4, 1};
+#endif
+
 FusedShape fused_shape(int d) {
-    if (d <= 64) return {64, 16, 4, 2};
-    if (d <= 80) return {80, 16, 5, 2};
-    if (d <= 128) return {128, 32, 4, 1};
-    return {256, 16, 4, 1};
+    if (d <= 64) return {64, 16, 4, 4, 2};
+    if (d <= 80) return {80, 16, 5, 4, 2};
+    if (d <= 128) return kFused128;
+    return {256, 16, 4, 4, 1};
 }
 
 constexpr size_t kStaticShared = 2304;  // at most, of any kernel here
+constexpr size_t kReserved = 2304;      // of a fused block: static variables and the runtime's 1 KB
 
 constexpr int kMostSegments = 8;
 
@@ -51,20 +60,26 @@ Plan make_plan(const dijiang_geometry& geometry, int batch, int length, const di
     const FusedShape shape = fused_shape(static_cast<int>(d));
     plan.multiprocessors = device.multiprocessors;
     const size_t room_left = static_cast<size_t>(device.shared_memory) - kStaticShared;
+    const size_t sm_memory = static_cast<size_t>(device.shared_memory) + 1024;
     const size_t wide_features = shape.wide() ? size_t{2} * (256 + 128) * (256 + 8) : 0;
-    const bool fits = shape.proj() + shape.head() <= room_left && wide_features <= room_left;
+    const int least = shape.wide() ? 2 : 1;
+    const bool fits = shape.bytes(1, least) <= room_left && wide_features <= room_left;
     const bool tuned = d <= 128 || d == 256;
     if (geometry.dtype != DIJIANG_FLOAT32 && tuned && fits) {
         plan.path = shape.wide() ? Path::wide : Path::fused;
         const int set = static_cast<int>(heads / std::gcd(heads, d));
-        const size_t bytes = shape.proj() + set * shape.head() + shape.stats();
         const bool inside = shape.wide() ? shape.own() % heads == 0 : d % shape.columns == 0;
-        const bool whole = heads % shape.narrowest() == 0 && set <= shape.most_heads && inside && bytes <= room_left;
+        const bool whole = heads % shape.narrowest() == 0 && set <= shape.most_heads && inside
+                           && shape.bytes(set, least) <= room_left;
         plan.raw = !whole;
         plan.set = whole ? set : 1;
-        plan.shared = whole ? bytes : shape.proj() + shape.head();
         plan.threads = 32 * shape.warps() * plan.set;
-        const int resident = plan.set == 1 && d <= 80 && 2 * (plan.shared + kStaticShared) <= room_left ? 2 : 1;
+        // Small heads share a multiprocessor by twos; a second stage where it does not prevent that.
+        const auto pair = [&](int stages) { return 2 * (shape.bytes(1, stages) + kReserved) <= sm_memory; };
+        const int resident = plan.set == 1 && d <= 80 && pair(1) ? 2 : 1;
+        const bool two = plan.set == 1 && shape.bytes(1, 2) <= room_left && (resident == 1 || pair(2));
+        plan.stages = two ? 2 : 1;
+        plan.shared = shape.bytes(plan.set, plan.stages);
         const int64_t jobs = batch * (heads / plan.set) * (shape.wide() ? d / shape.own() : 1);
         const int64_t room = int64_t{device.multiprocessors} * resident;
         // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.

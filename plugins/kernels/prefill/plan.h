@@ -14,6 +14,7 @@ enum class Path {
 struct Plan {
     Path path;
     int set;             // heads per block (fused)
+    int stages;          // of features and scores (fused, wide)
     int multiprocessors;
     bool raw;            // outputs go through the workspace in float32 and are normalised by a last kernel
     int segments;        // pieces of the sequence that run at the same time

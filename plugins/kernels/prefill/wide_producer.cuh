@@ -18,7 +18,7 @@ fetch(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, i
     const T* q_source = source + static_cast<int64_t>(head) * chunks * kChunk * D;
 
     const auto load = [&](int chunk, bool full, int stage) {
-        const uint32_t to = shared_address(shared + S::kFeatures) + stage * 2 * S::kTile + 2 * (16 * warp * kPitch + 8 * lane);
+        const uint32_t to = shared_address(shared + S::kFeatures) + stage * S::kStage + 2 * (16 * warp * kPitch + 8 * lane);
         const int64_t from = (static_cast<int64_t>(chunk) * kChunk + 16 * warp) * D + 8 * lane;
 #pragma unroll 4
         for (int t = 0; t < 16; ++t) {  // a row of 256 is one vector per lane
@@ -30,10 +30,10 @@ fetch(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, i
 
     int done = 0;  // chunks that were loaded
     const auto acquire = [&] {
-        if (done >= S::kStages) barrier_sync(kEmpty + 3 * (done % 2), kMembers);
+        if (done >= 2) barrier_sync(kEmpty + 3 * (done % 2), kMembers);
         return done++ % 2;
     };
-    int parity = 0;
+    int step = 0;
     for (int walk = at.segment + 1 < at.segments ? 1 : 2; walk <= 2; ++walk) {
         const bool full = walk == 2;
         if (at.first_chunk < at.last_chunk) load(at.first_chunk, full, acquire());
@@ -44,22 +44,22 @@ fetch(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, i
             } else {
                 wait_copies<0>();
             }
-            const ChunkTerms decay(shared, S::kTerms, parity);
+            const ChunkTerms decay(shared, S::kTerms, step);
             if (warp == 0) {
                 Terms terms[2];
-                read_terms(p, at, head, chunk, terms);
-                write_terms(decay, terms);
+                float peak[2];
+                read_terms(p, at, head, chunk, terms, peak);
+                write_terms<T>(decay, terms, peak, p.epsilon);
             }
             barrier_sync(kProduced, 32 * S::kProducers);
             if (full) {
-                const uint32_t tile = shared_address(shared + S::kFeatures) + parity * 2 * S::kTile;
+                const uint32_t tile = shared_address(shared + S::kFeatures) + (step & 1) * S::kStage;
                 const uint32_t queries = tile + S::kTile + 2 * 16 * warp * kPitch + lane_by_row(kPitch);
-                T* scores = reinterpret_cast<T*>(shared + S::kScores + parity * S::kScoreTile);
-                write_scores<T, D>(decay, tile + lane_by_column(kPitch), scores, warp,
-                                   [&](int k, uint32_t(&a)[4]) { ldmatrix(a, queries + 32 * k); });
+                T* scores = reinterpret_cast<T*>(shared + S::kScores + (step & 1) * S::kStage);
+                write_scores<T, D>(decay, queries, tile + lane_by_column(kPitch), scores, warp);
             }
-            barrier_arrive(kFull + 3 * parity, kMembers);
-            parity ^= 1;
+            barrier_arrive(kFull + 3 * (step & 1), kMembers);
+            ++step;
         }
     }
 }
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(256, 1) wide_features_kernel(const __grid_cons
         commit_copies();
         wait_copies<0>();
         __syncwarp();
-        rotate_rows<T, false>(low, p.rotary_dim / 2, turns, rows, rows, kPitch, p.positions[row] + first);
-        rotate_rows<T, false>(high, p.rotary_dim / 2, turns, rows, rows, kPitch, p.positions[row] + first);
+        rotate_rows<T>(low, p.rotary_dim / 2, turns, rows, kPitch, p.positions[row] + first);
+        rotate_rows<T>(high, p.rotary_dim / 2, turns, rows, kPitch, p.positions[row] + first);
         __syncwarp();
         float sum[1][N][4];
         uint32_t packed[1][N][2];
