@@ -19,7 +19,7 @@ struct Report {
     }
 };
 
-__device__ Report warp_report(Report report) {
+__device__ __noinline__ Report warp_report(Report report) {
 #pragma unroll
     for (int by = 16; by > 0; by /= 2)
         report = report.with({__shfl_xor_sync(~0u, report.best, by), __shfl_xor_sync(~0u, report.least, by),
@@ -72,6 +72,7 @@ __device__ int draw(const Team& team, const Part& part, Memory& memory, uint64_t
     int first = part.begin, last = part.end, share = part.per_warp;
     uint64_t place = 0;
     // Sum the share of each warp, find the share with the place, cut that into shares, until one has 32 ids.
+#pragma unroll 1
     for (bool whole = true;; whole = false) {
         uint64_t sum = 0;
         const int from = first + warp * share;
@@ -88,6 +89,7 @@ __device__ int draw(const Team& team, const Part& part, Memory& memory, uint64_t
                 if (threadIdx.x == 0) memory.weight = block;
                 team.sync();
                 total = 0;
+#pragma unroll 1
                 for (int rank = 0; rank < team.size; ++rank) {
                     const uint64_t other = *team.of(&memory.weight, rank);
                     if (rank < team.rank) before += other;
@@ -192,19 +194,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (some || options.top_p < 1) {
         Selector selector(team, part, softmax, memory.select, found.best, found.least);
         uint64_t total = selector.total;
-        if (some) {
-            const Cut cut = selector.select<true>(static_cast<uint64_t>(options.top_k));
-            kept_from = cut.first;
-            if (cut.first != 0) total = cut.weight;
-        }
-        if (options.top_p < 1) {
+#pragma unroll 1
+        for (bool by_count : {true, false}) {  // top-k, then top-p of what that left
+            if (by_count ? !some : options.top_p >= 1) continue;
             if (threadIdx.x == 0) {
-                const double target = ceil(options.top_p * static_cast<double>(total));
-                memory.target = min(max(static_cast<uint64_t>(target), uint64_t{1}), total);
+                const double share = ceil(options.top_p * static_cast<double>(total));
+                const uint64_t weight = min(max(static_cast<uint64_t>(share), uint64_t{1}), total);
+                memory.target = by_count ? static_cast<uint64_t>(options.top_k) : weight;
             }
             __syncthreads();
-            const Cut cut = selector.select<false>(memory.target);
+            const Cut cut = selector.select(memory.target, by_count);
             kept_from = max(kept_from, cut.first);
+            if (cut.first != 0) total = cut.weight;
         }
     }
     const uint64_t least_weight = memory.least_weight;

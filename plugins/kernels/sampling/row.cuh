@@ -52,6 +52,12 @@ struct Softmax {
     }
 };
 
+// Out of line: a division in double precision is a hundred instructions, and few tokens take this way.
+__device__ __noinline__ float penalised(float logit, double penalty) {
+    const double wide = logit > 0 ? logit / penalty : logit * penalty;
+    return static_cast<float>(fmin(fmax(wide, -double{FLT_MAX}), double{FLT_MAX}));
+}
+
 // This block's part of a row: `per_warp` ids for each of its warps, one after another.
 struct Part {
     const float* logits;
@@ -66,8 +72,7 @@ struct Part {
         const uint32_t bit = 1u << (id % 32);
         if (allowed != nullptr && !(__ldg(allowed + id / 32) & bit)) return -INFINITY;
         if (seen == nullptr || !(__ldg(seen + id / 32) & bit) || !(fabsf(logit) < INFINITY)) return logit;
-        const double wide = logit > 0 ? logit / *penalty : logit * *penalty;
-        return static_cast<float>(fmin(fmax(wide, -double{FLT_MAX}), double{FLT_MAX}));
+        return penalised(logit, *penalty);
     }
 
     // Calls visit(id, score) for first <= id < last, in all lanes together and in the ids' order within each;
@@ -75,6 +80,7 @@ struct Part {
     // kAhead: loads on their way per lane.
     template <int kAhead = 4, typename Visit>
     __device__ void each(int first, int last, Visit&& visit) const {
+#pragma unroll 1  // the code is long, and a launch that fetches less of it is faster
         for (int base = first; base < last; base += 32 * kAhead) {
             float scores[kAhead];
 #pragma unroll

@@ -125,14 +125,14 @@ struct Selector {
     // Looks for the first item whose running tally reaches the target, given two neighbouring items of each
     // thread. All threads get its index (or -1), and memory.before and .inside. `start` is added to every
     // tally.
-    template <bool kByCount>
-    __device__ int reach(const Tally& first, const Tally& second, const Tally& start, uint64_t target) {
+    __device__ int reach(const Tally& first, const Tally& second, const Tally& start, uint64_t target,
+                         bool by_count) {
         if (threadIdx.x == 0) memory.found = ~uint64_t{0};
         const Tally end = start + block_running(first + second, memory.scratch);  // with a barrier inside
         const Tally middle = {end.count - second.count, end.weight - second.weight};
         const Tally begin = {middle.count - first.count, middle.weight - first.weight};
-        const auto amount = [](const Tally& tally) {
-            return kByCount ? uint64_t{tally.count} : tally.weight;
+        const auto amount = [=](const Tally& tally) {
+            return by_count ? uint64_t{tally.count} : tally.weight;
         };
         if (amount(begin) < target && target <= amount(end)) {
             const bool in_first = target <= amount(middle);
@@ -149,6 +149,7 @@ struct Selector {
     // The lowest key whose token would fall into bin `last` or a better one. All lanes search together.
     __device__ uint32_t lowest_key(int last) const {
         uint32_t low = kLowestKey, high = static_cast<uint32_t>(best >> 32);  // the answer is in [low, high]
+#pragma unroll 1
         while (low < high) {
             const uint32_t span = high - low, step = span / 32 + 1, offset = (threadIdx.x % 32) * step;
             const bool good = offset >= span || bin_of(score_of(low + offset)) <= last;
@@ -175,6 +176,7 @@ struct Selector {
         team.sync();
         uint64_t mine = 0;
         uint32_t before = 0;
+#pragma unroll 1
         for (int rank = 0; rank < team.size; ++rank) {
             const SelectMemory& other = *team.of(&memory, rank);
             const uint32_t index = threadIdx.x - before;  // huge if another block's
@@ -191,7 +193,9 @@ struct Selector {
         int padded = 32;  // to whole warps and a power of two
         while (padded < count) padded *= 2;
         const bool active = thread < padded;
+#pragma unroll 1
         for (int size = 2; size <= padded; size *= 2) {
+#pragma unroll 1
             for (int apart = size / 2; apart > 0; apart /= 2) {
                 uint64_t other = 0;
                 if (apart >= 32) {
@@ -211,13 +215,13 @@ struct Selector {
 
     // Keeps the best tokens until their number, or their weight, reaches `target` >= 1; all if that is not to
     // be reached.
-    template <bool kByCount>
-    __device__ Cut select(uint64_t target) {
-        int bin = reach<kByCount>(coarse[0], coarse[1], {0, 0}, target);
+    __device__ Cut select(uint64_t target, bool by_count) {
+        int bin = reach(coarse[0], coarse[1], {0, 0}, target, by_count);
         if (bin < 0) return {0, 0};
         Tally before = memory.before, inside = memory.inside;
         uint64_t high = bin == 0 ? best : (uint64_t{lowest_key(bin - 1)} << 32) - 1;
         uint64_t low = uint64_t{lowest_key(bin)} << 32;
+#pragma unroll 1
         while (inside.count > kListed) {
             const int bits = 64 - __clzll(static_cast<long long>(high - low));
             const int shift = max(0, bits - 11);
@@ -228,7 +232,7 @@ struct Selector {
             });
             Tally first, second;
             add_up(first, second);
-            bin = reach<kByCount>(first, second, before, target);
+            bin = reach(first, second, before, target, by_count);
             before = memory.before;
             inside = memory.inside;
             high -= static_cast<uint64_t>(bin) << shift;
@@ -238,8 +242,8 @@ struct Selector {
         const uint64_t place = sorted_window(low, high);
         const Tally one = place == 0 ? Tally{0, 0} : Tally{1, softmax.weight(score_of(place >> 32))};
         const Tally running = before + block_running(one, memory.scratch);
-        const uint64_t amount = kByCount ? running.count : running.weight;
-        const uint64_t previous = kByCount ? running.count - one.count : running.weight - one.weight;
+        const uint64_t amount = by_count ? running.count : running.weight;
+        const uint64_t previous = by_count ? running.count - one.count : running.weight - one.weight;
         if (previous < target && target <= amount) {
             memory.found = place;
             memory.before = running;

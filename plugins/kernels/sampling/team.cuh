@@ -1,3 +1,6 @@
+// Functions are out of line where they are called from many places: this code runs once per launch, and
+// fetching it takes longer than calling.
+//
 // The blocks that share a row: one block, or a thread block cluster where there are clusters (compute
 // capability 9.0).
 #pragma once
@@ -22,9 +25,11 @@ struct Team {
     }
 
     // A barrier for all threads of all blocks; what they wrote to shared memory is visible behind it.
-    __device__ void sync() const {
+    __device__ void sync() const { barrier(size > 1); }
+
+    __device__ static __noinline__ void barrier(bool several) {
 #if __CUDA_ARCH__ >= 900
-        if (size > 1) {
+        if (several) {
             cooperative_groups::this_cluster().sync();
             return;
         }
@@ -57,7 +62,7 @@ __device__ __forceinline__ Tally shuffle_up(const Tally& tally, int by) {
 }
 
 // The sum over the lanes up to this one.
-__device__ __forceinline__ Tally warp_running(Tally tally) {
+__device__ __noinline__ Tally warp_running(Tally tally) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int by = 1; by < 32; by *= 2) {
@@ -69,7 +74,7 @@ __device__ __forceinline__ Tally warp_running(Tally tally) {
 
 // The sum over the threads up to this one. `scratch`: one per warp; free again after the next
 // __syncthreads().
-__device__ __forceinline__ Tally block_running(const Tally& mine, Tally* scratch) {
+__device__ __noinline__ Tally block_running(Tally mine, Tally* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Tally inside = warp_running(mine);
     if (lane == 31) scratch[warp] = inside;
