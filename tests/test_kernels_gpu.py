@@ -45,6 +45,8 @@ def check(engine: CudaEngine, case: Case, layout: Layout = DENSE) -> tuple[torch
     torch.cuda.synchronize()
     output, state = arena.run(stream_number(stream))
     errors = compare(call, output, state)
+    family = " ".join(engine.plan(call).split()[:2])
+    print(f"bounds: {family} {case.dtype} output {errors.output:.3f} state {errors.state:.3f}")
     if errors.worst > 1:
         raise AssertionError(f"{case}, {layout}, plan '{engine.plan(call)}': {errors.where}")
     return output, state
