@@ -16,6 +16,8 @@ from kernel_bounds import TOLERANCES, compare, exact, same_bits
 from kernel_cases import DTYPES, Call, Case, make_call
 from kernel_engine import Buffers, CudaEngine, Geometry, StatusError, find_library
 
+from dijiang_engines.kernels import Geometry as KernelGeometry
+from dijiang_engines.kernels import load_kernels
 from dijiang_engines.tolerances import tolerance
 from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.reference.attention import Decay
@@ -310,3 +312,26 @@ def test_sizes_of_the_call_are_checked(engine: CudaEngine) -> None:
     engine.launch_raw(geometry, 0, 1, buffers)
     torch.cuda.synchronize()
     arena.check_unchanged(before, results_too=True)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(token_gap=16, batch_gap=48), Layout(in_place=True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("decay", "length"), [("official", 1), ("trained", 1), ("trained", 90)])
+def test_the_binding_makes_the_same_call(
+    engine: CudaEngine, decay: Any, length: int, dtype: Any, layout: Layout
+) -> None:
+    call = make_call(Case(heads=6, kv_heads=3, dtype=dtype, length=length, batch=3, decay=decay), "cuda")
+    expected = Arena(engine, call, layout).run()
+    kernels, g = load_kernels(engine.path), call.geometry
+    geometry = KernelGeometry(
+        g.num_heads, g.num_kv_heads, g.head_dim, g.rotary_dim, dtype, g.epsilon, call.table_rows
+    )
+    assert kernels.workspace_size(geometry, 3, length) == engine.workspace_size(call)
+    assert kernels.sync_size(geometry, 3, length) == engine.sync_size(call)
+    arena, stream = Arena(engine, call, layout), torch.cuda.Stream()
+    before = arena.memory.clone()
+    torch.cuda.synchronize()
+    kernels.attention_tensors(geometry, **arena.buffers, stream=int(stream.cuda_stream))
+    torch.cuda.synchronize()
+    arena.check_unchanged(before)
+    assert all(same_bits(a, b) for a, b in zip(arena.results(), expected, strict=True))
