@@ -69,6 +69,7 @@ def main() -> int:
     parser.add_argument("--driver")
     parser.add_argument("--control")
     parser.add_argument("--pytest", default="", help="more arguments for pytest")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds per tool")
     arguments = parser.parse_args()
     library = arguments.library.resolve()
     environment = os.environ | {"DIJIANG_KERNELS": str(library)}
@@ -77,11 +78,10 @@ def main() -> int:
     ran = subprocess.run(
         [*tests, *TESTS], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
     )
-    sanitize = [sys.executable, str(HERE / "sanitize.py"), str(library), "--timeout=120"]
+    sanitize = [sys.executable, str(HERE / "sanitize.py"), str(library), f"--timeout={arguments.timeout}"]
     for name in ("driver", "control"):
         if getattr(arguments, name):
             sanitize.append(f"--{name}={getattr(arguments, name)}")
-    checked = subprocess.run(sanitize, env=environment, capture_output=True, text=True, check=False)
     lines = ran.stdout.splitlines()
     told = sorted({x for x in lines if re.match(r"(steps|prefill) float|(neox|tiny)-\S+ \S+, \d+ calls", x)})
     record = [
@@ -92,11 +92,16 @@ def main() -> int:
         "100,000 tokens: states relative to each head's largest entry (γ = 511/512, 1 - 1e-9, 1, 0.95),",
         "beyond what rounded operands do; outputs of tokens 1, 2, 100, 1000, 10000, 50000, 100000",
         "relative to their scale. Whole models: logits relative to their spread.", *told, "",
-        "$ python tests/gpu/sanitize.py libdijiang_kernels.so", *checked.stdout.splitlines(),
+        "$ python tests/gpu/sanitize.py libdijiang_kernels.so",
     ]  # fmt: skip
-    arguments.out.write_text("\n".join(record) + "\n", encoding="utf-8")
+    # What is known is written before the sanitizers begin, which may take long.
     arguments.out.with_suffix(".pytest").write_text(ran.stdout + ran.stderr, encoding="utf-8")
-    print("\n".join(record[:12]))
+    arguments.out.write_text("\n".join(record) + "\n", encoding="utf-8")
+    print("\n".join(record), flush=True)
+    checked = subprocess.run(sanitize, env=environment, capture_output=True, text=True, check=False)
+    with arguments.out.open("a", encoding="utf-8") as file:
+        file.write(checked.stdout)
+    print(checked.stdout)
     return 1 if ran.returncode or checked.returncode else 0
 
 

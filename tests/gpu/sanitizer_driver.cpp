@@ -189,7 +189,7 @@ int main(int count, char** words) {
     for (const auto& s : small) {
         if (!quick) break;
         cases.push_back({s[0], s[1], s[2], s[3], s[4], 40, 1, {1, 0}, true});
-        cases.push_back({s[0], s[1], s[2], s[3], s[4], 0, 140, {132}, false});
+        cases.push_back({s[0], s[1], s[2], s[3], s[4], 0, 70, {66}, false});
     }
     // Enough rows for the plans that a full GPU gets, and a long text.
     if (!quick) {
