@@ -28,7 +28,7 @@ TOOLS = {
     "synccheck": [],
     "racecheck": ["--racecheck-report=all"],
 }
-KERNELS_THAT_ARRIVE = ("fused_kernel",)
+KERNELS_THAT_ARRIVE = ("fused_kernel", "wide_features_kernel")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK|LEAK) SUMMARY: .*|\d+ calls, \d+ bad")
 
 
