@@ -17,11 +17,13 @@ constexpr int32_t kLeastWidth = 16;        // columns of a block of the stream k
 
 constexpr int64_t kManyBytes = 32 * 1024;  // of state a multiprocessor, from where wide slices are faster
 
-// The slice kernel for this geometry, batch and GPU, or none.
-SliceKernel slice_kernel(const dijiang_geometry& geometry, int32_t batch, const dijiang_device& device) {
-    if (code_for(device.compute_capability) < 90) return {};
-    const int64_t head_bytes = int64_t{4} * geometry.head_dim * geometry.head_dim;
-    const bool many = batch * geometry.num_heads * head_bytes > device.multiprocessors * kManyBytes;
+// Blocks of that much shared memory that a multiprocessor holds at once.
+int32_t fitting_blocks(const dijiang_device& device, int32_t shared_memory) {
+    constexpr int32_t kReserved = 1024;  // of each block, by CUDA
+    return (device.shared_memory + kReserved) / (shared_memory + kReserved);
+}
+
+SliceKernel slice_kernel(const dijiang_geometry& geometry, bool many) {
     switch (geometry.dtype) {
         case DIJIANG_FLOAT16: return slice_kernel_f16(geometry.head_dim, many);
         case DIJIANG_BFLOAT16: return slice_kernel_bf16(geometry.head_dim, many);
@@ -29,14 +31,24 @@ SliceKernel slice_kernel(const dijiang_geometry& geometry, int32_t batch, const 
     }
 }
 
+// The slice kernel for this geometry, batch and GPU, or none.
+SliceKernel slice_kernel(const dijiang_geometry& geometry, int32_t batch, const dijiang_device& device) {
+    if (code_for(device.compute_capability) < 90) return {};
+    const int64_t head_bytes = int64_t{4} * geometry.head_dim * geometry.head_dim;
+    const bool many = batch * geometry.num_heads * head_bytes > device.multiprocessors * kManyBytes;
+    SliceKernel kernel = slice_kernel(geometry, many);
+    if (kernel.all_shared_memory > device.shared_memory) kernel = slice_kernel(geometry, false);
+    if (kernel.all_shared_memory > device.shared_memory) return {};
+    kernel.blocks_per_sm = std::min(kernel.blocks_per_sm, fitting_blocks(device, kernel.all_shared_memory));
+    return kernel;
+}
+
 Work slice_work(const SliceKernel& kernel, const SliceCut& cut) {
     return {kernel.function, cut.heads * cut.splits, kernel.threads, kernel.blocks_per_sm, kernel.shared_memory, cut.items};
 }
 
 int32_t stream_blocks_per_sm(const dijiang_device& device, int32_t shared_memory) {
-    constexpr int32_t kReserved = 1024;  // of each block, by CUDA
-    const int32_t fitting = (device.shared_memory + kReserved) / (shared_memory + kStreamStaticMemory + kReserved);
-    return std::max(1, std::min(kStreamBlocksPerSm, fitting));
+    return std::max(1, std::min(kStreamBlocksPerSm, fitting_blocks(device, shared_memory + kStreamStaticMemory)));
 }
 
 Work stream_work(const dijiang_geometry& geometry, const StreamCut& cut, const dijiang_device& device) {

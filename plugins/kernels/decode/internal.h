@@ -48,7 +48,8 @@ struct StreamCut {
 // One instance of the slice kernel: an element type, a head size, a number of columns. Null if there is none.
 struct SliceKernel {
     const void* function = nullptr;
-    int32_t width = 0, threads = 0, blocks_per_sm = 0, shared_memory = 0;  // columns, threads, bytes of a block
+    int32_t width = 0, threads = 0, blocks_per_sm = 0;  // a block's columns and threads
+    int32_t shared_memory = 0, all_shared_memory = 0;    // a block's bytes: dynamic ones, and with static ones
 };
 SliceKernel slice_kernel_f32(int32_t head_dim, bool many);
 SliceKernel slice_kernel_f16(int32_t head_dim, bool many);

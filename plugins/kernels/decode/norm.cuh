@@ -27,9 +27,10 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
-// 16 bytes from global to this thread's place in shared memory, past L1 and the registers.
+// 16 bytes from global to this thread's place in shared memory, past L1 and the registers. Whole states are read:
+// L2 may fetch 256 bytes at once.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(
                      static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                  "l"(global)
                  : "memory");
@@ -65,18 +66,19 @@ __device__ __forceinline__ void normalise_group(int channels, float inverse_chan
     const uint32_t exponent = min(__float_as_uint(fmaxf(largest, 1.0f)) >> 23, 253u);
     const float shrink = __uint_as_float((254u - exponent) << 23);
     const float mean = sum * shrink * (inverse_channels / kShrink);
-    const float centred = first * shrink - mean;
+    // Not fused: a group of one channel is exactly zero.
+    const float centred = __fmul_rn(first, shrink) - mean;
     float squares = lane < channels ? centred * centred : 0.0f;
 #pragma unroll 1
     for (int c = lane + 32; c < channels; c += 32) {
-        const float x = get(c) * shrink - mean;
+        const float x = __fmul_rn(get(c), shrink) - mean;
         squares += x * x;
     }
     squares = warp_sum(squares);
     const float inverse = rsqrtf(squares * inverse_channels + fmaxf(epsilon * shrink * shrink, kLeastEpsilon));
     if (lane < channels) put(lane, centred * inverse);
 #pragma unroll 1
-    for (int c = lane + 32; c < channels; c += 32) put(c, (get(c) * shrink - mean) * inverse);
+    for (int c = lane + 32; c < channels; c += 32) put(c, (__fmul_rn(get(c), shrink) - mean) * inverse);
 }
 
 // Every block of a head set has written its part of the raw outputs to global memory and calls this; true in the

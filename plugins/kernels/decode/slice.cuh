@@ -3,13 +3,13 @@
 // A head's state [D, D] is cut into column slices of W; a block owns one slice of one head at a time and keeps
 // its slice of P, [D, W], in registers for as long as it lives. Per item:
 //
-//   each warp   turns D/8 elements of q and k (RoPE) and multiplies them with its rows of P's slice;
+//   each warp   turns its share of q and k (RoPE) and multiplies it with its rows of P's slice;
 //   the block   sums the warps' parts to W logits of q and of k, and sends them to the head's other blocks;
-//   each warp   softmax over all D logits, S' = a S + b phi(k) v and phi(q) S' on its D/8 rows, from registers;
+//   each warp   softmax over all D logits, S' = a S + b phi(k) v and phi(q) S' on its rows;
 //   the block   sums o, exchanges it if GroupNorm groups leave the slice, normalises, gates, stores.
 //
-// The state of the next item is requested as soon as this item's left its registers, and arrives while its
-// features are computed. Nothing waits for the whole cluster: blocks send to mbarriers (cluster.cuh).
+// The next item's state is requested piece by piece as this item's is used up, and arrives while its features are
+// computed. Nothing waits for the whole cluster: blocks send to mbarriers (cluster.cuh).
 #pragma once
 
 #include "decode/cluster.cuh"
@@ -29,6 +29,7 @@ template <int D_, int W_, int Warps> struct Slice {
     static constexpr int kTurned = kRows <= 16 ? 1 : 2;            // elements of q and k that a lane turns
     static constexpr int kKeyLane = kRows <= 16 ? kRows : 0;       // where k's begin, in the last of them
     static constexpr int kLogits = D / 16;                         // logits of q or of k of a lane
+    static constexpr int kStaticBytes = 24 * D + 12 * kWarps * W + 88 * W + 128;  // of shared memory, rounded up
     static constexpr bool kFull = kQuads * kSubs == 32 && kRows % kSubs == 0;  // no lane or step is idle
     static_assert(D % kWarps == 0 && W % 4 == 0 && kRows <= 32, "untried shape");
 };
@@ -91,7 +92,8 @@ template <typename T, typename S, int Blocks, int Ahead>
 __global__ void __launch_bounds__(S::kThreads, Blocks)
     slice_decode(const __grid_constant__ AttentionParams p, const __grid_constant__ SliceCut cut) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    constexpr int D = S::D, W = S::W, kWarps = S::kWarps, kThreads = S::kThreads, kRows = S::kRows, kSteps = S::kSteps, kSubs = S::kSubs;
+    constexpr int D = S::D, W = S::W, kWarps = S::kWarps, kThreads = S::kThreads;
+    constexpr int kRows = S::kRows, kSteps = S::kSteps, kSubs = S::kSubs;
     constexpr bool kExchange = S::kSplits > 1;
     constexpr int kMostClusterChannels = 8 * W;
     __shared__ alignas(16) float2 logits[2][D];  // (q, k); two sets, for this item and the next
@@ -427,18 +429,21 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
 // every multiprocessor has one, and for many, where a slice is wide so that less is done twice.
 template <typename T, int D, int W, int Warps, int Blocks, int Ahead> SliceKernel slice_instance() {
     using S = Slice<D, W, Warps>;
-    return {reinterpret_cast<const void*>(slice_decode<T, S, Blocks, Ahead>), W, S::kThreads, Blocks,
-            Ahead * S::kSteps * S::kThreads * static_cast<int32_t>(sizeof(float4))};
+    constexpr int32_t kSlots = Ahead * S::kSteps * S::kThreads * static_cast<int32_t>(sizeof(float4));
+    return {reinterpret_cast<const void*>(slice_decode<T, S, Blocks, Ahead>), W, S::kThreads, Blocks, kSlots,
+            kSlots + S::kStaticBytes};
 }
 
 template <typename T> SliceKernel slice_instance(int32_t head_dim, bool many) {
+    constexpr bool kHalf = sizeof(T) == 2;  // float32 needs twice the registers for P, so narrower slices of it
     switch (head_dim) {
-        case 64: return many ? slice_instance<T, 64, 64, 4, 4, 2>() : slice_instance<T, 64, 64, 8, 2, 2>();
+        case 64: return many ? slice_instance<T, 64, 64, 4, 4, 1>() : slice_instance<T, 64, 64, 8, 2, 1>();
         case 80: return many ? slice_instance<T, 80, 80, 8, 2, 1>() : slice_instance<T, 80, 40, 5, 3, 1>();
-        case 128: return many ? slice_instance<T, 128, 64, 8, 2, 1>() : slice_instance<T, 128, 32, 8, 2, 1>();
+        case 128:
+            return many ? slice_instance<T, 128, kHalf ? 128 : 64, kHalf ? 4 : 8, 2, 1>()
+                        : slice_instance<T, 128, 32, 8, 2, 1>();
         case 256:
-            // P's slice in registers: twice as many for float32.
-            return many ? slice_instance<T, 256, sizeof(T) == 4 ? 64 : 128, 16, 1, 1>()
+            return many ? slice_instance<T, 256, kHalf ? 128 : 64, kHalf ? 8 : 16, 1, 1>()
                         : slice_instance<T, 256, 32, 8, 2, 1>();
         default: return {};
     }
