@@ -58,12 +58,13 @@ fused_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
         at.last_token = min(at.first_token + tokens, p.length);
         at.first_chunk = at.first_token / kChunk;
         at.last_chunk = (min(at.last_token, at.length) + kChunk - 1) / kChunk;
+        at.steps = max(0, at.last_chunk - at.first_chunk) * (at.segment + 1 < at.segments ? 2 : 1);
     }
     __syncthreads();
 
     if (at.segment < at.segments) {
         if constexpr (!S::kWide) {
-            load_proj<T, D>(p, reinterpret_cast<T*>(shared));
+            load_proj<T, D, D == 80 ? 1 : 4>(p, reinterpret_cast<T*>(shared));
             __syncthreads();
         }
         // The same in all lanes, and known to be.

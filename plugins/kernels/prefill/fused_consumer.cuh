@@ -106,22 +106,19 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
     constexpr bool kHalf = kFeatureUnit<T> != 1.0f;  // float16: mind its range
     constexpr float kUnit = kFeatureUnit<T>;
     char* memory = shared + S::kProj + unit * cut.head_memory;
-    const int lane = threadIdx.x % 32, d = p.head_dim, head = at.first_head + unit;
+    const int lane = threadIdx.x % 32, d = p.head_dim;
+    const auto head = [&] { return at.first_head + opaque(unit); };
     const int local = warp * S::kColumns;
-    const int column = at.first_column + local;
-    T* values = reinterpret_cast<T*>(memory + S::kValues) + local;
-    T* gates = reinterpret_cast<T*>(memory + S::kGate) + local;
-    const uint32_t value_at = shared_address(values) + lane_by_column(kPitch);
-    const uint32_t first_key_at = shared_address(memory + S::kFeatures) + lane_by_row(S::kPitch);
-    const uint32_t first_score_at = shared_address(memory + S::kScores) + lane_by_row(S::kScorePitch);
+    const int column = S::kWide ? at.first_column + local : local;
+    const auto tile = [&](int offset) { return reinterpret_cast<T*>(memory + (D <= 80 ? opaque(offset) : offset)) + local; };
     // 64 tokens of this warp's columns; zeros past the end.
     const auto load = [&](int chunk, T* to, const void* tensor, int64_t batch_stride, int64_t stride, int first) {
         constexpr int kVectors = S::kColumns / 8;
-        const int mine = opaque(lane), v = mine % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
+        const int mine = D == 128 ? lane : opaque(lane), v = mine % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
         const T* from = static_cast<const T*>(tensor) + at.row * batch_stride + first;
         const T* token = from + (chunk * kChunk + mine / kVectors) * stride + v;
         uint32_t at_shared = shared_address(to + mine / kVectors * kPitch + v);
-#pragma unroll 4
+#pragma unroll 2
         for (int t = mine / kVectors; t < kChunk; t += 32 / kVectors) {
             copy_async(at_shared, t < count ? token : from, t < count);
             token += 32 / kVectors * stride;
@@ -131,18 +128,18 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
     };
     const auto load_values = [&](int chunk) {
         const int kv = at.kv_head[unit];
-        load(chunk, values, p.qkv, p.qkv_batch_stride, p.qkv_token_stride,
+        load(chunk, tile(S::kValues), p.qkv, p.qkv_batch_stride, p.qkv_token_stride,
              (p.num_heads + p.num_kv_heads + kv) * d + column);
     };
     const auto load_gates = [&](int chunk) {
-        load(chunk, gates, p.gate, p.gate_batch_stride, p.gate_token_stride, opaque(head) * d + column);
+        load(chunk, tile(S::kGate), p.gate, p.gate_batch_stride, p.gate_token_stride, head() * d + column);
     };
 
     const auto past_state = [&] {
-        return p.past_state + at.row * p.past_batch_stride + static_cast<int64_t>(opaque(head)) * d * d;
+        return p.past_state + at.row * p.past_batch_stride + static_cast<int64_t>(head()) * d * d;
     };
     const auto present_state = [&] {
-        return p.present_state + at.row * p.present_batch_stride + static_cast<int64_t>(opaque(head)) * d * d;
+        return p.present_state + at.row * p.present_batch_stride + static_cast<int64_t>(head()) * d * d;
     };
     if (at.length == 0) {
         const float4* past = reinterpret_cast<const float4*>(past_state());
@@ -160,22 +157,20 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
     for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int n = 0; n < F; ++n) state[m][n][0] = state[m][n][1] = state[m][n][2] = state[m][n][3] = 0.0f;
-    const bool split = at.segments > 1;
     if (at.segment == 0) {
         const float* past = past_state();
         each_element<D>(state, d, column, [&](int i, float& x) { x = past[i] * kUnit; });
-        if (split) store_slot<D>(exchange().slot(0), state);
+        if (at.segments > 1) store_slot<D>(exchange().slot(0), state);
     }
 
     float ratio = 1.0f;  // state = S kUnit ratio
     int step = 0;
     const int first_walk = at.segment + 1 < at.segments ? 1 : 2;
-    int left = (3 - first_walk) * max(0, at.last_chunk - at.first_chunk);  // chunks to come
     for (int walk = first_walk; walk <= 2; ++walk) {
         const bool full = walk == 2;
         load_values(at.first_chunk);
         if (full && !cut.raw) load_gates(at.first_chunk);
-        if (full && split) {
+        if (full && at.segments > 1) {
             const Exchange<D> others = exchange();
             if (at.segment == 0) {
                 add_slot<D>(others.slot(0), 0.0f, state);
@@ -191,7 +186,8 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
                 }
             }
         }
-        float bound = 0.0f;  // on |state|, for float16
+        float running = 0.0f;  // walk 1: log2 decay so far; walk 2: a bound on |state|, for float16
+        float& bound = running;
         if (kHalf && full) {
 #pragma unroll
             for (int m = 0; m < M; ++m)
@@ -202,14 +198,14 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
             bound = warp_max(bound);
         }
 
-        float faded = 0.0f;  // log2 decay of the segment
         for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
             float out[4][V][4] = {};
             // Where stages take turns there is one head: their barriers are those of a second head otherwise.
             const int stage = cut.stages == 2 ? step & 1 : 0, meeting = 3 * (unit + stage);
             barrier_sync(kFull + meeting, kMembers);
-            const uint32_t key_at = first_key_at + stage * S::kStage, query_at = key_at + S::kTile;
-            const uint32_t score_at = first_score_at + stage * S::kStage;
+            const uint32_t memory_at = shared_address(memory) + stage * S::kStage;
+            const uint32_t key_at = memory_at + S::kFeatures + lane_by_row(S::kPitch), query_at = key_at + S::kTile;
+            const uint32_t score_at = memory_at + S::kScores + lane_by_row(S::kScorePitch);
             const ChunkTerms decay(memory, S::kTerms, step);
             const int g = lane / 4;
             if (full) {
@@ -256,6 +252,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
             }
             wait_copies<0>();
             __syncwarp();
+            const uint32_t value_at = shared_address(tile(S::kValues)) + lane_by_column(kPitch);
             if (full) {
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
@@ -277,7 +274,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
 
             // state = e^A state + (weight v)^T phi(k)
             const float keep = decay.fade[kChunk - 1];
-            faded += decay.total[kChunk - 1];
+            if (!full) running += decay.total[kChunk - 1];
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -326,16 +323,16 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
             }
             __syncwarp();
             const bool more = chunk + 1 < at.last_chunk;
-            if (--left >= cut.stages) barrier_arrive(kEmpty + meeting, kMembers);
+            if (step + cut.stages < at.steps) barrier_arrive(kEmpty + meeting, kMembers);
             if (more) load_values(chunk + 1);
             if (full) {
                 if (cut.raw) {
-                    store_raw<D>(p, cut, at, out, decay.read, 1.0f / kUnit, head, column, chunk);
+                    store_raw<D>(p, cut, at, out, decay.read, 1.0f / kUnit, head(), column, chunk);
                 } else {
                     if (cut.set > 1 && p.table_rows) scale_rows<S::kColumns / 8>(out, decay.read);
-                    normalise<T, D>(p, cut, at, shared, gates, out, decay.epsilon, unit, local, step & 1);
+                    normalise<T, D>(p, cut, at, shared, tile(S::kGate), out, decay.epsilon, unit, local, step & 1);
                     __syncwarp();
-                    store_rows<T, D>(p, at, gates, head, column, chunk);
+                    store_rows<T, D>(p, at, tile(S::kGate), head(), column, chunk);
                     __syncwarp();
                     if (more) load_gates(chunk + 1);
                 }
@@ -345,7 +342,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         if (!full) {
             const Exchange<D> others = exchange();
             store_slot<D>(others.slot(at.segment + 1), state);
-            if (lane == 0) others.decays[at.segment * others.members] = faded;
+            if (lane == 0) others.decays[at.segment * others.members] = running;
             raise_flag(others.flags + at.segment * others.members);
         }
     }

@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_rows(const AttentionParams& p, const Place
     if (column + v >= p.head_dim) return;
     T* to = rows + (chunk * kChunk + lane / kVectors) * p.output_token_stride + v;
     const int count = min(kChunk, at.length - chunk * kChunk);
-#pragma unroll 4
+#pragma unroll 2
     for (int t = lane / kVectors; t < count; t += 32 / kVectors, to += 32 / kVectors * p.output_token_stride)
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(tile + t * Shape<D>::kValuePitch + v);
 }

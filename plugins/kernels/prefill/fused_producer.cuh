@@ -1,14 +1,19 @@
 // The producer warps of the fused kernel: features and scores.
 #pragma once
 
+#include <type_traits>
+
 #include "fused_shape.cuh"
 
 namespace dijiang::prefill {
 
 constexpr float kLog2e = 1.44269504f;
 
+template <int kValue> using Count = std::integral_constant<int, kValue>;
+
 // All threads: P, rounded to T and padded with zeros.
-template <typename T, int D> __device__ __forceinline__ void load_proj(const AttentionParams& p, T* proj) {
+template <typename T, int D, int kUnroll> __device__ __forceinline__ void load_proj(const AttentionParams& p, T* proj) {
+#pragma unroll kUnroll
     for (int i = threadIdx.x; i < D * D / 4; i += blockDim.x) {
         const int r = i / (D / 4), c = i % (D / 4) * 4;
         const bool there = r < p.head_dim && c < p.head_dim;
@@ -46,10 +51,11 @@ __device__ __forceinline__ void prepare_rotation(const AttentionParams& p, float
     }
 }
 
-// Rotates 16 rows in shared memory, from an accurate start per call by steps.
-template <typename T>
+// Rotates 16 rows of kTiles tiles in shared memory, `tile` elements apart, from an accurate start per call by steps.
+template <typename T, int kTiles>
 __device__ __forceinline__ void
-rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* rows, int pitch, int position) {
+rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* rows, int tile, int pitch,
+            int position) {
     if (mine.group >= mine.groups) return;
     const int i = mine.i;
     const bool second = i + 1 < half, even = half % 2 == 0;
@@ -63,22 +69,30 @@ rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* rows, int 
 #pragma unroll 2
     for (int t = mine.group; t < 16; t += mine.groups) {
         T* row = rows + t * pitch + i;
-        float2 a, b;
-        if (even) {
-            a = unpack<T>(*reinterpret_cast<const uint32_t*>(row));
-            b = unpack<T>(*reinterpret_cast<const uint32_t*>(row + half));
-        } else {
-            a = make_float2(to_float(row[0]), second ? to_float(row[1]) : 0.0f);
-            b = make_float2(to_float(row[half]), second ? to_float(row[half + 1]) : 0.0f);
+        float2 a[kTiles], b[kTiles];
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+            const T* x = row + m * tile;
+            if (even) {
+                a[m] = unpack<T>(*reinterpret_cast<const uint32_t*>(x));
+                b[m] = unpack<T>(*reinterpret_cast<const uint32_t*>(x + half));
+            } else {
+                a[m] = make_float2(to_float(x[0]), second ? to_float(x[1]) : 0.0f);
+                b[m] = make_float2(to_float(x[half]), second ? to_float(x[half + 1]) : 0.0f);
+            }
         }
-        const float2 x = make_float2(a.x * r[0].x - b.x * r[0].y, a.y * r[1].x - b.y * r[1].y);
-        const float2 y = make_float2(b.x * r[0].x + a.x * r[0].y, b.y * r[1].x + a.y * r[1].y);
-        if (even) {
-            *reinterpret_cast<uint32_t*>(row) = pack<T>(x.x, x.y);
-            *reinterpret_cast<uint32_t*>(row + half) = pack<T>(y.x, y.y);
-        } else {
-            row[0] = from_float<T>(x.x), row[half] = from_float<T>(y.x);
-            if (second) row[1] = from_float<T>(x.y), row[half + 1] = from_float<T>(y.y);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+            T* to = row + m * tile;
+            const float2 x = make_float2(a[m].x * r[0].x - b[m].x * r[0].y, a[m].y * r[1].x - b[m].y * r[1].y);
+            const float2 y = make_float2(b[m].x * r[0].x + a[m].x * r[0].y, b[m].y * r[1].x + a[m].y * r[1].y);
+            if (even) {
+                *reinterpret_cast<uint32_t*>(to) = pack<T>(x.x, x.y);
+                *reinterpret_cast<uint32_t*>(to + half) = pack<T>(y.x, y.y);
+            } else {
+                to[0] = from_float<T>(x.x), to[half] = from_float<T>(y.x);
+                if (second) to[1] = from_float<T>(x.y), to[half + 1] = from_float<T>(y.y);
+            }
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j)
@@ -91,6 +105,7 @@ template <typename T, int kTiles, int N>
 __device__ __forceinline__ void softmax_rows(float (&x)[kTiles][N][4], uint32_t (&packed)[kTiles][N][2], int d) {
     constexpr int R = 2 * kTiles;  // rows of a lane
     if (d < 8 * N) {
+        asm volatile("");  // a branch, not a selection per element
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -188,15 +203,15 @@ __device__ __forceinline__ void write_terms(const ChunkTerms& out, const Terms (
     }
 }
 
-// Decayed causal scores of 16 tokens against those up to them; eight warps take turns of 32 tokens.
+// Decayed causal scores of 16 tokens against those up to them.
 template <typename T, int D>
 __device__ __forceinline__ void
 write_scores(const ChunkTerms& decay, uint32_t queries, uint32_t keys, T* scores, int warp) {
     using S = Shape<D>;
-    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row0 = 16 * (warp % 4);
+    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row0 = 16 * warp;
     const float total[2] = {decay.total[row0 + g], decay.total[row0 + g + 8]};
 #pragma unroll 1
-    for (int j = warp / 4 * 2; j <= warp % 4; j += S::kProducers / 2) {  // 32 earlier tokens at a time: enough products in flight
+    for (int j = 0; j <= warp; j += 2) {  // 32 earlier tokens at a time: enough products in flight
         float sum[4][4] = {};
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
@@ -250,10 +265,8 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut
     constexpr int N = D / 8, kPitch = S::kPitch, kMembers = 32 * S::kWarps;
     char* memory = shared + S::kProj + unit * cut.head_memory;
     const int lane = threadIdx.x % 32, d = p.head_dim, head = at.first_head + unit;
-    const int g = lane / 4, c = 2 * (lane % 4), row0 = 16 * (warp % 4);
-    // Tile 0 is k, 1 is q. Of eight warps each has one of them, of four each has both.
-    constexpr bool kOne = S::kProducers == 8;
-    const int first_tile = kOne ? warp / 4 : 0, half = p.rotary_dim / 2;
+    const int g = lane / 4, c = 2 * (lane % 4), row0 = 16 * warp;
+    const int half = p.rotary_dim / 2;
     T* raw = reinterpret_cast<T*>(memory + S::kRaw) + row0 * kPitch;  // this warp's rows of k; q's are a tile further
     const uint32_t raw_at = shared_address(raw), proj_at = shared_address(shared) + lane_by_row(kPitch);
 
@@ -281,9 +294,8 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut
     int step = 0;  // chunks so far
     for (int walk = at.segment + 1 < at.segments ? 1 : 2; walk <= 2; ++walk) {
         const bool full = walk == 2;
-        const int end_tile = kOne ? (full ? first_tile + 1 : 1) : walk;
         if (at.first_chunk < at.last_chunk)
-            for (int tile = first_tile; tile < end_tile; ++tile) load(at.first_chunk, tile);
+            for (int tile = 0; tile < walk; ++tile) load(at.first_chunk, tile);  // 0 is k, 1 is q
         for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
             wait_copies<0>();
             __syncwarp();
@@ -291,30 +303,41 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut
             const int stage = cut.stages == 2 ? step & 1 : 0, meeting = 3 * (unit + stage);
             T* features = reinterpret_cast<T*>(memory + S::kFeatures + stage * S::kStage);
             bool waiting = step >= cut.stages;
-#pragma unroll 1
-            for (int tile = first_tile; tile < end_tile; ++tile) {
-                T* own = raw + tile * kChunk * kPitch;
-                rotate_rows<T>(rotary, half, at.turns, own, kPitch,
-                                      at.position + chunk * kChunk + row0);
+            // Tiles [first, first + count): from raw rows to features.
+            const auto process = [&](auto count, int tile) {
+                constexpr int kTiles = decltype(count)::value;
+                rotate_rows<T, kTiles>(rotary, half, at.turns, raw + tile * kChunk * kPitch, kChunk * kPitch, kPitch,
+                                       at.position + chunk * kChunk + row0);
                 __syncwarp();
-                float sum[1][N][4];
-                uint32_t packed[1][N][2];
-                project<T, D, 1>(sum, raw_at + tile * S::kTile + lane_by_row(kPitch), 0, proj_at);
+                float sum[kTiles][N][4];
+                uint32_t packed[kTiles][N][2];
+                project<T, D, kTiles>(sum, raw_at + tile * S::kTile + lane_by_row(kPitch), S::kTile, proj_at);
                 __syncwarp();
-                if (more) load(chunk + 1, tile);
-                softmax_rows<T, 1, N>(sum, packed, d);
+                if (more)
+                    for (int m = 0; m < kTiles; ++m) load(chunk + 1, tile + m);
+                softmax_rows<T, kTiles, N>(sum, packed, d);
 #pragma unroll
-                for (int n = 0; n < N; ++n) keep_before(packed[0][n][0]), keep_before(packed[0][n][1]);
+                for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+                    for (int n = 0; n < N; ++n) keep_before(packed[m][n][0]), keep_before(packed[m][n][1]);
                 if (waiting) barrier_sync(kEmpty + meeting, kMembers);
                 waiting = false;
                 T* to = features + (tile * kChunk + row0 + g) * kPitch + c;
 #pragma unroll
-                for (int n = 0; n < N; ++n)
+                for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-                    for (int h = 0; h < 2; ++h)
-                        *reinterpret_cast<uint32_t*>(to + 8 * h * kPitch + 8 * n) = packed[0][n][h];
+                    for (int n = 0; n < N; ++n)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h)
+                            *reinterpret_cast<uint32_t*>(to + (m * kChunk + 8 * h) * kPitch + 8 * n) = packed[m][n][h];
+            };
+            if constexpr (S::kTogether) {
+                if (full) process(Count<2>{}, 0);
+                else process(Count<1>{}, 0);
+            } else {
+#pragma unroll 1
+                for (int tile = 0; tile < walk; ++tile) process(Count<1>{}, tile);
             }
-            if (waiting) barrier_sync(kEmpty + meeting, kMembers);
             const ChunkTerms decay(memory, S::kTerms, step);
             if (warp == 0) {
                 Terms terms[2];

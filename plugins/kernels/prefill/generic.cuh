@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kGenericThreads) features_kernel(const Attenti
 
 // grid (ceil(d / 64), H, B). A thread owns two value columns (64 by lanes) and d/8 features (by warps) of the state.
 template <typename T>
-__global__ void __launch_bounds__(kGenericThreads)
+__global__ void __launch_bounds__(kGenericThreads, 1)
 scan_kernel(const AttentionParams p, const float* features, float* raw) {
     constexpr int C = kScanTokens, V = kScanColumns;
     const int d = p.head_dim, pitch = padded(d), row = blockIdx.z, head = blockIdx.y;

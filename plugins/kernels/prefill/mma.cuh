@@ -84,11 +84,11 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t addres
 // The address that this lane gives ldmatrix for a 16x16 block of rows of `pitch` elements of 2 bytes.
 // by_row: blocks in the order (0,0) (8,0) (0,8) (8,8) as (row, column); otherwise (0,0) (0,8) (8,0) (8,8).
 __device__ __forceinline__ uint32_t lane_by_row(int pitch) {
-    const int lane = threadIdx.x % 32;
+    const int lane = opaque(threadIdx.x % 32);
     return 2u * ((lane % 16) * pitch + lane / 16 * 8);
 }
 __device__ __forceinline__ uint32_t lane_by_column(int pitch) {
-    const int lane = threadIdx.x % 32;
+    const int lane = opaque(threadIdx.x % 32);
     return 2u * ((lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
 }
 

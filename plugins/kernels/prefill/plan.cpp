@@ -24,27 +24,22 @@ struct FusedShape {
     size_t bytes(int set, int stages) const { return proj() + set * (head(stages) + stats()); }
 };
 
-#if P128
-constexpr FusedShape kFused128 = {128, 16, 8, 8, 1};
-#else
-constexpr FusedShape kFused128 = {128, 32, 4, 4, 1};
-#endif
-
 FusedShape fused_shape(int d) {
     if (d <= 64) return {64, 16, 4, 4, 2};
     if (d <= 80) return {80, 16, 5, 4, 2};
-    if (d <= 128) return kFused128;
+    if (d <= 128) return {128, 32, 4, 4, 1};
     return {256, 16, 4, 4, 1};
 }
 
 constexpr size_t kStaticShared = 2304;  // at most, of any kernel here
 constexpr size_t kReserved = 2304;      // of a fused block: static variables and the runtime's 1 KB
 
-constexpr int kMostSegments = 8;
 
 // Grows with length, so that `needs` may look at the longest alone.
 int most_segments(int64_t jobs, int chunks, int64_t room) {
-    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({kMostSegments, room / jobs, chunks})));
+    // Every segment reads what all before it found: many only where each has much to do itself.
+    const int64_t most = std::min(16, std::max(8, chunks / 4));
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({most, room / jobs, chunks})));
 }
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }

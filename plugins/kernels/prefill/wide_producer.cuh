@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(256, 1) wide_features_kernel(const __grid_cons
     __shared__ float4 turns[128];
     prepare_rotation(p, turns);
     const RotaryLane low(p.rotary_dim / 2, 0), high(p.rotary_dim / 2, 64);
-    load_proj<T, D>(p, reinterpret_cast<T*>(shared));
+    load_proj<T, D, 16>(p, reinterpret_cast<T*>(shared));
     __syncthreads();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = 2 * (lane % 4), d = p.head_dim;
     T* rows = reinterpret_cast<T*>(shared) + D * kPitch + 16 * warp * kPitch;
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(256, 1) wide_features_kernel(const __grid_cons
         commit_copies();
         wait_copies<0>();
         __syncwarp();
-        rotate_rows<T>(low, p.rotary_dim / 2, turns, rows, kPitch, p.positions[row] + first);
-        rotate_rows<T>(high, p.rotary_dim / 2, turns, rows, kPitch, p.positions[row] + first);
+        rotate_rows<T, 1>(low, p.rotary_dim / 2, turns, rows, 0, kPitch, p.positions[row] + first);
+        rotate_rows<T, 1>(high, p.rotary_dim / 2, turns, rows, 0, kPitch, p.positions[row] + first);
         __syncwarp();
         float sum[1][N][4];
         uint32_t packed[1][N][2];
