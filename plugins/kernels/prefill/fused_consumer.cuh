@@ -107,14 +107,14 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
     constexpr float kUnit = kFeatureUnit<T>;
     char* memory = shared + S::kProj + unit * cut.head_memory;
     const int lane = threadIdx.x % 32, d = p.head_dim;
-    const auto head = [&] { return at.first_head + opaque(unit); };
+    const auto head = [&] { return at.first_head + (S::kMostHeads == 1 ? 0 : opaque(unit)); };
     const int local = warp * S::kColumns;
     const int column = S::kWide ? at.first_column + local : local;
     const auto tile = [&](int offset) { return reinterpret_cast<T*>(memory + (D <= 80 ? opaque(offset) : offset)) + local; };
     // 64 tokens of this warp's columns; zeros past the end.
     const auto load = [&](int chunk, T* to, const void* tensor, int64_t batch_stride, int64_t stride, int first) {
         constexpr int kVectors = S::kColumns / 8;
-        const int mine = D == 128 ? lane : opaque(lane), v = mine % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
+        const int mine = D >= 128 ? lane : opaque(lane), v = mine % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
         const T* from = static_cast<const T*>(tensor) + at.row * batch_stride + first;
         const T* token = from + (chunk * kChunk + mine / kVectors) * stride + v;
         uint32_t at_shared = shared_address(to + mine / kVectors * kPitch + v);

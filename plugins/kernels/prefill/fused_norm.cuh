@@ -175,8 +175,8 @@ normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char*
                 for (int i = 0; i < kRows; ++i) z[i] = unpack<T>(gate[i * kStep]);
 #pragma unroll
                 for (int i = 0; i < kRows; ++i) {
-                    const float x = fmaf(out[(row + i) / 2][n][i % 2 * 2], first[i], second[i]);
-                    const float y = fmaf(out[(row + i) / 2][n][i % 2 * 2 + 1], first[i], second[i]);
+                    const float x = fmaf(out[(row + i) / 2][n][(row + i) % 2 * 2], first[i], second[i]);
+                    const float y = fmaf(out[(row + i) / 2][n][(row + i) % 2 * 2 + 1], first[i], second[i]);
                     gate[i * kStep] = pack<T>(fmaf(x, w.x, b.x) * fast_silu(z[i].x), fmaf(y, w.y, b.y) * fast_silu(z[i].y));
                 }
             }
