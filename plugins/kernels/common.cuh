@@ -12,7 +12,8 @@ namespace dijiang {
 // sums over a chunk stay finite. docs/mathematics.md, section on tables.
 constexpr float kLeastLogDecay = -30.0f;
 
-// Just above float32's smallest normal number: what GroupNorm's epsilon may shrink to (reference/attention.py).
+// Just above float32's smallest normal number: what GroupNorm's epsilon may shrink to
+// (reference/attention.py).
 constexpr float kLeastEpsilon = 1e-37f;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -51,16 +52,16 @@ __device__ __forceinline__ Turns turns_per_token(float inv_freq) {
     return {hi, fmaf(inv_freq, kHi, -hi) + inv_freq * kLo};
 }
 
-// The rotary angle of an integer position (exact below 2^24) as a fraction of a turn in about [-0.5, 0.5]: the
-// product with hi is exact as an unevaluated sum, so nothing is lost at position 10^6.
+// The rotary angle of an integer position (exact below 2^24) as a fraction of a turn in about [-0.5, 0.5]:
+// the product with hi is exact as an unevaluated sum, so nothing is lost at position 10^6.
 __device__ __forceinline__ float rotary_turn(Turns turns, float position) {
     const float whole = position * turns.hi;
     const float rest = fmaf(position, turns.hi, -whole);
     return (whole - rintf(whole)) + fmaf(position, turns.lo, rest);
 }
 
-// cos and sin of a fraction of a turn in [-1, 1], to float32's accuracy: Taylor series on an eighth of a turn to
-// each side of the nearest quarter, where the first term left out is below 3e-8.
+// cos and sin of a fraction of a turn in [-1, 1], to float32's accuracy: Taylor series on an eighth of a turn
+// to each side of the nearest quarter, where the first term left out is below 3e-8.
 __device__ __forceinline__ void rotary_cos_sin(float turn, float& cosine, float& sine) {
     const float quarters = rintf(4.0f * turn);
     const float x = fmaf(-0.25f, quarters, turn) * 6.2831853f, x2 = x * x;

@@ -31,11 +31,16 @@ __device__ __forceinline__ uint32_t cluster_count() {
 
 // The two halves of a barrier over the cluster. Its only use is at the start: nobody may write to a block
 // that does not run yet, or whose mbarriers are not published.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+                 : "memory");
 }
 __device__ __forceinline__ void mbarrier_publish() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -43,7 +48,8 @@ __device__ __forceinline__ void mbarrier_publish() {
 
 // This phase of the barrier ends when `bytes` have been sent to this block.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+    const uint32_t address = shared_address(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                  : "memory");
 }
 
@@ -69,20 +75,26 @@ __device__ __forceinline__ uint32_t address_at(const void* mine, uint32_t rank) 
 
 // Store into another block's shared memory; its mbarrier counts the bytes as they arrive.
 __device__ __forceinline__ void send(uint32_t address, float value, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address),
-                 "f"(value), "r"(barrier)
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+                 :
+                 : "r"(address), "f"(value), "r"(barrier)
                  : "memory");
 }
 __device__ __forceinline__ void send(uint32_t address, float2 value, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
-                 "f"(value.x), "f"(value.y), "r"(barrier)
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                 :
+                 : "r"(address), "f"(value.x), "f"(value.y), "r"(barrier)
                  : "memory");
 }
 
 // Programmatic dependent launch: the next kernel may take its place on the multiprocessors now; what the
 // previous one wrote may be read after the wait. Both do nothing in an ordinary launch.
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 
 #else
 

@@ -13,7 +13,7 @@ namespace decode {
 namespace {
 
 constexpr int32_t kMostClusterBlocks = 8;  // what every GPU with clusters can do
-constexpr int32_t kLeastWidth = 16;        // columns of a block of the stream kernel: 64 bytes of a state's row
+constexpr int32_t kLeastWidth = 16;        // columns of a block of the stream kernel: 64 bytes of a row
 
 constexpr int64_t kManyBytes = 32 * 1024;  // of state a multiprocessor, from where wide slices are faster
 
@@ -44,16 +44,19 @@ SliceKernel slice_kernel(const dijiang_geometry& geometry, int32_t batch, const 
 }
 
 Work slice_work(const SliceKernel& kernel, const SliceCut& cut) {
-    return {kernel.function, cut.heads * cut.splits, kernel.threads, kernel.blocks_per_sm, kernel.shared_memory, cut.items};
+    return {kernel.function,      cut.heads * cut.splits, kernel.threads,
+            kernel.blocks_per_sm, kernel.shared_memory,   cut.items};
 }
 
 int32_t stream_blocks_per_sm(const dijiang_device& device, int32_t shared_memory) {
-    return std::max(1, std::min(kStreamBlocksPerSm, fitting_blocks(device, shared_memory + kStreamStaticMemory)));
+    const int32_t fitting = fitting_blocks(device, shared_memory + kStreamStaticMemory);
+    return std::max(1, std::min(kStreamBlocksPerSm, fitting));
 }
 
 Work stream_work(const dijiang_geometry& geometry, const StreamCut& cut, const dijiang_device& device) {
     const int32_t memory = stream_shared_memory(geometry.dtype, geometry.head_dim, cut.resident != 0);
-    return {stream_kernel(geometry.dtype), 1, kStreamThreads, stream_blocks_per_sm(device, memory), memory, cut.items};
+    const int32_t blocks = stream_blocks_per_sm(device, memory);
+    return {stream_kernel(geometry.dtype), 1, kStreamThreads, blocks, memory, cut.items};
 }
 
 // Clusters that the GPU holds at once if nothing is known but its size.
@@ -80,7 +83,8 @@ cudaError_t prepare(const Work& work, const dijiang_device& device, int32_t& clu
     status = cudaFuncGetAttributes(&attributes, work.function);
     if (status != cudaSuccess) return status;
     if (attributes.maxDynamicSharedSizeBytes < work.shared_memory) {
-        status = cudaFuncSetAttribute(work.function, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_memory);
+        status = cudaFuncSetAttribute(work.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      work.shared_memory);
         if (status != cudaSuccess) return status;
     }
     clusters = expected_clusters(work, device);
@@ -167,8 +171,8 @@ StreamCut cut_stream(const dijiang_geometry& g, int32_t batch, const dijiang_dev
     return cut;
 }
 
-cudaError_t enqueue(const Work& work, const AttentionParams& params, const void* cut, const dijiang_device& device,
-                    bool overlap, cudaStream_t stream) {
+cudaError_t enqueue(const Work& work, const AttentionParams& params, const void* cut,
+                    const dijiang_device& device, bool overlap, cudaStream_t stream) {
     int32_t clusters = 0;
     const cudaError_t status = prepare(work, device, clusters);
     if (status != cudaSuccess) return status;
@@ -196,8 +200,8 @@ Needs needs(const dijiang_geometry& g, int32_t max_batch, const dijiang_device& 
     bool in_memory = false;
     for (const int32_t batch : {1, max_batch}) {
         const SliceKernel kernel = slice_kernel(g, batch, device);
-        const Norm norm =
-            kernel.function != nullptr ? cut_slices(g, batch, kernel).norm : cut_stream(g, batch, device).norm;
+        const bool slices = kernel.function != nullptr;
+        const Norm norm = slices ? cut_slices(g, batch, kernel).norm : cut_stream(g, batch, device).norm;
         in_memory = in_memory || norm == Norm::memory;
     }
     if (!in_memory) return {0, 0};
@@ -229,7 +233,8 @@ std::string plan(const dijiang_geometry& g, int32_t batch, const dijiang_device&
            " threads=" + std::to_string(work.threads) + " norm=" + name(norm);
 }
 
-cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device& device, cudaStream_t stream) {
+cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device& device,
+                   cudaStream_t stream) {
     const dijiang_geometry g = {p.num_heads, p.num_kv_heads, p.head_dim, p.rotary_dim,
                                 dtype,       p.table_rows,   p.epsilon,  0};
     // Only code of compute capability 9.0 and up waits for the previous kernel by itself.

@@ -24,7 +24,9 @@ struct Divisor {
     __device__ int quotient(int x) const { return magic == 0 ? x : static_cast<int>(__umulhi(x, magic)); }
 #endif
 };
-inline Divisor divisor(int32_t n) { return {n == 1 ? 0u : static_cast<uint32_t>((uint64_t{1} << 32) / n + 1)}; }
+inline Divisor divisor(int32_t n) {
+    return {n == 1 ? 0u : static_cast<uint32_t>((uint64_t{1} << 32) / n + 1)};
+}
 
 // The slice kernel: a cluster serves `heads` heads, each by `splits` blocks that own some columns each.
 struct SliceCut {
@@ -49,7 +51,8 @@ struct StreamCut {
 struct SliceKernel {
     const void* function = nullptr;
     int32_t width = 0, threads = 0, blocks_per_sm = 0;  // a block's columns and threads
-    int32_t shared_memory = 0, all_shared_memory = 0;    // a block's bytes: dynamic ones, and with static ones
+    int32_t shared_memory = 0;      // a block's bytes, those that are asked for at the launch
+    int32_t all_shared_memory = 0;  // all of a block's bytes
 };
 SliceKernel slice_kernel_f32(int32_t head_dim, bool many);
 SliceKernel slice_kernel_f16(int32_t head_dim, bool many);
@@ -72,7 +75,7 @@ struct Work {
 SliceCut cut_slices(const dijiang_geometry&, int32_t batch, const SliceKernel&);
 StreamCut cut_stream(const dijiang_geometry&, int32_t batch, const dijiang_device&);
 
-// Enqueues as many clusters as fit the GPU, or as there are items. `overlap`: a programmatic dependent launch.
+// Enqueues as many clusters as fit the GPU, or as there are items. `overlap`: programmatic dependent launch.
 cudaError_t enqueue(const Work&, const AttentionParams&, const void* cut, const dijiang_device&, bool overlap,
                     cudaStream_t);
 

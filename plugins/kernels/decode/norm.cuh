@@ -27,8 +27,8 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
-// 16 bytes from global to this thread's place in shared memory, past L1 and the registers. Whole states are read:
-// L2 may fetch 256 bytes at once.
+// 16 bytes from global to this thread's place in shared memory, past L1 and the registers. Whole states are
+// read: L2 may fetch 256 bytes at once.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(
                      static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
@@ -41,12 +41,14 @@ template <int Pending> __device__ __forceinline__ void wait_async() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// One warp normalises one group: get(c) is its channel c in 0..channels-1, put(c, y) takes the normalised value.
-// The group is divided by the power of two below its largest magnitude if that exceeds one, so that squares cannot
-// overflow: docs/mathematics.md, section 5, divides by the magnitude itself, which any scale near it replaces. Most groups have at most 32 channels, one a lane, read once.
+// One warp normalises one group: get(c) is its channel c in 0..channels-1, put(c, y) takes the value for it.
+// The group is divided by the power of two below its largest magnitude if that exceeds one, so that squares
+// cannot overflow (docs/mathematics.md, section 5, divides by the magnitude itself; any scale near it will do).
+// Most groups have at most 32 channels, one a lane, read once.
 template <typename Get, typename Put>
-__device__ __forceinline__ void normalise_group(int channels, float inverse_channels, float epsilon, Get get, Put put) {
-    // The sum is taken before the scale is known; 2^-10 keeps it finite, and loses only what is far below epsilon.
+__device__ __forceinline__ void normalise_group(int channels, float inverse_channels, float epsilon, Get get,
+                                                Put put) {
+    // The sum is taken before the scale is known; 2^-10 keeps it finite, and loses what is far below epsilon.
     constexpr float kShrink = 1.0f / 1024.0f;
     const int lane = threadIdx.x % 32;
     const float first = lane < channels ? get(lane) : 0.0f;
@@ -75,14 +77,15 @@ __device__ __forceinline__ void normalise_group(int channels, float inverse_chan
         squares += x * x;
     }
     squares = warp_sum(squares);
-    const float inverse = rsqrtf(squares * inverse_channels + fmaxf(epsilon * shrink * shrink, kLeastEpsilon));
+    const float least = fmaxf(epsilon * shrink * shrink, kLeastEpsilon);
+    const float inverse = rsqrtf(squares * inverse_channels + least);
     if (lane < channels) put(lane, centred * inverse);
 #pragma unroll 1
     for (int c = lane + 32; c < channels; c += 32) put(c, (__fmul_rn(get(c), shrink) - mean) * inverse);
 }
 
-// Every block of a head set has written its part of the raw outputs to global memory and calls this; true in the
-// one that comes last, which may then read the others' parts. The counter is left at zero. All threads call.
+// Every block of a head set has written its part of the raw outputs to global memory and calls this; true in
+// the last one, which may then read the others' parts. The counter is left at zero. All threads call.
 __device__ __forceinline__ bool arrives_last(uint32_t* counter, uint32_t arrivals) {
     __shared__ uint32_t last;
     __threadfence();
@@ -97,7 +100,8 @@ __device__ __forceinline__ bool arrives_last(uint32_t* counter, uint32_t arrival
 template <typename T>
 __device__ __forceinline__ void finish_set(const AttentionParams& p, int row, int set, int set_channels) {
     const int64_t start = static_cast<int64_t>(set) * set_channels;
-    const float* raw = static_cast<const float*>(p.workspace) + static_cast<int64_t>(row) * p.num_heads * p.head_dim + start;
+    const float* raw = static_cast<const float*>(p.workspace) +
+                       static_cast<int64_t>(row) * p.num_heads * p.head_dim + start;
     const T* gate = static_cast<const T*>(p.gate) + row * p.gate_batch_stride + start;
     T* output = static_cast<T*>(p.output) + row * p.output_batch_stride + start;
     const int groups = set_channels / p.num_heads;

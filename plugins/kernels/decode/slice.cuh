@@ -1,92 +1,24 @@
 // Decode for the common head sizes on GPUs with thread-block clusters: DijiangAttention of one token per row.
 //
-// A head's state [D, D] is cut into column slices of W; a block owns one slice of one head at a time and keeps
-// its slice of P, [D, W], in registers for as long as it lives. Per item:
+// A head's state [D, D] is cut into column slices of W; a block owns one slice of one head at a time and
+// keeps its slice of P, [D, W], in registers for as long as it lives. Per item:
 //
 //   each warp   turns its share of q and k (RoPE) and multiplies it with its rows of P's slice;
 //   the block   sums the warps' parts to W logits of q and of k, and sends them to the head's other blocks;
 //   each warp   softmax over all D logits, S' = a S + b phi(k) v and phi(q) S' on its rows;
 //   the block   sums o, exchanges it if GroupNorm groups leave the slice, normalises, gates, stores.
 //
-// The next item's state is requested piece by piece as this item's is used up, and arrives while its features are
-// computed. Nothing waits for the whole cluster: blocks send to mbarriers (cluster.cuh).
+// The next item's state is requested piece by piece as this item's is used up, and arrives while its features
+// are computed. Nothing waits for the whole cluster: blocks send to mbarriers (cluster.cuh).
 #pragma once
 
 #include "decode/cluster.cuh"
 #include "decode/internal.h"
 #include "decode/norm.cuh"
+#include "decode/slice_shape.cuh"
 
 namespace dijiang {
 namespace decode {
-
-template <int D_, int W_, int Warps> struct Slice {
-    static constexpr int D = D_, W = W_, kWarps = Warps, kThreads = 32 * Warps;
-    static constexpr int kSplits = D / W;
-    static constexpr int kQuads = W / 4;                           // float4 in a row of the slice
-    static constexpr int kSubs = 32 / kQuads;                      // rows that a warp touches at once
-    static constexpr int kRows = D / kWarps;                       // rows of a warp
-    static constexpr int kSteps = (kRows + kSubs - 1) / kSubs;     // rows of a lane
-    static constexpr int kTurned = kRows <= 16 ? 1 : 2;            // elements of q and k that a lane turns
-    static constexpr int kKeyLane = kRows <= 16 ? kRows : 0;       // where k's begin, in the last of them
-    static constexpr int kLogits = D / 16;                         // logits of q or of k of a lane
-    static constexpr int kStaticBytes = 24 * D + 12 * kWarps * W + 88 * W + 128;  // of shared memory, rounded up
-    static constexpr bool kFull = kQuads * kSubs == 32 && kRows % kSubs == 0;  // no lane or step is idle
-    static_assert(D % kWarps == 0 && W % 4 == 0 && kRows <= 32, "untried shape");
-};
-
-// Sums N values over the lanes that share a column quad. Afterwards lane 0 of them, or with a power of two of
-// them each lane, holds a part: `count` values starting at `start`.
-template <int Quads, int Subs, int N> struct SubSum {
-    static constexpr bool kPowerOfTwo = Quads * Subs == 32;
-    static constexpr int kKept = kPowerOfTwo ? (N / Subs > 0 ? N / Subs : 1) : N;
-
-    // Returns where the kept values start; negative if this lane keeps none.
-    static __device__ __forceinline__ int run(float (&v)[N], int lane) {
-        int start = 0;
-        if constexpr (kPowerOfTwo) {
-            int left = N;
-#pragma unroll
-            for (int offset = 16; offset >= Quads; offset /= 2) {
-                const bool upper = (lane & offset) != 0;
-                if (left > 1) {
-                    left /= 2;
-#pragma unroll
-                    for (int i = 0; i < N / 2; ++i) {
-                        if (i < left) {
-                            const float given = upper ? v[i] : v[i + left];
-                            const float kept = upper ? v[i + left] : v[i];
-                            v[i] = kept + __shfl_xor_sync(~0u, given, offset);
-                        }
-                    }
-                    start += upper ? left : 0;
-                } else {
-                    v[0] += __shfl_xor_sync(~0u, v[0], offset);
-                    if (upper) start = -N;
-                }
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                float sum = v[i];
-#pragma unroll
-                for (int sub = 1; sub < Subs; ++sub) sum += __shfl_down_sync(~0u, v[i], sub * Quads);
-                v[i] = sum;
-            }
-            if (lane >= Quads) start = -N;
-        }
-        return start;
-    }
-};
-
-// Four neighbouring elements.
-template <typename T> struct alignas(4 * sizeof(T)) Quad {
-    T x, y, z, w;
-};
-
-template <typename T> __device__ __forceinline__ float4 load_quad(const T* from) {
-    const Quad<T> q = *reinterpret_cast<const Quad<T>*>(from);
-    return {to_float(q.x), to_float(q.y), to_float(q.z), to_float(q.w)};
-}
 
 template <typename T, typename S, int Blocks, int Ahead>
 __global__ void __launch_bounds__(S::kThreads, Blocks)
@@ -140,8 +72,8 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
     const int half = p.rotary_dim / 2;
     wait_for_previous_kernel();
 
-    // Requested one item ahead, and not touched before it is needed: elements of q and k and their partners, and
-    // by the first W threads a column's value, gate and affine.
+    // Requested one item ahead, and not touched before it is needed: elements of q and k and their partners,
+    // and by the first W threads a column's value, gate and affine.
     T own[S::kTurned], partner[S::kTurned], value = T(), opening = T();
     float weight = 0.0f, bias = 0.0f;
     int position = 0, valid = 0;
@@ -152,7 +84,9 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
         valid = p.seq_lens[row];
         const T* qkv = static_cast<const T*>(p.qkv) + row * p.qkv_batch_stride;
         const int kv_head = cut.sharing.quotient(head), key = (p.num_heads + kv_head) * D;
-        const int other = turned_row < half ? turned_row + half : turned_row < 2 * half ? turned_row - half : turned_row;
+        const int other = turned_row < half       ? turned_row + half
+                          : turned_row < 2 * half ? turned_row - half
+                                                  : turned_row;
 #pragma unroll
         for (int i = 0; i < S::kTurned; ++i) {
             const T* from = qkv + (i == 0 && (S::kTurned == 2 || lane < kRows) ? head * D : key);
@@ -172,7 +106,8 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
     int ahead_item = item, ahead_row = row, ahead_head = head;
     const float* ahead = nullptr;
     const auto aim = [&] {
-        ahead = p.past_state + ahead_row * p.past_batch_stride + static_cast<int64_t>(ahead_head) * (D * D) + in_head;
+        ahead = p.past_state + ahead_row * p.past_batch_stride +
+                static_cast<int64_t>(ahead_head) * (D * D) + in_head;
     };
     const auto request_state = [&](float4* to, int j) {
         if (ahead_item < cut.items && holds(j)) copy_async(to + j * kThreads, ahead + j * kSubs * D);
@@ -320,8 +255,8 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
             __syncthreads();
         }
 
-        // Softmax: every warp finds the maxima and sums of all D logits, q's in its lower and k's in its upper half.
-        // phi(q) is divided by its sum at the end.
+        // Softmax: every warp finds the maxima and sums of all D logits, of q in its lower and of k in its upper
+        // half. phi(q) is divided by its sum at the end.
         const float* half_logits = reinterpret_cast<const float*>(logits[buffer] + lane % 16) + lane / 16;
         float mine[S::kLogits], most = -INFINITY, total = 0.0f;
 #pragma unroll
@@ -343,7 +278,8 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
 #pragma unroll
         for (int offset = 8; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
         const float other_total = __shfl_xor_sync(~0u, total, 16);
-        const float query_total = lane < 16 ? total : other_total, key_total = lane < 16 ? other_total : total;
+        const float query_total = lane < 16 ? total : other_total;
+        const float key_total = lane < 16 ? other_total : total;
         __syncwarp();
 
         // S' and phi(q) S' on this warp's rows.
@@ -390,10 +326,11 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
 
         // GroupNorm and gate.
         if (cut.norm == Norm::memory) {
-            float* raw_outputs = static_cast<float*>(p.workspace) + static_cast<int64_t>(row) * p.num_heads * D;
+            float* raw_outputs =
+                static_cast<float*>(p.workspace) + static_cast<int64_t>(row) * p.num_heads * D;
             if (threadIdx.x < W) raw_outputs[start + threadIdx.x] = whole(threadIdx.x);
-            const int set = head / cut.set_heads;
-            if (arrives_last(p.sync + row * (p.num_heads / cut.set_heads) + set, cut.set_heads * S::kSplits)) {
+            const int set = head / cut.set_heads, sets = p.num_heads / cut.set_heads;
+            if (arrives_last(p.sync + row * sets + set, cut.set_heads * S::kSplits)) {
                 finish_set<T>(p, row, set, cut.set_heads * D);
             }
             continue;
@@ -412,7 +349,9 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
             const int base = group * p.num_heads;
             normalise_group(
                 p.num_heads, cut.inverse_channels, p.epsilon,
-                [&](int c) { return cut.norm == Norm::cluster ? raw[buffer][base + c] : whole(base + c - begin); },
+                [&](int c) {
+                    return cut.norm == Norm::cluster ? raw[buffer][base + c] : whole(base + c - begin);
+                },
                 [&](int c, float y) {
                     const int x = base + c - begin;
                     if (x < 0 || x >= W) return;
@@ -425,8 +364,8 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
 #endif
 }
 
-// The instances of one element type, as measured best on an H200: for few heads, cut into narrow slices so that
-// every multiprocessor has one, and for many, where a slice is wide so that less is done twice.
+// The instances of one element type, as measured best on an H200: for few heads, cut into narrow slices so
+// that every multiprocessor has one, and for many, where a slice is wide so that less is done twice.
 template <typename T, int D, int W, int Warps, int Blocks, int Ahead> SliceKernel slice_instance() {
     using S = Slice<D, W, Warps>;
     constexpr int32_t kSlots = Ahead * S::kSteps * S::kThreads * static_cast<int32_t>(sizeof(float4));
@@ -435,7 +374,7 @@ template <typename T, int D, int W, int Warps, int Blocks, int Ahead> SliceKerne
 }
 
 template <typename T> SliceKernel slice_instance(int32_t head_dim, bool many) {
-    constexpr bool kHalf = sizeof(T) == 2;  // float32 needs twice the registers for P, so narrower slices of it
+    constexpr bool kHalf = sizeof(T) == 2;  // float32 takes twice the registers for P: narrower slices
     switch (head_dim) {
         case 64: return many ? slice_instance<T, 64, 64, 4, 4, 1>() : slice_instance<T, 64, 64, 8, 2, 1>();
         case 80: return many ? slice_instance<T, 80, 80, 8, 2, 1>() : slice_instance<T, 80, 40, 5, 3, 1>();

@@ -1,9 +1,9 @@
 // Decode for every head size and GPU: DijiangAttention of one token per row.
 //
 // A block serves one head of one row at a time, or one of `splits` parts of its value columns; with few items
-// more blocks then share a head, each computing all of its features. P lies in shared memory, as T, if a block
-// serves several items. The state streams through a ring of shared memory in which every thread has places of
-// its own, so that it needs no barriers, and runs ahead across items while features are computed.
+// more blocks then share a head, each computing all of its features. P lies in shared memory, as T, if a
+// block serves several items. The state streams through a ring of shared memory in which every thread has
+// places of its own, so that it needs no barriers, and runs ahead across items while features are computed.
 #include "decode/cluster.cuh"
 #include "decode/internal.h"
 #include "decode/norm.cuh"
@@ -63,7 +63,8 @@ __device__ __forceinline__ void turn(const AttentionParams& p, const Item& item,
 
 // This thread's share of the logits: rows `first`, `first + stride`, ... of 4 columns of P, for q and k.
 template <typename Load>
-__device__ __forceinline__ void multiply(int d, int first, int stride, const float* u, Load load, float* parts) {
+__device__ __forceinline__ void multiply(int d, int first, int stride, const float* u, Load load,
+                                         float* parts) {
     float4 q = {0.0f, 0.0f, 0.0f, 0.0f}, k = q;
 #pragma unroll 4
     for (int i = first; i < d; i += stride) {
@@ -126,8 +127,8 @@ __global__ void __launch_bounds__(kThreads)
         if (ahead_item < cut.items) {
             if (ahead_step == 0) {
                 const Item item = item_at(p, cut, ahead_item);
-                ahead = p.past_state + item.row * p.past_batch_stride + static_cast<int64_t>(item.head) * d * d +
-                        item.split * width + 4 * quad;
+                ahead = p.past_state + item.row * p.past_batch_stride +
+                        static_cast<int64_t>(item.head) * d * d + item.split * width + 4 * quad;
             }
             const int row = first_row + ahead_step * rows;
             if (first_row < rows && row < d) {
@@ -180,8 +181,9 @@ __global__ void __launch_bounds__(kThreads)
 
         const Terms terms = token_terms(p, item.head, position);
         const int kv_head = item.head / (p.num_heads / p.num_kv_heads);
-        const float4 v = load_quad(static_cast<const T*>(p.qkv) + item.row * p.qkv_batch_stride +
-                                   (p.num_heads + p.num_kv_heads + kv_head) * d + item.split * width + 4 * quad);
+        const float4 v =
+            load_quad(static_cast<const T*>(p.qkv) + item.row * p.qkv_batch_stride +
+                      (p.num_heads + p.num_kv_heads + kv_head) * d + item.split * width + 4 * quad);
         turn<T>(p, item, static_cast<float>(position), u);
         __syncthreads();
         if (wide_row < wide_rows) {
@@ -191,9 +193,10 @@ __global__ void __launch_bounds__(kThreads)
                 multiply(d, wide_row, wide_rows, u, [&](int i) { return load_quad(from + i * d); }, to);
             } else {
                 const float* from = p.proj + 4 * wide_quad;
-                multiply(d, wide_row, wide_rows, u,
-                         [&](int i) { return round_quad<T>(__ldg(reinterpret_cast<const float4*>(from + i * d))); },
-                         to);
+                const auto load = [&](int i) {
+                    return round_quad<T>(__ldg(reinterpret_cast<const float4*>(from + i * d)));
+                };
+                multiply(d, wide_row, wide_rows, u, load, to);
             }
         }
         __syncthreads();
@@ -245,8 +248,8 @@ __global__ void __launch_bounds__(kThreads)
             }
             continue;
         }
-        // `width` is a multiple of the groups' H channels. Features are used up, so that the sums find place there;
-        // each is read by the lane that wrote it.
+        // `width` is a multiple of the groups' H channels. Features are used up, so that the sums find place
+        // there; each is read by the lane that wrote it.
         const T* gate = static_cast<const T*>(p.gate) + item.row * p.gate_batch_stride + begin;
         for (int group = threadIdx.x / 32; group < width / p.num_heads; group += kWarps) {
             const int base = group * p.num_heads;
@@ -255,7 +258,8 @@ __global__ void __launch_bounds__(kThreads)
                 p.num_heads, 1.0f / p.num_heads, p.epsilon, [&](int c) { return features[base + c]; },
                 [&](int c, float y) {
                     const int x = base + c;
-                    const float normed = fmaf(y, __ldg(p.norm_weight + begin + x), __ldg(p.norm_bias + begin + x));
+                    const float weight = __ldg(p.norm_weight + begin + x);
+                    const float normed = fmaf(y, weight, __ldg(p.norm_bias + begin + x));
                     output[begin + x] = from_float<T>(normed * silu(to_float(gate[x])));
                 });
         }
@@ -285,7 +289,8 @@ const void* stream_kernel(int32_t dtype) {
 
 int32_t stream_shared_memory(int32_t dtype, int32_t head_dim, bool resident) {
     const int32_t element = dtype == DIJIANG_FLOAT32 ? 4 : 2;
-    return kStages * kThreads * static_cast<int32_t>(sizeof(float4)) + (resident ? element * head_dim * head_dim : 0);
+    const int32_t ring = kStages * kThreads * static_cast<int32_t>(sizeof(float4));
+    return ring + (resident ? element * head_dim * head_dim : 0);
 }
 
 }  // namespace decode

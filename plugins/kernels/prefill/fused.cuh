@@ -23,7 +23,7 @@ __device__ __forceinline__ void clear_padding(const AttentionParams& p, const Pl
     const int vectors = (Shape<D>::kWide ? Shape<D>::kOwn : at.set * p.head_dim) / 8;
     T* out = static_cast<T*>(p.output) + at.row * p.output_batch_stride + at.first_head * p.head_dim
              + at.first_column;
-    for (int i = threadIdx.x; i < (last - first) * vectors; i += blockDim.x) {
+    for (int i = fresh_thread(); i < (last - first) * vectors; i += blockDim.x) {
         const int t = i / vectors, c = i - t * vectors;
         *reinterpret_cast<uint4*>(out + (first + t) * p.output_token_stride + 8 * c) = make_uint4(0, 0, 0, 0);
     }
@@ -86,14 +86,14 @@ fused_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
         // The last block to finish leaves the sync memory as it was found.
         __syncthreads();
         __shared__ bool final;
-        if (threadIdx.x == 0) {
+        if (fresh_thread() == 0) {
             __threadfence();
             final = atomicAdd(p.sync + 1, 1u) == gridDim.x - 1;
         }
         __syncthreads();
         if (final) {
             const int words = 2 + gridDim.x * cut.set * S::kConsumers;
-            for (int i = threadIdx.x; i < words; i += blockDim.x) p.sync[i] = 0;
+            for (int i = fresh_thread(); i < words; i += blockDim.x) p.sync[i] = 0;
         }
     }
 }

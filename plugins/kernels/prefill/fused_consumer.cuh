@@ -10,8 +10,8 @@ template <int D> using StateTile = float[Shape<D>::kColumns / 16][D / 8][4];
 // Calls f(address of a state's element [feature, value], register) for the elements that this lane holds.
 template <int D, typename F>
 __device__ __forceinline__ void each_element(StateTile<D>& state, int size, int column, F&& f) {
-    const int d = opaque(size);  // or every element's offset would be kept between two uses
-    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
+    const int d = Shape<D>::kWide ? D : opaque(size);  // or every element's offset would be kept between two uses
+    const int lane = fresh_lane(), g = lane / 4, c = 2 * (lane % 4);
 #pragma unroll
     for (int m = 0; m < Shape<D>::kColumns / 16; ++m)
 #pragma unroll
@@ -25,22 +25,23 @@ __device__ __forceinline__ void each_element(StateTile<D>& state, int size, int 
 
 // A slot of the workspace holds a warp's registers, 128 floats at a time.
 template <int D> __device__ __forceinline__ void store_slot(float* slot, const StateTile<D>& state) {
+    slot += 4 * fresh_lane();
 #pragma unroll
     for (int m = 0; m < Shape<D>::kColumns / 16; ++m)
 #pragma unroll
         for (int n = 0; n < D / 8; ++n)
-            *reinterpret_cast<float4*>(slot + (m * (D / 8) + n) * 128 + threadIdx.x % 32 * 4) =
+            *reinterpret_cast<float4*>(slot + (m * (D / 8) + n) * 128) =
                 make_float4(state[m][n][0], state[m][n][1], state[m][n][2], state[m][n][3]);
 }
 
 // state = state * keep + slot, past the first-level cache: another block may have written it.
 template <int D> __device__ __forceinline__ void add_slot(const float* slot, float keep, StateTile<D>& state) {
+    slot += 4 * fresh_lane();
 #pragma unroll
     for (int m = 0; m < Shape<D>::kColumns / 16; ++m)
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
-            const float* from = slot + (m * (D / 8) + n) * 128 + threadIdx.x % 32 * 4;
-            const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
+            const float4 x = __ldcg(reinterpret_cast<const float4*>(slot + (m * (D / 8) + n) * 128));
             state[m][n][0] = fmaf(state[m][n][0], keep, x.x);
             state[m][n][1] = fmaf(state[m][n][1], keep, x.y);
             state[m][n][2] = fmaf(state[m][n][2], keep, x.z);
@@ -73,7 +74,7 @@ template <int D> struct Exchange {
 __device__ __forceinline__ void raise_flag(unsigned* flag) {
     __threadfence();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+    if (fresh_lane() == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
 __device__ __forceinline__ void await_flag(const unsigned* flag) {
     unsigned raised = 0;
@@ -97,28 +98,97 @@ __device__ __forceinline__ float power_below(float bound) {
     return __uint_as_float((127 + max(11 - exponent, -120)) << 23);
 }
 
+// out = e^A phi(q) S for the tokens of `out`; `back` undoes the state's scale.
+template <typename T, int D>
+__device__ __forceinline__ void read_state(const StateTile<D>& state, uint32_t query_at, const float* fade, float back,
+                                           ReadOut<D>& out) {
+    using S = Shape<D>;
+    constexpr int M = S::kColumns / 16, V = S::kColumns / 8, R = S::kReadTiles;
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int n = 0; n < V; ++n) out[r][n][0] = out[r][n][1] = out[r][n][2] = out[r][n][3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+        uint32_t b[V][2];
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    b[2 * m + h][i] = pack<T>(state[m][2 * k + i][2 * h], state[m][2 * k + i][2 * h + 1]);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            uint32_t a[4];
+            ldmatrix(a, query_at + 2 * (16 * r * S::kPitch + 16 * k));
+#pragma unroll
+            for (int n = 0; n < V; ++n) mma<T>(out[r][n], a, b[n][0], b[n][1]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        const int g = fresh_lane() / 4;
+        const float upper = fade[16 * r + g] * back, lower = fade[16 * r + g + 8] * back;
+#pragma unroll
+        for (int n = 0; n < V; ++n) {
+            out[r][n][0] *= upper, out[r][n][1] *= upper;
+            out[r][n][2] *= lower, out[r][n][3] *= lower;
+        }
+    }
+}
+
+// out += scores v for the tokens of `out`, which begin at the chunk's tile `first`.
+template <typename T, int D>
+__device__ __forceinline__ void read_chunk(uint32_t score_at, uint32_t value_at, int first, ReadOut<D>& out) {
+    using S = Shape<D>;
+    constexpr int M = S::kColumns / 16, R = S::kReadTiles;
+    const auto add = [&](int k, int row) {  // tokens of tile k, for rows from `row` on
+        uint32_t b[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) ldmatrix_trans(b[m], value_at + 2 * (16 * k * S::kValuePitch + 16 * m));
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            if (r < row) continue;
+            uint32_t a[4];
+            ldmatrix(a, score_at + 2 * (16 * r * S::kScorePitch + 16 * k));
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma<T>(out[r][2 * m], a, b[m][0], b[m][2]);
+                mma<T>(out[r][2 * m + 1], a, b[m][1], b[m][3]);
+            }
+        }
+    };
+    if constexpr (R < 4) {
+#pragma unroll 1
+        for (int k = 0; k < first; ++k) add(k, 0);
+    }
+#pragma unroll
+    for (int k = 0; k < R; ++k) add(first + k, k);
+}
+
 template <typename T, int D>
 __device__ __forceinline__ void
 consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, int unit, int warp) {
     using S = Shape<D>;
-    constexpr int kPitch = S::kValuePitch, M = S::kColumns / 16, F = D / 8, V = S::kColumns / 8;
+    constexpr int kPitch = S::kValuePitch, M = S::kColumns / 16, F = D / 8, R = S::kReadTiles;
     constexpr int kMembers = 32 * S::kWarps;
     constexpr bool kHalf = kFeatureUnit<T> != 1.0f;  // float16: mind its range
     constexpr float kUnit = kFeatureUnit<T>;
     char* memory = shared + S::kProj + unit * cut.head_memory;
-    const int lane = threadIdx.x % 32, d = p.head_dim;
+    const int d = S::kWide ? D : p.head_dim;
     const auto head = [&] { return at.first_head + (S::kMostHeads == 1 ? 0 : opaque(unit)); };
     const int local = warp * S::kColumns;
     const int column = S::kWide ? at.first_column + local : local;
-    const auto tile = [&](int offset) { return reinterpret_cast<T*>(memory + (D <= 80 ? opaque(offset) : offset)) + local; };
+    const auto tile = [&](int offset) { return reinterpret_cast<T*>(memory + opaque(offset)) + local; };
     // 64 tokens of this warp's columns; zeros past the end.
     const auto load = [&](int chunk, T* to, const void* tensor, int64_t batch_stride, int64_t stride, int first) {
         constexpr int kVectors = S::kColumns / 8;
-        const int mine = D >= 128 ? lane : opaque(lane), v = mine % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
+        const int mine = fresh_lane(), v = mine % kVectors * 8, count = column + v < d ? at.length - chunk * kChunk : 0;
         const T* from = static_cast<const T*>(tensor) + at.row * batch_stride + first;
         const T* token = from + (chunk * kChunk + mine / kVectors) * stride + v;
         uint32_t at_shared = shared_address(to + mine / kVectors * kPitch + v);
-#pragma unroll 2
+#pragma unroll S::kLoadUnroll
         for (int t = mine / kVectors; t < kChunk; t += 32 / kVectors) {
             copy_async(at_shared, t < count ? token : from, t < count);
             token += 32 / kVectors * stride;
@@ -127,7 +197,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         commit_copies();
     };
     const auto load_values = [&](int chunk) {
-        const int kv = at.kv_head[unit];
+        const int kv = at.kv_head[S::kMostHeads == 1 ? 0 : unit];
         load(chunk, tile(S::kValues), p.qkv, p.qkv_batch_stride, p.qkv_token_stride,
              (p.num_heads + p.num_kv_heads + kv) * d + column);
     };
@@ -145,7 +215,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         const float4* past = reinterpret_cast<const float4*>(past_state());
         float4* present = reinterpret_cast<float4*>(present_state());
         if (past != present && at.segment == 0 && at.first_column == 0)
-            for (int i = warp * 32 + lane; i < d * d / 4; i += 32 * S::kConsumers) present[i] = past[i];
+            for (int i = warp * 32 + fresh_lane(); i < d * d / 4; i += 32 * S::kConsumers) present[i] = past[i];
         return;
     }
 
@@ -164,22 +234,20 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
     }
 
     float ratio = 1.0f;  // state = S kUnit ratio
-    int step = 0;
-    const int first_walk = at.segment + 1 < at.segments ? 1 : 2;
-    for (int walk = first_walk; walk <= 2; ++walk) {
+    for (int walk = at.segment + 1 < at.segments ? 1 : 2; walk <= 2; ++walk) {
         const bool full = walk == 2;
         load_values(at.first_chunk);
         if (full && !cut.raw) load_gates(at.first_chunk);
         if (full && at.segments > 1) {
-            const Exchange<D> others = exchange();
             if (at.segment == 0) {
-                add_slot<D>(others.slot(0), 0.0f, state);
+                add_slot<D>(exchange().slot(0), 0.0f, state);
             } else {
 #pragma unroll
                 for (int m = 0; m < M; ++m)
 #pragma unroll
                     for (int n = 0; n < F; ++n) state[m][n][0] = state[m][n][1] = state[m][n][2] = state[m][n][3] = 0.0f;
                 for (int i = 0; i < at.segment; ++i) {
+                    const Exchange<D> others = exchange();
                     await_flag(others.flags + i * others.members);
                     const float keep = fast_exp2(__ldcg(others.decays + i * others.members));
                     add_slot<D>(others.slot(i + 1), keep, state);
@@ -199,7 +267,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
         }
 
         for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
-            float out[4][V][4] = {};
+            const int step = at.step(chunk, full);
             // Where stages take turns there is one head: their barriers are those of a second head otherwise.
             const int stage = cut.stages == 2 ? step & 1 : 0, meeting = 3 * (unit + stage);
             barrier_sync(kFull + meeting, kMembers);
@@ -207,7 +275,6 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
             const uint32_t key_at = memory_at + S::kFeatures + lane_by_row(S::kPitch), query_at = key_at + S::kTile;
             const uint32_t score_at = memory_at + S::kScores + lane_by_row(S::kScorePitch);
             const ChunkTerms decay(memory, S::kTerms, step);
-            const int g = lane / 4;
             if (full) {
                 if (kHalf && bound > 65000.0f) {  // rare: float16 could not hold the state
                     const float factor = power_below(bound);
@@ -220,54 +287,23 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
                     bound *= factor;
                     ratio *= factor;
                 }
-#pragma unroll
-                for (int k = 0; k < D / 16; ++k) {
-                    uint32_t b[V][2];
-#pragma unroll
-                    for (int m = 0; m < M; ++m)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h)
-#pragma unroll
-                            for (int i = 0; i < 2; ++i) {
-                                b[2 * m + h][i] = pack<T>(state[m][2 * k + i][2 * h], state[m][2 * k + i][2 * h + 1]);
-                            }
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        uint32_t a[4];
-                        ldmatrix(a, query_at + 2 * (16 * r * S::kPitch + 16 * k));
-#pragma unroll
-                        for (int n = 0; n < V; ++n) mma<T>(out[r][n], a, b[n][0], b[n][1]);
-                    }
-                }
-                const float back = kHalf ? reciprocal(ratio) * (1.0f / kUnit) : 1.0f;
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const float upper = decay.fade[16 * r + g] * back, lower = decay.fade[16 * r + g + 8] * back;
-#pragma unroll
-                    for (int n = 0; n < V; ++n) {
-                        out[r][n][0] *= upper, out[r][n][1] *= upper;
-                        out[r][n][2] *= lower, out[r][n][3] *= lower;
-                    }
-                }
             }
             wait_copies<0>();
             __syncwarp();
             const uint32_t value_at = shared_address(tile(S::kValues)) + lane_by_column(kPitch);
             if (full) {
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    uint32_t b[M][4];
-#pragma unroll
-                    for (int m = 0; m < M; ++m) ldmatrix_trans(b[m], value_at + 2 * (16 * k * kPitch + 16 * m));
-#pragma unroll
-                    for (int r = k; r < 4; ++r) {
-                        uint32_t a[4];
-                        ldmatrix(a, score_at + 2 * (16 * r * S::kScorePitch + 16 * k));
-#pragma unroll
-                        for (int m = 0; m < M; ++m) {
-                            mma<T>(out[r][2 * m], a, b[m][0], b[m][2]);
-                            mma<T>(out[r][2 * m + 1], a, b[m][1], b[m][3]);
-                        }
+                const float back = kHalf ? reciprocal(ratio) * (1.0f / kUnit) : 1.0f;
+#pragma unroll 1
+                for (int first = 0; first < kChunk; first += 16 * R) {
+                    ReadOut<D> out;
+                    read_state<T, D>(state, query_at + 2 * first * S::kPitch, decay.fade + first, back, out);
+                    read_chunk<T, D>(score_at + 2 * first * S::kScorePitch, value_at, first / 16, out);
+                    if (cut.raw) {
+                        store_raw<D>(p, cut, at, out, decay.read, 1.0f / kUnit, head(), column, chunk, first);
+                    } else {
+                        if (cut.set > 1 && p.table_rows) scale_rows(out, decay.read + first);
+                        normalise<T, D>(p, cut, at, shared, tile(S::kGate), out, decay.epsilon, unit, local, step & 1,
+                                        first);
                     }
                 }
             }
@@ -282,9 +318,9 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
 #pragma unroll
                     for (int i = 0; i < 4; ++i) state[m][n][i] *= keep;
             uint32_t largest = 0;
-#pragma unroll S::kUnroll
+#pragma unroll 1
             for (int k = 0; k < 4; ++k) {
-                const uint32_t* weights = static_cast<const uint32_t*>(decay.weight) + 8 * k + lane % 4;
+                const uint32_t* weights = static_cast<const uint32_t*>(decay.weight) + 8 * k + fresh_lane() % 4;
                 const uint32_t early = weights[0], late = weights[4];
                 uint32_t a[M][4];
 #pragma unroll
@@ -325,24 +361,16 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
             const bool more = chunk + 1 < at.last_chunk;
             if (step + cut.stages < at.steps) barrier_arrive(kEmpty + meeting, kMembers);
             if (more) load_values(chunk + 1);
-            if (full) {
-                if (cut.raw) {
-                    store_raw<D>(p, cut, at, out, decay.read, 1.0f / kUnit, head(), column, chunk);
-                } else {
-                    if (cut.set > 1 && p.table_rows) scale_rows<S::kColumns / 8>(out, decay.read);
-                    normalise<T, D>(p, cut, at, shared, tile(S::kGate), out, decay.epsilon, unit, local, step & 1);
-                    __syncwarp();
-                    store_rows<T, D>(p, at, tile(S::kGate), head(), column, chunk);
-                    __syncwarp();
-                    if (more) load_gates(chunk + 1);
-                }
+            if (full && !cut.raw) {
+                store_rows<T, D>(p, at, tile(S::kGate), head(), column, chunk);
+                __syncwarp();
+                if (more) load_gates(chunk + 1);
             }
-            ++step;
         }
         if (!full) {
             const Exchange<D> others = exchange();
             store_slot<D>(others.slot(at.segment + 1), state);
-            if (lane == 0) others.decays[at.segment * others.members] = running;
+            if (fresh_lane() == 0) others.decays[at.segment * others.members] = running;
             raise_flag(others.flags + at.segment * others.members);
         }
     }

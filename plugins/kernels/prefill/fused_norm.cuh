@@ -5,19 +5,22 @@
 
 namespace dijiang::prefill {
 
-// What a block does not normalise itself goes out in float32.
+// A warp's columns of o for kReadTiles * 16 tokens.
+template <int D> using ReadOut = float[Shape<D>::kReadTiles][Shape<D>::kColumns / 8][4];
+
+// What a block does not normalise itself goes out in float32. `first`: of the chunk's tokens.
 template <int D>
 __device__ __forceinline__ void store_raw(const AttentionParams& p, const Cut& cut, const Place& at,
-                                          const float (&out)[4][Shape<D>::kColumns / 8][4], const float* read,
-                                          float unit, int head, int column, int chunk) {
-    const int lane = threadIdx.x % 32, width = p.num_heads * p.head_dim;
+                                          const ReadOut<D>& out, const float* read,
+                                          float unit, int head, int column, int chunk, int first) {
+    const int lane = fresh_lane(), width = p.num_heads * p.head_dim;
     float* rows = cut.raw + (static_cast<int64_t>(at.row) * p.length + chunk * kChunk) * width + head * p.head_dim
                   + column + 2 * (lane % 4);
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
+    for (int r = 0; r < Shape<D>::kReadTiles; ++r)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int t = 16 * r + lane / 4 + 8 * h;
+            const int t = first + 16 * r + lane / 4 + 8 * h;
             if (chunk * kChunk + t >= at.length) continue;
             const float scale = read[t] * unit;
 #pragma unroll
@@ -34,7 +37,7 @@ __device__ __forceinline__ void store_rows(const AttentionParams& p, const Place
                                            int column, int chunk) {
     constexpr int kVectors = Shape<D>::kColumns / 8;
     T* rows = static_cast<T*>(p.output) + at.row * p.output_batch_stride + head * p.head_dim + column;
-    const int lane = opaque(threadIdx.x % 32), v = lane % kVectors * 8;
+    const int lane = fresh_lane(), v = lane % kVectors * 8;
     if (column + v >= p.head_dim) return;
     T* to = rows + (chunk * kChunk + lane / kVectors) * p.output_token_stride + v;
     const int count = min(kChunk, at.length - chunk * kChunk);
@@ -50,23 +53,23 @@ __device__ __forceinline__ float fast_rsqrt(float x) {
 }
 
 // Heads of one group that are read at different scales: each token's relative to the largest of its set.
-template <int V> __device__ __forceinline__ void scale_rows(float (&out)[4][V][4], const float* read) {
+template <int R, int V> __device__ __forceinline__ void scale_rows(float (&out)[R][V][4], const float* read) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const float scale = read[threadIdx.x % 32 / 4 + 8 * i];
+    for (int i = 0; i < 2 * R; ++i) {
+        const float scale = read[fresh_lane() / 4 + 8 * i];
 #pragma unroll
         for (int n = 0; n < V; ++n) out[i / 2][n][i % 2 * 2] *= scale, out[i / 2][n][i % 2 * 2 + 1] *= scale;
     }
 }
 
-// Of kRows of the eight rows that a lane holds a part of: mean and sum of squares about it. All rows take each step
+// Of kRows of the rows that a lane holds a part of: mean and sum of squares about it. All rows take each step
 // together, because a step is short and its latency is not. Nothing here overflows below 1e18.
 template <int kRows> struct Moments {
     float mean[kRows], squares[kRows];
 };
 
-template <int kTiles, int kRows, int V>
-__device__ __forceinline__ void measure(const float (&out)[4][V][4], int unit, int first, Moments<kRows>& m) {
+template <int kTiles, int kRows, int R, int V>
+__device__ __forceinline__ void measure(const float (&out)[R][V][4], int unit, int first, Moments<kRows>& m) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
         const int r = (first + i) / 2, h = (first + i) % 2 * 2;
@@ -100,22 +103,21 @@ __device__ __forceinline__ void measure(const float (&out)[4][V][4], int unit, i
 template <typename T, int D, int kTiles>
 __device__ __forceinline__ void
 normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, T* gates,
-                const float (&out)[4][Shape<D>::kColumns / 8][4], const float* epsilon, int unit, int local,
-                int parity) {
+                const ReadOut<D>& out, const float* epsilon, int unit, int local, int parity, int token) {
     using S = Shape<D>;
     constexpr int kUnits = S::kColumns / 8 / kTiles, kWidth = 8 * kTiles;
     constexpr int kRows = S::kNormRows;
-    const int lane = opaque(threadIdx.x % 32), g = lane / 4, c = 2 * (lane % 4), d = p.head_dim, heads = p.num_heads;
+    const int lane = fresh_lane(), g = lane / 4, c = 2 * (lane % 4), d = p.head_dim, heads = p.num_heads;
     const int in_set = unit * d + local;
     const bool several = heads > kWidth;
     const int stride = cut.set * (S::kOwn / S::kNarrowest) * kChunk;  // one array of a parity
-    float* stats = reinterpret_cast<float*>(shared + S::kProj + cut.set * cut.head_memory) + parity * 2 * stride + g;
+    float* stats = reinterpret_cast<float*>(shared + S::kProj + cut.set * cut.head_memory) + parity * 2 * stride + token + g;
     if (local >= d) return;
     if (several) {
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-            for (int row = 0; row < 8; row += kRows) {
+            for (int row = 0; row < 2 * S::kReadTiles; row += kRows) {
                 Moments<kRows> m;
                 measure<kTiles>(out, u, row, m);
                 if (lane % 4 == 0) {
@@ -131,11 +133,11 @@ normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char*
     }
     const float share = reciprocal(static_cast<float>(heads));
     const int channel = at.first_head * d + at.first_column + in_set + c;
-    gates += g * S::kValuePitch + c;
+    gates += (token + g) * S::kValuePitch + c;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-        for (int row = 0; row < 8; row += kRows) {
+        for (int row = 0; row < 2 * S::kReadTiles; row += kRows) {
             Moments<kRows> m;
             if (several) {
                 const int per_group = heads / kWidth;
@@ -160,7 +162,7 @@ normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char*
             float first[kRows], second[kRows];  // x -> x * first + second normalises
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-                const float floor = epsilon[g + 8 * (row + i)];
+                const float floor = epsilon[token + g + 8 * (row + i)];
                 first[i] = copysignf(fast_rsqrt(fmaf(m.squares[i], share, fabsf(floor))), floor);
                 second[i] = -m.mean[i] * first[i];
             }
@@ -184,17 +186,16 @@ normalise_units(const AttentionParams& p, const Cut& cut, const Place& at, char*
     }
 }
 
-// H is a multiple of kNarrowest.
+// H is a multiple of kNarrowest. `token`: the first of `out`, of the chunk's.
 template <typename T, int D>
 __device__ __forceinline__ void
 normalise(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, T* gates,
-          const float (&out)[4][Shape<D>::kColumns / 8][4], const float* epsilon, int unit, int local,
-                int parity) {
+          const ReadOut<D>& out, const float* epsilon, int unit, int local, int parity, int token) {
     constexpr int kTiles = Shape<D>::kColumns / 8, kFewest = Shape<D>::kNarrowest / 8;
     if (kTiles == kFewest || p.num_heads % (8 * kTiles) == 0)
-        normalise_units<T, D, kTiles>(p, cut, at, shared, gates, out, epsilon, unit, local, parity);
+        normalise_units<T, D, kTiles>(p, cut, at, shared, gates, out, epsilon, unit, local, parity, token);
     else
-        normalise_units<T, D, kFewest>(p, cut, at, shared, gates, out, epsilon, unit, local, parity);
+        normalise_units<T, D, kFewest>(p, cut, at, shared, gates, out, epsilon, unit, local, parity, token);
 }
 
 }  // namespace dijiang::prefill

@@ -1,15 +1,11 @@
 // The producer warps of the fused kernel: features and scores.
 #pragma once
 
-#include <type_traits>
-
 #include "fused_shape.cuh"
 
 namespace dijiang::prefill {
 
 constexpr float kLog2e = 1.44269504f;
-
-template <int kValue> using Count = std::integral_constant<int, kValue>;
 
 // All threads: P, rounded to T and padded with zeros.
 template <typename T, int D, int kUnroll> __device__ __forceinline__ void load_proj(const AttentionParams& p, T* proj) {
@@ -51,11 +47,10 @@ __device__ __forceinline__ void prepare_rotation(const AttentionParams& p, float
     }
 }
 
-// Rotates 16 rows of kTiles tiles in shared memory, `tile` elements apart, from an accurate start per call by steps.
-template <typename T, int kTiles>
+// Rotates 16 rows in shared memory, from an accurate start per call by steps.
+template <typename T>
 __device__ __forceinline__ void
-rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* rows, int tile, int pitch,
-            int position) {
+rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* rows, int pitch, int position) {
     if (mine.group >= mine.groups) return;
     const int i = mine.i;
     const bool second = i + 1 < half, even = half % 2 == 0;
@@ -69,30 +64,22 @@ rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* rows, int 
 #pragma unroll 2
     for (int t = mine.group; t < 16; t += mine.groups) {
         T* row = rows + t * pitch + i;
-        float2 a[kTiles], b[kTiles];
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-            const T* x = row + m * tile;
-            if (even) {
-                a[m] = unpack<T>(*reinterpret_cast<const uint32_t*>(x));
-                b[m] = unpack<T>(*reinterpret_cast<const uint32_t*>(x + half));
-            } else {
-                a[m] = make_float2(to_float(x[0]), second ? to_float(x[1]) : 0.0f);
-                b[m] = make_float2(to_float(x[half]), second ? to_float(x[half + 1]) : 0.0f);
-            }
+        float2 a, b;
+        if (even) {
+            a = unpack<T>(*reinterpret_cast<const uint32_t*>(row));
+            b = unpack<T>(*reinterpret_cast<const uint32_t*>(row + half));
+        } else {
+            a = make_float2(to_float(row[0]), second ? to_float(row[1]) : 0.0f);
+            b = make_float2(to_float(row[half]), second ? to_float(row[half + 1]) : 0.0f);
         }
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-            T* to = row + m * tile;
-            const float2 x = make_float2(a[m].x * r[0].x - b[m].x * r[0].y, a[m].y * r[1].x - b[m].y * r[1].y);
-            const float2 y = make_float2(b[m].x * r[0].x + a[m].x * r[0].y, b[m].y * r[1].x + a[m].y * r[1].y);
-            if (even) {
-                *reinterpret_cast<uint32_t*>(to) = pack<T>(x.x, x.y);
-                *reinterpret_cast<uint32_t*>(to + half) = pack<T>(y.x, y.y);
-            } else {
-                to[0] = from_float<T>(x.x), to[half] = from_float<T>(y.x);
-                if (second) to[1] = from_float<T>(x.y), to[half + 1] = from_float<T>(y.y);
-            }
+        const float2 x = make_float2(a.x * r[0].x - b.x * r[0].y, a.y * r[1].x - b.y * r[1].y);
+        const float2 y = make_float2(b.x * r[0].x + a.x * r[0].y, b.y * r[1].x + a.y * r[1].y);
+        if (even) {
+            *reinterpret_cast<uint32_t*>(row) = pack<T>(x.x, x.y);
+            *reinterpret_cast<uint32_t*>(row + half) = pack<T>(y.x, y.y);
+        } else {
+            row[0] = from_float<T>(x.x), row[half] = from_float<T>(y.x);
+            if (second) row[1] = from_float<T>(x.y), row[half + 1] = from_float<T>(y.y);
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j)
@@ -101,23 +88,21 @@ rotate_rows(const RotaryLane& mine, int half, const float4* turns, T* rows, int 
 }
 
 // Logits of 16 rows in accumulators -> features times kFeatureUnit, packed as they stand (C and A fragments).
-template <typename T, int kTiles, int N>
-__device__ __forceinline__ void softmax_rows(float (&x)[kTiles][N][4], uint32_t (&packed)[kTiles][N][2], int d) {
-    constexpr int R = 2 * kTiles;  // rows of a lane
+template <typename T, int N>
+__device__ __forceinline__ void softmax_rows(float (&x)[N][4], uint32_t (&packed)[N][2], int d) {
+    constexpr int R = 2;  // rows of a lane
     if (d < 8 * N) {
         asm volatile("");  // a branch, not a selection per element
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-                if (8 * n >= d) x[m][n][0] = x[m][n][1] = x[m][n][2] = x[m][n][3] = -INFINITY;
+        for (int n = 0; n < N; ++n)
+            if (8 * n >= d) x[n][0] = x[n][1] = x[n][2] = x[n][3] = -INFINITY;
     }
     float top[R], total[R];
 #pragma unroll
     for (int i = 0; i < R; ++i) {
-        top[i] = x[i / 2][0][i % 2 * 2];
+        top[i] = x[0][2 * i];
 #pragma unroll
-        for (int n = 0; n < N; ++n) top[i] = fmaxf(top[i], fmaxf(x[i / 2][n][i % 2 * 2], x[i / 2][n][i % 2 * 2 + 1]));
+        for (int n = 0; n < N; ++n) top[i] = fmaxf(top[i], fmaxf(x[n][2 * i], x[n][2 * i + 1]));
     }
 #pragma unroll
     for (int s = 1; s <= 2; s *= 2)
@@ -129,7 +114,7 @@ __device__ __forceinline__ void softmax_rows(float (&x)[kTiles][N][4], uint32_t 
         total[i] = 0.0f;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-            float &a = x[i / 2][n][i % 2 * 2], &b = x[i / 2][n][i % 2 * 2 + 1];
+            float &a = x[n][2 * i], &b = x[n][2 * i + 1];
             a = fast_exp2(fmaf(a, kLog2e, shift));
             b = fast_exp2(fmaf(b, kLog2e, shift));
             total[i] += a + b;
@@ -144,32 +129,26 @@ __device__ __forceinline__ void softmax_rows(float (&x)[kTiles][N][4], uint32_t 
         const float scale = kFeatureUnit<T> * reciprocal(total[i]);
 #pragma unroll
         for (int n = 0; n < N; ++n)
-            packed[i / 2][n][i % 2] = pack<T>(x[i / 2][n][i % 2 * 2] * scale, x[i / 2][n][i % 2 * 2 + 1] * scale);
+            packed[n][i] = pack<T>(x[n][2 * i] * scale, x[n][2 * i + 1] * scale);
     }
 }
 
-// u P for `kTiles` blocks of 16 rows that are `stride` bytes apart.
-template <typename T, int D, int kTiles>
-__device__ __forceinline__ void project(float (&sum)[kTiles][D / 8][4], uint32_t rows, uint32_t stride, uint32_t proj) {
+// u P for 16 rows.
+template <typename T, int D>
+__device__ __forceinline__ void project(float (&sum)[D / 8][4], uint32_t rows, uint32_t proj) {
     constexpr int kPitch = Shape<D>::kPitch;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) sum[m][n][0] = sum[m][n][1] = sum[m][n][2] = sum[m][n][3] = 0.0f;
+    for (int n = 0; n < D / 8; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
-        uint32_t a[kTiles][4];
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) ldmatrix(a[m], rows + m * stride + 32 * k);
+        uint32_t a[4];
+        ldmatrix(a, rows + 32 * k);
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             uint32_t b[4];
             ldmatrix_trans(b, proj + 2 * (16 * k * kPitch + 16 * n));
-#pragma unroll
-            for (int m = 0; m < kTiles; ++m) {
-                mma<T>(sum[m][2 * n], a[m], b[0], b[1]);
-                mma<T>(sum[m][2 * n + 1], a[m], b[2], b[3]);
-            }
+            mma<T>(sum[2 * n], a, b[0], b[1]);
+            mma<T>(sum[2 * n + 1], a, b[2], b[3]);
         }
     }
 }
@@ -208,10 +187,10 @@ template <typename T, int D>
 __device__ __forceinline__ void
 write_scores(const ChunkTerms& decay, uint32_t queries, uint32_t keys, T* scores, int warp) {
     using S = Shape<D>;
-    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row0 = 16 * warp;
+    const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row0 = 16 * (warp % 4);
     const float total[2] = {decay.total[row0 + g], decay.total[row0 + g + 8]};
 #pragma unroll 1
-    for (int j = 0; j <= warp; j += 2) {  // 32 earlier tokens at a time: enough products in flight
+    for (int j = warp / 4 * 2; j <= warp % 4; j += S::kProducers / 2) {  // 32 earlier tokens: enough products in flight
         float sum[4][4] = {};
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
@@ -263,9 +242,10 @@ template <typename T, int D>
 __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, int unit, int warp) {
     using S = Shape<D>;
     constexpr int N = D / 8, kPitch = S::kPitch, kMembers = 32 * S::kWarps;
+    constexpr int kApart = S::kProducers / 4;  // a warp makes tile 0, k, and tile 1, q, or one of them
     char* memory = shared + S::kProj + unit * cut.head_memory;
     const int lane = threadIdx.x % 32, d = p.head_dim, head = at.first_head + unit;
-    const int g = lane / 4, c = 2 * (lane % 4), row0 = 16 * warp;
+    const int g = lane / 4, c = 2 * (lane % 4), row0 = 16 * (warp % 4);
     const int half = p.rotary_dim / 2;
     T* raw = reinterpret_cast<T*>(memory + S::kRaw) + row0 * kPitch;  // this warp's rows of k; q's are a tile further
     const uint32_t raw_at = shared_address(raw), proj_at = shared_address(shared) + lane_by_row(kPitch);
@@ -280,7 +260,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut
         const int64_t step = kStep * p.qkv_token_stride;
         uint32_t to = raw_at + tile * S::kTile + 2 * (t0 * kPitch + v);
         if (t0 < kStep) {
-#pragma unroll S::kLoadUnroll
+#pragma unroll 2
             for (int t = t0; t < 16; t += kStep) {
                 copy_async(to, t < count ? from : source, t < count);
                 from += step;
@@ -295,7 +275,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut
     for (int walk = at.segment + 1 < at.segments ? 1 : 2; walk <= 2; ++walk) {
         const bool full = walk == 2;
         if (at.first_chunk < at.last_chunk)
-            for (int tile = 0; tile < walk; ++tile) load(at.first_chunk, tile);  // 0 is k, 1 is q
+            for (int tile = warp / 4; tile < walk; tile += kApart) load(at.first_chunk, tile);
         for (int chunk = at.first_chunk; chunk < at.last_chunk; ++chunk) {
             wait_copies<0>();
             __syncwarp();
@@ -303,41 +283,31 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut
             const int stage = cut.stages == 2 ? step & 1 : 0, meeting = 3 * (unit + stage);
             T* features = reinterpret_cast<T*>(memory + S::kFeatures + stage * S::kStage);
             bool waiting = step >= cut.stages;
-            // Tiles [first, first + count): from raw rows to features.
-            const auto process = [&](auto count, int tile) {
-                constexpr int kTiles = decltype(count)::value;
-                rotate_rows<T, kTiles>(rotary, half, at.turns, raw + tile * kChunk * kPitch, kChunk * kPitch, kPitch,
-                                       at.position + chunk * kChunk + row0);
+            // From raw rows to features.
+            const auto process = [&](int tile) {
+                rotate_rows<T>(rotary, half, at.turns, raw + tile * kChunk * kPitch, kPitch,
+                               at.position + chunk * kChunk + row0);
                 __syncwarp();
-                float sum[kTiles][N][4];
-                uint32_t packed[kTiles][N][2];
-                project<T, D, kTiles>(sum, raw_at + tile * S::kTile + lane_by_row(kPitch), S::kTile, proj_at);
+                float sum[N][4];
+                uint32_t packed[N][2];
+                project<T, D>(sum, raw_at + tile * S::kTile + lane_by_row(kPitch), proj_at);
                 __syncwarp();
-                if (more)
-                    for (int m = 0; m < kTiles; ++m) load(chunk + 1, tile + m);
-                softmax_rows<T, kTiles, N>(sum, packed, d);
+                if (more) load(chunk + 1, tile);
+                softmax_rows<T, N>(sum, packed, d);
 #pragma unroll
-                for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-                    for (int n = 0; n < N; ++n) keep_before(packed[m][n][0]), keep_before(packed[m][n][1]);
+                for (int n = 0; n < N; ++n) keep_before(packed[n][0]), keep_before(packed[n][1]);
                 if (waiting) barrier_sync(kEmpty + meeting, kMembers);
                 waiting = false;
                 T* to = features + (tile * kChunk + row0 + g) * kPitch + c;
 #pragma unroll
-                for (int m = 0; m < kTiles; ++m)
+                for (int n = 0; n < N; ++n)
 #pragma unroll
-                    for (int n = 0; n < N; ++n)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h)
-                            *reinterpret_cast<uint32_t*>(to + (m * kChunk + 8 * h) * kPitch + 8 * n) = packed[m][n][h];
+                    for (int h = 0; h < 2; ++h)
+                        *reinterpret_cast<uint32_t*>(to + 8 * h * kPitch + 8 * n) = packed[n][h];
             };
-            if constexpr (S::kTogether) {
-                if (full) process(Count<2>{}, 0);
-                else process(Count<1>{}, 0);
-            } else {
 #pragma unroll 1
-                for (int tile = 0; tile < walk; ++tile) process(Count<1>{}, tile);
-            }
+            for (int tile = warp / 4; tile < walk; tile += kApart) process(tile);
+            if (waiting) barrier_sync(kEmpty + meeting, kMembers);
             const ChunkTerms decay(memory, S::kTerms, step);
             if (warp == 0) {
                 Terms terms[2];

@@ -10,7 +10,7 @@ namespace dijiang::prefill {
 template <int D> struct Shape {
     // Heads of 256 are too large for one block: it owns 64 value columns, and finds the features in the workspace.
     static constexpr bool kWide = D == 256;
-    static constexpr int kColumns = D == 128 ? 32 : 16;  // value columns per consumer warp
+    static constexpr int kColumns = 16;  // value columns per consumer warp
     static constexpr int kConsumers = kWide ? 4 : D / kColumns;
     static constexpr int kProducers = 4;
     static constexpr int kWarps = kConsumers + kProducers;  // per head
@@ -21,10 +21,9 @@ template <int D> struct Shape {
     static constexpr int kPitch = D + 8;                // elements per row of a tile: ldmatrix without bank conflicts
     static constexpr int kValuePitch = kOwn + 8;
     static constexpr int kScorePitch = kChunk + 8;
-    static constexpr int kUnroll = D == 256 ? 4 : D == 128 ? 2 : 1;  // of the state's update: what registers allow
-    static constexpr int kNormRows = D == 80 ? 1 : 8;
-    static constexpr bool kTogether = D == 128;  // q and k in one pass over P, likewise
-    static constexpr int kLoadUnroll = 2;
+    static constexpr int kReadTiles = D == 64 || D == 128 ? 4 : 2;  // of 16 tokens read out at once: what registers allow
+    static constexpr int kNormRows = 4;  // normalised together, likewise
+    static constexpr int kLoadUnroll = D == 80 ? 1 : 2;
 
     // Bytes of shared memory: P, then per head what follows, then GroupNorm's moments.
     static constexpr int kProj = kWide ? 0 : 2 * D * kPitch;
@@ -77,6 +76,10 @@ struct Place {
     int length, position;
     int first_token, last_token, first_chunk, last_chunk;
     int steps;  // chunks of both walks
+    // Chunks before this one.
+    __device__ __forceinline__ int step(int chunk, bool last_walk) const {
+        return last_walk ? steps - (last_chunk - chunk) : chunk - first_chunk;
+    }
 };
 
 enum Barrier { kProduced = 1, kFull = 2, kEmpty = 3, kNormed = 7 };  // the first three plus 3 per head

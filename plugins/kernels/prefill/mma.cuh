@@ -64,6 +64,17 @@ __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+// This thread's number and lane, read anew so that nothing derived from them is kept in a register between two uses.
+__device__ __forceinline__ int fresh_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+__device__ __forceinline__ int fresh_lane() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
 
 // x is computed before the next barrier, not after it.
 __device__ __forceinline__ void keep_before(uint32_t& x) { asm volatile("" : "+r"(x)); }
@@ -84,11 +95,11 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t addres
 // The address that this lane gives ldmatrix for a 16x16 block of rows of `pitch` elements of 2 bytes.
 // by_row: blocks in the order (0,0) (8,0) (0,8) (8,8) as (row, column); otherwise (0,0) (0,8) (8,0) (8,8).
 __device__ __forceinline__ uint32_t lane_by_row(int pitch) {
-    const int lane = opaque(threadIdx.x % 32);
+    const int lane = fresh_lane();
     return 2u * ((lane % 16) * pitch + lane / 16 * 8);
 }
 __device__ __forceinline__ uint32_t lane_by_column(int pitch) {
-    const int lane = opaque(threadIdx.x % 32);
+    const int lane = fresh_lane();
     return 2u * ((lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
 }
 

@@ -27,7 +27,7 @@ struct FusedShape {
 FusedShape fused_shape(int d) {
     if (d <= 64) return {64, 16, 4, 4, 2};
     if (d <= 80) return {80, 16, 5, 4, 2};
-    if (d <= 128) return {128, 32, 4, 4, 1};
+    if (d <= 128) return {128, 16, 8, 4, 1};
     return {256, 16, 4, 4, 1};
 }
 

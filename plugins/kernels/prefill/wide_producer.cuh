@@ -94,19 +94,19 @@ __global__ void __launch_bounds__(256, 1) wide_features_kernel(const __grid_cons
         commit_copies();
         wait_copies<0>();
         __syncwarp();
-        rotate_rows<T, 1>(low, p.rotary_dim / 2, turns, rows, 0, kPitch, p.positions[row] + first);
-        rotate_rows<T, 1>(high, p.rotary_dim / 2, turns, rows, 0, kPitch, p.positions[row] + first);
+        rotate_rows<T>(low, p.rotary_dim / 2, turns, rows, kPitch, p.positions[row] + first);
+        rotate_rows<T>(high, p.rotary_dim / 2, turns, rows, kPitch, p.positions[row] + first);
         __syncwarp();
-        float sum[1][N][4];
-        uint32_t packed[1][N][2];
-        project<T, D, 1>(sum, rows_at + lane_by_row(kPitch), 0, proj_at);
-        softmax_rows<T, 1, N>(sum, packed, d);
+        float sum[N][4];
+        uint32_t packed[N][2];
+        project<T, D>(sum, rows_at + lane_by_row(kPitch), proj_at);
+        softmax_rows<T, N>(sum, packed, d);
         __syncwarp();
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-                *reinterpret_cast<uint32_t*>(rows + (g + 8 * h) * kPitch + 8 * n + c) = packed[0][n][h];
+                *reinterpret_cast<uint32_t*>(rows + (g + 8 * h) * kPitch + 8 * n + c) = packed[n][h];
         __syncwarp();
         T* to = features + ((static_cast<int64_t>(row) * heads + head) * chunks * kChunk + first) * D + 8 * lane;
 #pragma unroll 4
