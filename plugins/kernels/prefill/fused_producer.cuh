@@ -238,6 +238,16 @@ __device__ __forceinline__ void read_terms(const AttentionParams& p, const Place
     }
 }
 
+// One warp: all of a chunk's terms.
+template <typename T>
+__device__ __forceinline__ void make_terms(const AttentionParams& p, const Place& at, int head, int chunk,
+                                           const ChunkTerms& out) {
+    Terms terms[2];
+    float peak[2];
+    read_terms(p, at, head, chunk, terms, peak);
+    write_terms<T>(out, terms, peak, p.epsilon);
+}
+
 template <typename T, int D>
 __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, int unit, int warp) {
     using S = Shape<D>;
@@ -309,12 +319,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Cut& cut
             for (int tile = warp / 4; tile < walk; tile += kApart) process(tile);
             if (waiting) barrier_sync(kEmpty + meeting, kMembers);
             const ChunkTerms decay(memory, S::kTerms, step);
-            if (warp == 0) {
-                Terms terms[2];
-                float peak[2];
-                read_terms(p, at, head, chunk, terms, peak);
-                write_terms<T>(decay, terms, peak, p.epsilon);
-            }
+            if (warp == 0) make_terms<T>(p, at, head, chunk, decay);
             barrier_sync(kProduced + 3 * unit, 32 * S::kProducers);
             if (full) {
                 const uint32_t tile = shared_address(features);

@@ -12,7 +12,7 @@ template <int D> struct Shape {
     static constexpr bool kWide = D == 256;
     static constexpr int kColumns = 16;  // value columns per consumer warp
     static constexpr int kConsumers = kWide ? 4 : D / kColumns;
-    static constexpr int kProducers = 4;
+    static constexpr int kProducers = 4;                    // or 8 with plan.cpp's: q and k to warps of their own
     static constexpr int kWarps = kConsumers + kProducers;  // per head
     static constexpr int kMostHeads = D > 80 ? 1 : 2;       // per block
     static constexpr int kThreads = 32 * kWarps * kMostHeads;

@@ -45,12 +45,7 @@ fetch(const AttentionParams& p, const Cut& cut, const Place& at, char* shared, i
                 wait_copies<0>();
             }
             const ChunkTerms decay(shared, S::kTerms, step);
-            if (warp == 0) {
-                Terms terms[2];
-                float peak[2];
-                read_terms(p, at, head, chunk, terms, peak);
-                write_terms<T>(decay, terms, peak, p.epsilon);
-            }
+            if (warp == 0) make_terms<T>(p, at, head, chunk, decay);
             barrier_sync(kProduced, 32 * S::kProducers);
             if (full) {
                 const uint32_t tile = shared_address(shared + S::kFeatures) + (step & 1) * S::kStage;
