@@ -9,13 +9,13 @@ Parameters are a dict of arrays under canonical names (docs/architecture.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.errors import PositionError
+from dijiang_engines.errors import PositionError, RunnerError
 from dijiang_engines.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -66,6 +66,12 @@ class NumpyRunner:
 
     def import_state(self, layers: list[Array]) -> list[Array]:
         return [layer.astype(self.dtype) for layer in layers]
+
+    def reset_rows(self, state: list[Array], rows: Sequence[int]) -> None:
+        if any(not 0 <= row < state[0].shape[0] for row in rows):
+            raise RunnerError("a row that the state does not have", got=list(rows))
+        for layer in state:
+            layer[list(rows)] = 0
 
     # -- the model -------------------------------------------------------------------------------------
 

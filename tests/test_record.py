@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from numpy_runner import NumpyRunner
 from safetensors import safe_open
 
+from dijiang_engines.progress import silent
+from dijiang_engines.reference_cases import Reference
+from dijiang_export import record
 from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.record import plan_cases, record_cases
 from dijiang_export.reference.model import ReferenceModel
@@ -26,13 +30,16 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_recorded_cases_are_the_reference_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_recorded_cases_are_the_reference_models(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_checkpoint(tmp_path / "model", **CHECKPOINTS[name])
     path = tmp_path / "reference.safetensors"
     with open_checkpoint(folder) as checkpoint:
         spec = checkpoint.spec
+        monkeypatch.setattr(record, "DRIFT_TOKENS", 300)
         names = record_cases(checkpoint, dtype, path, "full")
-        assert names == ["short", "far", "long"]
+        assert names == ["short", "far", "long", "drift"]
         rounded = ReferenceModel(spec, dtype=dtype)
         rounded.load_state_dict(checkpoint.load_state_dict(torch.float32))  # copying rounds
         state = rounded.state_dict()
@@ -60,6 +67,53 @@ def test_recorded_cases_are_the_reference_models(name: str, dtype: torch.dtype, 
             for layer, exact in enumerate(states):
                 kept = cases[f"{case}.state.{layer}"][:, column]
                 assert np.abs(kept - exact.numpy()).max() <= 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("segment", [16, 67])
+def test_segments_do_not_change_what_is_recorded(
+    segment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut inside rows, at their ends and at marks: the state goes on, and nothing is computed twice."""
+    folder = write_checkpoint(tmp_path / "model", "llama", kv_heads=2)
+    monkeypatch.setattr(record, "DRIFT_TOKENS", 150)
+    results = []
+    with open_checkpoint(folder) as checkpoint:
+        plans = plan_cases(checkpoint.spec, "full")
+        for least in (10_000, segment):
+            monkeypatch.setattr(record, "LEAST_SEGMENT", least)
+            monkeypatch.setattr(record, "SEGMENT_BYTES", 0)
+            recorder = record.Recorder(checkpoint, torch.float32, plans)
+            assert (len(recorder._segments) > 1) == (least == segment)
+            with torch.inference_mode():
+                results.append(recorder.run(silent))
+    whole, cut = results
+    assert whole.keys() == cut.keys()
+    for key, expected in whole.items():
+        assert np.abs(cut[key] - expected).max() <= 2e-7 * np.abs(expected).max(), key
+
+
+@pytest.mark.slow
+def test_drift_is_ten_thousand_tokens_of_the_recurrence(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", layers=1, hidden=32, heads=2)
+    path = tmp_path / "reference.safetensors"
+    with open_checkpoint(folder) as checkpoint:
+        record_cases(checkpoint, torch.float32, path, "full")
+        weights = {k: v.numpy() for k, v in checkpoint.load_state_dict().items()}
+        oracle = NumpyRunner(checkpoint.spec, weights, all_logits=True)
+        case = Reference(path, checkpoint.spec).cases["drift"]
+        assert case.input_ids.shape == (1, 10_000)
+        assert case.marks[0, -1] == 10_000
+        assert len(case.state_marks) == 4
+        state, done = oracle.new_state(1), 0
+        recorded = {int(case.marks[0, m]): i for i, m in enumerate(case.state_marks)}
+        for mark, expected in zip(case.marks[0], case.logits()[0], strict=True):
+            ids, start, count = case.input_ids[:, done:mark], np.array([done]), np.array([mark - done])
+            logits = oracle.prefill(ids, start, count, state)
+            done = int(mark)
+            assert np.abs(logits[0, -1] - expected).max() <= 1e-6 * expected.std()
+            if done in recorded:
+                kept = case.state(0)[0, recorded[done]]
+                assert np.abs(state[0][0] - kept).max() <= 1e-6 * np.abs(kept).max()
 
 
 def test_cases_stay_inside_tables_and_none_means_none(tmp_path: Path) -> None:
@@ -112,3 +166,29 @@ def test_export_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert weights > 140
     # Not zero: allocators keep some, and recorded states and embeddings are real. Far less than the weights.
     assert peaks[24] - peaks[2] < 0.4 * weights, peaks
+
+
+MEASURE_DRIFT = """
+import resource, sys, torch
+from pathlib import Path
+from dijiang_export import record
+from dijiang_export.checkpoint import open_checkpoint
+record.DRIFT_TOKENS = int(sys.argv[2])
+record.SEGMENT_BYTES = 8 << 20
+with open_checkpoint(sys.argv[1]) as checkpoint:
+    record.record_cases(checkpoint, torch.float32, Path(sys.argv[3]), "full")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_hidden_vectors_of_drift_only(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", hidden=256, heads=4, intermediate=4096, layers=1)
+    peaks = []
+    for tokens in (2000, 10_000):
+        command = [sys.executable, "-c", MEASURE_DRIFT, str(folder), str(tokens), str(tmp_path / "r")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    hidden = 8000 * 256 * 8 / 2**20
+    # Of the MLP's activations alone, 8000 tokens in one segment would take 16 times the hidden vectors.
+    assert peaks[1] - peaks[0] < 4 * hidden, peaks

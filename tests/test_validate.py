@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy_runner import NumpyRunner
 from toy_bundle import SPEC, ToyModel
 from toy_runner import ToyRunner, toy_case, write_reference
 
+from dijiang_engines import replay
+from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import UsageError, ValidationMismatch
 from dijiang_engines.reference_cases import Reference
 from dijiang_engines.replay import REPLAYS
@@ -229,6 +233,189 @@ def test_another_dtype_chooses_other_tolerances(reference: Reference) -> None:
     runner.tamper = small_logit_error
     assert not validate(runner, reference, dtype="float32").passed
     assert validate(runner, reference, dtype="float16").passed
+
+
+def single(case: dict[str, np.ndarray], marks: list[int], state_marks: list[int]) -> dict[str, np.ndarray]:
+    """One row's case with marks of one's own, from the model's closed form."""
+    ids = case["input_ids"][0]
+    logits = [MODEL.logits(ids[:mark]) for mark in marks]
+    case = case | {"marks": np.array([marks]), "state_marks": np.array(state_marks)}
+    case["logits"] = np.array([logits], np.float32)
+    for layer in range(SPEC.num_layers):
+        states = [MODEL.states(ids[: marks[m]])[layer] for m in state_marks]
+        case[f"state.{layer}"] = np.array([states], np.float32)
+    return case
+
+
+@pytest.fixture(scope="module")
+def long_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    marks = [1, 20, 100, 130, 700, 900, 1300]
+    case = single(toy_case(MODEL, [1300], [0]), marks, [2, 6])
+    path = tmp_path_factory.mktemp("long") / "reference.safetensors"
+    return Reference(write_reference(path, {"drift": case}), SPEC)
+
+
+def test_a_long_case_goes_through_pieces_and_steps_only(long_reference: Reference) -> None:
+    runner = ToyRunner(MODEL)
+    lengths: list[int] = []
+    runner.tamper = lambda name, a: lengths.append(a["ids"].shape[1])
+    report = validate(runner, long_reference)
+    assert report.passed
+    assert [r.replay for r in report.results] == ["pieces", "steps"]
+    assert {s.replay for s in report.skipped} == set(ALL) - {"pieces", "steps"}
+    assert max(lengths) == replay.PIECE_TOKENS
+    assert runner.calls.count("step") == 1300 + 1
+    assert report.left_out[0].startswith("drift: no prefill, alone, padding, resume: it would take 1300")
+    assert {s["replay"] for s in report.to_json()["skipped"]} == {s.replay for s in report.skipped}
+    for result in report.results:  # nothing is skipped inside of what is replayed
+        assert [p.tokens for p in result.per_position] == [1, 20, 100, 130, 700, 900, 1300]
+    only = validate(ToyRunner(MODEL), long_reference, replays=["alone"])
+    with pytest.raises(ValidationMismatch, match="nothing was compared") as info:
+        only.raise_on_mismatch()
+    assert "1300 tokens in one call" in str(info.value)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_drift_is_said_in_words(grows: bool, long_reference: Reference) -> None:
+    runner = ToyRunner(MODEL)
+
+    def err(_name: str, a: dict) -> None:
+        done = int(a["positions"][0] + a["seq_lens"][0])
+        a["logits"] += np.float32(1e-3) * (done / 1000 if grows else 1) * np.sin(np.arange(260) + done)
+
+    runner.tamper = err
+    report = validate(runner, long_reference, dtype="float16", replays=["steps"])
+    logits = next(d for d in report.drift if d.quantity == "logits")
+    assert logits.grows == grows
+    assert (logits.case, logits.replay, logits.tokens) == ("drift", "steps", 1300)
+    assert ("error grows" if grows else "error does not grow") in logits.sentence
+    assert any(d["sentence"] == logits.sentence for d in report.to_json()["drift"])
+
+
+def test_short_cases_say_nothing_about_drift(reference: Reference) -> None:
+    assert validate(ToyRunner(MODEL), reference).drift == ()
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_runner_for_few_rows_gets_few_rows(most: int, reference: Reference) -> None:
+    runner = ToyRunner(MODEL)
+    runner.max_batch = most  # type: ignore[attr-defined]
+    sizes: list[int] = []
+    runner.tamper = lambda name, a: sizes.append(len(a["ids"]))
+    whole = validate(ToyRunner(MODEL), reference)
+    report = validate(runner, reference)
+    assert report.passed
+    assert max(sizes) == most
+    for a, b in zip(whole.results, report.results, strict=True):
+        assert [p.tokens for p in a.per_position] == [p.tokens for p in b.per_position]
+
+    def third(name: str, a: dict) -> None:  # short's last row has one token
+        a["logits"][a["seq_lens"] == 1] += 1
+
+    runner.tamper = third
+    first = validate(runner, reference, cases=["short"], replays=["prefill"]).first_failure
+    assert first is not None
+    assert (first.row, first.tokens) == (2, 1)
+
+
+def test_errors_are_kept_by_layer_and_by_position(reference: Reference) -> None:
+    runner = ToyRunner(MODEL)
+
+    def late(name: str, a: dict) -> None:  # row 0 from its 12th token on, layer 1
+        if name == "step" and a["seq_lens"][0] and a["positions"][0] >= 11:
+            a[1][0] *= np.float32(1.001)
+
+    runner.tamper = late
+    result = validate(runner, reference, cases=["short"], replays=["steps"]).results[0]
+    errors = {point.layer: point for point in result.per_layer}
+    assert set(errors) == {0, 1}
+    assert errors[0].state_error is not None and errors[0].state_error < 1e-5
+    assert errors[0].failed == 0
+    assert errors[1].state_error == pytest.approx(0.002, rel=0.6)
+    assert errors[1].failed == 1
+    positions = {point.tokens: point for point in result.per_position}
+    assert set(positions) == {1, 2, 4, 6, 7, 12, 13}
+    assert positions[13].state_error == errors[1].state_error == result.state_error
+    assert positions[13].failed >= 1
+    assert all(p.failed == 0 for n, p in positions.items() if n < 12)
+    assert positions[2].state_error is not None and positions[12].state_error is None  # kept there or not
+    assert all(p.top1 is not None and 0 <= p.top1 <= 1 for p in result.per_position)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named_by_layer_row_and_token(value: float, reference: Reference) -> None:
+    runner = ToyRunner(MODEL)
+
+    def fault(name: str, a: dict) -> None:  # as in a model: logits follow from the state
+        if name == "step" and a["seq_lens"][1] and a["positions"][1] == 4:
+            a[1][1, 0, 2, 3] = value
+        a["logits"][~np.isfinite(a[1]).all((1, 2, 3))] = np.nan
+
+    runner.tamper = fault
+    report = validate(runner, reference, cases=["short"], replays=["steps"])
+    with pytest.raises(ValidationMismatch) as info:
+        report.raise_on_mismatch()
+    message = str(info.value)
+    assert "NaN or infinity in the logits and in the state of layer 1, row 1 after 5 tokens" in message
+    assert "while that of layer 0 is: it began between the two" in message
+    layers = {point.layer: point.failed for point in report.results[0].per_layer}
+    assert layers[0] == 0 and layers[1] > 0
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_state_that_is_not_finite_is_found_without_the_logits(reference: Reference) -> None:
+    runner = ToyRunner(MODEL)
+
+    def fault(_name: str, a: dict) -> None:  # with row 0's last token; its logits are as they should be
+        if a["positions"][0] + a["seq_lens"][0] == 13:
+            a[0][0, 1, 0, 0] = np.nan
+            a["logits"][...] = np.nan_to_num(a["logits"])
+
+    runner.tamper = fault
+    for way in ALL:
+        first = validate(runner, reference, cases=["short"], replays=[way]).first_failure
+        assert first is not None, way
+        assert (first.quantity, first.layer, first.row, first.tokens) == ("state", 0, 0, 13)
+        assert "non-finite" in first.comparison.reason
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_the_token_of_a_bad_prefill(every: bool, reference: Reference) -> None:
+    """With all logits the token is known; otherwise which tokens the call took is said."""
+    runner = ToyRunner(MODEL, all_logits=every)
+
+    def fault(_name: str, a: dict) -> None:
+        a["logits"][0, min(8, a["logits"].shape[1] - 1) :] = np.nan
+
+    runner.tamper = fault
+    report = validate(runner, reference, cases=["short"], replays=["prefill"])
+    first = report.first_failure
+    assert first is not None
+    assert (first.row, first.layer, first.tokens) == (0, None, 9 if every else 13)
+    assert "began behind the last one" in first.comparison.reason
+    assert ("tokens 0 to 12" in first.comparison.reason) == (not every)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("layers.0.attention.qkv.bias", 0),
+        ("layers.0.mlp.up.bias", 1),
+        ("layers.1.attention.qkv.bias", 1),
+        ("layers.1.mlp.up.bias", None),
+    ],
+)
+def test_nan_from_a_layer_of_a_real_model(name: str, layer: int | None, exported: Callable) -> None:
+    bundle, oracle = exported(layers=2)
+    recorded = open_bundle(bundle).reference()
+    assert validate(oracle, recorded, cases=["far"]).passed
+    weights = {key: value.copy() for key, value in oracle.weights.items()}
+    weights[name][-1] = np.nan
+    report = validate(NumpyRunner(oracle.spec, weights), recorded, cases=["far"])
+    assert failed_replays(report) == set(ALL)
+    first = report.first_failure
+    assert first is not None
+    assert (first.quantity, first.layer, first.row) == ("finite", layer, 0)
 
 
 def test_the_report_as_json_and_as_a_table(reference: Reference) -> None:

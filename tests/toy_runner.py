@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,12 @@ class ToyRunner:
 
     def import_state(self, layers) -> list[np.ndarray]:
         return [layer.copy() for layer in layers]
+
+    def reset_rows(self, state, rows: Sequence[int]) -> None:
+        if any(not 0 <= row < state[0].shape[0] for row in rows):
+            raise RunnerError("a row that the state does not have", got=list(rows))
+        for layer in state:
+            layer[list(rows)] = 0
 
 
 def toy_case(

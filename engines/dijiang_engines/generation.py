@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dijiang_engines.errors import UsageError
 from dijiang_engines.runners.base import FloatArray, Runner
+from dijiang_engines.runners.decoding import Decoder, DecodeRequest
 from dijiang_engines.sampling import SamplingOptions, sample, uniform
 from dijiang_engines.session import Session
 from dijiang_engines.stop import StopMatcher
@@ -204,17 +205,62 @@ class Generation:
             self._prefill(keep=1)
             return
         logits = self._prefill(keep=0)
+        decoder: Decoder | None = None
         while True:
             active = [index for index, row in enumerate(self._rows) if row.finish is None]
             started = time.perf_counter()
-            tokens = self._choose(logits, active)
+            if decoder is None:
+                tokens = self._choose(logits, active)
+            else:
+                tokens = self._next(decoder, active)
             events = [self._accept(index, token) for index, token in zip(active, tokens, strict=True)]
+            if decoder is not None:
+                for event in events:
+                    if event.finish_reason == "stop":
+                        decoder.stop_row(event.row)
             if self.stats.decoded_tokens:
                 self.stats.decode_seconds += time.perf_counter() - started
             yield from events
             if all(row.finish for row in self._rows):
+                if decoder is not None:
+                    decoder.close()
                 return
-            logits = self._step()
+            if self.stats.generated_tokens == len(self._rows):
+                decoder = self._start_decoder()
+            if decoder is None:
+                logits = self._step()
+
+    def _start_decoder(self) -> Decoder | None:
+        """The runner's own loop, if it has one."""
+        start = getattr(self._runner, "start_decoding", None)
+        if start is None:
+            return None
+        self._load(prefill=False)
+        started = time.perf_counter()
+        rows, options = self._rows, self._options
+        request = DecodeRequest(
+            tokens=np.array([row.ids[-1] for row in rows]),
+            positions=np.array([row.consumed for row in rows]),
+            remaining=np.array([0 if row.finish else row.limit - row.new_tokens for row in rows]),
+            sampling=options.sampling,
+            seed=options.seed,
+            streams=np.array([row.stream_id for row in rows]),
+            draws=np.array([len(row.ids) for row in rows]),
+            stop_ids=() if options.ignore_eos else tuple(self._runner.spec.eos_token_ids),
+            banned=self._banned,
+            seen=self._seen,
+            ahead=not options.stop,
+        )
+        decoder: Decoder = start(self._state, request)
+        self.stats.load_seconds += time.perf_counter() - started
+        return decoder
+
+    def _next(self, decoder: Decoder, active: list[int]) -> list[int]:
+        tokens = decoder.next()
+        for index in active:
+            self._rows[index].consumed += 1
+        self.stats.decoded_tokens += len(active)
+        return [int(tokens[index]) for index in active]
 
     def _prefill(self, keep: int) -> FloatArray:
         """Read every row's tokens but the last `keep`; returns the last logits, [B, V]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Manifest:
         self.spec = ModelSpec.from_json(raw.get("spec", {}))
         self.dtype: str = raw["dtype"]
         self.logits: str = raw["logits"]
-        self.files = _file_table(raw)
+        self.files = file_table(raw, (WEIGHTS,))
         self.graphs = self._graph_table()
         reference = raw.get("reference")
         self.cases: list[str] | None = None if reference is None else list(reference["cases"])
@@ -192,13 +193,22 @@ def _check_header(manifest: dict[str, Any]) -> None:
             raise _bad_manifest("reference", f"null, or the file {REFERENCE} and a list of cases")
 
 
-def _file_table(manifest: dict[str, Any]) -> dict[str, FileInfo]:
+def file_table(manifest: dict[str, Any], needed: Sequence[str]) -> dict[str, FileInfo]:
+    """The checked table of files of a bundle's or an engine's manifest.
+
+    Args:
+        manifest: the JSON object.
+        needed: names that must be in it.
+
+    Raises:
+        BundleError: a name that could leave the folder, a bad hash or size, or one of `needed` is missing.
+    """
     files = manifest.get("files")
     if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
         raise _bad_manifest("files", f"an object of at most {MAX_FILES} files")
     table = {}
     for name, entry in files.items():
-        if not is_plain_name(name) or name == MANIFEST:
+        if not is_plain_name(name) or name in (MANIFEST, "engine.json"):
             raise BundleError(
                 "the manifest lists a file name that a bundle cannot have",
                 got=repr(name)[:200],
@@ -212,7 +222,7 @@ def _file_table(manifest: dict[str, Any]) -> dict[str, FileInfo]:
         if not hexadecimal or not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise _bad_manifest(f"files.{name}", "a sha256 of 64 hex digits and a size in bytes")
         table[name] = FileInfo(str(digest), size)
-    missing = [name for name in (WEIGHTS,) if name not in table]
+    missing = [name for name in needed if name not in table]
     missing += [REFERENCE] if manifest.get("reference") and REFERENCE not in table else []
     if missing:
         raise _bad_manifest("files", " and ".join(missing))

@@ -7,7 +7,8 @@
     padding   with more right padding, of another token, and against the narrower batch
     resume    prefill, state exported and imported again, then steps
 
-Rows that are done get seq_lens 0; their state must stay the same bit for bit.
+Rows that are done get seq_lens 0; their state must stay the same bit for bit. A long case (`WHOLE_TOKENS`)
+goes through pieces and steps only.
 """
 
 from __future__ import annotations
@@ -15,66 +16,27 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.compare import Comparison, compare_bits, compare_logits, compare_state
 from dijiang_engines.reference_cases import ReferenceCase
+from dijiang_engines.replay_check import Check, Quantity, bad_rows, trace_not_finite
 from dijiang_engines.runners.base import FloatArray, IntArray, Runner, State
 from dijiang_engines.tolerances import tolerance
 
-Quantity = Literal["reference", "state", "logits", "finite", "kept", "padding"]
+__all__ = ["REPLAYS", "Check", "Quantity", "Replayer"]
 
 EXTRA_PADDING = 67
 """Columns added by `padding`: more than a chunk of 64, and not a multiple of anything."""
 RESUME_STEPS = 32
 """At most this many tokens of each row go through the step graph in `resume`."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One compared array."""
-
-    case: str
-    replay: str
-    quantity: Quantity
-    """state and logits: against the record. finite: logits of padded places and empty rows too.
-    kept: a finished row's state against itself. padding: against the same row padded otherwise.
-    reference: the record itself."""
-    row: int
-    tokens: int
-    """How many of the row's tokens had been consumed."""
-    layer: int | None
-    """For states."""
-    comparison: Comparison
-
-    @property
-    def place(self) -> str:
-        """Where this was, in words."""
-        what = {
-            "state": "the state",
-            "logits": "the logits",
-            "finite": "the logits (padded places included)",
-            "kept": "the kept state",
-            "padding": "the result with other padding",
-            "reference": "the record",
-        }[self.quantity]
-        layer = "" if self.layer is None else f" of layer {self.layer}"
-        return f"{what}{layer}, row {self.row} after {self.tokens} tokens ({self.case}, {self.replay})"
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {
-            "case": self.case,
-            "replay": self.replay,
-            "quantity": self.quantity,
-            "row": self.row,
-            "tokens": self.tokens,
-            "layer": self.layer,
-            **self.comparison.to_json(),
-        }
+PIECE_TOKENS = 512
+"""At most this many tokens of a row in one call of `pieces`; marks may lie further apart."""
+WHOLE_TOKENS = 1024
+"""A longer case goes only through `pieces` and `steps`: one call with all its tokens would need memory, and
+from an engine a profile, that nobody plans for, and would test what shorter cases test."""
 
 
 Replay = Callable[["Replayer"], Iterator[Check]]
@@ -91,15 +53,20 @@ class _Result:
 class Replayer:
     """One case on one runner. Each method in `REPLAYS` yields its checks, earliest layer and mark first."""
 
-    def __init__(self, runner: Runner, case: ReferenceCase, dtype: str) -> None:
+    def __init__(
+        self, runner: Runner, case: ReferenceCase, dtype: str, *, unit_of: ReferenceCase | None = None
+    ) -> None:
         """
         Args:
             runner: what is tested.
             case: what it is tested with.
             dtype: the bundle's, which chooses the tolerances.
+            unit_of: the case whose recorded logits set the unit of errors; default `case`, of which it is
+                a part otherwise.
         """
         self.runner = runner
         self.case = case
+        self._unit_of = unit_of
         self._on_call: Callable[[], None] = lambda: None
         self._logits_tolerance = tolerance(dtype, "logits")
         self._state_tolerance = tolerance(dtype, "state")
@@ -111,11 +78,14 @@ class Replayer:
         # Not 0, which the record is padded with: were padding read, it should not go unnoticed.
         self._filler = runner.spec.vocab_size - 1
         self._whole: _Result | None = None
+        self._known_bad: set[int] = set()
+        """Rows whose first non-finite values this replay has traced already."""
 
     @cached_property
     def _scale(self) -> float:
         """The logits' unit, asked for once the record is known to be finite."""
-        return float(self._logits.astype(np.float64).std())
+        logits = self._logits if self._unit_of is None else self._unit_of.logits()
+        return float(logits.astype(np.float64).std())
 
     def calls(self, replay: str) -> int:
         """How often `replay`, run next, calls the runner: for a progress bar."""
@@ -124,7 +94,7 @@ class Replayer:
         resumed = int((case.seq_lens - self._resume_at()).max())
         calls: dict[str, int] = {
             "prefill": 1,
-            "pieces": case.marks.shape[1] + 1,
+            "pieces": sum(1 for _ in self._targets()) + 1,
             "steps": self.length + 1,
             "alone": case.batch + whole,
             "padding": 1 + whole,
@@ -132,9 +102,16 @@ class Replayer:
         }
         return calls[replay]
 
+    def skip_reason(self, replay: str) -> str | None:
+        """Why `replay` is left out for this case; None if it is not."""
+        if self.length <= WHOLE_TOKENS or replay in ("pieces", "steps"):
+            return None
+        return f"it would take {self.length} tokens in one call; pieces and steps replay this case"
+
     def run(self, replay: str, on_call: Callable[[], None] = lambda: None) -> Iterator[Check]:
         """The checks of one replay; `on_call` is called after each of the runner's calls."""
         self._on_call = on_call
+        self._known_bad = set()
         return REPLAYS[replay](self)
 
     def bad_record(self) -> Check | None:
@@ -174,11 +151,9 @@ class Replayer:
         state = runner.new_state(case.batch)
         done = np.zeros(case.batch, np.int64)
         before = runner.export_state(state)
-        for mark in range(case.marks.shape[1] + 1):
-            last = mark == case.marks.shape[1]
-            target = done if last else case.marks[:, mark]
+        for mark, target in (*self._targets(), (None, case.seq_lens)):
             counts = target - done
-            ids = self._slice_ids(done, counts, 3 if last else int(counts.max()))
+            ids = self._slice_ids(done, counts, 3 if mark is None else int(counts.max()))
             logits = yield from self._call("pieces", ids, case.positions + done, counts, state)
             if logits is None:
                 return
@@ -187,7 +162,7 @@ class Replayer:
             for row in range(case.batch):
                 if counts[row] == 0:
                     yield from self._check_kept("pieces", row, int(done[row]), states, before)
-                if not last:
+                if mark is not None and done[row] == case.marks[row, mark]:
                     # A row that had no token has no logits, but its state is still what was recorded.
                     vector = self._last_valid(logits, row, int(counts[row])) if counts[row] else None
                     yield from self._check_mark("pieces", row, mark, vector, states)
@@ -214,6 +189,7 @@ class Replayer:
                 case.positions[row : row + 1],
                 case.seq_lens[row : row + 1],
                 state,
+                rows=[row],
             )
             if logits is None:
                 return
@@ -252,6 +228,17 @@ class Replayer:
         yield from self._step_on("resume", cut, state)
 
     # -- parts of them ---------------------------------------------------------------------------------
+
+    def _targets(self) -> Iterator[tuple[int, IntArray]]:
+        """Of each call of `pieces`: the mark it leads to, and each row's tokens [B] after it."""
+        done: IntArray = np.zeros(self.case.batch, np.int64)
+        for mark in range(self.case.marks.shape[1]):
+            goal = self.case.marks[:, mark]
+            while True:
+                done = np.minimum(goal, done + PIECE_TOKENS)
+                yield mark, done
+                if (done == goal).all():
+                    break
 
     def _resume_at(self) -> IntArray:
         lens = self.case.seq_lens
@@ -309,39 +296,38 @@ class Replayer:
         state: State,
         *,
         step: bool = False,
+        rows: list[int] | None = None,
     ) -> Generator[Check, None, FloatArray | None]:
-        """Call the runner; a check of the logits' shape and finiteness. Returns them, None if misshapen."""
+        """Call the runner; a check of the logits' shape and finiteness. Returns them, None if misshapen.
+
+        `rows`: the case's row that is run by itself; default all.
+        """
         run = self.runner.step if step else self.runner.prefill
         logits = run(np.ascontiguousarray(ids), positions.copy(), counts.copy(), state)
         self._on_call()
         every = self.runner.all_logits and not step
         expected = (ids.shape[0], ids.shape[1] if every else 1, self.runner.spec.vocab_size)
-        tokens = int(counts.max())
+        first = rows[0] if rows else 0
+        done = positions - self.case.positions[rows if rows else slice(None)]
         if logits.shape != expected:
             reason = f"shape is {list(logits.shape)}, expected {list(expected)}"
-            yield Check(self.case.name, replay, "logits", 0, tokens, None, Comparison(False, reason))
+            tokens = int(done[0] + counts[0])
+            yield Check(self.case.name, replay, "logits", first, tokens, None, Comparison(False, reason))
             return None
-        finite = np.isfinite(logits)
-        if finite.all():
-            yield Check(self.case.name, replay, "finite", 0, tokens, None, Comparison(True, ""))
-        else:
-            # Layers before logits: find where it began, so that the report names the first bad layer.
-            layer, row = self._first_bad_layer(state)
-            if layer is None:
-                row = int((~finite).reshape(len(logits), -1).any(-1).argmax())
-            bad = int((~finite).sum())
-            reason = f"{bad} of {finite.size} logits are not finite"
-            if layer is not None:
-                reason += f", nor is the state of layer {layer}"
-            yield Check(self.case.name, replay, "finite", row, tokens, layer, Comparison(False, reason))
+        bad = [int(row) for row in np.flatnonzero(bad_rows(logits))]
+        if not bad:
+            tokens = int((done + counts).max())
+            yield Check(self.case.name, replay, "finite", first, tokens, None, Comparison(True, ""))
+            return logits
+        # A NaN stays in the state, and so in all logits that follow: trace a row's first one only.
+        new = [row for row in bad if first + row not in self._known_bad]
+        self._known_bad |= {first + row for row in bad}
+        index = new[0] if new else bad[0]
+        states = self.runner.export_state(state) if new else None
+        found = trace_not_finite(logits, states, index, int(done[index]), int(counts[index]))
+        result = Comparison(False, found.reason)
+        yield Check(self.case.name, replay, "finite", first + index, found.tokens, found.layer, result)
         return logits
-
-    def _first_bad_layer(self, state: State) -> tuple[int | None, int]:
-        for layer, values in enumerate(self.runner.export_state(state)):
-            bad = ~np.isfinite(values)
-            if bad.any():
-                return layer, int(bad.reshape(len(bad), -1).any(-1).argmax())
-        return None, 0
 
     def _check_rows(
         self, replay: str, logits: FloatArray, states: list[FloatArray], rows: list[int] | None = None

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.bundle import Bundle
 from dijiang_engines.errors import OutputError, SessionError
+from dijiang_engines.model import Model
 from dijiang_engines.runners.base import FloatArray
 from dijiang_engines.spec import ModelSpec
 
@@ -52,7 +52,7 @@ class Session:
         return len(self.token_ids)
 
 
-def save_session(path: str | Path, session: Session, bundle: Bundle) -> None:
+def save_session(path: str | Path, session: Session, bundle: Model) -> None:
     """Write a session file, in one step: an older file of that name stays until the new one is complete.
 
     Raises:
@@ -99,7 +99,7 @@ def check_session_target(path: str | Path) -> None:
         raise OutputError(f"the folder {target.parent} is read-only", hint="choose another folder")
 
 
-def load_session(path: str | Path, bundle: Bundle) -> Session:
+def load_session(path: str | Path, bundle: Model) -> Session:
     """Read a session file that was saved with this model.
 
     Raises:
@@ -165,7 +165,7 @@ def _read(file: Any, names: set[str], spec: ModelSpec) -> Session:
     return Session(layers, positions, [row.tolist() for row in rows])
 
 
-def _metadata(bundle: Bundle) -> dict[str, str]:
+def _metadata(bundle: Model) -> dict[str, str]:
     identity = bundle.identity
     return {
         "format": FORMAT,

@@ -3,55 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dijiang_engines.drift import Drift, find_drift
 from dijiang_engines.errors import UsageError, ValidationMismatch
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.reference_cases import Reference
-from dijiang_engines.replay import REPLAYS, Check, Replayer
+from dijiang_engines.replay import REPLAYS
+from dijiang_engines.replay_check import Check
+from dijiang_engines.replay_rows import RowsReplayer
 from dijiang_engines.runners.base import Runner
+from dijiang_engines.series import ReplayResult, Summary
 from dijiang_engines.tolerances import tolerance
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+__all__ = ["MAX_FAILURES", "ReplayResult", "Report", "Skipped", "validate"]
 
 MAX_FAILURES = 100
 """Failed checks that a report keeps in full; it counts all of them."""
 
 
 @dataclass(frozen=True)
-class ReplayResult:
-    """One case replayed in one way: its checks summed up.
-
-    Errors are the largest, cosines the least, over all checks; None where nothing was compared.
-    """
+class Skipped:
+    """A replay that was not tried, and why."""
 
     case: str
     replay: str
-    checks: int
-    failed: int
-    logits_error: float | None
-    """In standard deviations of the case's recorded logits."""
-    state_error: float | None
-    """In units of the head's largest recorded absolute value."""
-    padding_error: float | None
-    """Against the same tokens with other padding."""
-    max_abs_error: float | None
-    """Of logits, in their own unit."""
-    cosine: float | None
-    """Of logits and states."""
-    top1: float | None
-    """Share of compared logits whose largest entry is the record's."""
-    kl: float | None
-    """In nats."""
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        """True if something was compared and nothing failed."""
-        return self.checks > 0 and self.failed == 0
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +46,21 @@ class Report:
     results: tuple[ReplayResult, ...]
     failures: tuple[Check, ...]
     """Failed checks in the order in which they were found, at most `MAX_FAILURES`."""
+    skipped: tuple[Skipped, ...] = ()
+    """Replays that make no sense for a case."""
+
+    @property
+    def drift(self) -> tuple[Drift, ...]:
+        """Whether errors grow with the position, for every replay that went far enough to tell."""
+        return tuple(found for result in self.results for found in find_drift(result))
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for each case of which replays were skipped."""
+        ways: dict[tuple[str, str], list[str]] = {}
+        for one in self.skipped:
+            ways.setdefault((one.case, one.reason), []).append(one.replay)
+        return [f"{case}: no {', '.join(names)}: {reason}." for (case, reason), names in ways.items()]
 
     @property
     def passed(self) -> bool:
@@ -87,7 +84,7 @@ class Report:
         failed = sum(result.failed for result in self.results)
         total = sum(result.checks for result in self.results)
         if first is None:
-            raise ValidationMismatch("nothing was compared")
+            raise ValidationMismatch("nothing was compared", got=" ".join(self.left_out) or None)
         raise ValidationMismatch(
             f"{failed} of {total} checks on {self.runner} failed; first: {first.place}",
             got=first.comparison.reason,
@@ -105,6 +102,8 @@ class Report:
             "results": [asdict(result) | {"passed": result.passed} for result in self.results],
             "first_failure": None if first is None else first.to_json(),
             "failures": [check.to_json() for check in self.failures],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "drift": [asdict(found) | {"sentence": found.sentence} for found in self.drift],
         }
 
     def table(self) -> Table:
@@ -113,11 +112,13 @@ class Report:
 
         bound = tolerance(self.dtype, "logits").max_error
         state_bound = tolerance(self.dtype, "state").max_error
-        table = Table(
-            title=f"{self.runner}, {self.dtype}",
-            caption=f"Errors are relative: logits in standard deviations of the case's (at most {bound:g}), "
+        caption = [
+            f"Errors are relative: logits in standard deviations of the case's (at most {bound:g}), "
             f"states in units of the head's largest value (at most {state_bound:g}).",
-        )
+            *(found.sentence for found in self.drift),
+            *self.left_out,
+        ]
+        table = Table(title=f"{self.runner}, {self.dtype}", caption="\n".join(caption))
         for name in ("case", "replay"):
             table.add_column(name)
         for name in ("checks", "logits", "states", "padding", "1 - cosine", "top-1", "KL", "seconds"):
@@ -156,7 +157,7 @@ def validate(
         reference: `Bundle.reference()`.
         dtype: the bundle's, which chooses the tolerances.
         cases: names of recorded cases; default all.
-        replays: names from `dijiang_engines.replay.REPLAYS`; default all.
+        replays: names from `dijiang_engines.replay.REPLAYS`; default all that make sense for a case.
         progress: for the runner's calls.
 
     Raises:
@@ -168,21 +169,30 @@ def validate(
     names = _cases(reference, cases)
     results: list[ReplayResult] = []
     failures: list[Check] = []
+    skipped: list[Skipped] = []
+
+    def collect(summary: Summary, checks: Iterable[Check]) -> None:
+        start = time.perf_counter()
+        for check in checks:
+            summary.add(check)
+            if not check.comparison.passed and len(failures) < MAX_FAILURES:
+                failures.append(check)
+        results.append(summary.result(time.perf_counter() - start))
+
     for name in names:
-        replayer = Replayer(runner, reference.cases[name], dtype)
+        replayer = RowsReplayer(runner, reference.cases[name], dtype)
         bad = replayer.bad_record()
         if bad is not None:
-            failures.append(bad)
-            results.append(_summary(name, "record", [bad], 0.0))
+            collect(Summary(name, "record"), [bad])
             continue
         for way in chosen:
+            reason = replayer.skip_reason(way)
+            if reason is not None:
+                skipped.append(Skipped(name, way, reason))
+                continue
             with progress(f"Validating {name}, {way}", replayer.calls(way), "items") as bar:
-                start = time.perf_counter()
-                checks = list(replayer.run(way, bar.advance))
-                seconds = time.perf_counter() - start
-            results.append(_summary(name, way, checks, seconds))
-            failures += [check for check in checks if not check.comparison.passed]
-    return Report(runner.name, dtype, tuple(results), tuple(failures[:MAX_FAILURES]))
+                collect(Summary(name, way), replayer.run(way, bar.advance))
+    return Report(runner.name, dtype, tuple(results), tuple(failures), tuple(skipped))
 
 
 def _cases(reference: Reference, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -204,31 +214,6 @@ def _replays(names: Sequence[str] | None) -> tuple[str, ...]:
         if name not in REPLAYS:
             raise UsageError(f"there is no replay {name!r}", expected=f"one of {', '.join(REPLAYS)}")
     return tuple(name for name in REPLAYS if name in names)
-
-
-def _summary(case: str, replay: str, checks: list[Check], seconds: float) -> ReplayResult:
-    logits = [c.comparison for c in checks if c.quantity == "logits"]
-    states = [c.comparison for c in checks if c.quantity == "state"]
-    padding = [c.comparison for c in checks if c.quantity == "padding"]
-    top1 = [c.top1 for c in logits if c.top1 is not None]
-    return ReplayResult(
-        case=case,
-        replay=replay,
-        checks=len(checks),
-        failed=sum(not c.comparison.passed for c in checks),
-        logits_error=_most([c.relative_error for c in logits]),
-        state_error=_most([c.relative_error for c in states]),
-        padding_error=_most([c.relative_error for c in padding]),
-        max_abs_error=_most([c.max_abs_error for c in logits]),
-        cosine=min((c.cosine for c in logits + states if c.cosine is not None), default=None),
-        top1=sum(top1) / len(top1) if top1 else None,
-        kl=_most([c.kl for c in logits]),
-        seconds=seconds,
-    )
-
-
-def _most(values: list[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
 
 
 def _number(value: float | None) -> str:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 PROGRAM = "dijiang-export"
+# click 8.2 and newer; before, the help was printed without an error
+_NoArguments = getattr(click.exceptions, "NoArgsIsHelpError", ())
 DEBUG_VARIABLE = "DIJIANG_DEBUG"
 COMPLETION_VARIABLE = "_DIJIANG_EXPORT_COMPLETE"
 EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h
@@ -42,6 +44,7 @@ COMMANDS = {
     "generate": ("generate:generate", "Generate text from a bundle."),
     "inspect": ("inspect:inspect", "Describe a checkpoint or a bundle and what it takes to run."),
     "build-plugin": ("build_plugin:build_plugin", "Compile the CUDA kernels and the TensorRT plugin."),
+    "build-engine": ("build_engine:build_engine", "Build a TensorRT engine from a bundle, and validate it."),
     "doctor": ("doctor:doctor", "Say what works on this machine, what is missing, and how to get it."),
     "bench": ("bench:bench", "Measure a bundle's speed and memory on this machine."),
     "completion": ("completion:completion", "Print the completion script of a shell."),
@@ -51,7 +54,7 @@ COMMANDS = {
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export",
     "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "tensorrt": "tensorrt",
-    "polygraphy": "tensorrt", "matplotlib": "bench",
+    "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
 }  # fmt: skip
 
 
@@ -186,7 +189,7 @@ def _report(error: BaseException, output: Output) -> int:
         traceback.print_exception(error)
     failure, code = _explain(error)
     try:
-        if isinstance(error, click.exceptions.NoArgsIsHelpError) and not output.json:
+        if isinstance(error, _NoArguments) and not output.json:
             click.echo(error.ctx.get_help() if error.ctx else "", err=True)
             return code
         if output.json:
@@ -238,7 +241,7 @@ def _explain(error: BaseException) -> tuple[DijiangError, int]:
 
 
 def _explain_usage(error: click.ClickException) -> DijiangError:
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+    if isinstance(error, _NoArguments):
         return DijiangError("a command is missing", hint=f"see `{PROGRAM} --help`")
     message = error.format_message().rstrip(".")
     hint = getattr(error, "hint", None)

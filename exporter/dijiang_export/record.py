@@ -1,10 +1,11 @@
 """Record reference cases: what PyTorch computes in float64, for validation anywhere without PyTorch.
 
 The oracle works layer by layer over the tokens of all cases at once, and within a layer matrix by matrix
-in blocks of rows that are read, rounded to the bundle's type, widened to float64 and dropped. So peak
-memory does not grow with the model, every weight is read once, and what is compared is the arithmetic of
-an engine, not the rounding of weights that it cannot avoid. The file is described in
-`dijiang_engines.reference_cases` and docs/bundle-format.md.
+in blocks of rows that are read, rounded to the bundle's type, widened to float64 and dropped. Many tokens
+(`drift`) go through a layer in segments, with the state carried from one to the next. So peak memory grows
+with neither the model nor the length, but for the hidden vectors, one a token; every weight is read once a
+segment; and what is compared is the arithmetic of an engine, not the rounding of weights that it cannot
+avoid. The file is described in `dijiang_engines.reference_cases` and docs/bundle-format.md.
 """
 
 from __future__ import annotations
@@ -29,12 +30,19 @@ from dijiang_export.checkpoint import Checkpoint
 from dijiang_export.graph.body_prefill import chunk_size
 from dijiang_export.graph.weights import round_to
 from dijiang_export.reference.attention import Decay, Geometry, dijiang_attention
-from dijiang_export.reference.model import Block, ReferenceModel, is_op_constant
+from dijiang_export.reference.model import AttentionOp, Block, ReferenceModel, is_op_constant
 from dijiang_export.reference.rope import inverse_frequencies
 
 Cases = Literal["none", "short", "full"]
+DRIFT = "drift"
 BLOCK_BYTES = 16 << 20
 """Of the stored weight; float64 blocks are up to four times as large."""
+SEGMENT_BYTES = 64 << 20
+"""Of the widest activation of a segment, in float64; a few of them are alive at a time."""
+LEAST_SEGMENT = 512
+"""Tokens, however wide the model: each segment reads all weights again."""
+DRIFT_TOKENS = 10_000
+"""Length of `drift`, or as many as the model has positions."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,19 @@ def plan_cases(spec: ModelSpec, cases: Cases, seed: int = 0) -> list[CasePlan]:
         wanted.append(("far", [9, 5], [max(limit - 9, 0), max(limit - 6, 0)]))
     if cases == "full":
         wanted.append(("long", [4 * chunk + 44, 2 * chunk + 1], [0, 3]))
+        wanted.append((DRIFT, [DRIFT_TOKENS], [0]))
     rng = np.random.default_rng(seed)
     plans = []
     for name, lengths, positions in wanted:
         if limit is not None:  # short tables
             lengths = [max(1, min(n, limit - start)) for n, start in zip(lengths, positions, strict=True)]
         rows = [rng.integers(0, spec.vocab_size, n) for n in lengths]
-        marks = np.stack([_marks(n, rng) for n in lengths])
-        plans.append(CasePlan(name, rows, positions, marks, state_marks=[1, marks.shape[1] - 1]))
+        if name == DRIFT:
+            marks, state_marks = _drift_marks(lengths[0])
+        else:
+            marks = np.stack([_marks(n, rng) for n in lengths])
+            state_marks = [1, marks.shape[1] - 1]
+        plans.append(CasePlan(name, rows, positions, marks, state_marks))
     return plans
 
 
@@ -80,6 +93,14 @@ def _marks(length: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Five token counts: the first token, two odd places, the last but one, and all."""
     inner = np.sort(rng.integers(1, length + 1, 2))
     return np.array([1, *inner, max(length - 1, inner[1]), length]).astype(np.int64)
+
+
+def _drift_marks(length: int) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """Powers of ten, then every thousandth token: marks [1, M], and at which of them states are kept."""
+    wanted = [n for n in (1, 10, 100, 250, 500, *range(1000, length, 1000)) if n < length]
+    marks = [*wanted, length]
+    kept = [i for i, mark in enumerate(marks) if mark in (100, 1000, 5000, length)]
+    return np.array([marks], np.int64), kept
 
 
 def record_cases(
@@ -102,7 +123,7 @@ def record_cases(
     if not plans:
         return []
     with torch.inference_mode():
-        tensors = _Recorder(checkpoint, dtype, plans).run(progress)
+        tensors = Recorder(checkpoint, dtype, plans).run(progress)
     metadata = {
         "format": reference_cases.FORMAT,
         "version": reference_cases.VERSION,
@@ -117,7 +138,7 @@ def record_cases(
 class _StreamedLinear(nn.Module):
     """x @ Wᵀ + b in float64 with W read in blocks of rows."""
 
-    def __init__(self, recorder: _Recorder, name: str, bias: Tensor | None) -> None:
+    def __init__(self, recorder: Recorder, name: str, bias: Tensor | None) -> None:
         super().__init__()
         self.recorder, self.name, self.bias = recorder, name, bias
 
@@ -138,7 +159,15 @@ class _Row:
     marks: list[int]
 
 
-class _Recorder:
+class Recorder:
+    """Computes the cases of one checkpoint. Call `run` in inference mode.
+
+    Args:
+        checkpoint: where weights come from.
+        dtype: to which they are rounded.
+        plans: the cases.
+    """
+
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, plans: list[CasePlan]) -> None:
         self.checkpoint, self.dtype, self.plans = checkpoint, dtype, plans
         self.spec = checkpoint.spec
@@ -150,11 +179,22 @@ class _Recorder:
                 span = slice(start, start + len(ids))
                 self.rows.append(_Row(case, row, span, plan.positions[row], plan.marks[row].tolist()))
                 start += len(ids)
+        self._segments = self._cut(start)
+        self._segment = self._segments[0]
+        self._carried = torch.empty(0)
+        """State of the one row that goes on in the next segment."""
         state = self.spec.state_shape
         self.states = [
             [np.zeros((len(p.input_ids), len(p.state_marks), *state), np.float32) for p in plans]
             for _ in range(self.spec.num_layers)
         ]
+
+    def _cut(self, tokens: int) -> list[slice]:
+        """Slices of the flat list of tokens, each with bounded activations."""
+        spec = self.spec
+        widest = max(spec.qkv_size, spec.intermediate_size, spec.hidden_size)
+        size = max(LEAST_SEGMENT, SEGMENT_BYTES // (8 * widest))
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Float64 blocks of rows of a weight, rounded to the bundle's type first."""
@@ -168,22 +208,30 @@ class _Recorder:
             return value.float().to(self.dtype).double()  # the op casts float32 P to T
         return value.double() if is_op_constant(name) else round_to(value, self.dtype, name).double()
 
-    def run(self, progress: ProgressFactory) -> dict[str, npt.NDArray[np.generic]]:
+    def run(self, progress: ProgressFactory = silent) -> dict[str, npt.NDArray[np.generic]]:
         """All tensors of the file."""
-        inv_freq = inverse_frequencies(self.spec)
         hidden = self._embed()
-        unused = torch.zeros(1)  # rows have states, positions and lengths of their own
-        with progress("Recording reference cases", self.spec.num_layers + 1, "items") as bar:
+        total = self.spec.num_layers * len(self._segments) + 1
+        with progress("Recording reference cases", total, "items") as bar:
             for index in range(self.spec.num_layers):
                 with torch.device("meta"):
                     block = Block(self.spec)
                 self._load(block, f"layers.{index}.")
-                op = functools.partial(self._attention, index)
-                hidden, _ = block(hidden, unused, unused, unused, inv_freq, op)
-                bar.advance()
+                for segment in self._segments:
+                    self._segment = segment
+                    part = hidden[:, segment]
+                    part.copy_(self._block(block, part, functools.partial(self._attention, index)))
+                    bar.advance()
             logits = self._logits(hidden)
             bar.advance()
         return self._collect(logits)
+
+    def _block(self, block: Block, hidden: Tensor, op: AttentionOp) -> Tensor:
+        """One layer over one segment, [1, n, h] -> [1, n, h]."""
+        unused = torch.zeros(1)  # rows have states, positions and lengths of their own
+        result: Tensor
+        result, _ = block(hidden, unused, unused, unused, inverse_frequencies(self.spec), op)
+        return result
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         """Give a module on the meta device its small parameters, and let its matrices be streamed."""
@@ -226,52 +274,65 @@ class _Recorder:
     def _attention(
         self, layer: int, *tensors: Tensor, decay: Decay, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
-        """The op over each row on its own, cut at its marks, with the state carried and kept."""
+        """The op over each row's part of the segment, cut at its marks, with the state carried and kept."""
         qkv, gate, state, _, _, *constants = tensors
         outputs = []
         for row in self.rows:
+            offset = row.tokens.start - self._segment.start
+            done = max(-offset, 0)
+            stop = min(row.tokens.stop, self._segment.stop) - row.tokens.start
+            if done >= stop:
+                continue
             wanted = self.plans[row.case].state_marks
-            state = torch.zeros(1, *self.spec.state_shape, dtype=torch.float64)
-            done = 0
+            state = self._carried
+            if done == 0:
+                state = torch.zeros(1, *self.spec.state_shape, dtype=torch.float64)
             for mark, end in enumerate(row.marks):
-                if end > done:
-                    part = slice(row.tokens.start + done, row.tokens.start + end)
+                here = min(end, stop)
+                if here > done:
+                    part = slice(offset + done, offset + here)
                     output, state = dijiang_attention(
                         qkv[:, part], gate[:, part], state,
-                        torch.tensor([row.position + done]), torch.tensor([end - done]),
+                        torch.tensor([row.position + done]), torch.tensor([here - done]),
                         *constants, decay=decay, geometry=geometry, form="chunked",
                     )  # fmt: skip
                     outputs.append(output)
-                    done = end
-                if mark in wanted:
+                    done = here
+                if done == end and mark in wanted:
                     kept = self.states[layer][row.case]
                     kept[row.row, wanted.index(mark)] = state[0].float().numpy()
+            self._carried = state
         return torch.cat(outputs, dim=1), state
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[rows, M, V] at the marks."""
-        index = torch.tensor([[row.tokens.start + mark - 1 for mark in row.marks] for row in self.rows])
+        """[K, V]: all rows' marks, row by row."""
+        index = torch.tensor([row.tokens.start + mark - 1 for row in self.rows for mark in row.marks])
         model = ReferenceModel(self.spec, device="meta")
         model.layers = nn.ModuleList()
         for name in ("embed_tokens", "embed_positions", "project_in"):
             setattr(model, name, None)
         self._load(model, "")  # what is left is the head
-        return model.head(hidden[0][index])
+        return self._head(model, hidden[0][index])
+
+    def _head(self, model: ReferenceModel, hidden: Tensor) -> Tensor:
+        """[K, h] -> [K, V]."""
+        return model.head(hidden)
 
     def _collect(self, logits: Tensor) -> dict[str, npt.NDArray[np.generic]]:
         tensors: dict[str, npt.NDArray[np.generic]] = {}
+        sizes = [plan.marks.size for plan in self.plans]
+        of_case = torch.split(logits.float(), sizes)
         for case, plan in enumerate(self.plans):
             lengths = [len(ids) for ids in plan.input_ids]
             padded = np.zeros((len(lengths), max(lengths)), np.int64)
             for row, ids in enumerate(plan.input_ids):
                 padded[row, : len(ids)] = ids
-            of_case = [i for i, row in enumerate(self.rows) if row.case == case]
             tensors |= {
                 f"{plan.name}.input_ids": padded,
                 f"{plan.name}.seq_lens": np.array(lengths, np.int64),
                 f"{plan.name}.positions": np.array(plan.positions, np.int64),
                 f"{plan.name}.marks": plan.marks,
-                f"{plan.name}.logits": np.ascontiguousarray(logits[of_case].float().numpy()),
+                f"{plan.name}.logits": of_case[case].reshape(*plan.marks.shape, -1).numpy().copy(),
                 f"{plan.name}.state_marks": np.array(plan.state_marks, np.int64),
             }
             for layer, states in enumerate(self.states):

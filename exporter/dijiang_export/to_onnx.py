@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ def export_bundle(
     cases: Cases = "short",
     max_positions: int | None = None,
     extend_decay: bool = False,
+    variants: Sequence[str] = (),
     force: bool = False,
     progress: ProgressFactory = silent,
 ) -> ExportReport:
@@ -68,17 +69,21 @@ def export_bundle(
         cases: how many reference cases to record.
         max_positions: keep so many rows of trained tables.
         extend_decay: let trained tables go on past their last row instead of stopping.
+        variants: names in `write.VARIANTS`: graphs for one runtime, beside those that every bundle has.
         force: replace an existing bundle.
         progress: opens progress bars.
 
     Raises:
-        UsageError: an unknown dtype, logits or cases.
+        UsageError: an unknown dtype, logits, cases or variant.
         CheckpointError: the checkpoint cannot be read or does not fit the type.
         OutputError: the bundle cannot be written.
     """
     _check_choice("dtype", dtype, tuple(DTYPES))
     _check_choice("logits", logits, ("last", "all"))
     _check_choice("cases", cases, ("none", "short", "full"))
+    for variant in variants:
+        _check_choice("variant", variant, tuple(write.VARIANTS))
+    graph_files = write.graph_files(tuple(dict.fromkeys(variants)))
     clock = _Clock()
     with (
         open_checkpoint(source, extend_decay=extend_decay, max_positions=max_positions) as checkpoint,
@@ -95,12 +100,14 @@ def export_bundle(
             data = folder / weights.FILE_NAME
             writing = background.submit(weights.write, data, layout, checkpoint, extra, on_bytes=bar.advance)
             with clock("graphs"):
-                models = write.make_graphs(spec, DTYPES[dtype], layout, all_logits=logits == "all")
-                graphs = {g.key: write.save(models[g.key], layout, folder, g) for g in write.GRAPHS}
+                models = write.make_graphs(
+                    spec, DTYPES[dtype], layout, all_logits=logits == "all", variants=tuple(variants)
+                )
+                graphs = {g.key: write.save(models[g.key], layout, folder, g) for g in graph_files}
             with clock("weights, after graphs"):
                 writing.result()
         with clock("check"):
-            for graph_file in write.GRAPHS:
+            for graph_file in graph_files:
                 write.check(folder / graph_file.file, graph_file.target)
         with clock("cases"):
             recorded = record_cases(checkpoint, DTYPES[dtype], folder / manifest.REFERENCE, cases, progress)

@@ -7,6 +7,7 @@ runner that made it and stays where the runtime wants it (host memory, GPU memor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -65,4 +66,16 @@ class Runner(Protocol):
 
     def import_state(self, layers: list[FloatArray]) -> State:
         """A state that holds copies of `layers` (the inverse of `export_state`)."""
+        ...
+
+    def reset_rows(self, state: State, rows: Sequence[int]) -> None:
+        """Zero these rows of `state` in place, so that new sequences can start in them; others are untouched.
+
+        Args:
+            state: made by this runner for B rows.
+            rows: each 0..B-1, in any order; none does nothing.
+
+        Raises:
+            RunnerError: a row that the state does not have; nothing was changed.
+        """
         ...

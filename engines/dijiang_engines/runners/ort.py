@@ -15,10 +15,8 @@ only `step` prepacks.
 from __future__ import annotations
 
 import importlib
-import io
-import math
-import os
-from contextlib import redirect_stdout, suppress
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +28,27 @@ from dijiang_engines.bundle import Bundle
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.runners.base import FloatArray, IntArray
 from dijiang_engines.runners.checks import check_call
+from dijiang_engines.runners.ort_cuda import CAPTURABLE, CudaGraphs, find_cuda_libraries, zero_device_memory
+from dijiang_engines.runners.ort_host import available_memory, container_threads
+from dijiang_engines.runners.ort_state import IntInput, OrtState, Slots, Step
+
+__all__ = ["CPU", "CUDA", "LOWERINGS", "OrtRunner", "OrtState", "available_memory", "container_threads"]
 
 Prepack = Literal["auto", "none", "step", "all"]
 Optimization = Literal["all", "extended", "basic", "none"]
+Lowering = Literal["auto", "standard", "ort", "ort-step", "capture"]
 
 CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
 _PROVIDERS = {CPU: "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
+LOWERINGS = {
+    "standard": ("prefill", "step"),
+    "ort": ("prefill_ort", "step_ort"),
+    "ort-step": ("prefill", "step_ort"),
+    "capture": ("prefill", "step_capture"),
+}
+"""The prefill and the step graph that each lowering takes."""
+_CUDA_ORDER = ("ort-step", "capture", "standard")
+"""What "auto" takes on CUDA: the first that the bundle and ONNX Runtime have."""
 _LEVELS = {"all": "ALL", "extended": "EXTENDED", "basic": "BASIC", "none": "DISABLE_ALL"}
 
 
@@ -56,61 +69,6 @@ def onnxruntime_module() -> Any:
         ) from error
 
 
-def _find_cuda_libraries(ort: Any) -> None:
-    """Load the CUDA and cuDNN libraries that pip installed, which no library path names; keep quiet.
-
-    What is missing all the same is reported when a session cannot be made. ONNX Runtime from 1.30 on
-    warns at each CUDA session that no plugin provides CUDA, which it has built in.
-    """
-    ort.set_default_logger_severity(3)
-    preload = getattr(ort, "preload_dlls", None)  # since 1.21
-    if preload is not None:
-        with suppress(Exception), redirect_stdout(io.StringIO()):
-            preload()
-
-
-class OrtState:
-    """The state of `batch` sequences: two sets of device tensors and the bindings that swap them."""
-
-    def __init__(self, owner: OrtRunner, batch: int) -> None:
-        self.owner = owner
-        self.batch = batch
-        self.front = 0
-        """Which set holds the current state."""
-        self.sets = [[owner._zeros(batch) for _ in range(owner.spec.num_layers)] for _ in range(2)]
-        self.step: _Step | None = None
-
-
-class _Step:
-    """A step's inputs, logits and its two bindings (reading set 0, reading set 1)."""
-
-    def __init__(self, runner: OrtRunner, state: OrtState) -> None:
-        batch = state.batch
-        self.inputs = [runner._int_input(shape) for shape in ((batch, 1), (batch,), (batch,))]
-        self.logits = np.zeros((batch, 1, runner.spec.vocab_size), np.float32)
-        logits = runner._ort.OrtValue.ortvalue_from_numpy(self.logits)
-        session = runner._session("step")
-        self.bindings = [
-            runner._bind(session, [i.value for i in self.inputs], logits, state, front) for front in range(2)
-        ]
-
-
-class _IntInput:
-    """An integer input that is refilled for each call."""
-
-    def __init__(self, ort: Any, shape: tuple[int, ...], device: str, index: int) -> None:
-        self._array = np.zeros(shape, np.int64)
-        self._on_host = device == "cpu"
-        # On the CPU the OrtValue is the array itself; it keeps a reference to it.
-        self.value = ort.OrtValue.ortvalue_from_numpy(self._array, device, index)
-
-    def fill(self, values: IntArray) -> None:
-        if self._on_host:
-            self._array[...] = values
-        else:
-            self.value.update_inplace(np.ascontiguousarray(values))
-
-
 class OrtRunner:
     """A bundle on ONNX Runtime.
 
@@ -122,8 +80,13 @@ class OrtRunner:
             fits into the memory that is free now, else "none".
         optimization: of the graph.
         device: index of the CUDA device.
+        lowering: which of the bundle's graphs run, of those in LOWERINGS. "auto" is "standard" on the CPU;
+            on CUDA a step that can be a CUDA graph, if the bundle has one (`to-onnx --variant`).
+        cuda_graph: run steps as CUDA graphs, where step and machine allow it. None does so too, but does not
+            log why it cannot. `cuda_graphs.enabled` and `.note` tell.
 
     Raises:
+        UsageError: an unknown value of an option.
         RunnerError: ONNX Runtime is absent, lacks the provider, or refuses the bundle.
     """
 
@@ -136,11 +99,19 @@ class OrtRunner:
         prepack: Prepack = "auto",
         optimization: Optimization = "all",
         device: int = 0,
+        lowering: Lowering = "auto",
+        cuda_graph: bool | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError("the number of threads must be at least 1", got=threads)
-        if optimization not in _LEVELS or prepack not in ("auto", "none", "step", "all"):
-            raise UsageError("unknown value of an ONNX Runtime option", got=f"{optimization}, {prepack}")
+        if (
+            optimization not in _LEVELS
+            or prepack not in ("auto", "none", "step", "all")
+            or lowering not in ("auto", *LOWERINGS)
+        ):
+            raise UsageError(
+                "unknown value of an ONNX Runtime option", got=f"{optimization}, {prepack}, {lowering}"
+            )
         self.name = name
         self.bundle = bundle
         self.spec = bundle.spec
@@ -161,6 +132,10 @@ class OrtRunner:
             prepack = "step" if bundle.files["weights.data"].bytes < 0.6 * available_memory() else "none"
         self.prepack: Prepack = prepack
         self._sessions: dict[str, Any] = {}
+        self.lowering = self._choose_lowering(lowering)
+        self._graphs = dict(zip(("prefill", "step"), LOWERINGS[self.lowering], strict=True))
+        self.cuda_graphs = self._choose_graphs(cuda_graph)
+        self._slots = Slots(self)
 
     # -- Runner ----------------------------------------------------------------------------------------
 
@@ -188,7 +163,7 @@ class OrtRunner:
         options = self._ort.RunOptions()
         if self._on_cpu:  # give the piece's activations back instead of keeping the largest ever seen
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._call(session, self._bind(session, inputs, output, state, state.front), options)
+        self._call(session, self._bind(session, inputs, output, state.sets, state.front), options)
         state.front = 1 - state.front
         return logits
 
@@ -200,13 +175,11 @@ class OrtRunner:
         if arrays[0].shape[1] != 1:
             raise UsageError("a step takes one token a row", got=f"input_ids {list(arrays[0].shape)}")
         self._check_owner(state)
-        if state.step is None:
-            state.step = _Step(self, state)
-        for target, array in zip(state.step.inputs, arrays, strict=True):
-            target.fill(array)
-        self._call(self._session("step"), state.step.bindings[state.front], None)
+        step = self._step_of(state)
+        step.fill(list(arrays))
+        logits = step.run(state.front)
         state.front = 1 - state.front
-        return np.array(state.step.logits)  # the next step writes into the same place
+        return logits
 
     def export_state(self, state: OrtState) -> list[FloatArray]:
         """Copies of the state, one [B, H, d, d] array per layer."""
@@ -224,8 +197,17 @@ class OrtRunner:
                 expected=f"{self.spec.num_layers} layers of {['B', *self.spec.state_shape]}",
             )
         state = self.new_state(batches.pop())
-        state.sets[0] = [self._from_numpy(np.array(layer, np.float32, order="C")) for layer in layers]
+        for value, layer in zip(state.sets[0], layers, strict=True):
+            value.update_inplace(np.ascontiguousarray(layer, np.float32))
         return state
+
+    def reset_rows(self, state: OrtState, rows: Sequence[int]) -> None:
+        """Zero these rows of the state in place; see `Runner.reset_rows`."""
+        self._check_owner(state)
+        for row in rows:
+            if not 0 <= row < state.batch:
+                raise RunnerError("there is no such row", got=row, expected=f"0 to {state.batch - 1}")
+        self._zero_rows(state.sets[state.front], rows)
 
     def warm_up(self, prefill: bool = True, step: bool = True) -> None:
         """Load the sessions now rather than on first use."""
@@ -245,14 +227,81 @@ class OrtRunner:
                 hint="replace it: pip uninstall onnxruntime && pip install 'dijiang-export[gpu]'",
             )
         if not self._on_cpu:
-            _find_cuda_libraries(self._ort)
+            find_cuda_libraries(self._ort)
+
+    def _choose_lowering(self, wanted: Lowering) -> str:
+        known = self._has_linear_attention() if "step_ort" in self.bundle.graphs else False
+
+        def usable(name: str) -> bool:
+            here = all(graph in self.bundle.graphs for graph in LOWERINGS[name])
+            return here and (known or not name.startswith("ort"))
+
+        if wanted == "auto":
+            order = ("standard",) if self._on_cpu else _CUDA_ORDER
+            return next(name for name in order if usable(name))
+        missing = [graph for graph in LOWERINGS[wanted] if graph not in self.bundle.graphs]
+        if missing:
+            raise RunnerError(
+                f"the bundle {self.bundle.path} has no graph {missing[0]!r}",
+                got=", ".join(self.bundle.graphs),
+                hint=f"export it with `to-onnx --variant {missing[0].partition('_')[2]}`",
+            )
+        if not usable(wanted):
+            raise RunnerError(
+                f"the installed ONNX Runtime {self._ort.__version__} has no LinearAttention",
+                hint="install a newer one, or take the standard graphs",
+            )
+        return wanted
+
+    def _has_linear_attention(self) -> bool:
+        state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+        return any(
+            (schema.domain, schema.name) == ("com.microsoft", "LinearAttention")
+            for schema in state.get_all_operator_schema()
+        )
+
+    def _choose_graphs(self, wanted: bool | None) -> CudaGraphs:
+        graphs = CudaGraphs(enabled=False, note="the CPU has none" if self._on_cpu else "not wanted")
+        if self._on_cpu or wanted is False:
+            return graphs
+        if self._graphs["step"] in CAPTURABLE:
+            return CudaGraphs(enabled=True)
+        graphs.note = "the standard step is not made to be one: export with `--variant ort` or `capture`"
+        if wanted:
+            _log_no_graphs(graphs.note)
+        return graphs
+
+    def _step_of(self, state: OrtState) -> Step:
+        """The state's step, ready to run from its current set."""
+        slot = state.slot
+        if slot.step is None or slot.step.session is not self._sessions.get("step"):
+            slot.step = None  # of a session that was given up: let it go before the next one is loaded
+            slot.step = Step(self, slot)
+        why = slot.step.prepare(slot, state.front)
+        if why is not None:  # go on without graphs, in a session that was never told of them
+            self.cuda_graphs.turn_off(why)
+            _log_no_graphs(why)
+            slot.step = None
+            self._sessions.pop("step", None)
+            slot.step = Step(self, slot)
+        return slot.step
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
-            self._sessions[name] = self._load(self.bundle.graph_path(name), name)
+            path = self.bundle.graph_path(self._graphs[name])
+            graph = name == "step" and self.cuda_graphs.enabled
+            try:
+                self._sessions[name] = self._load(path, name, graph)
+            except RunnerError as error:
+                if not graph:
+                    raise
+                why = str(error.got)
+                self._sessions[name] = self._load(path, name, False)  # if that fails, it was not the graphs
+                self.cuda_graphs.turn_off(why)
+                _log_no_graphs(why)
         return self._sessions[name]
 
-    def _load(self, path: Path, name: str) -> Any:
+    def _load(self, path: Path, name: str, cuda_graph: bool) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only: what matters is raised, and stderr is the user's
         options.intra_op_num_threads = self._threads
@@ -262,17 +311,7 @@ class OrtRunner:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if name == "prefill":
             options.enable_mem_pattern = False  # lengths vary: each pattern would keep its own block
-        provider: Any = _PROVIDERS[self.name]
-        if not self._on_cpu:
-            provider = (
-                provider,
-                {
-                    "device_id": str(self._index),
-                    "arena_extend_strategy": "kSameAsRequested",
-                    # On by default, and then a float32 graph is not float32 any more.
-                    "use_tf32": "0" if self.bundle.dtype == "float32" else "1",
-                },
-            )
+        provider = self._provider(cuda_graph)
         try:
             session = self._ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:
@@ -285,15 +324,26 @@ class OrtRunner:
             )
         return session
 
-    def _bind(self, session: Any, inputs: list[Any], logits: Any, state: OrtState, front: int) -> Any:
+    def _provider(self, cuda_graph: bool) -> Any:
+        if self._on_cpu:
+            return _PROVIDERS[CPU]
+        options = {
+            "device_id": str(self._index),
+            "arena_extend_strategy": "kSameAsRequested",
+            # On by default, and then a float32 graph is not float32 any more.
+            "use_tf32": "0" if self.bundle.dtype == "float32" else "1",
+        }
+        return (_PROVIDERS[CUDA], options | ({"enable_cuda_graph": "1"} if cuda_graph else {}))
+
+    def _bind(self, session: Any, inputs: list[Any], logits: Any, sets: list[list[Any]], front: int) -> Any:
         binding = session.io_binding()
         for name, value in zip(
             (io_names.INPUT_IDS, io_names.POSITIONS, io_names.SEQ_LENS), inputs, strict=True
         ):
             binding.bind_ortvalue_input(name, value)
         for layer in range(self.spec.num_layers):
-            binding.bind_ortvalue_input(io_names.past_state(layer), state.sets[front][layer])
-            binding.bind_ortvalue_output(io_names.present_state(layer), state.sets[1 - front][layer])
+            binding.bind_ortvalue_input(io_names.past_state(layer), sets[front][layer])
+            binding.bind_ortvalue_output(io_names.present_state(layer), sets[1 - front][layer])
         binding.bind_ortvalue_output(io_names.LOGITS, logits)
         return binding
 
@@ -328,37 +378,24 @@ class OrtRunner:
         """The array itself on the CPU (kept alive by the OrtValue), a copy on CUDA."""
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, self._index)
 
-    def _int_input(self, shape: tuple[int, ...]) -> _IntInput:
-        return _IntInput(self._ort, shape, self._device, self._index)
+    def _int_input(self, shape: tuple[int, ...]) -> IntInput:
+        return IntInput(self._ort, shape, self._device, self._index)
+
+    def _zero_rows(self, layers: Iterable[Any], rows: Iterable[int]) -> None:
+        """Zero rows of tensors [B, H, d, d] in place."""
+        rows, layers = list(rows), list(layers)
+        if not rows:
+            return
+        if self._device != "cpu":
+            size = 4 * self.spec.num_heads * self.spec.head_dim**2
+            spans = [(value.data_ptr() + row * size, size) for value in layers for row in rows]
+            if zero_device_memory(spans, self._index):
+                return
+        for value in layers:
+            array = np.array(value.numpy())
+            array[rows] = 0
+            value.update_inplace(array)
 
 
-def container_threads() -> int:
-    """Threads that the container's CPU quota allows, or 0 (ONNX Runtime chooses) if there is no quota.
-
-    ONNX Runtime counts cores and does not see quotas; more spinning threads than a quota allows make
-    every step wait for the scheduler.
-    """
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        allowed = math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed) if allowed < cores else 0
-
-
-def available_memory() -> float:
-    """Bytes that can be had without swapping, within the container's limit; infinity if unknown."""
-    amounts = [math.inf]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                amounts.append(int(line.split()[1]) * 1024)
-    except (OSError, ValueError):
-        pass
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        amounts.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return min(amounts)
+def _log_no_graphs(why: str) -> None:
+    logging.getLogger(__name__).warning("steps run without CUDA graphs: %s", why)

@@ -6,36 +6,55 @@ import ctypes
 from contextlib import suppress
 from typing import Any
 
-from dijiang_engines.bundle import Bundle
+from dijiang_engines.engine_folder import EngineFolder
 from dijiang_engines.errors import UsageError
+from dijiang_engines.model import Model
 from dijiang_engines.runners.base import Runner
 
-RUNNERS = ("onnxruntime-cpu", "onnxruntime-cuda")
+RUNNERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
 """Names that `open_runner` knows, besides "auto"."""
-ALIASES = {"onnxruntime": "onnxruntime-cpu", "cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda"}
+ALIASES = {
+    "onnxruntime": "onnxruntime-cpu", "cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda", "trt": "tensorrt",
+}  # fmt: skip
 
 
-def open_runner(bundle: Bundle, name: str = "auto", **options: Any) -> Runner:
-    """Load a bundle into a runtime.
+def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
+    """Load a bundle or an engine into a runtime.
 
     Args:
-        bundle: an opened bundle.
-        name: one of RUNNERS or ALIASES; "auto" takes CUDA if the installed ONNX Runtime and this machine
-            have it, else the CPU.
-        options: `threads`, `prepack`, `optimization`, `device`; None stands for a runner's default.
+        model: an opened bundle or engine.
+        name: one of RUNNERS or ALIASES. "auto" takes TensorRT for an engine; for a bundle CUDA if the installed
+            ONNX Runtime and this machine have it, else the CPU.
+        options: None stands for a runner's default. ONNX Runtime: `threads`, `prepack`, `optimization`,
+            `device`; TensorRT: `device`, `cuda_graph`.
 
     Raises:
         UsageError: there is no runner of that name.
         RunnerError: the runtime is absent, or cannot run this bundle.
     """
     wanted = ALIASES.get(name, name)
-    if wanted == "auto":
-        wanted = _best()
-    if wanted not in RUNNERS:
+    if wanted != "auto" and wanted not in RUNNERS:
         raise UsageError(f"there is no runner {name!r}", expected=", ".join(("auto", *RUNNERS)))
+    given = {key: value for key, value in options.items() if value is not None}
+    if isinstance(model, EngineFolder):
+        if wanted not in ("auto", "tensorrt"):
+            raise UsageError(
+                "an engine runs on TensorRT only", got=name, hint="give the bundle that it was built from"
+            )
+        from dijiang_engines.runners.tensorrt import TensorRTRunner
+
+        return TensorRTRunner(
+            model, **{key: value for key, value in given.items() if key in ("device", "cuda_graph")}
+        )
+    if wanted == "tensorrt":
+        raise UsageError(
+            "TensorRT runs engines, and this is a bundle",
+            got=model.path,
+            hint=f"build one: dijiang-export build-engine {model.path} -o ENGINE",
+        )
     from dijiang_engines.runners.ort import OrtRunner
 
-    return OrtRunner(bundle, wanted, **{key: value for key, value in options.items() if value is not None})
+    return OrtRunner(model, _best() if wanted == "auto" else wanted, **given)
 
 
 def _best() -> str:

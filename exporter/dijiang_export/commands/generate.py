@@ -12,8 +12,8 @@ import click
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
 
 if TYPE_CHECKING:
-    from dijiang_engines.bundle import Bundle
     from dijiang_engines.generate import Completion, GenerateOptions, Generator, Stats
+    from dijiang_engines.model import Model
     from dijiang_engines.session import Session
 
 STDIN = "-"
@@ -83,9 +83,9 @@ def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
     argument - reads a prompt from standard input. An empty prompt (--prompt '') starts from the model's
     beginning-of-text token. Without sampling options the result is the same on every run.
     """
-    from dijiang_engines.bundle import open_bundle
     from dijiang_engines.errors import BundleError
     from dijiang_engines.generate import Generator
+    from dijiang_engines.model import open_model
     from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.session import check_session_target, load_session
     from dijiang_engines.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
     options = _options(given)
     if given["save_session"] is not None:
         check_session_target(given["save_session"])
-    bundle = open_bundle(bundle_path, verify=not given["no_verify"])
+    bundle = open_model(bundle_path, verify=not given["no_verify"])
     tokenizer_path = given["tokenizer"] or bundle.tokenizer_path
     if tokenizer_path is None:
         raise BundleError(f"the bundle {bundle.path} has no tokenizer", hint="name one with --tokenizer FILE")
@@ -153,7 +153,7 @@ class _Run:
     def __init__(
         self,
         output: Output,
-        bundle: Bundle,
+        bundle: Model,
         generator: Generator,
         options: GenerateOptions,
         prompts: list[str],

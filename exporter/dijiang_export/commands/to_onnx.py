@@ -34,7 +34,7 @@ from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_option
     type=click.Choice(["none", "short", "full"]),
     default="short",
     show_default=True,
-    help="How many reference cases to record for `validate`.",
+    help="Reference cases to record for `validate`: short ones; full adds several chunks and 10,000 tokens.",
 )
 @click.option(
     "--max-positions",
@@ -45,6 +45,13 @@ from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_option
     "--extend-decay",
     is_flag=True,
     help="Let trained decay tables go on past their last row instead of stopping there.",
+)
+@click.option(
+    "--variant",
+    "variants",
+    type=click.Choice(["ort", "capture"]),
+    multiple=True,
+    help="Add graphs for ONNX Runtime on CUDA: with its own operator, or a step that CUDA graphs can hold.",
 )
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")
 @output_options
@@ -57,6 +64,7 @@ def to_onnx(
     cases: str,
     max_positions: int | None,
     extend_decay: bool,
+    variants: tuple[str, ...],
     force: bool,
 ) -> None:
     """Export a DiJiang CHECKPOINT folder to a BUNDLE of ONNX graphs.
@@ -78,6 +86,7 @@ def to_onnx(
         cases=cases,  # type: ignore[arg-type]
         max_positions=max_positions,
         extend_decay=extend_decay,
+        variants=variants,
         force=force,
         progress=output.progress,
     )

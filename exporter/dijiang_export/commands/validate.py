@@ -1,4 +1,4 @@
-"""`dijiang-export validate`: does a bundle compute on this machine what PyTorch recorded?"""
+"""`dijiang-export validate`: does a bundle or an engine compute on this machine what PyTorch recorded?"""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dijiang_engines.replay import REPLAYS
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
 
 
-@click.command("validate", epilog="Example: dijiang-export validate ./pythia.bundle --replay steps")
-@click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
+@click.command("validate", epilog="Example: dijiang-export validate ./pythia.bundle --report report.html")
+@click.argument("model", metavar="[PATH]", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
 @click.option("--runner", default="auto", show_default=True, help="Which runtime; `doctor` lists them.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
 @click.option("--case", "cases", multiple=True, help="Only this recorded case; may be repeated.")
@@ -22,34 +22,54 @@ from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_option
     type=click.Choice(list(REPLAYS)),
     help="Only this way of replaying; may be repeated.",
 )
+@click.option(
+    "--report",
+    "report_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write an HTML report that needs no network: tables, plots of the errors, failures.",
+)
+@click.option("--force", is_flag=True, help="Replace FILE even if it is not an earlier report.")
 @output_options
 def validate(
     output: Output,
-    bundle: Path,
+    model: Path,
     runner: str,
     threads: int | None,
     cases: tuple[str, ...],
     replays: tuple[str, ...],
+    report_path: Path | None,
+    force: bool,
 ) -> None:
-    """Replay the recorded cases of BUNDLE and compare logits and states with PyTorch's.
+    """Replay the recorded cases of a bundle or an engine and compare logits and states with PyTorch's.
 
     Needs no PyTorch. Every case is run as a padded batch, in uneven pieces, token by token, row by row,
-    with extra padding, and as a prefill continued in steps. Exits with 1 if anything differs by more than
-    the tolerance for the bundle's type. BUNDLE defaults to ./tiny-stdlib.bundle.
+    with extra padding, and as a prefill continued in steps; 10,000 tokens, if recorded, in pieces and token
+    by token. Exits with 1 if anything differs by more than the tolerance for the bundle's type. PATH is the
+    folder of a bundle or an engine, by default ./tiny-stdlib.bundle.
     """
-    from dijiang_engines.bundle import open_bundle
+    from dijiang_engines import report_file
+    from dijiang_engines.model import open_model
+    from dijiang_engines.report_facts import describe_run
+    from dijiang_engines.report_html import MARKER, report_html
     from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.validate import validate as run
 
-    opened = open_bundle(bundle)
+    if report_path is not None:
+        report_file.check_target(report_path, MARKER, force=force)
+    opened = open_model(model)
     reference = opened.reference()
+    runs = open_runner(opened, runner, threads=threads)
     report = run(
-        open_runner(opened, runner, threads=threads),
+        runs,
         reference,
         dtype=opened.dtype,
         cases=cases or None,
         replays=replays or None,
         progress=output.progress,
     )
+    if report_path is not None:
+        report_file.write_report(report_path, report_html(report, describe_run(opened, runs, reference)))
+        output.log(f"report: {report_path}")
     output.print_result(report.to_json(), report.table)
     report.raise_on_mismatch()

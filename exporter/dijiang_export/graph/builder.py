@@ -27,11 +27,12 @@ class Builder:
         *inputs: ir.Value | None,
         label: str | None = None,
         outputs: int = 1,
+        domain: str = "",
         **attributes: Any,
     ) -> Any:
         """Append a node; returns its output, or a list of outputs if `outputs` > 1."""
         name = self._unique(f"{self.scope}/{label or op_type}")
-        node = ir.node(op_type, inputs, attributes, num_outputs=outputs, name=name)
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
         for index, value in enumerate(node.outputs):
             value.name = f"{name}_output_{index}"
         self.nodes.append(node)

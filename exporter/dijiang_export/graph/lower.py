@@ -1,12 +1,14 @@
-"""Lower DijiangAttention to what a target runs: standard operators, or a TensorRT plugin node."""
+"""Lower DijiangAttention to what a target runs: standard operators, ONNX Runtime's own, TensorRT's plugin."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import onnx_ir as ir
 
-from dijiang_export.graph import contract
+from dijiang_export.graph import body_ort, contract
 from dijiang_export.graph.body_common import Op
 from dijiang_export.graph.body_prefill import prefill_body
 from dijiang_export.graph.body_step import step_body
@@ -18,9 +20,23 @@ def lower_to_standard(model: ir.Model, kind: Literal["prefill", "step"]) -> None
 
     What does not depend on a layer's weights (masks, RoPE angles, chunk edges) is built once per graph.
     """
-    graph = model.graph
+    _replace(model.graph, step_body if kind == "step" else prefill_body)
+
+
+def lower_to_capture(model: ir.Model) -> None:
+    """The step graph in standard ONNX operators that a CUDA graph can hold, in place."""
+    _replace(model.graph, body_ort.capture_step_body)
+
+
+def lower_to_ort(model: ir.Model, kind: Literal["prefill", "step"]) -> None:
+    """Replace every DijiangAttention by ONNX Runtime's LinearAttention and standard operators, in place."""
+    _replace(model.graph, partial(body_ort.ort_body, kind=kind))
+    if any(node.domain == body_ort.DOMAIN for node in model.graph):  # not for heads that are too wide
+        model.graph.opset_imports[body_ort.DOMAIN] = body_ort.DOMAIN_VERSION
+
+
+def _replace(graph: ir.Graph, body: Callable[[Builder, Op], tuple[ir.Value, ir.Value]]) -> None:
     builder = Builder(graph)
-    body = step_body if kind == "step" else prefill_body
     for node in _ops(graph):
         assert node.name is not None
         builder.scope = node.name.removesuffix(f"/{contract.OP_NAME}")

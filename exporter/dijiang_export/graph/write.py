@@ -1,7 +1,8 @@
-"""Make the four graphs of a bundle and check them."""
+"""Make the four graphs of a bundle, and variants for one runtime, and check them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,9 @@ import torch
 
 from dijiang_engines import __version__
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.graph import contract, lower, opset, trace, weights
+from dijiang_export.graph import body_ort, contract, lower, opset, trace, weights
 
-Target = Literal["standard", "trt"]
+Target = Literal["standard", "trt", "ort", "capture"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,28 @@ GRAPHS = (
     GraphFile("prefill_trt", "prefill.trt.onnx", "prefill", "trt"),
     GraphFile("step_trt", "step.trt.onnx", "step", "trt"),
 )
+VARIANTS = {
+    "ort": (
+        GraphFile("prefill_ort", "prefill.ort.onnx", "prefill", "ort"),
+        GraphFile("step_ort", "step.ort.onnx", "step", "ort"),
+    ),
+    "capture": (GraphFile("step_capture", "step.capture.onnx", "step", "capture"),),
+}
+"""Graphs that a bundle has only if they are asked for, by name."""
+
+
+def graph_files(variants: Sequence[str] = ()) -> tuple[GraphFile, ...]:
+    """GRAPHS, then those of `variants`."""
+    return (*GRAPHS, *(graph_file for name in variants for graph_file in VARIANTS[name]))
 
 
 def make_graphs(
-    spec: ModelSpec, dtype: torch.dtype, layout: dict[str, weights.StoredWeight], *, all_logits: bool
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    layout: dict[str, weights.StoredWeight],
+    *,
+    all_logits: bool,
+    variants: Sequence[str] = (),
 ) -> dict[str, ir.Model]:
     """Trace once, lower to each kind and target: model by manifest key.
 
@@ -46,10 +65,14 @@ def make_graphs(
     traced = {"prefill": prefill, "step": trace.step_of(prefill)}
     weights.check_plan(layout, trace.weight_inputs(prefill.graph, spec))
     models = {}
-    for graph_file in GRAPHS:
+    for graph_file in graph_files(variants):
         model = traced[graph_file.kind].clone()
         if graph_file.target == "standard":
             lower.lower_to_standard(model, graph_file.kind)
+        elif graph_file.target == "ort":
+            lower.lower_to_ort(model, graph_file.kind)
+        elif graph_file.target == "capture":
+            lower.lower_to_capture(model)
         else:
             lower.lower_to_tensorrt(model)
         models[graph_file.key] = model
@@ -86,6 +109,8 @@ def check(path: Path, target: Target) -> None:
     expected = {"": opset.OPSET}
     if target == "trt":
         expected[contract.DOMAIN] = contract.OP_VERSION
+    if target == "ort" and any(node.domain == body_ort.DOMAIN for node in model.graph.node):
+        expected[body_ort.DOMAIN] = body_ort.DOMAIN_VERSION
     assert versions == expected, f"{path.name} imports {versions}"
     assert model.ir_version == opset.IR_VERSION, f"{path.name} has IR version {model.ir_version}"
     assert not model.functions, f"{path.name} carries function bodies"

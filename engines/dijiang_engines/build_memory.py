@@ -1,0 +1,83 @@
+"""How much memory a build takes, before it begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dijiang_engines.bundle import Bundle
+from dijiang_engines.cuda import DeviceFacts
+from dijiang_engines.errors import RunnerError
+from dijiang_engines.manifest import WEIGHTS
+from dijiang_engines.recipes import Recipe
+from dijiang_engines.runners.ort import available_memory
+
+# Multiples of the weights and constant parts; docs/engines.md says what was measured.
+DEVICE_COPIES = 2.2
+"""The weights that are being timed, and those of the plan that is put together."""
+HOST_COPIES = 3.5
+"""What the parser reads, what the builder rearranges, and the plan."""
+DEVICE_BASE = 1 << 30
+HOST_BASE = 3 << 30
+_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the build's peak."""
+
+    device: int
+    host: int
+
+    def __str__(self) -> str:
+        return (
+            f"the build needs about {self.device / 1e9:.1f} GB on the GPU and "
+            f"{self.host / 1e9:.1f} GB on the host"
+        )
+
+
+def estimate_memory(bundle: Bundle, recipe: Recipe) -> MemoryEstimate:
+    """What building the larger of the recipe's plans takes, from above."""
+    spec = bundle.spec
+    weights = bundle.files[WEIGHTS].bytes
+    tokens = recipe.max_batch * recipe.max_length
+    widest = max(2 * spec.intermediate_size, 4 * spec.hidden_size) + 4 * spec.hidden_size
+    activations = tokens * widest * _ITEM[bundle.dtype]
+    rows = tokens if bundle.all_logits else recipe.max_batch
+    logits = rows * spec.vocab_size * (4 + _ITEM[bundle.dtype])
+    states = 2 * recipe.max_batch * spec.state_bytes
+    device = DEVICE_COPIES * weights + (recipe.workspace_mb << 20) + activations + logits + states
+    return MemoryEstimate(math.ceil(device) + DEVICE_BASE, math.ceil(HOST_COPIES * weights) + HOST_BASE)
+
+
+def check_memory(estimate: MemoryEstimate, facts: DeviceFacts) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        RunnerError: the GPU or the host has too little free memory; says what to change.
+    """
+    host = available_memory()
+    hint = "a smaller --max-length, --max-batch or --workspace, a float16 bundle, or --ignore-memory to try"
+    if facts.integrated:
+        if estimate.device + estimate.host - HOST_BASE > host:
+            raise RunnerError(
+                "this board has too little free memory to build the engine",
+                got=f"{host / 1e9:.1f} GB free, shared by GPU and CPU",
+                expected=f"about {(estimate.device + estimate.host - HOST_BASE) / 1e9:.1f} GB",
+                hint=f"stop the desktop, add swap; {hint}",
+            )
+        return
+    if estimate.device > facts.free_bytes:
+        raise RunnerError(
+            "the GPU has too little free memory to build the engine",
+            got=f"{facts.free_bytes / 1e9:.1f} GB free of {facts.memory_bytes / 1e9:.1f}",
+            expected=f"about {estimate.device / 1e9:.1f} GB",
+            hint=hint,
+        )
+    if estimate.host > host:
+        raise RunnerError(
+            "the host has too little free memory to build the engine",
+            got=f"{host / 1e9:.1f} GB free",
+            expected=f"about {estimate.host / 1e9:.1f} GB",
+            hint="close other programs, add swap, or --ignore-memory to try",
+        )

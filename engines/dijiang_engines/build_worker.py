@@ -1,0 +1,230 @@
+"""Builds one plan in a process of its own: `python -m dijiang_engines.build_worker REQUEST.json`.
+
+A process of its own, because the builder cannot be interrupted in TensorRT 8.6, takes several times the
+model's memory and gives little of it back, and ends the whole process if it crashes. What it has to say goes
+to the parent as one JSON object per line on the descriptor `events`; everything that TensorRT and Polygraphy
+print goes to standard error, which the parent keeps as a log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from dijiang_engines.cuda import Cuda
+from dijiang_engines.errors import DijiangError, RunnerError
+from dijiang_engines.tensorrt_library import failure, load_plugin, tensorrt_module, tensorrt_version
+from dijiang_engines.tensorrt_versions import Dialect, dialect_of
+from dijiang_engines.typed_network import fix_sizes, type_network
+
+POLL_SECONDS = 0.1
+
+
+class Events:
+    """The way to the parent."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file: TextIO = os.fdopen(descriptor, "w", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def send(self, event: str, **values: Any) -> None:
+        """One line."""
+        with self._lock, suppress(BrokenPipeError):
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.flush()
+
+
+class PeakMemory:
+    """Watches how much device memory is taken while the builder works."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._least = self._start = cuda.memory()[0]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        with suppress(RunnerError):
+            self._cuda.activate()
+            while not self._stop.wait(POLL_SECONDS):
+                self._least = min(self._least, self._cuda.memory()[0])
+
+    def finish(self) -> int:
+        """Most bytes that were taken."""
+        self._stop.set()
+        self._thread.join()
+        return self._start - self._least
+
+
+def build(request: dict[str, Any], events: Events) -> None:
+    """Parse, configure, build, write the plan.
+
+    Args:
+        request: onnx, plan, plugin: paths; dtype; profiles: list of {input: [min, opt, max shapes]};
+            workspace: bytes; optimization_level; timing_cache: path or null; device.
+        events: told "phase", "step" and "done".
+
+    Raises:
+        RunnerError: TensorRT could not build it.
+    """
+    cuda = Cuda(int(request["device"]))
+    trt = tensorrt_module()
+    version = tensorrt_version(trt)
+    dialect = dialect_of(version)
+    load_plugin(trt, Path(request["plugin"]))
+    from polygraphy.backend import trt as poly
+
+    poly.get_trt_logger()  # Polygraphy's, which prints to standard output: that is the log
+    messages = _keep_messages()
+    peak = PeakMemory(cuda)
+    events.send("phase", name="Parsing", steps=None)
+    started = time.perf_counter()
+    plan: Any = None
+    network: Any = None
+    constraints = "none"
+    typed = not dialect.strongly_typed and request["dtype"] == "float16"
+    for constraints in ("obey", "prefer") if typed else ("none",):
+        network = _parse(poly, request, dialect, messages)
+        fix_sizes(network[1], request["profiles"])
+        if typed:
+            print(f"held to types: {type_network(trt, network[1])}", file=sys.stderr)
+        _list_layers(network[1])
+        events.send("phase", name="Building", steps=None)
+        config = _config(trt, poly, request, dialect, constraints, events)
+        try:
+            plan = poly.engine_bytes_from_network(
+                network, config=config, save_timing_cache=request["timing_cache"]
+            )
+            break
+        except Exception as error:
+            if typed and constraints == "obey":  # no kernel for some layer in its type: let that one go
+                print(f"with constraints obeyed: {error}", file=sys.stderr)
+                continue
+            words = [*messages, str(error)]
+            raise failure(f"TensorRT {version} could not build the engine", words) from error
+    events.send("phase", name="Writing", steps=None)
+    with open(request["plan"], "xb") as file:
+        file.write(memoryview(plan))
+    events.send(
+        "done",
+        seconds=time.perf_counter() - started,
+        peak_device_bytes=peak.finish(),
+        peak_host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        layers=network[1].num_layers,
+        constraints=constraints,
+    )
+
+
+def _parse(poly: Any, request: dict[str, Any], dialect: Dialect, messages: list[str]) -> Any:
+    try:
+        return poly.network_from_onnx_path(request["onnx"], strongly_typed=dialect.strongly_typed)
+    except Exception as error:
+        raise failure(f"TensorRT cannot parse {request['onnx']}", [*messages, str(error)]) from error
+
+
+def _list_layers(network: Any) -> None:
+    """What was parsed, for the log."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        types = [str(layer.get_output(i).dtype) for i in range(layer.num_outputs)]
+        print(f"layer {layer.name} {layer.type} {layer.precision} {types}", file=sys.stderr)
+
+
+def _config(
+    trt: Any, poly: Any, request: dict[str, Any], dialect: Dialect, constraints: str, events: Events
+) -> Any:
+    """A callable for Polygraphy that makes the builder's configuration."""
+    profiles = []
+    for shapes in request["profiles"]:
+        profile = poly.Profile()
+        for name, (least, best, most) in shapes.items():
+            profile.add(name, min=tuple(least), opt=tuple(best), max=tuple(most))
+        profiles.append(profile)
+    options: dict[str, Any] = {
+        "profiles": profiles,
+        "tf32": False,  # on by default, and then a float32 engine is not float32 any more
+        "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: int(request["workspace"])},
+        "builder_optimization_level": int(request["optimization_level"]),
+    }
+    cache = request["timing_cache"]
+    if cache is not None and Path(cache).exists():
+        options["load_timing_cache"] = cache
+    if dialect.tactic_sources is not None:
+        options["tactic_sources"] = [getattr(trt.TacticSource, n) for n in dialect.tactic_sources]
+    if dialect.preview_features is not None:
+        options["preview_features"] = [getattr(trt.PreviewFeature, n) for n in dialect.preview_features]
+    if constraints != "none":
+        options |= {"fp16": True, "precision_constraints": constraints}
+    if dialect.progress_monitor and hasattr(trt, "IProgressMonitor"):
+        options["progress_monitor"] = _monitor(trt, events)
+    return poly.CreateConfig(**options)
+
+
+def _monitor(trt: Any, events: Events) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._outer: list[str] = []
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._outer.append(phase_name)
+            if len(self._outer) <= 2:
+                events.send("phase", name=phase_name, steps=num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            with suppress(ValueError):
+                self._outer.remove(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._outer[:2]:
+                events.send("step", name=phase_name, step=step)
+            return True
+
+    return Monitor()
+
+
+def _keep_messages() -> list[str]:
+    """What Polygraphy's logger is told from here on, errors and warnings."""
+    from polygraphy.logger import G_LOGGER
+
+    messages: list[str] = []
+
+    def keep(original: Any, kind: str) -> Any:
+        def log(message: Any, *arguments: Any, **options: Any) -> Any:
+            messages.append(f"{kind}: {message() if callable(message) else message}")
+            del messages[:-50]
+            return original(message, *arguments, **options)
+
+        return log
+
+    G_LOGGER.error = keep(G_LOGGER.error, "error")
+    G_LOGGER.warning = keep(G_LOGGER.warning, "warning")
+    return messages
+
+
+def main() -> int:
+    """Build what the request file asks for; the exit code says whether it worked."""
+    events = Events(os.dup(1))
+    os.dup2(2, 1)
+    try:
+        request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+        build(request, events)
+    except DijiangError as error:
+        events.send("error", what=error.what, got=error.got, expected=error.expected, hint=error.hint)
+        return 1
+    except MemoryError:
+        events.send("error", what="the builder ran out of host memory", got=None, expected=None, hint=None)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""The engine folder: TensorRT plans that were built from one bundle, for one GPU and one TensorRT.
+
+    engine.json                          what it is, what made it, the hash of every other file
+    model.plan                           layout "one": profile 0 reads prompts, profile 1 makes steps
+    prefill.plan  step.plan              layout "two"
+    reference.safetensors                the bundle's recorded cases, so that `validate` runs on the device
+    config.json, tokenizer files         the bundle's
+
+A plan is code for TensorRT: it is only handed over after its hash and its TensorRT, GPU and plugin were
+compared with what is here. Hashes find corruption, not tampering; take plans only from whom you would take a
+program. docs/engines.md describes the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from dijiang_engines.bundle import ModelIdentity
+from dijiang_engines.errors import BundleError
+from dijiang_engines.manifest import (
+    CONFIG,
+    DTYPES,
+    MAX_MANIFEST_BYTES,
+    REFERENCE,
+    TOKENIZER,
+    FileInfo,
+    file_table,
+)  # fmt: skip
+from dijiang_engines.reference_cases import Reference
+from dijiang_engines.safe_files import open_regular, parse_json, read_bounded, sha256_of
+from dijiang_engines.spec import ModelSpec
+
+ENGINE_MANIFEST = "engine.json"
+FORMAT = "dijiang-engine"
+FORMAT_VERSION = 1
+LAYOUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"one": ("model.plan",), "two": ("prefill.plan", "step.plan")}
+)
+REBUILD = "build it again with `dijiang-export build-engine BUNDLE -o ENGINE --force`"
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """The sizes that an engine was built for."""
+
+    max_batch: int
+    max_length: int
+    """Tokens of each row that one prefill call may take."""
+    opt_batch: int = 1
+    opt_length: int = 512
+    """What the builder optimised for; everything up to the largest works."""
+
+    def to_json(self) -> dict[str, int]:
+        """As engine.json has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PlanPlace:
+    """Where one of the two jobs, prefill or step, is found."""
+
+    file: str
+    profile: int
+    """Index of the optimization profile in that plan."""
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What a plan can be loaded with: all of these must be the same."""
+
+    tensorrt: str
+    """Version of the library, such as "8.6.0"."""
+    gpu: str
+    compute_capability: int
+    """10 * major + minor."""
+    plugin_sources: str
+    """`plugin.source_hash` of the plugin that it was built with."""
+    plugin_version: str
+
+
+class EngineFolder:
+    """An opened engine folder. Make one with `open_engine`.
+
+    Attributes:
+        path: the folder.
+        manifest: engine.json, read-only by convention.
+        spec, dtype, logits, cases, identity: of the bundle that it was built from.
+        layout: "one" or "two".
+        prefill, step: where these are.
+        profiles: the sizes that it was built for.
+        made_for: what it can be loaded with.
+        files: name -> FileInfo of every file but the manifest.
+    """
+
+    def __init__(self, path: Path, raw: Any) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = _object(raw, ENGINE_MANIFEST)
+        _check_header(self.manifest)
+        self.spec = ModelSpec.from_json(self.manifest.get("spec", {}))
+        self.dtype: str = self.manifest["dtype"]
+        self.logits: str = self.manifest["logits"]
+        self.layout: str = self.manifest["layout"]
+        plans = LAYOUTS[self.layout]
+        self.prefill = PlanPlace(plans[0], 0)
+        self.step = PlanPlace(plans[-1], 1 if self.layout == "one" else 0)
+        self.files: Mapping[str, FileInfo] = MappingProxyType(file_table(self.manifest, plans))
+        self.profiles = _profiles(self.manifest.get("profiles"))
+        self.made_for = _made_for(self.manifest.get("made_for"))
+        source = _object(self.manifest.get("source"), "source")
+        self.identity = ModelIdentity(
+            _text(source, "source", "spec_sha256"), _text(source, "source", "weights_sha256")
+        )
+        self.name = _text(source, "source", "name")
+        reference = self.manifest.get("reference")
+        self.cases: list[str] | None = None if reference is None else _case_names(reference, self.files)
+
+    @property
+    def all_logits(self) -> bool:
+        """True if prefill returns logits of every token."""
+        return self.logits == "all"
+
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """The plan files."""
+        return LAYOUTS[self.layout]
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """tokenizer.json, if the bundle came with one."""
+        return self.path / TOKENIZER if TOKENIZER in self.files else None
+
+    @property
+    def config_path(self) -> Path | None:
+        """The checkpoint's config.json."""
+        return self.path / CONFIG if CONFIG in self.files else None
+
+    @property
+    def reference_path(self) -> Path | None:
+        """reference.safetensors, if there are recorded cases."""
+        return self.path / REFERENCE if self.cases is not None else None
+
+    def reference(self) -> Reference:
+        """The recorded cases, after their file's hash has been checked.
+
+        Raises:
+            BundleError: there are none, or the file is not what the manifest or the spec says.
+        """
+        if self.reference_path is None:
+            raise BundleError(
+                f"the engine {self.path} holds no recorded cases",
+                hint="export the checkpoint with `--cases short` or `--cases full`, and build again",
+            )
+        self._check_hash(REFERENCE)
+        reference = Reference(self.reference_path, self.spec)
+        if list(reference.cases) != self.cases:
+            raise BundleError(
+                f"{REFERENCE} holds other cases than {ENGINE_MANIFEST} says",
+                got=list(reference.cases), expected=self.cases, hint=REBUILD,
+            )  # fmt: skip
+        return reference
+
+    def verify(self, names: tuple[str, ...] | None = None) -> None:
+        """Check the hashes of `names`, by default of every file.
+
+        Raises:
+            BundleError: one is missing or differs.
+        """
+        for name in self.files if names is None else names:
+            self._check_hash(name)
+
+    def check_files(self, verify: bool) -> None:
+        """Check that every file is there with the right size; hash all but the cases, plans if `verify`."""
+        for name, info in self.files.items():
+            with open_regular(self.path / name, expected_bytes=info.bytes):
+                pass
+        self.verify(
+            tuple(name for name in self.files if name != REFERENCE and (verify or not name.endswith(".plan")))
+        )
+
+    def _check_hash(self, name: str) -> None:
+        expected = self.files[name]
+        path = self.path / name
+        with open_regular(path, expected_bytes=expected.bytes) as file:
+            found = sha256_of(file)
+        if found != expected.sha256:
+            raise BundleError(
+                f"{path} is corrupt: its SHA-256 differs from {ENGINE_MANIFEST}'s",
+                got=found, expected=expected.sha256, hint=f"copy the engine again, or {REBUILD}",
+            )  # fmt: skip
+
+
+def open_engine(path: str | Path, *, verify: bool = True) -> EngineFolder:
+    """Open an engine folder and check it; loads nothing into TensorRT.
+
+    Args:
+        path: the folder.
+        verify: hash the plans too, which takes about a second per gigabyte.
+
+    Raises:
+        BundleError: there is no engine, or it is incomplete, corrupt or of another version.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or not (folder / ENGINE_MANIFEST).exists():
+        raise BundleError(
+            f"there is no engine at {folder}",
+            expected=f"a folder with {ENGINE_MANIFEST}",
+            hint="make one with `dijiang-export build-engine BUNDLE -o ENGINE`",
+        )
+    raw = parse_json(read_bounded(folder / ENGINE_MANIFEST, MAX_MANIFEST_BYTES), ENGINE_MANIFEST)
+    engine = EngineFolder(folder, raw)
+    engine.check_files(verify)
+    return engine
+
+
+def write_engine_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Hash every file in `folder` and write engine.json beside them.
+
+    Args:
+        folder: holds the plans and the copied files.
+        facts: every key of engine.json but format, format_version and files.
+    """
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != ENGINE_MANIFEST:
+            with path.open("rb") as file:
+                files[path.name] = {"sha256": sha256_of(file), "bytes": path.stat().st_size}
+    data = {"format": FORMAT, "format_version": FORMAT_VERSION, **facts, "files": files}
+    (folder / ENGINE_MANIFEST).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def spec_sha256(spec: ModelSpec) -> str:
+    """As `Bundle.identity` has it."""
+    text = json.dumps(spec.to_json(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- checking engine.json ------------------------------------------------------------------------------
+
+
+def _check_header(raw: dict[str, Any]) -> None:
+    if raw.get("format") != FORMAT:
+        raise BundleError(
+            f"{ENGINE_MANIFEST} is not an engine's", got=repr(raw.get("format"))[:80], expected=repr(FORMAT)
+        )
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        raise BundleError(
+            "the engine has a format version that this program does not know",
+            got=repr(version)[:80], expected=FORMAT_VERSION,
+            hint="update dijiang-export" if newer else REBUILD,
+        )  # fmt: skip
+    for key, allowed in (("dtype", DTYPES), ("logits", ("last", "all")), ("layout", tuple(LAYOUTS))):
+        if raw.get(key) not in allowed:
+            raise _bad(key, " | ".join(allowed))
+
+
+def _profiles(raw: Any) -> Profiles:
+    values = _object(raw, "profiles")
+    names = ("max_batch", "max_length", "opt_batch", "opt_length")
+    for name in names:
+        value = values.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise _bad(f"profiles.{name}", "a positive number")
+    return Profiles(**{name: values[name] for name in names})
+
+
+def _made_for(raw: Any) -> MadeFor:
+    values = _object(raw, "made_for")
+    capability = values.get("compute_capability")
+    if not isinstance(capability, int) or isinstance(capability, bool) or not 0 < capability < 1000:
+        raise _bad("made_for.compute_capability", "a number such as 90")
+    return MadeFor(
+        _text(values, "made_for", "tensorrt"),
+        _text(values, "made_for", "gpu"),
+        capability,
+        _text(values, "made_for", "plugin_sources"),
+        _text(values, "made_for", "plugin_version"),
+    )
+
+
+def _case_names(reference: Any, files: Mapping[str, FileInfo]) -> list[str]:
+    cases = _object(reference, "reference").get("cases")
+    if not isinstance(cases, list) or REFERENCE not in files:
+        raise _bad("reference", f"null, or a list of cases and the file {REFERENCE}")
+    return [str(case) for case in cases]
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _bad(where, "an object")
+    return value
+
+
+def _text(values: dict[str, Any], where: str, key: str) -> str:
+    value = values.get(key)
+    if not isinstance(value, str) or not 0 < len(value) < 1000:
+        raise _bad(f"{where}.{key}", "a text")
+    return value
+
+
+def _bad(where: str, expected: str) -> BundleError:
+    return BundleError(
+        f"{ENGINE_MANIFEST} has a bad or missing value for {where}", expected=expected, hint=REBUILD
+    )

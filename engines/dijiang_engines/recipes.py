@@ -1,0 +1,119 @@
+"""Recipes: what to build an engine for, as data. `recipes/*.toml`, or a file of the user's."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines.engine_folder import LAYOUTS, Profiles
+from dijiang_engines.errors import UsageError
+from dijiang_engines.manifest import DTYPES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent / "recipes"
+MAX_RECIPE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an engine is built. Raises UsageError for a value that makes no sense."""
+
+    name: str
+    description: str = ""
+    precisions: tuple[str, ...] = DTYPES
+    """Bundle types that the target is meant for."""
+    architectures: tuple[int, ...] = ()
+    """GPUs that it is meant for, as 10 * major + minor; empty: any."""
+    max_batch: int = 8
+    opt_batch: int = 1
+    max_length: int = 2048
+    """Tokens of each row in one prefill call; longer prompts are read in pieces."""
+    opt_length: int = 512
+    workspace_mb: int = 1024
+    """Scratch memory that the builder may give to one layer."""
+    optimization_level: int = 3
+    """TensorRT's, 0 to 5: higher takes longer and may find faster kernels."""
+    layout: str = "one"
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "opt_batch", "max_length", "opt_length", "workspace_mb"):
+            _whole(self.name, name, getattr(self, name), 1, 1 << 30)
+        _whole(self.name, "optimization_level", self.optimization_level, 0, 5)
+        for small, large in (("opt_batch", "max_batch"), ("opt_length", "max_length")):
+            if getattr(self, small) > getattr(self, large):
+                raise UsageError(
+                    f"{small} is larger than {large}",
+                    got=f"{getattr(self, small)} > {getattr(self, large)} (recipe {self.name})",
+                )
+        if self.layout not in LAYOUTS:
+            raise UsageError("unknown layout", got=self.layout, expected=" or ".join(LAYOUTS))
+        unknown = [p for p in self.precisions if p not in DTYPES]
+        if unknown or not self.precisions:
+            raise UsageError("unknown precision in a recipe", got=unknown, expected=", ".join(DTYPES))
+
+    @property
+    def profiles(self) -> Profiles:
+        """The sizes."""
+        return Profiles(self.max_batch, self.max_length, self.opt_batch, self.opt_length)
+
+    def with_changes(self, **changes: Any) -> Recipe:
+        """The same recipe with some values replaced; None leaves one as it is. opt_* follow max_* down."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        for small, large in (("opt_batch", "max_batch"), ("opt_length", "max_length")):
+            if large in given and small not in given:
+                given[small] = min(getattr(self, small), given[large])
+        return replace(self, **given)
+
+
+def recipe_names() -> list[str]:
+    """Of the recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a .toml file.
+
+    Raises:
+        UsageError: there is none, or it has a bad or unknown value.
+    """
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not name.endswith(".toml") and name not in recipe_names():
+        raise UsageError(
+            f"there is no recipe {name!r}", expected=", ".join(recipe_names()),
+            hint="or give the path of a .toml file",
+        )  # fmt: skip
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+        if len(data) > MAX_RECIPE_BYTES:
+            raise UsageError(f"the recipe {path} is too large", expected=f"at most {MAX_RECIPE_BYTES} bytes")
+        values = tomllib.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}", got=error.strerror) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"the recipe {path} is not TOML", got=error) from error
+    known = {field.name for field in fields(Recipe)} - {"name"}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(
+            f"the recipe {path} has unknown keys", got=", ".join(unknown), expected=", ".join(sorted(known))
+        )
+    for key in ("precisions", "architectures"):
+        if key in values:
+            if not isinstance(values[key], list):
+                raise UsageError(f"{key} in the recipe {path} is not a list", got=repr(values[key])[:80])
+            values[key] = tuple(values[key])
+    return Recipe(name=path.stem, **values)
+
+
+def _whole(recipe: str, name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UsageError(
+            f"{name} is out of range", got=f"{value!r} (recipe {recipe})", expected=f"{least} to {most}"
+        )

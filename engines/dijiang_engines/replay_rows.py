@@ -1,0 +1,84 @@
+"""A case replayed in as many rows at a time as the runner takes: an engine may be built for one row only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dijiang_engines.reference_cases import ReferenceCase
+from dijiang_engines.replay import Replayer
+from dijiang_engines.replay_check import Check
+from dijiang_engines.runners.base import Runner
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A safetensors file of which only some rows of each tensor are seen."""
+
+    file: Any
+    rows: slice
+
+    def get_tensor(self, key: str) -> npt.NDArray[Any]:
+        """The rows of tensor `key`."""
+        result: npt.NDArray[Any] = self.file.get_slice(key)[self.rows]
+        return result
+
+
+class RowsReplayer:
+    """`Replayer`, with the rows of the case in groups of at most `runner.max_batch`, if the runner has that.
+
+    Args:
+        runner: what is tested.
+        case: what it is tested with.
+        dtype: the bundle's, which chooses the tolerances.
+    """
+
+    def __init__(self, runner: Runner, case: ReferenceCase, dtype: str) -> None:
+        most = int(getattr(runner, "max_batch", case.batch))
+        self.whole = Replayer(runner, case, dtype)
+        self.groups = [(0, self.whole)]
+        if most < case.batch:
+            self.groups = [
+                (
+                    start,
+                    Replayer(
+                        runner, _part(case, slice(start, min(start + most, case.batch))), dtype, unit_of=case
+                    ),
+                )
+                for start in range(0, case.batch, most)
+            ]
+
+    def bad_record(self) -> Check | None:
+        """As of the whole case."""
+        return self.whole.bad_record()
+
+    def skip_reason(self, replay: str) -> str | None:
+        """As of the whole case."""
+        return self.whole.skip_reason(replay)
+
+    def calls(self, replay: str) -> int:
+        """How often `replay`, run next, calls the runner."""
+        return sum(replayer.calls(replay) for _, replayer in self.groups)
+
+    def run(self, replay: str, on_call: Callable[[], None] = lambda: None) -> Iterator[Check]:
+        """The checks of one replay, group after group, with the case's own row numbers."""
+        for start, replayer in self.groups:
+            for check in replayer.run(replay, on_call):
+                yield replace(check, row=check.row + start) if start else check
+
+
+def _part(case: ReferenceCase, rows: slice) -> ReferenceCase:
+    """Some rows of a case, cut to the longest of them."""
+    lens = case.seq_lens[rows]
+    return replace(
+        case,
+        input_ids=np.ascontiguousarray(case.input_ids[rows, : int(lens.max())]),
+        seq_lens=lens,
+        positions=case.positions[rows],
+        marks=case.marks[rows],
+        _file=_Rows(case._file, rows),
+    )

@@ -1,0 +1,62 @@
+"""Make a bundle of a random model of a Pythia shape without tracing: `python assemble.py SKELETON SHAPE OUT`.
+
+SKELETON is a bundle of that shape, exported elsewhere, of which weights.data and reference.safetensors may be
+missing: they are made again here from the same random numbers, so that gigabytes need not be copied to a GPU
+machine. The weights must have the manifest's hash; the cases are recorded anew, and the manifest is told.
+Needs PyTorch, NumPy, SciPy, safetensors and onnx-ir.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from dijiang_engines.manifest import MANIFEST, REFERENCE, WEIGHTS
+from dijiang_engines.safe_files import sha256_of
+from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.graph import weights
+from dijiang_export.random_checkpoint import SHAPES, write_random_checkpoint
+from dijiang_export.record import record_cases
+from dijiang_export.reference.rope import inverse_frequencies
+from dijiang_export.to_onnx import DTYPES
+
+
+def main() -> int:
+    """Assemble; 1 if the weights are not those of the skeleton."""
+    skeleton, shape, target = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    start = time.perf_counter()
+    manifest = json.loads((skeleton / MANIFEST).read_text())
+    dtype = DTYPES[manifest["dtype"]]
+    target.mkdir(parents=True)
+    for path in skeleton.iterdir():
+        if path.name not in (WEIGHTS, REFERENCE):
+            shutil.copyfile(path, target / path.name)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        write_random_checkpoint(Path(folder), SHAPES[shape])
+        with open_checkpoint(Path(folder)) as checkpoint:
+            layout = weights.plan(checkpoint.spec, dtype)
+            extra = {"inv_freq": inverse_frequencies(checkpoint.spec)}
+            weights.write(target / WEIGHTS, layout, checkpoint, extra, lambda _: None)
+            print(f"weights after {time.perf_counter() - start:.1f} s", flush=True)
+            cases = "none" if manifest["reference"] is None else "short"
+            record_cases(checkpoint, dtype, target / REFERENCE, cases)
+    with (target / WEIGHTS).open("rb") as file:
+        found = sha256_of(file)
+    if found != manifest["files"][WEIGHTS]["sha256"]:
+        print(f"FAIL: weights.data has SHA-256 {found}, not the skeleton's", file=sys.stderr)
+        return 1
+    if cases != "none":
+        with (target / REFERENCE).open("rb") as file:
+            entry = {"sha256": sha256_of(file), "bytes": (target / REFERENCE).stat().st_size}
+        manifest["files"][REFERENCE] = entry
+        (target / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    print(f"{target}: assembled in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
