@@ -15,8 +15,18 @@ from toy_bundle import SPEC, ToyModel, make_bundle, write_manifest
 from toy_runner import ToyRunner, toy_case, write_reference
 
 from dijiang_engines import bench
-from dijiang_engines.bandwidth import Bandwidth, measure_bandwidth
-from dijiang_engines.bench import BenchReport, Effort, Prefill, Step, Timing, bench_runner, until_done
+from dijiang_engines.bandwidth import Bandwidth, measure_bandwidth, measure_gpu_bandwidth
+from dijiang_engines.bench import (
+    BenchReport,
+    Effort,
+    LoopTime,
+    Prefill,
+    Step,
+    Timing,
+    bench_runner,
+    until_done,
+)
+from dijiang_engines.bench_loop import LOOP_STEPS, Loop, loop_start, loop_steps
 from dijiang_engines.errors import OutputError, RunnerError, UsageError
 from dijiang_engines.inspection import step_bytes, weight_bytes
 from dijiang_export import bench_export, random_checkpoint
@@ -92,8 +102,17 @@ def test_a_runner_is_measured_near_far_and_in_batches() -> None:
     assert report.load_seconds > 0
     far = [p for name, shape, p in seen if name == "step" and p >= 100_000]
     near = [p for name, shape, p in seen if name == "step" and 100 <= p < 1000 and shape == (1, 1)]
-    assert len(far) == report.steps[1].timing.calls == bench.BLOCK
-    assert len(near) == report.steps[0].timing.calls + bench.WARM_UP_STEPS
+    assert report.steps[0].timing.calls == report.steps[1].timing.calls == bench.BLOCK
+    # The loop reads the last token of the text in a step of its own, then as many as it counts.
+    looped = (1 + bench.LEAST_LOOPS) * (LOOP_STEPS + 1)
+    assert len(far) == bench.BLOCK + looped
+    assert len(near) == bench.BLOCK + bench.WARM_UP_STEPS + looped
+    assert [(x.batch, x.position, x.steps) for x in report.loops] == [
+        (1, 100, LOOP_STEPS), (1, 100_000, LOOP_STEPS), (3, 100, LOOP_STEPS)
+    ]  # fmt: skip
+    assert [x.timing.calls for x in report.loops] == [bench.LEAST_LOOPS] * 3
+    assert all(x.gpu is None and x.overhead is None for x in report.loops)
+    assert report.memory is None
     assert {shape for name, shape, _ in seen if name == "prefill"} == {(1, 1), (1, 5), (1, 9)}
 
 
@@ -110,7 +129,9 @@ def test_a_model_of_limited_length_is_measured_within_it(limit: int) -> None:
     runner.tamper = watch
     report = bench_runner(runner, "float32", lengths=(16, 64), batches=(1, 2), effort=QUICK)
     assert highest <= limit
-    assert [p.length for p in report.prefill] == ([16] if limit < 64 else [16, 64])
+    assert [p.length for p in report.prefill if p.batch == 1] == ([16] if limit < 64 else [16, 64])
+    assert all(x.position + x.steps < limit for x in report.loops)
+    assert len({(x.batch, x.position) for x in report.loops}) == len(report.loops) >= 2
     assert report.notes
     assert report.flatness is None or len({s.position for s in report.steps if s.batch == 1}) == 2
 
@@ -131,7 +152,148 @@ def test_progress_has_one_unit_for_each_figure() -> None:
         yield Bar()
 
     bench_runner(ToyRunner(ToyModel.random(SPEC)), "float32", lengths=(4,), effort=QUICK, progress=bar)
-    assert state["total"] == state["done"] == 1 + 4 + 1
+    assert state["total"] == state["done"] == 1 + 2 * (4 + 1)
+
+
+def test_prefills_of_several_rows_are_no_larger_than_the_longest_of_one() -> None:
+    runner = ToyRunner(ToyModel.random(SPEC))
+    report = bench_runner(runner, "float32", lengths=(4, 8, 16), batches=(1, 2, 4, 8), effort=QUICK)
+    found = [(p.batch, p.length) for p in report.prefill]
+    assert found == [(1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (4, 4)]
+    assert report.prefill[3].tokens_per_second == pytest.approx(8 / report.prefill[3].timing.median)
+
+
+class GpuRunner(ToyRunner):
+    """Offers what a runner on a GPU may: its own times and memory; takes at most two rows."""
+
+    asked: list[tuple[int, int, int]]
+
+    def new_state(self, batch: int) -> list[np.ndarray]:
+        if batch > 2:
+            raise RunnerError("too many rows", got=batch)
+        return super().new_state(batch)
+
+    def import_state(self, layers) -> list[np.ndarray]:
+        self.new_state(layers[0].shape[0])
+        return super().import_state(layers)
+
+    def step_gpu_seconds(self, batch: int, position: int, calls: int) -> list[float]:
+        self.asked.append((batch, position, calls))
+        return [batch * 1e-6] * (calls - 1) + [1.0]
+
+    def memory(self) -> dict[str, int]:
+        return {"weights": 100, "state": 20}
+
+
+def test_a_runner_on_a_gpu_tells_more() -> None:
+    runner = GpuRunner(ToyModel.random(SPEC))
+    runner.asked = []
+    report = bench_runner(runner, "float32", lengths=(4,), batches=(1, 2), positions=(7, 90), effort=QUICK)
+    assert runner.asked == [(1, 7, 3), (1, 90, 3), (2, 7, 3)]
+    assert [s.gpu.median for s in report.steps if s.gpu] == [1e-6, 1e-6, 2e-6]
+    for loop, gpu in zip(report.loops, (1e-6, 1e-6, 2e-6), strict=True):
+        assert loop.gpu == gpu
+        assert loop.overhead == pytest.approx(loop.timing.median - gpu)
+        assert loop.overhead > 0
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert data["memory"] == {"weights": 100, "state": 20}
+    assert data["loops"][2]["overhead"] == report.loops[2].overhead
+    assert data["steps"][0]["gpu"]["calls"] == 3
+
+
+def test_a_gpu_is_not_asked_beyond_the_models_last_position() -> None:
+    spec = replace(SPEC, decay="tables", decay_rows=40)
+    runner = GpuRunner(ToyModel.random(spec))
+    runner.asked = []
+    effort = Effort(seconds=0.0, least=30, most=30)
+    bench_runner(runner, "float32", lengths=(4,), batches=(1,), positions=(100,), effort=effort)
+    [(_, position, calls)] = runner.asked
+    assert position + calls + bench.WARM_UP_STEPS == 40
+
+
+def test_what_a_runner_refuses_is_left_out_with_a_note() -> None:
+    runner = GpuRunner(ToyModel.random(SPEC))
+    runner.asked = []
+    report = bench_runner(runner, "float32", lengths=(4, 16), batches=(1, 3), positions=(7,), effort=QUICK)
+    assert [s.batch for s in report.steps] == [x.batch for x in report.loops] == [1]
+    assert [(p.batch, p.length) for p in report.prefill] == [(1, 4), (1, 16)]
+    assert report.notes == (
+        "prefill of 3 rows of 4 tokens, left out: too many rows (3)",
+        "steps of 3 rows of one token, left out: too many rows (3)",
+        "the loop of 3 rows of one token at 7, left out: too many rows (3)",
+    )
+
+
+def test_a_token_of_the_loop_is_the_time_between_the_first_and_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clock that each step of the runner moves by one second, whatever the rows."""
+    runner, now = ToyRunner(ToyModel.random(SPEC)), [0.0]
+
+    def tick(name: str, arrays: dict) -> None:
+        now[0] += 1.0
+
+    runner.tamper = tick
+    monkeypatch.setattr("dijiang_engines.bench_loop.time.perf_counter", lambda: now[0])
+    for batch in (1, 3):
+        assert Loop(runner, batch, 50, None).seconds_per_step() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(None, LOOP_STEPS), (1000, LOOP_STEPS), (20, 19), (1, 0)])
+def test_the_loop_stays_within_the_model(limit: int | None, steps: int) -> None:
+    assert loop_steps(limit) == steps
+    start = loop_start(10_000, limit)
+    assert start == (10_000 if limit is None else limit - 1 - steps)
+    assert loop_start(0, limit) == 0
+
+
+def test_overhead_is_what_the_gpu_does_not_take() -> None:
+    assert LoopTime(2, 100, 64, timing(0.003), gpu=0.001).overhead == pytest.approx(0.002)
+    assert LoopTime(2, 100, 64, timing(0.003)).overhead is None
+    assert LoopTime(2, 100, 64, timing(0.004)).tokens_per_second == pytest.approx(500)
+
+
+class FakeCuda:
+    """A GPU whose copies take 2 ms, the first 9 ms."""
+
+    def __init__(self) -> None:
+        self.copied: list[tuple[int, int, int]] = []
+
+    def buffer(self, size: int) -> object:
+        self.next = getattr(self, "next", 0) + 1000
+        return type("Buffer", (), {"address": self.next, "size": size})()
+
+    def stream(self) -> FakeCuda:
+        return self
+
+    def fill(self, target: int, value: int, size: int) -> None:
+        pass
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        self.copied.append((target, source, size))
+
+    def record(self, event: object) -> None:
+        pass
+
+    def event(self, *, timing: bool = False) -> object:
+        assert timing
+        cuda = self
+
+        class Event:
+            def wait(self) -> None:
+                pass
+
+            def seconds_since(self, earlier: object) -> float:
+                return 2e-3 if len(cuda.copied) > 1 else 1e-3
+
+        return Event()
+
+
+def test_a_gpus_copies_are_timed_by_its_events() -> None:
+    cuda = FakeCuda()
+    found = measure_gpu_bandwidth(cuda, buffer_bytes=1 << 20, rounds=4)  # type: ignore[arg-type]
+    assert cuda.copied == [(2000, 1000, 1 << 20)] * 5
+    assert found == Bandwidth(0, (2 << 20) / 2e-3, (2 << 20) / 2e-3)  # the first, faster here, does not count
 
 
 def test_bandwidth_is_plausible() -> None:
@@ -172,6 +334,10 @@ def test_the_command_measures_and_saves(
     assert shown["reference"] is None
     assert shown["startup"] is None
     assert [row["batch"] for row in shown["bench"]["steps"]] == [1, 1, 2]
+    assert [(row["batch"], row["position"]) for row in shown["bench"]["loops"]] == [
+        (1, 100), (1, 100_000), (2, 100)
+    ]  # fmt: skip
+    assert (shown["kind"], shown["device"]) == ("bench", "cpu")
     assert shown["bench"]["derived"]["bandwidth_share"] > 0
 
 
@@ -192,6 +358,16 @@ def test_run_is_what_bench_does_without_a_command(recorded: Path, capfd: pytest.
         out = capfd.readouterr().out
         assert "prefill of 8 tokens" in out
         assert "step at position 100,000" in out
+        assert "`generate`, a token from 100,000 on" in out
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_positions_can_be_chosen(recorded: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--position", "3", "--position", "700", "--position", "0", "--json"]
+    assert main(["bench", str(recorded), *FAST, *words]) == 0
+    found = json.loads(capfd.readouterr().out)["bench"]
+    assert [(s["batch"], s["position"]) for s in found["steps"]] == [(1, 3), (1, 700), (1, 0), (2, 3)]
+    assert [(x["batch"], x["position"]) for x in found["loops"]] == [(1, 3), (1, 700), (1, 0), (2, 3)]
 
 
 def test_help_shows_the_options_and_the_commands(capfd: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +426,21 @@ def test_the_engines_side_imports_no_torch() -> None:
     code = "import sys, dijiang_engines.bench; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_a_python_without_torch_measures_too(recorded: Path, tmp_path: Path) -> None:
+    """TensorRT's may be one."""
+    blocked = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "scipy", "matplotlib")
+    code = (
+        f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+        "from dijiang_export.cli import main\nsys.exit(main())"
+    )
+    saved = tmp_path / "b.json"
+    words = ["bench", "run", str(recorded), *FAST, "--save", str(saved)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(saved.read_text())["bench"]["loops"]
 
 
 # -- random checkpoints, PyTorch, exports --------------------------------------------------------------

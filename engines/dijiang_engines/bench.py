@@ -1,22 +1,32 @@
-"""Measure a runner: prefill, steps near and far, batches, and the share of memory bandwidth that it reaches.
+"""Measure a runner: prefill, steps near and far, batches, the loop of `generate`, and what memory allows.
 
-Times are seconds of one call of the runner, as NumPy callers see it: sampling and tokenization are not in
-them. Every figure is the median of single calls after a warm-up, with the 10th and 90th percentiles.
+Times of prefills and steps are seconds of one call of the runner, as NumPy callers see it: sampling and
+tokenization are not in them. The loop's are of one token of every row, all included. Every figure is the
+median of single calls (of single generations) after a warm-up, with the 10th and 90th percentiles.
+
+A runner may offer two more things, neither of which the protocol asks for:
+
+    step_gpu_seconds(batch, position, calls) -> list[float]    seconds of single steps by the GPU's events
+    memory() -> dict[str, int]                                 device bytes by kind: weights, state, ...
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dijiang_engines.bandwidth import Bandwidth
+from dijiang_engines.bench_loop import Loop, loop_start, loop_steps
+from dijiang_engines.errors import DijiangError
 from dijiang_engines.inspection import step_bytes, weight_bytes
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners.base import IntArray, Runner, State
+from dijiang_engines.tokenizer import Tokenizer
 
 PREFILL_LENGTHS = (128, 512, 2048)
 BATCHES = (1, 2, 4, 8)
@@ -25,6 +35,8 @@ NEAR, FAR = 100, 100_000
 WARM_UP_STEPS = 5
 BLOCK = 8
 """Near and far steps alternate in blocks of this many, so that a slow moment hits both."""
+LEAST_LOOPS = 3
+"""Generations for a figure of the loop, at least."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +79,37 @@ class Step:
     batch: int
     position: int
     timing: Timing
+    gpu: Timing | None = None
+    """The GPU's own time for it, if the runner tells."""
 
     @property
     def tokens_per_second(self) -> float:
         """All rows' tokens over the median time."""
         return self.batch / self.timing.median
+
+
+@dataclass(frozen=True)
+class LoopTime:
+    """The loop of `generate`: one token of each of `batch` rows, chosen and handed out."""
+
+    batch: int
+    position: int
+    """Where the generations begin."""
+    steps: int
+    """Of each generation; a timing's calls are generations."""
+    timing: Timing
+    gpu: float | None = None
+    """Median GPU seconds of a step there, if the runner tells."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All rows' tokens over the median time."""
+        return self.batch / self.timing.median
+
+    @property
+    def overhead(self) -> float | None:
+        """Seconds by which a token takes longer than its step on the GPU; None if that is not known."""
+        return None if self.gpu is None else self.timing.median - self.gpu
 
 
 @dataclass(frozen=True)
@@ -100,6 +138,9 @@ class BenchReport:
     steps: tuple[Step, ...]
     bandwidth: Bandwidth | None
     notes: tuple[str, ...] = field(default_factory=tuple)
+    loops: tuple[LoopTime, ...] = ()
+    memory: dict[str, int] | None = None
+    """Device bytes by kind, if the runner tells."""
 
     def step(self, *, batch: int = 1, near: bool = True) -> Step | None:
         """The steps of one batch size, near the beginning or far from it."""
@@ -140,6 +181,10 @@ class BenchReport:
         rows = {
             "prefill": [asdict(p) | {"tokens_per_second": p.tokens_per_second} for p in self.prefill],
             "steps": [asdict(s) | {"tokens_per_second": s.tokens_per_second} for s in self.steps],
+            "loops": [
+                asdict(x) | {"tokens_per_second": x.tokens_per_second, "overhead": x.overhead}
+                for x in self.loops
+            ],
         }
         derived = {
             "far_over_near": self.flatness,
@@ -158,6 +203,7 @@ def bench_runner(
     positions: Sequence[int] = (NEAR, FAR),
     effort: Effort = Effort(),
     bandwidth: Bandwidth | None = None,
+    tokenizer: Tokenizer | None = None,
     progress: ProgressFactory = silent,
     seed: int = 0,
 ) -> BenchReport:
@@ -166,13 +212,21 @@ def bench_runner(
     Args:
         runner: what is measured.
         dtype: the bundle's, for the number of bytes that a step reads.
-        lengths: of prefills of one row; those that the model cannot hold are left out.
-        batches: rows of steps. Every size is measured at the first position, size 1 at all.
+        lengths: of prefills. Those of one row are all measured, those of more rows (`batches`) where all
+            rows together have no more tokens than the longest of one row. What the model cannot hold is
+            left out.
+        batches: rows of steps and of the loop. Every size is measured at the first position, size 1 at all.
         positions: of steps; cut to what the model knows.
         effort: how long to measure each figure.
         bandwidth: of this machine, for comparison.
+        tokenizer: the model's; the loop then also makes text.
         progress: one unit for each figure.
         seed: of the random tokens.
+
+    What the runner refuses, such as more rows than an engine was built for, is left out with a note.
+
+    Raises:
+        RunnerError: the runner cannot run the model at all.
     """
     spec = runner.spec
     limit = spec.max_positions
@@ -191,22 +245,30 @@ def bench_runner(
     def tokens(batch: int, length: int) -> IntArray:
         return rng.integers(0, spec.vocab_size, (batch, length))
 
-    figures = len(fitting) + len(batches) + (1 if 1 in batches and len(places) > 1 else 0)
+    prompts = [(1, n) for n in fitting]
+    prompts += [(b, n) for b in batches for n in fitting if b > 1 and b * n <= max(fitting)]
+    spots = {batch: places if batch == 1 else places[:1] for batch in batches}
+    figures = len(prompts) + 2 * sum(len(here) for here in spots.values())
+    prefills: list[Prefill] = []
+    steps: list[Step] = []
+    loops: list[LoopTime] = []
     with progress(f"Measuring {runner.name}", figures, "items") as bar:
         load = _load(runner, tokens)
-        prefills = []
-        for length in fitting:
-            timing = Timing.of(_prefill_seconds(runner, tokens(1, length), effort))
-            prefills.append(Prefill(1, length, timing))
+        for batch, length in prompts:
+            with _left_out(notes, f"prefill of {_rows(batch)}{length} tokens"):
+                timing = Timing.of(_prefill_seconds(runner, tokens(batch, length), effort))
+                prefills.append(Prefill(batch, length, timing))
             bar.advance()
-        steps = []
-        for batch in batches:
-            here = places if batch == 1 else places[:1]
-            for position, timing in zip(
-                here, _step_timings(runner, batch, here, tokens, effort), strict=True
-            ):
-                steps.append(Step(batch, position, timing))
+        for batch, here in spots.items():
+            with _left_out(notes, f"steps of {_rows(batch)}one token"):
+                steps += _steps(runner, batch, here, tokens, effort)
+            bar.advance(len(here))
+        for batch, here in spots.items():
+            for position in here:
+                with _left_out(notes, f"the loop of {_rows(batch)}one token at {position}"):
+                    loops += _loop(runner, batch, position, tokenizer, effort, loops, steps)
                 bar.advance()
+    memory = getattr(runner, "memory", None)
     return BenchReport(
         runner=runner.name,
         dtype=dtype,
@@ -218,7 +280,23 @@ def bench_runner(
         steps=tuple(steps),
         bandwidth=bandwidth,
         notes=tuple(notes),
+        loops=tuple(loops),
+        memory=None if memory is None else dict(memory()),
     )
+
+
+def _rows(batch: int) -> str:
+    return "" if batch == 1 else f"{batch} rows of "
+
+
+@contextmanager
+def _left_out(notes: list[str], what: str) -> Iterator[None]:
+    """Turn the runner's refusal into a note; what it refuses is no reason to lose the rest."""
+    try:
+        yield
+    except DijiangError as error:
+        got = "" if error.got is None else f" ({error.got})"
+        notes.append(f"{what}, left out: {error.what}{got}")
 
 
 def _load(runner: Runner, tokens: Callable[[int, int], IntArray]) -> float:
@@ -250,6 +328,50 @@ def _prefill_seconds(runner: Runner, ids: IntArray, effort: Effort) -> list[floa
         runner.prefill(ids, positions, lens, state)
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def _loop(
+    runner: Runner,
+    batch: int,
+    position: int,
+    tokenizer: Tokenizer | None,
+    effort: Effort,
+    before: Sequence[LoopTime],
+    steps: Sequence[Step],
+) -> list[LoopTime]:
+    """One figure; none where there is no room, or `before` has the only place where there is."""
+    limit = runner.spec.max_positions
+    start = loop_start(position, limit)
+    if not loop_steps(limit) or any((x.batch, x.position) == (batch, start) for x in before):
+        return []
+    loop = Loop(runner, batch, start, tokenizer)
+    loop.seconds_per_step()
+    few = Effort(effort.seconds, min(LEAST_LOOPS, effort.least), effort.most)
+    timing = Timing.of([loop.seconds_per_step() for _ in until_done(few)])
+    gpu = next((s.gpu for s in steps if (s.batch, s.position) == (batch, position)), None)
+    return [LoopTime(batch, start, loop.steps, timing, None if gpu is None else gpu.median)]
+
+
+def _steps(
+    runner: Runner,
+    batch: int,
+    places: Sequence[int],
+    tokens: Callable[[int, int], IntArray],
+    effort: Effort,
+) -> list[Step]:
+    """One figure for each position, with the GPU's own times if the runner offers them."""
+    timings = _step_timings(runner, batch, places, tokens, effort)
+    gpu_seconds = getattr(runner, "step_gpu_seconds", None)
+    steps = []
+    for position, timing in zip(places, timings, strict=True):
+        gpu = None
+        if gpu_seconds is not None:
+            calls = max(effort.least, min(effort.most, timing.calls))
+            if (limit := runner.spec.max_positions) is not None:  # the runner goes on by one each time
+                calls = min(calls, max(limit - position - WARM_UP_STEPS, 1))
+            gpu = Timing.of(gpu_seconds(batch, position, calls))
+        steps.append(Step(batch, position, timing, gpu))
+    return steps
 
 
 def _step_timings(

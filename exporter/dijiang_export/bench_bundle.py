@@ -1,8 +1,8 @@
-"""Measure a bundle on this machine, and say everything that the figures depend on.
+"""Measure a bundle or an engine on this machine, and say everything that the figures depend on.
 
 The result is one JSON document: command, date, versions, machine, model, the outcome of a validation, the
 figures of `dijiang_engines.bench`, PyTorch's if a checkpoint was given, and how long `generate` takes to
-begin.
+begin. Nothing here needs PyTorch, but for a checkpoint: TensorRT may live in a Python that has none.
 """
 
 from __future__ import annotations
@@ -20,18 +20,26 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines import __version__
-from dijiang_engines.bandwidth import Bandwidth, measure_bandwidth
-from dijiang_engines.bench import BATCHES, PREFILL_LENGTHS, Effort, bench_runner
-from dijiang_engines.bundle import Bundle, open_bundle
+from dijiang_engines.bandwidth import Bandwidth, measure_bandwidth, measure_gpu_bandwidth
+from dijiang_engines.bench import BATCHES, FAR, NEAR, PREFILL_LENGTHS, Effort, bench_runner
+from dijiang_engines.bundle import Bundle
+from dijiang_engines.errors import DijiangError
 from dijiang_engines.inspection import part_sizes
 from dijiang_engines.machine import describe_machine, package_versions, usable_cpus
+from dijiang_engines.model import Model, open_model
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners import Runner, open_runner
+from dijiang_engines.tokenizer import Tokenizer
 from dijiang_engines.validate import validate
 from dijiang_export.bench_export import memory
 
+KIND = "bench"
+"""What these documents call themselves; `bench report` reads them."""
 STARTUPS = 3
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "torch", "onnx", "onnxscript", "tensorrt")
+_PACKAGES = (
+    "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "triton", "transformers", "onnx", "onnxscript",
+    "tensorrt", "cuda-bindings",
+)  # fmt: skip
 
 
 def measure_bundle(
@@ -43,43 +51,47 @@ def measure_bundle(
     seconds: float = 2.0,
     lengths: Sequence[int] | None = None,
     batches: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
     progress: ProgressFactory = silent,
 ) -> dict[str, Any]:
-    """Validate and measure a bundle.
+    """Validate and measure a bundle or an engine.
 
     Args:
-        path: the bundle.
+        path: its folder.
         runner: as for `open_runner`.
-        threads: of the runner and of PyTorch; default: the CPUs that this process may use.
+        threads: of a runner on the CPU and of PyTorch; default: the CPUs that this process may use.
         checkpoint: where the bundle came from, to measure PyTorch's reference model beside it.
         seconds: about how long to measure each figure.
         lengths: of prefills.
         batches: of steps.
+        positions: of steps.
         progress: for the parts.
 
     Raises:
-        ValidationMismatch: the bundle computes something else than was recorded; nothing is measured.
+        ValidationMismatch: the model computes something else than was recorded; nothing is measured.
         BundleError, CheckpointError, RunnerError: it cannot be run.
     """
     about = about_run()
-    bundle = open_bundle(path)
+    model = open_model(path)
     threads = threads or usable_cpus()
-    opened = open_runner(bundle, runner, threads=threads)
-    validated = _validated(bundle, opened, progress)
+    opened = open_runner(model, runner, threads=threads if isinstance(model, Bundle) else None)
+    on_cpu = opened.name.endswith("cpu")
+    validated = _validated(model, opened, progress)
     effort = Effort(seconds)
     chosen = tuple(lengths or PREFILL_LENGTHS)
-    before = measure_bandwidth(threads)
+    before = _bandwidth(on_cpu, threads)
     report = bench_runner(
         opened,
-        bundle.dtype,
+        model.dtype,
         lengths=chosen,
         batches=tuple(batches or BATCHES),
+        positions=tuple(positions or (NEAR, FAR)),
         effort=effort,
         bandwidth=None,
+        tokenizer=None if model.tokenizer_path is None else Tokenizer(model.tokenizer_path),
         progress=progress,
     )
-    bandwidth = _better(before, measure_bandwidth(threads))
-    found = report.with_bandwidth(bandwidth if opened.name.endswith("cpu") else None)
+    found = report.with_bandwidth(_better(before, _bandwidth(on_cpu, threads)))
     reference = None
     if checkpoint is not None:
         from dijiang_export.bench_reference import measure_in_subprocess
@@ -87,17 +99,19 @@ def measure_bundle(
         with progress("Measuring PyTorch", None, "items"):
             reference = measure_in_subprocess(checkpoint, threads=threads, lengths=chosen, effort=effort)
     return about | {
+        "kind": KIND,
         "threads": threads,
+        "device": "cpu" if on_cpu else "cuda",
         "model": {
-            "name": bundle.name,
-            "parameters": sum(part.count + part.wide for part in part_sizes(bundle.spec).values()),
-            "spec": bundle.spec.to_json(),
-            "weights_sha256": bundle.identity.weights_sha256,
+            "name": model.name,
+            "parameters": sum(part.count + part.wide for part in part_sizes(model.spec).values()),
+            "spec": model.spec.to_json(),
+            "weights_sha256": model.identity.weights_sha256,
         },
         "validated": validated,
         "bench": found.to_json(),
         "reference": reference,
-        "startup": _startup(bundle, opened.name, threads),
+        "startup": _startup(model, opened.name, threads),
     }
 
 
@@ -112,30 +126,46 @@ def about_run() -> dict[str, Any]:
     }
 
 
-def _validated(bundle: Bundle, runner: Runner, progress: ProgressFactory) -> str:
-    if bundle.reference_path is None:
-        return "not validated: the bundle holds no recorded cases"
+def _validated(model: Model, runner: Runner, progress: ProgressFactory) -> str:
+    if model.reference_path is None:
+        return "not validated: there are no recorded cases"
     report = validate(
-        runner, bundle.reference(), dtype=bundle.dtype, replays=["prefill", "steps"], progress=progress
+        runner, model.reference(), dtype=model.dtype, replays=["prefill", "steps"], progress=progress
     )
     report.raise_on_mismatch()
     worst = max(r.logits_error or 0.0 for r in report.results)
     return f"validated: largest logit error {worst:.1e} standard deviations"
 
 
-def _better(a: Bandwidth, b: Bandwidth) -> Bandwidth:
+def _bandwidth(on_cpu: bool, threads: int) -> Bandwidth | None:
+    """Of what the runner computes on; None for a GPU that cannot be asked from this Python."""
+    if on_cpu:
+        return measure_bandwidth(threads)
+    try:
+        from dijiang_engines.cuda import Cuda
+
+        return measure_gpu_bandwidth(Cuda())
+    except DijiangError:  # no cuda-bindings, or the model leaves no room: `bench peers` measures it too
+        return None
+
+
+def _better(a: Bandwidth | None, b: Bandwidth | None) -> Bandwidth | None:
     """The stricter of two measurements: anything else that ran meanwhile makes them smaller."""
+    if a is None or b is None:
+        return a or b
     return Bandwidth(a.threads, max(a.read, b.read), max(a.copy, b.copy))
 
 
-def _startup(bundle: Bundle, runner: str, threads: int) -> dict[str, Any] | None:
+def _startup(model: Model, runner: str, threads: int) -> dict[str, Any] | None:
     """Seconds until a new `generate` process prints, and its peak memory; None without a tokenizer."""
-    if bundle.tokenizer_path is None:
+    if model.tokenizer_path is None:
         return None
     command = [
-        sys.executable, "-m", "dijiang_export", "generate", str(bundle.path), "--prompt", "def main():",
-        "--max-tokens", "16", "--runner", runner, "--threads", str(threads), "--quiet",
+        sys.executable, "-m", "dijiang_export", "generate", str(model.path), "--prompt", "def main():",
+        "--max-tokens", "16", "--runner", runner, "--quiet",
     ]  # fmt: skip
+    if isinstance(model, Bundle):
+        command += ["--threads", str(threads)]
     seconds: list[float] = []
     peak = 0
     for _ in range(STARTUPS):

@@ -1,4 +1,4 @@
-"""`dijiang-export bench`: how fast a bundle runs here, and what exporting takes."""
+"""`dijiang-export bench`: how fast a bundle or an engine runs here, and what exporting takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dijiang_export.commands.bench_kernels import kernels
+from dijiang_export.commands.bench_peers import peers, report
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
 from dijiang_export.commands.saving import finish, save_option
 
@@ -39,20 +40,23 @@ class DefaultGroup(click.Group):
 @click.group(
     "bench",
     cls=DefaultGroup,
-    subcommand_metavar="[BUNDLE] | export",
+    subcommand_metavar="[BUNDLE] | COMMAND",
     epilog="Example: dijiang-export bench ./pythia.bundle --checkpoint ./pythia-dijiang --save bench.json",
 )
 def bench() -> None:
     """Measure the speed of BUNDLE on this machine; the commands below measure something else.
 
-    First validates the bundle, so that no figure is of wrong results. Then: prefills of 128, 512 and 2048
-    tokens, steps at positions 100 and 100,000, batches, the share of this machine's memory bandwidth, and
-    the time to the first text of `generate`. With --checkpoint also the PyTorch reference model at the
-    same number of threads. BUNDLE defaults to ./tiny-stdlib.bundle.
+    BUNDLE is a bundle, or an engine that `build-engine` made; default: ./tiny-stdlib.bundle. It is first
+    validated, so that no figure is of wrong results. Then: prefills of 128, 512 and 2048 tokens, steps and
+    the loop of `generate` at positions 100 and 100,000, batches, the share of this machine's memory
+    bandwidth, and the time to the first text of `generate`. With --checkpoint also the PyTorch reference
+    model at the same number of threads.
     """
 
 
 bench.add_command(kernels)
+bench.add_command(peers)
+bench.add_command(report)
 
 _SECONDS = click.option(
     "--seconds",
@@ -83,6 +87,10 @@ _SECONDS = click.option(
 @click.option(
     "--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Batch sizes; may be repeated."
 )
+@click.option(
+    "--position", "positions", type=click.IntRange(min=0), multiple=True,
+    help="Tokens before the steps; may be repeated. [default: 100, 100000]",
+)  # fmt: skip
 @save_option
 @output_options
 def run(
@@ -94,6 +102,7 @@ def run(
     seconds: float,
     lengths: tuple[int, ...],
     batches: tuple[int, ...],
+    positions: tuple[int, ...],
     save: Path | None,
 ) -> None:
     """Measure the speed of BUNDLE on this machine (what `bench` does if no command is named)."""
@@ -107,6 +116,7 @@ def run(
         seconds=seconds,
         lengths=lengths or None,
         batches=batches or None,
+        positions=positions or None,
         progress=output.progress,
     )
     finish(output, result, save, lambda: draw_run(result))
@@ -186,9 +196,12 @@ def draw_run(result: dict[str, Any]) -> Group:
     from rich.text import Text
 
     model, found = result["model"], result["bench"]
+    where = f"{result['threads']} threads, {result['machine']['cpu']}"
+    if result["device"] != "cpu":
+        where = ", ".join(gpu["name"] for gpu in result["machine"]["gpus"][:1]) or "a GPU"
     head = (
         f"{model['name']}: {model['parameters'] / 1e6:.1f} M parameters, {found['dtype']}\n"
-        f"{found['runner']}, {result['threads']} threads, {result['machine']['cpu']}\n{result['validated']}"
+        f"{found['runner']}, {where}\n{result['validated']}"
     )
     parts: list[RenderableType] = [Text(head), _speed_table(result), _summary_table(result)]
     parts += [Text(f"note: {note}") for note in (*found["notes"], *_busy(result))]
@@ -240,14 +253,21 @@ def _speed_table(result: dict[str, Any]) -> RenderableType:
         peer = None
         if peers is not None:
             same = [p for p in peers["prefill"] if p["length"] == row["length"] and p["form"] == "parallel"]
-            peer = same[0]["timing"]["median"] if same else None
-        table.add_row(f"prefill of {row['length']} tokens", *_cells(row, peer))
+            peer = same[0]["timing"]["median"] if same and row["batch"] == 1 else None
+        rows = "" if row["batch"] == 1 else f", {row['batch']} sequences"
+        table.add_row(f"prefill of {row['length']} tokens{rows}", *_cells(row, peer))
     first = True
     for row in found["steps"]:
         peer = peers["step"]["median"] if peers is not None and row["batch"] == 1 and first else None
         first = False
         rows = "" if row["batch"] == 1 else f", {row['batch']} sequences"
         table.add_row(f"step at position {row['position']:,}{rows}", *_cells(row, peer))
+        if row["gpu"] is not None:
+            gpu = {"timing": row["gpu"], "tokens_per_second": row["batch"] / row["gpu"]["median"]}
+            table.add_row(f"  of it on the GPU{rows}", *_cells(gpu, None))
+    for row in found["loops"]:
+        rows = "" if row["batch"] == 1 else f", {row['batch']} sequences"
+        table.add_row(f"`generate`, a token from {row['position']:,} on{rows}", *_cells(row, None))
     return table
 
 
@@ -281,6 +301,12 @@ def _summary_table(result: dict[str, Any]) -> RenderableType:
         ("longest prefill, times faster than steps", _ratio(derived["prefill_over_steps"])),
         ("weights read by a step", f"{found['step_bytes'] / 1e6:.1f} MB"),
     ]
+    for loop in found["loops"]:
+        if loop["overhead"] is not None:
+            name = f"`generate` beside the GPU's step, {loop['batch']} at {loop['position']:,}"
+            rows.append((name, f"+{_time(loop['overhead'])}"))
+    for kind, size in (found["memory"] or {}).items():
+        rows.append((f"device memory, {kind}", f"{size / 1e6:,.1f} MB"))
     if bandwidth is not None:
         rows.append(("reading speed of this machine", f"{bandwidth['read'] / 1e9:.1f} GB/s"))
         if derived["bandwidth_share"] is not None:  # that of steps of one sequence, which may not be wanted

@@ -1,0 +1,303 @@
+"""One peer of `bench peers` in this process: get ready, check, time, and write each figure as a line of JSON.
+
+Timing: synchronised wall times. Decoding goes in blocks of `BLOCK` tokens, each token chosen on the device
+(argmax) and fed to the next step without waiting; a figure is a block's time over its tokens, so neither
+sampling nor text nor a look at the token by the host is in it. Prefills are single calls up to the logits
+of the last token. TF32 is off.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dijiang_engines.bench import Effort, Timing, until_done
+from dijiang_engines.errors import DijiangError
+from dijiang_engines.machine import package_versions
+from dijiang_export.bench_peers import WORDS, Plan, wrong
+
+BLOCK = 16
+WARM_UP_BLOCKS = 2
+LEAST, MOST = 5, 400
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COPY_BYTES = 1 << 30
+CPU_COPY_BYTES = 256 << 20
+COPIES = 20
+
+
+class LeftOut(DijiangError):
+    """A figure that a peer does not have, and why."""
+
+
+@dataclass
+class Prepared:
+    """One figure, ready to be timed."""
+
+    run: Callable[[], Any]
+    """One call; a decoder's is a block."""
+    reset: Callable[[], None]
+    """To be called before each run."""
+    error: float
+    """Of its logits against the eager whole, in their standard deviations."""
+    notes: list[str] = field(default_factory=list)
+
+
+class Peer(Protocol):
+    """A way to run a model."""
+
+    forms: tuple[str, ...]
+    """Of prefills; "" if there is one."""
+
+    def prefill(self, form: str, batch: int, length: int) -> Prepared:
+        """Get ready to read `length` tokens of each of `batch` rows."""
+        ...
+
+    def decode(self, batch: int, context: int) -> Prepared:
+        """Get ready to decode BLOCK tokens of each row after `context`."""
+        ...
+
+
+def main(arguments: str) -> None:
+    """What the fresh interpreter runs: a peer's name and a plan in JSON."""
+    # The original stdout carries lines of JSON and nothing else, whatever libraries print.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(**what: Any) -> None:
+        channel.write(json.dumps(what, allow_nan=False) + "\n")
+        channel.flush()
+
+    name, plan = json.loads(arguments)
+    try:
+        measure(name, Plan.from_json(plan), say)
+    except Exception as error:  # noqa: BLE001 - others' code: any failure is the result
+        say(error=describe(error))
+        sys.exit(1)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    if isinstance(error, DijiangError):
+        return "; ".join(part for part in (error.what, error.got) if part)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:WORDS]
+
+
+def measure(name: str, plan: Plan, say: Callable[..., None]) -> None:
+    """Measure one peer.
+
+    Args:
+        name: out of `bench_peers.PEERS`.
+        plan: what.
+        say: called with what is known as soon as it is: versions, gpu, bandwidth, and one by one `begin`,
+            `decode`, `prefill` and `left_out`.
+    """
+    torch.set_num_threads(plan.threads)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    say(versions=package_versions(("torch", "transformers", "triton", "numpy")))
+    device = open_device(plan.device)
+    if device.type == "cuda":
+        say(gpu=describe_gpu(device))
+    say(begin="measuring the memory", bandwidth=measure_copy(device))
+    model, _, mode = name.partition("-")
+    if mode == "graph" and device.type != "cuda":
+        say(left_out={"what": "everything", "why": "CUDA graphs need a CUDA device"})
+        return
+    say(begin="making the model")
+    peer: Peer
+    if model == "hf":
+        from dijiang_export.bench_peers_hf import HuggingFace
+
+        peer = HuggingFace(plan, device, mode)
+    else:
+        from dijiang_export.bench_peers_dijiang import Dijiang
+
+        peer = Dijiang(plan, device, mode)
+    with torch.no_grad():
+        for batch, context in plan.decodes():
+            row: dict[str, Any] = {"batch": batch, "context": context}
+            what = f"steps, batch {batch}, context {context}"
+            _figure(plan, device, say, what, "decode", row, partial(peer.decode, batch, context), BLOCK)
+        for batch, length in plan.prefills():
+            for form in peer.forms:
+                row = {"form": form, "batch": batch, "length": length}
+                what = f"prefill{f' ({form})' if form else ''}, batch {batch}, length {length}"
+                prepare = partial(peer.prefill, form, batch, length)
+                _figure(plan, device, say, what, "prefill", row, prepare, 1)
+
+
+def _figure(
+    plan: Plan,
+    device: torch.device,
+    say: Callable[..., None],
+    what: str,
+    kind: str,
+    row: dict[str, Any],
+    prepare: Callable[[], Prepared],
+    tokens: int,
+) -> None:
+    say(begin=what)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        start = time.perf_counter()
+        prepared = prepare()
+        synchronize(device)
+        ready = time.perf_counter() - start
+        if wrong(prepared.error, plan.dtype):
+            raise LeftOut("it computes something else", got=f"logits {prepared.error:.1e} deviations off")
+        timing = time_calls(prepared, device, plan.seconds, tokens)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        say(**{kind: row | {
+            "timing": asdict(timing), "error": prepared.error, "compile_seconds": ready,
+            "peak_bytes": peak, "notes": prepared.notes,
+        }})  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - others' code; the other figures still count
+        say(left_out={"what": what, "why": describe(error)})
+    finally:
+        prepared = None  # type: ignore[assignment]
+        torch._dynamo.reset()  # what was compiled for one size only takes memory from the next
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def time_calls(prepared: Prepared, device: torch.device, seconds: float, tokens: int) -> Timing:
+    """Synchronised wall seconds of one token: of calls of `prepared`, over `tokens`."""
+
+    def once() -> float:
+        prepared.reset()
+        synchronize(device)
+        start = time.perf_counter()
+        prepared.run()
+        synchronize(device)
+        return (time.perf_counter() - start) / tokens
+
+    for _ in range(WARM_UP_BLOCKS):
+        once()
+    return Timing.of([once() for _ in until_done(Effort(seconds, LEAST, MOST))])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def open_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        LeftOut: PyTorch sees no such device.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise LeftOut("there is no CUDA device", got=f"PyTorch {torch.__version__}")
+        torch.cuda.set_device(device)
+    return device
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Name and sizes, for the record."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "l2_bytes": int(found.L2_cache_size),
+        "memory_bytes": found.total_memory,
+        "cuda": torch.version.cuda,
+    }
+
+
+def measure_copy(device: torch.device) -> dict[str, Any]:
+    """Bytes a second of reading alone (a maximum over integers) and of copying; the best of several."""
+    size = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
+    source = torch.ones(size // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+
+    def best(call: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(COPIES):
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    return {
+        "bytes": size,
+        "read": size / best(lambda: torch.amax(source)),
+        "copy": 2 * size / best(lambda: target.copy_(source)),
+    }
+
+
+def error_of(logits: Tensor, exact: Tensor) -> float:
+    """Largest difference in standard deviations of `exact`; infinite if anything is not finite."""
+    found, want = logits.double().flatten(), exact.double().flatten()
+    if not (torch.isfinite(found).all() and torch.isfinite(want).all()):
+        return float("inf")
+    return float((found - want).abs().max() / want.std())
+
+
+def compiled(function: Callable[..., Any], mode: str, plan: Plan, device: torch.device) -> Callable[..., Any]:
+    """`function` as a peer of `mode` ("eager", "compiled" or "graph") runs it, for one set of shapes."""
+    if mode == "eager":
+        return function
+    options: dict[str, Any] = {"dynamic": False, "backend": plan.backend}
+    if mode == "compiled" and device.type == "cuda" and plan.backend == "inductor":
+        options["mode"] = "reduce-overhead"
+
+        made = torch.compile(function, **options)
+
+        def step(*arguments: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return made(*arguments)
+
+        return step
+    return torch.compile(function, **options)
+
+
+@contextmanager
+def counting_skips(mode: str, notes: list[str]) -> Iterator[None]:
+    """Say so in `notes` if torch.compile gave up on CUDA graphs or broke the graph inside the block."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    yield
+    if mode == "compiled" and (skips := counters["inductor"]["cudagraph_skips"]):
+        notes.append(f"torch.compile left out CUDA graphs {skips} times")
+    if mode != "eager" and (breaks := sum(counters["graph_break"].values())):
+        notes.append(f"torch.compile broke the graph {breaks} times")
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`call`, compiled and run before, as the replay of one CUDA graph; it must work in place."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return kept
+
+    return replay
