@@ -1,0 +1,77 @@
+#include "sha256.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+namespace dijiang {
+namespace {
+
+constexpr std::array<uint32_t, 64> kRound = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+uint32_t turn(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+void block(std::array<uint32_t, 8>& hash, const unsigned char* bytes) {
+    std::array<uint32_t, 64> w;
+    for (int i = 0; i < 16; ++i) {
+        w[i] = static_cast<uint32_t>(bytes[4 * i]) << 24 | static_cast<uint32_t>(bytes[4 * i + 1]) << 16 |
+               static_cast<uint32_t>(bytes[4 * i + 2]) << 8 | bytes[4 * i + 3];
+    }
+    for (int i = 16; i < 64; ++i) {
+        const uint32_t s0 = turn(w[i - 15], 7) ^ turn(w[i - 15], 18) ^ w[i - 15] >> 3;
+        const uint32_t s1 = turn(w[i - 2], 17) ^ turn(w[i - 2], 19) ^ w[i - 2] >> 10;
+        w[i] = w[i - 16] + s0 + w[i - 7] + s1;
+    }
+    auto [a, b, c, d, e, f, g, h] = hash;
+    for (int i = 0; i < 64; ++i) {
+        const uint32_t s1 = turn(e, 6) ^ turn(e, 11) ^ turn(e, 25);
+        const uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + kRound[i] + w[i];
+        const uint32_t s0 = turn(a, 2) ^ turn(a, 13) ^ turn(a, 22);
+        const uint32_t t2 = s0 + ((a & b) ^ (a & c) ^ (b & c));
+        h = g;
+        g = f;
+        f = e;
+        e = d + t1;
+        d = c;
+        c = b;
+        b = a;
+        a = t1 + t2;
+    }
+    const std::array<uint32_t, 8> sum = {a, b, c, d, e, f, g, h};
+    for (int i = 0; i < 8; ++i) hash[i] += sum[i];
+}
+
+}  // namespace
+
+std::string sha256_hex(const void* data, size_t size) {
+    std::array<uint32_t, 8> hash = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                    0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    const auto* bytes = static_cast<const unsigned char*>(data);
+    const size_t whole = size / 64;
+    for (size_t i = 0; i < whole; ++i) block(hash, bytes + 64 * i);
+    // What is left, a one bit, zeros, and the number of bits.
+    std::array<unsigned char, 128> tail{};
+    const size_t left = size - 64 * whole;
+    if (left > 0) std::memcpy(tail.data(), bytes + 64 * whole, left);
+    tail[left] = 0x80;
+    const size_t end = left < 56 ? 64 : 128;
+    const uint64_t bits = 8 * static_cast<uint64_t>(size);
+    for (int i = 0; i < 8; ++i) tail[end - 1 - i] = static_cast<unsigned char>(bits >> (8 * i));
+    for (size_t i = 0; i < end; i += 64) block(hash, tail.data() + i);
+    std::string text;
+    for (const uint32_t word : hash) {
+        for (int shift = 28; shift >= 0; shift -= 4) text += "0123456789abcdef"[word >> shift & 15];
+    }
+    return text;
+}
+
+}  // namespace dijiang
