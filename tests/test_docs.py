@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from checkpoints import write_checkpoint
+from fake_tensorrt import FakeMachine
 from fake_toolchain import FakeToolchain, without_tools
 
 from dijiang_export.cli import COMMANDS, cli
@@ -62,11 +63,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(command: str, cwd: Path, tools: FakeToolchain | None = None) -> subprocess.CompletedProcess[str]:
-    """Run it; with `tools`, on a machine that compiles within no time."""
+def shell(
+    command: str, cwd: Path, tools: FakeToolchain | FakeMachine | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it; with `tools`, on a machine that compiles within no time, or that has a GPU and TensorRT."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "COLUMNS": "100"}
-    if tools is not None:
+    if isinstance(tools, FakeMachine):
+        environment |= tools.environment
+    elif tools is not None:
         environment = without_tools() | tools.environment | {"PATH": f"{tools.bin}:{path}", "COLUMNS": "100"}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command], cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
@@ -175,7 +180,8 @@ def test_the_examples_of_help(
         (tmp_path / sample_bundle.name).symlink_to(sample_bundle)
     if name == "bench":
         example += " --seconds 0.01 --length 16 --batch 1"  # what is measured, for less long
-    done = shell(example, tmp_path, tools if name == "build-plugin" else None)
+    machine = {"build-plugin": tools, "build-engine": FakeMachine(tools.bin.parent / "gpu")}.get(name)
+    done = shell(example, tmp_path, machine)
     assert done.returncode == 0, f"{example}\n{done.stdout}\n{done.stderr}"
 
 

@@ -74,6 +74,30 @@ def test_generate(toy: tuple[Path, ToyModel]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_build_engine_says_what_is_missing_and_leaves_nothing(
+    toy: tuple[Path, ToyModel], tmp_path: Path
+) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = run_without(EXPORT_ONLY + RUNTIMES, MAIN, "build-engine", str(toy[0]), cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: the Python package cuda-bindings is not installed")
+    assert "pip install 'dijiang-export[tensorrt]'" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_engines_are_opened_without_tensorrt_and_say_what_is_missing(tmp_path: Path) -> None:
+    """What is wrong with a folder is said on any machine; what a machine lacks, once the folder is right."""
+    from engine_folders import write_engine
+
+    engine = write_engine(tmp_path / "toy.engine")
+    code = "from dijiang_engines.model import open_model\nprint(open_model(sys.argv[1]).profiles.max_batch)"
+    done = run_without(EXPORT_ONLY + RUNTIMES, code, str(engine))
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+    done = run_without(EXPORT_ONLY + RUNTIMES, MAIN, "bench", str(engine))
+    assert done.returncode == 1
+    assert "cuda-bindings is not installed" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_validate(sample_bundle: Path) -> None:
     done = run_without(EXPORT_ONLY, MAIN, "--json", "validate", str(sample_bundle))
     assert done.returncode == 0, done.stderr

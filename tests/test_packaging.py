@@ -76,6 +76,26 @@ def test_it_brings_the_sample_model(wheel: Path, names: set[str], tmp_path: Path
     assert Path(done.stdout.strip()) == tmp_path / SAMPLE
 
 
+def test_it_brings_recipes_and_the_report_s_style(wheel: Path, names: set[str], tmp_path: Path) -> None:
+    """Data beside the code: an installed package builds engines and writes reports without a checkout."""
+    package = ROOT / "engines/dijiang_engines"
+    wanted = {path.relative_to(package.parent).as_posix() for path in package.glob("recipes/*.toml")}
+    assert len(wanted) >= 4
+    assert wanted | {"dijiang_engines/report.css"} <= names
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "from dijiang_engines import recipes\n"
+        "print(recipes.__file__, *(recipes.load_recipe(name).name for name in recipes.recipe_names()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    module, *found = done.stdout.split()
+    assert Path(module).is_relative_to(tmp_path)
+    assert found == sorted(Path(name).stem for name in wanted)
+
+
 SOURCES = "dijiang_engines/plugin_sources/"
 
 
@@ -123,7 +143,7 @@ def test_the_core_asks_only_for_what_an_edge_device_needs(metadata: Message) -> 
     assert {"torch", "transformers", "onnx", "onnxscript"} <= wanted["export"]
     assert wanted["cpu"] == {"onnxruntime"}
     assert wanted["gpu"] == {"onnxruntime-gpu"}
-    assert wanted["tensorrt"] == {"tensorrt", "polygraphy"}
+    assert wanted["tensorrt"] == {"tensorrt", "polygraphy", "cuda-bindings"}
     assert {"pytest", "ruff", "mypy"} <= wanted["dev"]
     assert set(wanted) == {"export", "cpu", "gpu", "tensorrt", "bench", "dev"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -267,6 +268,38 @@ def test_batch_server_loop(sample_bundle: Path, generator: Generator) -> None:
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         assert f"== {number}: {prompt}\n{answer}\n" in done.stdout
     assert "3 requests in " in done.stderr
+
+
+@pytest.mark.parametrize("slots", ["1", "2", "5"])
+def test_a_request_of_the_program_gives_what_generate_gives_alone(
+    sample_bundle: Path, generator: Generator, slots: str
+) -> None:
+    """Lines of standard input against one `generate` each, which is what the document promises."""
+    prompts = [prompt for prompt in PROMPTS if "\n" not in prompt]
+    arguments = ("--slots", slots, "--piece", "3", "--max-tokens", "11")
+    done = run_sample("batch_server_loop", sample_bundle, *arguments, stdin="\n".join(prompts) + "\n")
+    assert done.returncode == 0, done.stderr
+    for number, prompt in enumerate(prompts):
+        answer = texts(generator, [prompt], max_tokens=11)[0]
+        assert f"== {number}: {prompt}\n{answer}\n" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["onnxruntime_generate", "tensorrt_generate", "batch_server_loop"])
+def test_a_model_cut_short_is_one_message(name: str, sample_bundle: Path, tmp_path: Path) -> None:
+    model = tmp_path / "cut.bundle"
+    shutil.copytree(sample_bundle, model)
+    manifest = (model / "manifest.json").read_bytes()
+    (model / "manifest.json").write_bytes(manifest[: len(manifest) // 2])
+    done = run_sample(name, model, *([] if name == "batch_server_loop" else ["x"]), stdin="x\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bundle_is_no_engine(sample_bundle: Path) -> None:
+    done = run_sample("tensorrt_generate", sample_bundle, "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "hint: build one: dijiang-export build-engine" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["onnxruntime_generate", "tensorrt_generate", "batch_server_loop"])

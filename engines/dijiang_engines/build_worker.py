@@ -8,6 +8,7 @@ print goes to standard error, which the parent keeps as a log.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -80,8 +81,7 @@ def build(request: dict[str, Any], events: Events) -> None:
     version = tensorrt_version(trt)
     dialect = dialect_of(version)
     load_plugin(trt, Path(request["plugin"]))
-    from polygraphy.backend import trt as poly
-
+    poly = _polygraphy()
     poly.get_trt_logger()  # Polygraphy's, which prints to standard output: that is the log
     messages = _keep_messages()
     peak = PeakMemory(cuda)
@@ -104,6 +104,8 @@ def build(request: dict[str, Any], events: Events) -> None:
                 network, config=config, save_timing_cache=request["timing_cache"]
             )
             break
+        except MemoryError:
+            raise
         except Exception as error:
             if typed and constraints == "obey":  # no kernel for some layer in its type: let that one go
                 print(f"with constraints obeyed: {error}", file=sys.stderr)
@@ -123,6 +125,17 @@ def build(request: dict[str, Any], events: Events) -> None:
     )
 
 
+def _polygraphy() -> Any:
+    try:
+        return importlib.import_module("polygraphy.backend.trt")
+    except ImportError as error:
+        raise RunnerError(
+            "the Python package polygraphy is not installed, or does not load",
+            got=error,
+            hint="pip install 'dijiang-export[tensorrt]'",
+        ) from error
+
+
 def _parse(poly: Any, request: dict[str, Any], dialect: Dialect, messages: list[str]) -> Any:
     try:
         return poly.network_from_onnx_path(request["onnx"], strongly_typed=dialect.strongly_typed)
@@ -135,7 +148,8 @@ def _list_layers(network: Any) -> None:
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         types = [str(layer.get_output(i).dtype) for i in range(layer.num_outputs)]
-        print(f"layer {layer.name} {layer.type} {layer.precision} {types}", file=sys.stderr)
+        precision = getattr(layer, "precision", None)  # 11: layers have none
+        print(f"layer {layer.name} {layer.type} {precision} {types}", file=sys.stderr)
 
 
 def _config(

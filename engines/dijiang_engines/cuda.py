@@ -179,7 +179,7 @@ class Pinned:
         self.size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         self.address = int(cuda.check(cuda.runtime.cudaMallocHost(max(self.size, 64))))
         memory = (ctypes.c_uint8 * self.size).from_address(self.address)
-        self.array: npt.NDArray[Any] = np.frombuffer(memory, dtype=dtype).reshape(shape)
+        self.array: npt.NDArray[Any] = np.frombuffer(memoryview(memory), dtype=dtype).reshape(shape)
         self.array[...] = 0
 
     def __del__(self) -> None:

@@ -109,13 +109,17 @@ class EngineFolder:
         plans = LAYOUTS[self.layout]
         self.prefill = PlanPlace(plans[0], 0)
         self.step = PlanPlace(plans[-1], 1 if self.layout == "one" else 0)
-        self.files: Mapping[str, FileInfo] = MappingProxyType(file_table(self.manifest, plans))
+        table = file_table(self.manifest, plans, source=ENGINE_MANIFEST, hint=REBUILD)
+        self.files: Mapping[str, FileInfo] = MappingProxyType(table)
+        self._checked: set[str] = set()
         self.profiles = _profiles(self.manifest.get("profiles"))
         self.made_for = _made_for(self.manifest.get("made_for"))
         source = _object(self.manifest.get("source"), "source")
         self.identity = ModelIdentity(
             _text(source, "source", "spec_sha256"), _text(source, "source", "weights_sha256")
         )
+        if self.identity.spec_sha256 != spec_sha256(self.spec):
+            raise _bad("source.spec_sha256", "the hash of the model spec beside it")
         self.name = _text(source, "source", "name")
         reference = self.manifest.get("reference")
         self.cases: list[str] | None = None if reference is None else _case_names(reference, self.files)
@@ -174,6 +178,16 @@ class EngineFolder:
         for name in self.files if names is None else names:
             self._check_hash(name)
 
+    def verified_plan(self, name: str) -> Path:
+        """The path of a plan whose hash is right: checked now, unless opening the engine did that.
+
+        Raises:
+            BundleError: it is missing or differs.
+        """
+        if name not in self._checked:
+            self._check_hash(name)
+        return self.path / name
+
     def check_files(self, verify: bool) -> None:
         """Check that every file is there with the right size; hash all but the cases, plans if `verify`."""
         for name, info in self.files.items():
@@ -193,6 +207,7 @@ class EngineFolder:
                 f"{path} is corrupt: its SHA-256 differs from {ENGINE_MANIFEST}'s",
                 got=found, expected=expected.sha256, hint=f"copy the engine again, or {REBUILD}",
             )  # fmt: skip
+        self._checked.add(name)
 
 
 def open_engine(path: str | Path, *, verify: bool = True) -> EngineFolder:

@@ -193,19 +193,23 @@ def _check_header(manifest: dict[str, Any]) -> None:
             raise _bad_manifest("reference", f"null, or the file {REFERENCE} and a list of cases")
 
 
-def file_table(manifest: dict[str, Any], needed: Sequence[str]) -> dict[str, FileInfo]:
+def file_table(
+    manifest: dict[str, Any], needed: Sequence[str], *, source: str = MANIFEST, hint: str = RETRY
+) -> dict[str, FileInfo]:
     """The checked table of files of a bundle's or an engine's manifest.
 
     Args:
         manifest: the JSON object.
         needed: names that must be in it.
+        source: name of the manifest's file, for messages.
+        hint: what to do if it is wrong.
 
     Raises:
         BundleError: a name that could leave the folder, a bad hash or size, or one of `needed` is missing.
     """
     files = manifest.get("files")
     if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
-        raise _bad_manifest("files", f"an object of at most {MAX_FILES} files")
+        raise _bad_manifest("files", f"an object of at most {MAX_FILES} files", source, hint)
     table = {}
     for name, entry in files.items():
         if not is_plain_name(name) or name in (MANIFEST, "engine.json"):
@@ -220,12 +224,12 @@ def file_table(manifest: dict[str, Any], needed: Sequence[str]) -> dict[str, Fil
             isinstance(digest, str) and len(digest) == 64 and not set(digest) - set("0123456789abcdef")
         )
         if not hexadecimal or not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise _bad_manifest(f"files.{name}", "a sha256 of 64 hex digits and a size in bytes")
+            raise _bad_manifest(f"files.{name}", "a sha256 of 64 hex digits and a size", source, hint)
         table[name] = FileInfo(str(digest), size)
     missing = [name for name in needed if name not in table]
     missing += [REFERENCE] if manifest.get("reference") and REFERENCE not in table else []
     if missing:
-        raise _bad_manifest("files", " and ".join(missing))
+        raise _bad_manifest("files", " and ".join(missing), source, hint)
     return table
 
 
@@ -262,5 +266,5 @@ def _differences(tensors: tuple[TensorInfo, ...], other: tuple[TensorInfo, ...])
     return "; ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in shown) or "no such tensor"
 
 
-def _bad_manifest(where: str, expected: str) -> BundleError:
-    return BundleError(f"{MANIFEST} has a bad or missing value for {where}", expected=expected, hint=RETRY)
+def _bad_manifest(where: str, expected: str, source: str = MANIFEST, hint: str = RETRY) -> BundleError:
+    return BundleError(f"{source} has a bad or missing value for {where}", expected=expected, hint=hint)

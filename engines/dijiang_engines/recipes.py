@@ -51,11 +51,17 @@ class Recipe:
                     f"{small} is larger than {large}",
                     got=f"{getattr(self, small)} > {getattr(self, large)} (recipe {self.name})",
                 )
-        if self.layout not in LAYOUTS:
-            raise UsageError("unknown layout", got=self.layout, expected=" or ".join(LAYOUTS))
-        unknown = [p for p in self.precisions if p not in DTYPES]
-        if unknown or not self.precisions:
-            raise UsageError("unknown precision in a recipe", got=unknown, expected=", ".join(DTYPES))
+        if self.layout not in tuple(LAYOUTS):  # a tuple takes what cannot be hashed, too
+            raise UsageError("unknown layout", got=repr(self.layout)[:80], expected=" or ".join(LAYOUTS))
+        if not self.precisions or any(p not in DTYPES for p in self.precisions):
+            raise UsageError(
+                f"unknown precision in the recipe {self.name}",
+                got=repr(list(self.precisions))[:80], expected=", ".join(DTYPES),
+            )  # fmt: skip
+        for number in self.architectures:
+            _whole(self.name, "a GPU in architectures", number, 10, 999)
+        if not isinstance(self.description, str):
+            raise UsageError(f"the description of the recipe {self.name} is not a text")
 
     @property
     def profiles(self) -> Profiles:
@@ -98,6 +104,8 @@ def load_recipe(name: str) -> Recipe:
         raise UsageError(f"cannot read the recipe {path}", got=error.strerror) from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"the recipe {path} is not TOML", got=error) from error
+    except RecursionError:
+        raise UsageError(f"the recipe {path} is not TOML", got="too deep a nesting") from None
     known = {field.name for field in fields(Recipe)} - {"name"}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -115,5 +123,7 @@ def load_recipe(name: str) -> Recipe:
 def _whole(recipe: str, name: str, value: Any, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UsageError(
-            f"{name} is out of range", got=f"{value!r} (recipe {recipe})", expected=f"{least} to {most}"
+            f"{name} is out of range",
+            got=f"{repr(value)[:80]} (recipe {recipe})",
+            expected=f"a whole number, {least} to {most}",
         )

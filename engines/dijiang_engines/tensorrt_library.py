@@ -34,15 +34,23 @@ def tensorrt_module() -> Any:
     Raises:
         RunnerError: it is not installed, or does not load.
     """
+    hint = "on a Jetson: apt-get install python3-libnvinfer; elsewhere: pip install tensorrt"
     try:
-        return importlib.import_module("tensorrt")
-    except ImportError as error:
+        module = importlib.import_module("tensorrt")
+    except (ImportError, OSError) as error:  # OSError: a library that it opens by itself
         missing = isinstance(error, ModuleNotFoundError) and error.name == "tensorrt"
         raise RunnerError(
             "the Python package tensorrt is not installed" if missing else "tensorrt does not load",
             got=None if missing else str(error),
-            hint="on a Jetson: apt-get install python3-libnvinfer; elsewhere: pip install tensorrt",
+            hint=hint,
         ) from error
+    if not hasattr(module, "__version__"):  # any folder of that name on the path can be imported
+        raise RunnerError(
+            "what Python finds as tensorrt is not TensorRT",
+            got=", ".join(getattr(module, "__path__", ())) or None,
+            hint=hint,
+        )
+    return module
 
 
 def tensorrt_version(trt: Any) -> str:
@@ -94,7 +102,10 @@ class TensorRT:
         """
         runtime = self.trt.Runtime(self.logger)
         del self.messages[:]
-        if self.dialect.stream_reader and hasattr(self.trt, "IStreamReader"):
+        if path.stat().st_size == 0:  # which cannot be mapped
+            self.messages.append("error: Serialization: the plan is empty")
+            engine = None
+        elif self.dialect.stream_reader and hasattr(self.trt, "IStreamReader"):
             engine = _from_stream(self.trt, runtime, path)
         else:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:

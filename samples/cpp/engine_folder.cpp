@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <string_view>
 
 #include "errors.h"
@@ -20,12 +21,14 @@ namespace {
 constexpr size_t kMostManifestBytes = 16 << 20;
 constexpr const char* kManifest = "engine.json";
 constexpr const char* kRebuild = "build it again with `dijiang-export build-engine BUNDLE -o ENGINE --force`";
+constexpr const char* kNoLinks = "copy the folder with `cp -rL`, which makes files of links";
 constexpr const char* kCopyAgain = "copy the engine folder again, or build it again";
 
 PlanFile plan_file(const std::filesystem::path& folder, const Json& manifest, const std::string& name) {
     const Json& entry = manifest.at("files").at(name);
     const int64_t bytes = entry.at("bytes").integer();
-    return {folder / name, static_cast<size_t>(std::max<int64_t>(bytes, 0)), entry.at("sha256").text()};
+    if (bytes < 1) throw Failure("engine.json gives " + name + " a size out of range", kRebuild);
+    return {folder / name, static_cast<size_t>(bytes), entry.at("sha256").text()};
 }
 
 std::optional<int64_t> position_limit(const Json& spec) {
@@ -41,16 +44,20 @@ std::optional<int64_t> position_limit(const Json& spec) {
 }  // namespace
 
 MappedFile::MappedFile(const std::filesystem::path& path) {
-    // Not blocking, so that a pipe in a file's place is an error and not a wait.
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    // Not blocking, so that a pipe in a file's place is an error and not a wait. No links: they can reach what
+    // whoever made the folder could not, and the commands in Python refuse them too.
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+    if (file < 0 && errno == ELOOP) throw Failure(path.string() + " is a symbolic link", kNoLinks);
     if (file < 0) throw Failure("cannot open " + path.string() + ": " + std::strerror(errno), kCopyAgain);
     struct stat facts {};
     const bool regular = ::fstat(file, &facts) == 0 && S_ISREG(facts.st_mode);
-    size_ = regular ? static_cast<size_t>(facts.st_size) : 0;
+    const bool linked = regular && facts.st_nlink > 1;
+    size_ = regular && !linked ? static_cast<size_t>(facts.st_size) : 0;
     if (size_ > 0) data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
     const int reason = errno;
     ::close(file);
     if (!regular) throw Failure(path.string() + " is not a file", kCopyAgain);
+    if (linked) throw Failure(path.string() + " is a hard link: the file has other names too", kNoLinks);
     if (data_ == MAP_FAILED) {
         data_ = nullptr;
         throw Failure("cannot map " + path.string() + ": " + std::strerror(reason));
@@ -87,16 +94,26 @@ EngineFolder EngineFolder::open(const std::filesystem::path& folder) {
     } else {
         throw Failure("engine.json has a layout that this program does not know: " + layout, kRebuild);
     }
-    engine.all_logits = manifest.at("logits").text() == "all";
+    const std::string& logits = manifest.at("logits").text();
+    if (logits != "all" && logits != "last") {
+        throw Failure("engine.json has logits that this program does not know: " + logits, kRebuild);
+    }
+    engine.all_logits = logits == "all";
     const Json& spec = manifest.at("spec");
     engine.vocabulary = spec.at("vocab_size").integer();
     engine.layers = spec.at("num_layers").integer();
+    constexpr int64_t kMostIds = std::numeric_limits<int32_t>::max();
+    if (engine.vocabulary < 1 || engine.vocabulary > kMostIds || engine.layers < 1 || engine.layers > 10000) {
+        throw Failure("engine.json has sizes out of range in spec", kRebuild);
+    }
     engine.max_positions = position_limit(spec);
     for (const Json& token : spec.at("eos_token_ids").list()) {
-        engine.end_tokens.push_back(static_cast<int32_t>(token.integer()));
-    }
-    if (engine.vocabulary < 1 || engine.layers < 1 || engine.layers > 10000) {
-        throw Failure("engine.json has sizes out of range in spec", kRebuild);
+        const int64_t id = token.integer();
+        if (id < 0 || id > kMostIds) {
+            throw Failure("engine.json has an end-of-text token that is no token: " + std::to_string(id),
+                          kRebuild);
+        }
+        engine.end_tokens.push_back(static_cast<int32_t>(id));
     }
     const Json& made_for = manifest.at("made_for");
     engine.tensorrt = made_for.at("tensorrt").text();

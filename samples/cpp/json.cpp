@@ -47,7 +47,7 @@ public:
 private:
     [[noreturn]] void fail() const {
         throw Failure(source_ + " is not JSON (byte " + std::to_string(at_) + ")",
-                      "copy the engine folder again");
+                      "the file is damaged: copy or make it again");
     }
 
     char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
@@ -82,7 +82,7 @@ private:
                 const std::string key = string();
                 expect(':');
                 const std::string inner = where + (separator[0] == ':' ? ": " : ".") + key;
-                value.object_.insert_or_assign(key, read(inner, ".", depth + 1));
+                if (!value.object_.emplace(key, read(inner, ".", depth + 1)).second) fail();
             } while (take(','));
             expect('}');
         } else if (c == '[') {
@@ -114,14 +114,30 @@ private:
         return true;
     }
 
+    void digits() {
+        if (!is_digit(peek())) fail();
+        while (is_digit(peek())) ++at_;
+    }
+
     double number() {
         const size_t start = at_;
         if (peek() == '-') ++at_;
-        while (is_digit(peek()) || (peek() != '\0' && std::strchr(".eE+-", peek()) != nullptr)) ++at_;
-        const std::string digits(text_.substr(start, at_ - start));
-        char* end = nullptr;
-        const double value = std::strtod(digits.c_str(), &end);
-        if (*end != '\0' || !std::isfinite(value)) fail();
+        if (peek() == '0') {
+            ++at_;  // and no digit after it
+        } else {
+            digits();
+        }
+        if (peek() == '.') {
+            ++at_;
+            digits();
+        }
+        if (peek() == 'e' || peek() == 'E') {
+            ++at_;
+            if (peek() == '+' || peek() == '-') ++at_;
+            digits();
+        }
+        const double value = std::strtod(std::string(text_.substr(start, at_ - start)).c_str(), nullptr);
+        if (!std::isfinite(value)) fail();
         return value;
     }
 
@@ -135,6 +151,16 @@ private:
             code = code * 16 + static_cast<uint32_t>(place - digits);
         }
         return code;
+    }
+
+    // What follows \u, with its second half if it is a character of two.
+    uint32_t escaped_code() {
+        const uint32_t first = hexadecimal();
+        if (first < 0xD800 || first >= 0xE000) return first;
+        if (first >= 0xDC00 || !word("\\u")) fail();
+        const uint32_t second = hexadecimal();
+        if (second < 0xDC00 || second >= 0xE000) fail();
+        return 0x10000 + ((first - 0xD800) << 10) + (second - 0xDC00);
     }
 
     std::string string() {
@@ -153,11 +179,7 @@ private:
             const char escape = peek();
             ++at_;
             if (escape == 'u') {
-                uint32_t code = hexadecimal();
-                if (code >= 0xD800 && code < 0xDC00 && word("\\u")) {
-                    code = 0x10000 + ((code - 0xD800) << 10) + (hexadecimal() - 0xDC00);
-                }
-                append_utf8(text, code);
+                append_utf8(text, escaped_code());
                 continue;
             }
             const char* from = "\"\\/bfnrt";

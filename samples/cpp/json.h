@@ -1,4 +1,5 @@
-// A JSON reader for engine.json: strict, bounded in depth, no writer.
+// A JSON reader for engine.json: strict, bounded in depth, no writer. Names may not repeat, and escapes must
+// make whole characters. Bytes from 0x80 on are taken as they are.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,9 @@
-"""Make a bundle of a random model of a Pythia shape without tracing: `python assemble.py SKELETON SHAPE OUT`.
+"""Make a bundle complete without tracing: `python assemble.py SKELETON MODEL OUT`.
 
-SKELETON is a bundle of that shape, exported elsewhere, of which weights.data and reference.safetensors may be
-missing: they are made again here from the same random numbers, so that gigabytes need not be copied to a GPU
-machine. The weights must have the manifest's hash; the cases are recorded anew, and the manifest is told.
+SKELETON is a bundle, exported elsewhere, of which weights.data and reference.safetensors may be missing, so
+that gigabytes need not be copied to a GPU machine. MODEL is the checkpoint that it was exported from, or the
+name of a Pythia shape: then weights are made again from the same random numbers. They must have the
+manifest's hash. If the cases are missing they are recorded anew ("short" ones), and the manifest is told.
 Needs PyTorch, NumPy, SciPy, safetensors and onnx-ir.
 """
 
@@ -20,29 +21,32 @@ from dijiang_engines.safe_files import sha256_of
 from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.graph import weights
 from dijiang_export.random_checkpoint import SHAPES, write_random_checkpoint
-from dijiang_export.record import record_cases
+from dijiang_export.record import Cases, record_cases
 from dijiang_export.reference.rope import inverse_frequencies
 from dijiang_export.to_onnx import DTYPES
 
 
 def main() -> int:
     """Assemble; 1 if the weights are not those of the skeleton."""
-    skeleton, shape, target = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    skeleton, model, target = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     start = time.perf_counter()
     manifest = json.loads((skeleton / MANIFEST).read_text())
     dtype = DTYPES[manifest["dtype"]]
     target.mkdir(parents=True)
     for path in skeleton.iterdir():
-        if path.name not in (WEIGHTS, REFERENCE):
+        if path.name != WEIGHTS:
             shutil.copyfile(path, target / path.name)
+    cases: Cases = "none" if manifest["reference"] is None or (target / REFERENCE).exists() else "short"
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        write_random_checkpoint(Path(folder), SHAPES[shape])
-        with open_checkpoint(Path(folder)) as checkpoint:
+        source = Path(model)
+        if model in SHAPES:
+            source = Path(folder)
+            write_random_checkpoint(source, SHAPES[model])
+        with open_checkpoint(source) as checkpoint:
             layout = weights.plan(checkpoint.spec, dtype)
             extra = {"inv_freq": inverse_frequencies(checkpoint.spec)}
             weights.write(target / WEIGHTS, layout, checkpoint, extra, lambda _: None)
             print(f"weights after {time.perf_counter() - start:.1f} s", flush=True)
-            cases = "none" if manifest["reference"] is None else "short"
             record_cases(checkpoint, dtype, target / REFERENCE, cases)
     with (target / WEIGHTS).open("rb") as file:
         found = sha256_of(file)

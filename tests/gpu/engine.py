@@ -12,21 +12,17 @@ import json
 import statistics
 import sys
 import time
-import traceback
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checks import LENGTHS, POSITIONS, RunnerChecks, run_checks
 
 from dijiang_engines.engine_folder import open_engine
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners.tensorrt import TensorRTRunner
-from dijiang_engines.tokenizer import Tokenizer
-
-LENGTHS = (128, 512, 2048, 8192)
 
 
 class OnHost:
@@ -41,14 +37,16 @@ class OnHost:
         return getattr(self._runner, name)
 
 
-class Checks:
+class Checks(RunnerChecks):
     """One engine, checked."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.engine = open_engine(arguments.engine)
+        super().__init__(self.engine, arguments.greedy)
         started = time.perf_counter()
         self.runner = TensorRTRunner(self.engine)
-        self.facts: dict[str, Any] = {
+        self.max_batch = self.runner.max_batch
+        self.facts |= {
             "engine": self.engine.manifest["made_for"] | {
                 "name": self.engine.name, "dtype": self.engine.dtype, "layout": self.engine.layout,
                 "plan_bytes": {n: self.engine.files[n].bytes for n in self.engine.plans},
@@ -58,62 +56,10 @@ class Checks:
             },
             "load_seconds": time.perf_counter() - started,
         }  # fmt: skip
-        self.greedy = json.loads(arguments.greedy.read_text()) if arguments.greedy else None
-        self.spec = self.engine.spec
-        self.rng = np.random.default_rng(0)
-        path = self.engine.tokenizer_path
-        self.tokenizer = Tokenizer(path) if path else None
-
-    def tokens(self, *shape: int) -> Any:
-        return self.rng.integers(0, self.spec.vocab_size, shape)
-
-    def drive(self, runner: TensorRTRunner, ids: Any, lens: Any, steps: int) -> list[Any]:
-        """Logits of a prefill and of steps, then the states."""
-        state = runner.new_state(len(lens))
-        found = [runner.prefill(ids, np.zeros(len(lens), np.int64), lens, state)]
-        ones = np.ones(len(lens), np.int64)
-        rng = np.random.default_rng(1)
-        for index in range(steps):
-            token = rng.integers(0, self.spec.vocab_size, (len(lens), 1))
-            found.append(runner.step(token, lens + index, ones, state))
-        return found + runner.export_state(state)
 
     def graphs_and_none(self) -> str:
-        batch = min(3, self.runner.max_batch)
-        ids, lens = self.tokens(batch, 37), np.array([37, 5, 20][:batch])
         plain = TensorRTRunner(self.engine, cuda_graph=False)  # also: two runners in one process
-        one, two = self.drive(self.runner, ids, lens, 20), self.drive(plain, ids, lens, 20)
-        worst = max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True))
-        assert worst == 0, f"they differ by {worst}"
-        return "bit for bit the same"
-
-    def batches_side_by_side(self) -> str:
-        sizes = sorted({1, min(3, self.runner.max_batch), self.runner.max_batch})
-        alone, states, tokens = [], [], []
-        for size in sizes:
-            token = self.tokens(12, size, 1)
-            tokens.append(token)
-            state = self.runner.new_state(size)
-            ones = np.ones(size, np.int64)
-            alone.append([self.runner.step(token[i], ones * i, ones, state) for i in range(12)])
-            states.append(self.runner.new_state(size))
-        for i in range(12):
-            for size, state, token, expected in zip(sizes, states, tokens, alone, strict=True):
-                ones = np.ones(size, np.int64)
-                got = self.runner.step(token[i], ones * i, ones, state)
-                assert np.array_equal(got, expected[i]), f"batch {size}, step {i}"
-        return f"batches {sizes} interleaved give what each gives alone"
-
-    def resetting_rows(self) -> str:
-        batch = min(2, self.runner.max_batch)
-        state = self.runner.new_state(batch)
-        ids, lens = self.tokens(batch, 9), np.full(batch, 9)
-        self.runner.prefill(ids, np.zeros(batch, np.int64), lens, state)
-        before = self.runner.export_state(state)
-        self.runner.reset_rows(state, [0])
-        for old, new in zip(before, self.runner.export_state(state), strict=True):
-            assert not new[0].any() and np.array_equal(old[1:], new[1:])
-        return "row 0 is zero, the others are untouched"
+        return self.same_bits(self.runner, plain)
 
     def too_large(self) -> str:
         try:
@@ -179,44 +125,14 @@ class Checks:
         assert texts[0] == texts[1], str(texts)
         return f"{texts[0][:2]}"
 
-    def no_growth(self) -> str:
-        state = self.runner.new_state(1)
-        one = np.ones(1, np.int64)
-        ids = self.tokens(64, 1, 1)
-        for i in range(20):
-            self.runner.step(ids[i % 64], one * i, one, state)
-        free = self.runner.cuda.memory()[0]
-        for i in range(2000):
-            self.runner.step(ids[i % 64], one * i, one, state)
-        grown = free - self.runner.cuda.memory()[0]
-        assert grown <= 0, f"{grown} bytes"
-        return "2000 steps take no memory"
-
-    def greedy_text(self) -> str:
-        assert self.greedy is not None and self.tokenizer is not None
-        options = GenerateOptions(max_tokens=256, ignore_eos=True)
-        same = 0
-        for batch in (1, min(len(self.greedy), self.runner.max_batch)):
-            for first in range(0, len(self.greedy), batch):
-                group = self.greedy[first : first + batch]
-                generation = Generator(self.runner, self.tokenizer).start(
-                    [g["prompt"] for g in group], options
-                )
-                for _ in generation:
-                    pass
-                for entry, completion in zip(group, generation.completions, strict=True):
-                    pairs = list(zip(entry["tokens"], completion.token_ids, strict=True))
-                    agree = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-                    same += agree == 256
-                    if self.engine.dtype == "float32":
-                        assert agree == 256, f"{entry['prompt']!r} at batch {batch}: {agree} of 256 tokens"
-        return f"{same} of {2 * len(self.greedy)} texts are PyTorch's over 256 tokens"
+    def used_memory(self) -> dict[str, tuple[int, int]]:
+        return {"device": (-self.runner.cuda.memory()[0], 0)}
 
     def times(self) -> str:
         found: dict[str, Any] = {"steps": [], "prefill": [], "loop": []}
         limit = self.spec.max_positions
         for batch in sorted({1, min(4, self.runner.max_batch), self.runner.max_batch}):
-            for position in (100, 1000, 10_000, 100_000):
+            for position in POSITIONS:
                 if limit is None or position + 400 < limit:
                     seconds = self.runner.step_gpu_seconds(batch, position, 300)
                     found["steps"].append(
@@ -240,25 +156,8 @@ class Checks:
         return json.dumps(found)
 
     def loop(self, batch: int) -> dict[str, float]:
-        """Wall time of a token in the real decode loop, text included if there is a tokenizer."""
-        generator = Generator(self.runner, self.tokenizer)
-        walls = []
-        for _ in range(3):
-            generation = generator.start(
-                [self.tokens(16).tolist() for _ in range(batch)],
-                GenerateOptions(max_tokens=600, ignore_eos=True),
-            )
-            events = iter(generation)
-            for _ in range(100 * batch):
-                next(events)
-            start = time.perf_counter()
-            for _ in range(400 * batch):
-                next(events)
-            walls.append((time.perf_counter() - start) / 400)
-            for _ in events:
-                pass
+        wall = self.loop_seconds(batch)
         gpu = statistics.median(self.runner.step_gpu_seconds(batch, 100, 300))
-        wall = statistics.median(walls)
         return {"wall_us": 1e6 * wall, "gpu_us": 1e6 * gpu, "overhead_us": 1e6 * (wall - gpu)}
 
     def layers(self) -> str:
@@ -317,22 +216,8 @@ def main() -> int:
         left_out |= {"stops"}
     if checks.greedy is None:
         left_out |= {"greedy_text"}
-    good = True
-    for name in names:
-        if name in left_out:
-            continue
-        check: Callable[[], str] = getattr(checks, name)
-        try:
-            print(f"ok   {name.replace('_', ' ')}: {check()}", flush=True)
-        except Exception as error:
-            good = False
-            print(f"FAIL {name.replace('_', ' ')}: {type(error).__name__}: {error}", flush=True)
-            traceback.print_exc(limit=-3)
-        checks.facts.setdefault("checks", {})[name] = good
-    if arguments.save:
-        arguments.save.write_text(json.dumps(checks.facts, indent=1))
-    print("all right" if good else "not all right")
-    return 0 if good else 1
+    wanted = [(n.replace("_", " "), getattr(checks, n)) for n in names if n not in left_out]
+    return run_checks(wanted, checks.facts, arguments.save)
 
 
 if __name__ == "__main__":

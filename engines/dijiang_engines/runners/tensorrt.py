@@ -20,11 +20,12 @@ import numpy.typing as npt
 
 from dijiang_engines import io_names
 from dijiang_engines.cuda import Buffer, Cuda, Graph, Pinned
-from dijiang_engines.engine_folder import REBUILD, EngineFolder, PlanPlace
+from dijiang_engines.engine_folder import EngineFolder, PlanPlace
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.runners.base import FloatArray, IntArray
 from dijiang_engines.runners.checks import check_call
 from dijiang_engines.runners.decoding import DecodeRequest
+from dijiang_engines.runners.tensorrt_checks import check_made_for, check_tensors
 from dijiang_engines.tensorrt_library import TensorRT
 from dijiang_engines.tensorrt_versions import activation_bytes, context_without_memory, give_memory
 
@@ -124,7 +125,9 @@ class TensorRTRunner:
         self.tensorrt = TensorRT(facts.compute_capability)
         check_made_for(engine, self.tensorrt, facts.name, facts.compute_capability)
         free = self.cuda.memory()[0]
-        self._engines = {name: self.tensorrt.load_plan(engine.path / name) for name in engine.plans}
+        self._engines = {n: self.tensorrt.load_plan(engine.verified_plan(n)) for n in engine.plans}
+        for place in (engine.prefill, engine.step):
+            check_tensors(engine, place, self._engines[place.file])
         self._weight_bytes = free - self.cuda.memory()[0]
         first = self._engines[engine.prefill.file]
         self.integers: np.dtype[Any] = np.dtype(
@@ -421,25 +424,6 @@ class TensorRTRunner:
             raise RunnerError(
                 "a state belongs to the runner that made it",
                 hint="carry it over with export_state and import_state",
-            )
-
-
-def check_made_for(engine: EngineFolder, tensorrt: TensorRT, gpu: str, capability: int) -> None:
-    """Compare what an engine was made for with what is here.
-
-    Raises:
-        RunnerError: TensorRT, GPU or plugin is another: one sentence instead of a crash in TensorRT.
-    """
-    made = engine.made_for
-    differences = (
-        ("TensorRT", made.tensorrt, tensorrt.version),
-        ("GPU", f"{made.gpu}, sm_{made.compute_capability}", f"{gpu}, sm_{capability}"),
-        ("plugin", made.plugin_sources[:12], tensorrt.plugin.sources[:12]),
-    )
-    for what, then, now in differences:
-        if then != now:
-            raise RunnerError(
-                f"the engine {engine.path} was made for another {what}", got=now, expected=then, hint=REBUILD
             )
 
 

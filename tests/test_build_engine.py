@@ -1,0 +1,535 @@
+"""build-engine on a fake machine: what the builder is asked for, and everything that keeps it from working.
+
+The builder's process is a real one; only TensorRT, Polygraphy and CUDA in it are fakes (fake_tensorrt.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fake_tensorrt
+import numpy as np
+import pytest
+from engine_folders import build
+from fake_tensorrt import FakeMachine
+from toy_bundle import make_bundle
+
+from dijiang_engines import build as build_module
+from dijiang_engines.build import build_engine, profile_shapes
+from dijiang_engines.build_memory import HOST_BASE, check_memory, estimate_memory
+from dijiang_engines.bundle import open_bundle
+from dijiang_engines.cuda import DeviceFacts
+from dijiang_engines.engine_folder import Profiles, open_engine
+from dijiang_engines.errors import (
+    BundleError,
+    OutputError,
+    PluginError,
+    RunnerError,
+    UsageError,
+    ValidationMismatch,
+)  # fmt: skip
+from dijiang_engines.recipes import load_recipe
+from dijiang_export.cli import main
+
+VERSIONS = ["8.6.0", "10.3.0", "10.13.3", "11.1.0"]
+STATE = "past_key_values.{}.recurrent_state"
+Export = Callable[..., tuple[Path, Any]]
+
+
+@pytest.fixture
+def bundle(exported: Export) -> Path:
+    return exported()[0]
+
+
+@pytest.fixture
+def half(exported: Export) -> Path:
+    return exported(dtype="float16")[0]
+
+
+def visible(folder: Path) -> list[str]:
+    """Everything in a folder, hidden files too, but not the machine's own."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "machine")
+
+
+# What the builder is asked for
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_flags_of_a_float32_engine(bundle: Path, tmp_path: Path, version: str) -> None:
+    """TF32 is on by default in every version: a float32 engine must say that it does not want it."""
+    machine = FakeMachine(tmp_path / "machine", tensorrt=version)
+    build(
+        machine, bundle, tmp_path / "e", validate=False, recipe={"workspace_mb": 7, "optimization_level": 4}
+    )
+    (call,) = machine.calls
+    old = version == "8.6.0"
+    assert call["flags"] == [] and call["strongly_typed"] is not old
+    assert call["tactics"] == (["CUBLAS", "CUBLAS_LT"] if old else None)
+    assert call["preview"] == (["FASTER_DYNAMIC_SHAPES_0805", "PROFILE_SHARING_0806"] if old else [])
+    assert call["pools"] == {"WORKSPACE": 7 << 20} and call["level"] == 4
+    assert call["monitor"] is not old
+    assert {precision for _, precision, _ in call["layers"].values()} == {None}
+    assert call["onnx"].endswith("prefill.trt.onnx")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_flags_of_a_float16_engine(half: Path, tmp_path: Path, version: str) -> None:
+    """Types are the graph's in 10 and 11; 8.6 needs a flag and constraints to come close."""
+    machine = FakeMachine(tmp_path / "machine", tensorrt=version)
+    made = build(machine, half, tmp_path / "e", validate=False)
+    (call,) = machine.calls
+    if version != "8.6.0":
+        assert call["flags"] == [] and call["strongly_typed"]
+        assert {precision for _, precision, _ in call["layers"].values()} == {None}
+        return
+    assert call["flags"] == ["FP16", "OBEY_PRECISION_CONSTRAINTS"] and not call["strongly_typed"]
+    kinds: dict[str, set[str | None]] = {}
+    for kind, precision, _ in call["layers"].values():
+        kinds.setdefault(kind.removeprefix("LayerType."), set()).add(precision)
+    assert kinds["MATRIX_MULTIPLY"] == {"HALF"}
+    assert kinds["PLUGIN_V2"] == kinds["CONSTANT"] == {None}
+    assert [types for _, _, types in call["layers"].values() if types.get("0") == "FLOAT"], "the logits"
+    assert made.engine.manifest["made_with"]["plans"][0]["constraints"] == "obey"
+
+
+def test_layers_that_cannot_obey_are_preferred_instead(half: Path, tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path / "machine", builder="obey")
+    made = build(machine, half, tmp_path / "e", validate=False)
+    assert [call["flags"] for call in machine.calls] == [["FP16", "PREFER_PRECISION_CONSTRAINTS"]]
+    assert made.engine.manifest["made_with"]["plans"][0]["constraints"] == "prefer"
+
+
+def test_profiles_of_one_plan(bundle: Path, tmp_path: Path) -> None:
+    """Profile 0 reads prompts, profile 1 makes steps; sizes that are the same in both become static."""
+    machine = FakeMachine(tmp_path / "machine")
+    recipe = {"max_batch": 4, "opt_batch": 2, "max_length": 64, "opt_length": 16}
+    made = build(machine, bundle, tmp_path / "e", recipe=recipe, validate=False)
+    (call,) = machine.calls
+    context, generation = call["profiles"]
+    assert context["input_ids"] == [[1, 1], [2, 16], [4, 64]]
+    assert generation["input_ids"] == [[1, 1], [2, 1], [4, 1]]
+    for profile in (context, generation):
+        assert profile["positions"] == profile["seq_lens"] == [[1], [2], [4]]
+        assert profile[STATE.format(1)] == [[b, 4, 16, 16] for b in (1, 2, 4)]
+    assert call["inputs"] == {
+        "input_ids": [-1, -1], "positions": [-1], "seq_lens": [-1],
+        STATE.format(0): [-1, 4, 16, 16], STATE.format(1): [-1, 4, 16, 16],
+    }  # fmt: skip
+    assert made.engine.profiles == Profiles(4, 64, 2, 16)
+
+
+def test_profiles_of_two_plans(bundle: Path, tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path / "machine")
+    build(machine, bundle, tmp_path / "e", recipe={"layout": "two", "max_batch": 1}, validate=False)
+    prefill, step = machine.calls
+    assert [Path(call["onnx"]).name for call in machine.calls] == ["prefill.trt.onnx", "step.trt.onnx"]
+    assert [len(call["profiles"]) for call in machine.calls] == [1, 1]
+    assert prefill["inputs"]["input_ids"] == [1, -1] and step["inputs"]["input_ids"] == [1, 1]
+    assert step["inputs"]["positions"] == [1] and step["inputs"][STATE.format(0)] == [1, 4, 16, 16]
+    assert prefill["loaded_cache"] is None and step["loaded_cache"] is not None
+    assert sorted(path.name for path in (tmp_path / "e").glob("*.plan")) == ["prefill.plan", "step.plan"]
+
+
+def test_every_graph_input_has_a_profile(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    shapes = profile_shapes(opened, Profiles(4, 64), step=False)
+    assert set(shapes) == {tensor.name for tensor in opened.graphs["prefill_trt"].inputs}
+
+
+# What is made
+
+
+def test_an_engine_says_what_it_is(bundle: Path, tmp_path: Path) -> None:
+    made = build(FakeMachine(tmp_path / "machine"), bundle, tmp_path / "e")
+    source, opened = open_bundle(bundle), open_engine(tmp_path / "e")
+    opened.verify()
+    manifest = opened.manifest
+    assert (opened.spec, opened.dtype, opened.identity) == (source.spec, "float32", source.identity)
+    assert manifest["made_for"] | {"plugin_sources": "", "plugin_version": ""} == {
+        "tensorrt": "8.6.0", "gpu": "NVIDIA Test", "compute_capability": 90, "plugin_sources": "",
+        "plugin_version": "",
+    }  # fmt: skip
+    assert manifest["made_with"]["cuda_driver"] == "12.8" and manifest["made_with"]["tf32"] is False
+    assert manifest["validated"]["passed"] and manifest["validated"]["checks"] > 100
+    assert opened.cases == source.cases and list(opened.reference().cases) == source.cases
+    assert made.report.passed
+    copied = {name for name in source.files if name.endswith(".json") or name == "reference.safetensors"}
+    assert set(opened.files) == copied | {"model.plan"}
+    assert visible(tmp_path) == ["e"], "no lock, log or request is left"
+
+
+def test_the_log_is_kept_in_the_cache(bundle: Path, tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path / "machine")
+    build(machine, bundle, tmp_path / "e", validate=False)
+    log = machine.folder / "cache/dijiang-export/build-engine.log"
+    assert "DijiangAttention LayerType.PLUGIN_V2" in log.read_text()
+
+
+def test_timings_are_kept_for_each_tensorrt_and_gpu(bundle: Path, tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path / "machine", gpu="NVIDIA RTX 6000 Ada/Test")
+    build(machine, bundle, tmp_path / "a", validate=False)
+    build(machine, bundle, tmp_path / "b", validate=False)
+    build(machine, bundle, tmp_path / "c", validate=False, use_timing_cache=False)
+    build(machine, bundle, tmp_path / "d", validate=False, timing_cache=tmp_path / "own/timings")
+    name = "timing/tensorrt-8.6.0-sm90-NVIDIA-RTX-6000-Ada-Test.cache"
+    kept = machine.folder / "cache/dijiang-export" / name
+    assert [call["loaded_cache"] for call in machine.calls] == [None, str(kept), None, None]
+    assert (tmp_path / "own/timings").exists()
+
+
+# Bundle and recipe
+
+
+def test_a_bundle_of_another_precision(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="another precision") as info:
+        build(FakeMachine(tmp_path / "machine"), bundle, tmp_path / "e", precision="float16")
+    assert (info.value.got, info.value.expected) == ("float32", "float16")
+    assert "--dtype float16" in str(info.value.hint)
+
+
+def test_a_recipe_for_another_precision(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "half.toml").write_text('precisions = ["float16"]')
+    recipe = load_recipe(str(tmp_path / "half.toml"))
+    with pytest.raises(UsageError, match="the recipe half is not meant for") as info:
+        build_engine(open_bundle(bundle), tmp_path / "e", recipe)
+    assert "--dtype float16" in str(info.value.hint)
+
+
+def test_8_6_has_no_bfloat16(bundle: Path, tmp_path: Path) -> None:
+    source = open_bundle(bundle)
+    source.dtype = "bfloat16"  # no weight is looked at here
+    with pytest.raises(RunnerError, match=r"TensorRT 8\.6\.0 has no bfloat16") as info:
+        build(FakeMachine(tmp_path / "machine"), source, tmp_path / "e")
+    assert "--dtype float16" in str(info.value.hint)
+    machine = FakeMachine(tmp_path / "machine", tensorrt="10.3.0")
+    build(machine, source, tmp_path / "e", validate=False)
+    assert machine.calls[0]["strongly_typed"] and machine.calls[0]["flags"] == []
+
+
+def test_a_recipe_for_another_board(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeMachine(tmp_path / "machine").enter(monkeypatch)
+    with pytest.raises(UsageError, match="the recipe jetson-orin is for other GPUs") as info:
+        build_engine(open_bundle(bundle), tmp_path / "e", load_recipe("jetson-orin"))
+    assert (info.value.got, info.value.expected) == ("NVIDIA Test, sm_90", "sm_87")
+
+
+def test_a_bundle_without_the_plugin_s_graphs(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "toy.bundle")
+    with pytest.raises(BundleError, match="no graph 'prefill_trt'") as info:
+        build(FakeMachine(tmp_path / "machine"), tmp_path / "toy.bundle", tmp_path / "e")
+    assert "export the checkpoint again" in str(info.value.hint)
+    assert visible(tmp_path) == ["toy.bundle"]
+
+
+# The machine
+
+
+def run(
+    machine: FakeMachine | None, *arguments: object, without: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in which importing any of `without` fails."""
+    block = f"import sys\nfor name in {without!r}: sys.modules[name] = None\n"
+    environment = os.environ | ({} if machine is None else machine.environment)
+    code = block + "from dijiang_export.cli import main\nsys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, "build-engine", *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("without", "words"),
+    [
+        (("cuda", "cuda.bindings", "cuda.bindings.runtime"), "cuda-bindings is not installed"),
+        (("tensorrt",), "tensorrt is not installed"),
+    ],
+)
+def test_what_is_not_installed(bundle: Path, tmp_path: Path, without: tuple[str, ...], words: str) -> None:
+    done = run(FakeMachine(tmp_path / "machine"), bundle, "-o", tmp_path / "e", without=without)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and words in done.stderr.splitlines()[0]
+    assert done.stderr.splitlines()[-1].startswith("hint: ") and "Traceback" not in done.stderr
+    assert visible(tmp_path) == []
+
+
+def test_polygraphy_is_not_installed(bundle: Path, tmp_path: Path) -> None:
+    """The builder's process is where that is seen."""
+    machine = FakeMachine(tmp_path / "machine")
+    path = machine.site / "polygraphy/backend/trt/__init__.py"
+    path.write_text("raise ModuleNotFoundError(\"No module named 'polygraphy'\", name='polygraphy')")
+    with pytest.raises(RunnerError, match="polygraphy is not installed") as info:
+        build(machine, bundle, tmp_path / "e")
+    assert "dijiang-export[tensorrt]" in str(info.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"gpus": 0}, RunnerError, "no NVIDIA GPU"),
+        ({"tensorrt": "9.2.0"}, RunnerError, "not supported"),
+        ({"registers": False}, PluginError, "did not register itself"),
+    ],
+)
+def test_a_machine_that_cannot(
+    bundle: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    if "tensorrt" in settings:
+        machine = FakeMachine(tmp_path / "machine")
+        machine.settings |= settings
+        fake_tensorrt._PREVIEW.setdefault(9, [])
+    else:
+        machine = FakeMachine(tmp_path / "machine", **settings)
+    with pytest.raises(error, match=words):
+        build(machine, bundle, tmp_path / "e")
+    assert machine.calls == [] and visible(tmp_path) == []
+
+
+def test_no_such_gpu(bundle: Path, tmp_path: Path) -> None:
+    done = run(FakeMachine(tmp_path / "machine"), bundle, "-o", tmp_path / "e", "--device", "3")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no such GPU\n  got: GPU 3 of 1\nhint: ")
+
+
+# Memory
+
+
+def facts(**changes: Any) -> DeviceFacts:
+    return replace(DeviceFacts(0, "Test", 90, 16 << 30, 16 << 30, "12.8", "12.6", False), **changes)
+
+
+def test_a_gpu_that_is_too_small(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = FakeMachine(tmp_path / "machine", free=1 << 30, total=2 << 30)
+    with pytest.raises(RunnerError, match="the GPU has too little free memory") as info:
+        build(machine, bundle, tmp_path / "e")
+    for option in ("--max-length", "--max-batch", "--workspace", "--ignore-memory"):
+        assert option in str(info.value.hint)
+    assert info.value.got == "1.1 GB free of 2.1" and "GB" in str(info.value.expected)
+    assert machine.calls == [] and visible(tmp_path) == []
+    build(machine, bundle, tmp_path / "e", check_estimate=False, validate=False)
+    assert len(machine.calls) == 1
+
+
+def test_a_host_that_is_too_small(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = estimate_memory(open_bundle(bundle), load_recipe("datacenter"))
+    monkeypatch.setattr("dijiang_engines.build_memory.available_memory", lambda: 1 << 30)
+    with pytest.raises(RunnerError, match="the host has too little free memory") as info:
+        check_memory(estimate, facts())
+    assert "swap" in str(info.value.hint)
+
+
+def test_a_board_shares_its_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPU and CPU need adds up there."""
+    estimate = estimate_memory(open_bundle(bundle), load_recipe("jetson-orin"))
+    need = estimate.device + estimate.host - HOST_BASE
+    board = facts(integrated=True, free_bytes=1)
+    monkeypatch.setattr("dijiang_engines.build_memory.available_memory", lambda: need)
+    check_memory(estimate, board)
+    monkeypatch.setattr("dijiang_engines.build_memory.available_memory", lambda: need - 1)
+    with pytest.raises(RunnerError, match="this board has too little free memory") as info:
+        check_memory(estimate, board)
+    assert "swap" in str(info.value.hint) and "--max-length" in str(info.value.hint)
+
+
+def test_the_estimate_follows_what_is_asked_for(tmp_path: Path) -> None:
+    for logits in ("last", "all"):
+        make_bundle(tmp_path / logits, logits=logits)
+    last, every = (open_bundle(tmp_path / logits) for logits in ("last", "all"))
+    recipe = load_recipe("datacenter")
+    usual = estimate_memory(last, recipe)
+    assert estimate_memory(last, recipe.with_changes(max_length=64)).device < usual.device
+    assert estimate_memory(last, recipe.with_changes(max_batch=1)).device < usual.device
+    assert estimate_memory(last, recipe.with_changes(workspace_mb=2048)).device == usual.device + (1 << 30)
+    assert estimate_memory(every, recipe).device > usual.device
+    assert "GB on the GPU" in str(usual)
+
+
+# The builder fails
+
+
+@pytest.mark.parametrize(
+    ("way", "words", "hint"),
+    [
+        ("fails:10: Could not find any implementation for node", "could not build the engine", "verbose"),
+        ("fails:2: Error Code 2: OutOfMemory (no further information)", "could not build", "--workspace"),
+        ("killed", "the builder's process died", "host memory ran out"),
+        ("aborts", "the builder's process died", "build-engine.log"),
+        ("memory", "ran out of host memory", "build-engine.log"),
+    ],
+)
+def test_a_build_that_fails_leaves_nothing(
+    bundle: Path, tmp_path: Path, way: str, words: str, hint: str
+) -> None:
+    machine = FakeMachine(tmp_path / "machine", builder=way)
+    with pytest.raises(RunnerError, match=words) as info:
+        build(machine, bundle, tmp_path / "e")
+    assert hint in str(info.value.hint)
+    kind, _, said = way.partition(":")
+    assert said in str(info.value.got) or kind == "memory"
+    assert kind not in ("killed", "aborts") or str(info.value.got).startswith("signal ")
+    assert visible(tmp_path) == []
+
+
+def test_a_failed_build_keeps_the_old_engine(bundle: Path, tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path / "machine")
+    build(machine, bundle, tmp_path / "e", validate=False)
+    before = (tmp_path / "e/engine.json").read_bytes()
+    with pytest.raises(OutputError, match="already exists"):
+        build(machine, bundle, tmp_path / "e")
+    machine.settings["builder"] = "killed"
+    with pytest.raises(RunnerError, match="died"):
+        build(machine, bundle, tmp_path / "e", force=True)
+    assert (tmp_path / "e/engine.json").read_bytes() == before
+    open_engine(tmp_path / "e")
+    assert visible(tmp_path) == ["e"]
+
+
+def test_an_engine_that_computes_something_else_is_not_made(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = fake_tensorrt._run
+
+    def wrong(facts: Any, integers: str, shapes: Any, addresses: dict[str, int]) -> None:
+        original(facts, integers, shapes, addresses)
+        place = addresses["present.1.recurrent_state"]
+        state = fake_tensorrt.fake_cuda.DEVICE.read(place, (1,), np.float32)
+        fake_tensorrt.fake_cuda.DEVICE.write(place, state * np.float32(np.nan))
+
+    monkeypatch.setattr(fake_tensorrt, "_run", wrong)
+    with pytest.raises(ValidationMismatch, match=r"checks on tensorrt failed; first: .*layer 1"):
+        build(FakeMachine(tmp_path / "machine"), bundle, tmp_path / "e")
+    assert visible(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_to(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file", tmp_path / "file/e"):
+        with pytest.raises(OutputError):
+            build(FakeMachine(tmp_path / "machine"), bundle, target)
+    assert visible(tmp_path) == ["file"]
+
+
+# Two at once, and none to the end
+
+
+def test_two_processes_and_one_folder(bundle: Path, tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path / "machine")
+    with (
+        build_module._only_builder(tmp_path / "e"),
+        pytest.raises(OutputError, match="another process is building") as info,
+    ):
+        build(machine, bundle, tmp_path / "e")
+    assert "wait for it" in str(info.value.hint) and machine.calls == []
+    build(machine, bundle, tmp_path / "e", validate=False)
+    assert visible(tmp_path) == ["e"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Not even the builder's process, which Ctrl-C does not reach. Meanwhile nobody else may build."""
+    note = tmp_path / "machine/builder"
+    machine = FakeMachine(tmp_path / "machine", builder=f"hangs:{note}")
+    command = [sys.executable, "-m", "dijiang_export", "build-engine", str(bundle), "-o", str(tmp_path / "e")]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | machine.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        builder = int(wait_for(lambda: note.exists() and note.read_text()))
+        assert any(".e.dijiang-tmp" in name for name in visible(tmp_path))
+        second = run(machine, bundle, "-o", tmp_path / "e")
+        assert second.returncode == 1 and "another process is building" in second.stderr
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number and out == "" and "Traceback" not in err
+    wait_for(lambda: not Path(f"/proc/{builder}").exists())
+    assert visible(tmp_path) == []
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    for _ in range(400):
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError("it did not come about")
+
+
+# The command
+
+
+def test_the_command(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    machine = FakeMachine(tmp_path / "machine", capability=[8, 7], integrated=True).enter(monkeypatch)
+    monkeypatch.setattr("dijiang_engines.build_memory.available_memory", lambda: 64 << 30)
+    arguments = ["--recipe", "jetson-orin", "--max-length", "64", "--layout", "two", "--precision", "float16"]
+    assert main(["build-engine", str(half), "-o", str(tmp_path / "e"), *arguments]) == 0
+    out, err = capfd.readouterr()
+    assert "validated: " in out and "generate" in out and "for NVIDIA Test and TensorRT 8.6.0" in out
+    assert "up to 1 sequences, 64 prompt tokens a call" in out
+    assert "building prefill.plan" in err
+    assert machine.calls[0]["pools"] == {"WORKSPACE": 256 << 20}
+    again = ["--force", "--no-validate", "--no-timing-cache", "--workspace", "5", "--optimization-level", "0"]
+    assert main(["--json", "build-engine", str(half), "-o", str(tmp_path / "e"), *again]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["manifest"]["validated"] is None and result["manifest"]["layout"] == "one"
+    call = machine.calls[-1]
+    assert (call["pools"], call["level"], call["loaded_cache"]) == ({"WORKSPACE": 5 << 20}, 0, None)
+
+
+def test_the_engine_is_named_after_the_bundle(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeMachine(tmp_path / "machine").enter(monkeypatch)
+    (tmp_path / "model.bundle").symlink_to(bundle)
+    monkeypatch.chdir(tmp_path)
+    assert main(["-q", "build-engine", "model.bundle", "--no-validate"]) == 0
+    assert open_engine("model.engine").identity == open_bundle(bundle).identity
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--timing-cache", "x", "--no-timing-cache"], 2, "exclude each other"),
+        (["--max-length", "0"], 2, "--max-length"),
+        (["--layout", "three"], 2, "--layout"),
+        (["--optimization-level", "6"], 2, "--optimization-level"),
+        (["--precision", "int8"], 2, "--precision"),
+        (["--device", "-1"], 2, "--device"),
+        ([], 1, "there is no bundle"),
+    ],
+)
+def test_bad_usage(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
+) -> None:
+    assert main(["build-engine", str(tmp_path / "none.bundle"), *arguments]) == code
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: ") and words in err and "Traceback" not in err
+
+
+def test_a_timing_cache_that_cannot_be_written(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    FakeMachine(tmp_path / "machine").enter(monkeypatch)
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / "file/timings"
+    assert (
+        main(["-q", "build-engine", str(bundle), "-o", str(tmp_path / "e"), "--timing-cache", str(cache)])
+        == 1
+    )
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and "internal error" not in err
+    assert visible(tmp_path) == ["file"]
