@@ -163,6 +163,7 @@ def backend_module() -> ModuleType:
             "graph": parsed.path.replace(".trt.onnx", ".onnx"),
             "profiles": config["profiles"],
             "preview": config["preview"],
+            "broken": _broken(fake_cuda.settings()),
             "tensors": {tensor.name: list(tensor.shape) for tensor in parsed.inputs + parsed.outputs},
         }
         return MAGIC + json.dumps(facts).encode()
@@ -173,8 +174,14 @@ def backend_module() -> ModuleType:
     return module  # type: ignore[no-any-return]
 
 
+def _broken(settings: dict[str, Any]) -> bool:
+    """Whether no context can be made of the plan that was just recorded: one of the first PLANS."""
+    kind, _, plans = settings["builder"].partition(":")
+    return kind == "broken" and len(Path(settings["calls"]).read_text().splitlines()) <= int(plans)
+
+
 def _misbehave(way: str, config: dict[str, Any]) -> None:
-    """FAKE_GPU's "builder": "hangs:FILE", "killed", "aborts", "memory", "obey", or "fails:WORDS"."""
+    """FAKE_GPU's "builder": hangs:FILE, killed, aborts, memory, obey, broken:PLANS or fails:WORDS."""
     kind, _, rest = way.partition(":")
     if kind == "hangs":
         Path(rest).write_text(str(os.getpid()))

@@ -108,6 +108,28 @@ def test_layers_that_cannot_obey_are_preferred_instead(half: Path, tmp_path: Pat
     assert made.engine.manifest["made_with"]["plans"][0]["constraints"] == "prefer"
 
 
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_plan_without_a_context_is_built_otherwise(half: Path, tmp_path: Path, broken: int) -> None:
+    """8.6 makes float16 plans that it cannot run; which layers are held to float16 changes how it fuses."""
+    machine = FakeMachine(tmp_path / "machine", builder=f"broken:{broken}")
+    made = build(machine, half, tmp_path / "e", validate=False)
+    held = [
+        {precision for kind, precision, _ in call["layers"].values() if kind.endswith("ELEMENTWISE")}
+        for call in machine.calls
+    ]
+    assert held == [{None}, {"HALF"}, {"HALF"}][: broken + 1]
+    (plan,) = made.engine.manifest["made_with"]["plans"]
+    assert (plan["held"], plan["constraints"]) == ("arithmetic", ("obey", "prefer")[broken - 1])
+
+
+def test_no_plan_has_a_context(half: Path, tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path / "machine", builder="broken:9")
+    with pytest.raises(RunnerError, match="a plan that it cannot run") as caught:
+        build(machine, half, tmp_path / "e", validate=False)
+    assert "--layout two" in str(caught.value.hint) and len(machine.calls) == 3
+    assert not (tmp_path / "e").exists()
+
+
 def test_profiles_of_one_plan(bundle: Path, tmp_path: Path) -> None:
     """Profile 0 reads prompts, profile 1 makes steps; sizes that are the same in both become static."""
     machine = FakeMachine(tmp_path / "machine")

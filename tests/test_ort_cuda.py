@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 import pytest
 
@@ -302,3 +305,34 @@ def test_the_provider_s_options(variants: Path, monkeypatch: pytest.MonkeyPatch)
     assert options["enable_cuda_graph"] == "1"
     assert (options["device_id"], options["use_tf32"]) == ("0" if runner._index == 0 else "1", "0")
     assert "enable_cuda_graph" not in runner._provider(False)[1]
+
+
+def test_threads_take_turns_on_the_gpu(
+    make: Callable[..., FakeCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture fails if another thread of the process copies or waits meanwhile."""
+    inside, most = 0, 0
+    plain = FakeCuda._call
+
+    def call(self: FakeCuda, session: Any, binding: Any, options: Any) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.005)
+        plain(self, session, binding, options)
+        inside -= 1
+
+    monkeypatch.setattr(FakeCuda, "_call", call)
+
+    def work(_: int) -> list[npt.NDArray[np.float32]]:
+        runner = make()
+        state = runner.new_state(1)
+        found = [runner.step(A([[3 + i]]), A([i]), A([1]), state) for i in range(4)]
+        assert runner.cuda_graphs.captured == 2 and runner.cuda_graphs.note is None
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(work, range(3))
+    assert most == 1
+    for other in others:
+        assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))

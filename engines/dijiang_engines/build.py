@@ -74,8 +74,8 @@ def build_engine(
         precision: must be the bundle's type if given: it is fixed when a bundle is exported.
         device: index of the GPU.
         force: replace an engine that is there.
-        timing_cache: file of kernel timings to start from and add to; default: one per TensorRT and GPU in the
-            user's cache folder.
+        timing_cache: file of kernel timings to start from and add to; default: one per TensorRT and GPU in
+            the user's cache folder.
         use_timing_cache: False measures everything anew.
         validate: replay the recorded cases on the new engine; a difference means that there is no engine.
         check_estimate: refuse to begin if memory will not suffice.
@@ -89,7 +89,7 @@ def build_engine(
         ValidationMismatch: the engine computes something else than PyTorch did.
         OutputError: `output` exists, cannot be written, or is being written by another process.
     """
-    _check_fit(bundle, recipe, precision)
+    check_fit(bundle, recipe, precision)
     cuda = Cuda(device)
     facts = cuda.facts()
     tensorrt = TensorRT(facts.compute_capability)
@@ -104,7 +104,7 @@ def build_engine(
         cache.parent.mkdir(parents=True, exist_ok=True)
     with _only_builder(output), output_folder(output, force=force, markers=(ENGINE_MANIFEST,)) as folder:
         builds = []
-        for file, graph, profiles in _plans(bundle, recipe):
+        for file, graph, profiles in plans(bundle, recipe):
             request = {
                 "onnx": str(bundle.graph_path(graph)), "plan": str(folder / file),
                 "plugin": str(tensorrt.plugin_library), "dtype": bundle.dtype, "profiles": profiles,
@@ -148,7 +148,12 @@ def report_facts(report: Any) -> dict[str, Any]:
     }
 
 
-def _check_fit(bundle: Bundle, recipe: Recipe, precision: str | None) -> None:
+def check_fit(bundle: Bundle, recipe: Recipe, precision: str | None) -> None:
+    """Compare a bundle's precision with what was asked for and what the recipe is meant for.
+
+    Raises:
+        UsageError: they do not fit.
+    """
     if precision is not None and precision != bundle.dtype:
         raise UsageError(
             "the bundle has another precision than was asked for",
@@ -179,7 +184,7 @@ def _check_dialect(bundle: Bundle, recipe: Recipe, tensorrt: TensorRT, facts: De
         )
 
 
-def _plans(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+def plans(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """(file, graph, profiles) of each plan."""
     context = profile_shapes(bundle, recipe.profiles, step=False)
     generation = profile_shapes(bundle, recipe.profiles, step=True)

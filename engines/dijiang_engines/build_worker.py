@@ -22,8 +22,8 @@ from typing import Any, TextIO
 from dijiang_engines.cuda import Cuda
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.tensorrt_library import failure, load_plugin, tensorrt_module, tensorrt_version
-from dijiang_engines.tensorrt_versions import Dialect, dialect_of
-from dijiang_engines.typed_network import fix_sizes, type_network
+from dijiang_engines.tensorrt_versions import Dialect, context_without_memory, dialect_of
+from dijiang_engines.typed_network import ATTEMPTS, fix_sizes, type_network
 
 POLL_SECONDS = 0.1
 
@@ -89,13 +89,13 @@ def build(request: dict[str, Any], events: Events) -> None:
     started = time.perf_counter()
     plan: Any = None
     network: Any = None
-    constraints = "none"
     typed = not dialect.strongly_typed and request["dtype"] == "float16"
-    for constraints in ("obey", "prefer") if typed else ("none",):
+    attempts = ATTEMPTS if typed else (("nothing", "none"),)
+    for held, constraints in attempts:
         network = _parse(poly, request, dialect, messages)
         fix_sizes(network[1], request["profiles"])
         if typed:
-            print(f"held to types: {type_network(trt, network[1])}", file=sys.stderr)
+            print(f"held to types: {held}, {type_network(trt, network[1], held)}", file=sys.stderr)
         _list_layers(network[1])
         events.send("phase", name="Building", steps=None)
         config = _config(trt, poly, request, dialect, constraints, events)
@@ -103,13 +103,17 @@ def build(request: dict[str, Any], events: Events) -> None:
             plan = poly.engine_bytes_from_network(
                 network, config=config, save_timing_cache=request["timing_cache"]
             )
+            if typed:
+                check_context(trt, plan, poly.get_trt_logger(), len(request["profiles"]), messages)
             break
         except MemoryError:
             raise
         except Exception as error:
-            if typed and constraints == "obey":  # no kernel for some layer in its type: let that one go
-                print(f"with constraints obeyed: {error}", file=sys.stderr)
+            if (held, constraints) != attempts[-1]:  # no kernel for a layer in its type, or a broken fusion
+                print(f"holding {held}, {constraints}: {error}", file=sys.stderr)
                 continue
+            if isinstance(error, RunnerError):
+                raise
             words = [*messages, str(error)]
             raise failure(f"TensorRT {version} could not build the engine", words) from error
     events.send("phase", name="Writing", steps=None)
@@ -122,7 +126,21 @@ def build(request: dict[str, Any], events: Events) -> None:
         peak_host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         layers=network[1].num_layers,
         constraints=constraints,
+        held=held,
     )
+
+
+def check_context(trt: Any, plan: Any, logger: Any, profiles: int, messages: list[str]) -> None:
+    """Make an execution context, which TensorRT 8.6 cannot do of every float16 plan that it makes.
+
+    Raises:
+        RunnerError: it cannot be made.
+    """
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None or context_without_memory(trt, engine) is None:
+        found = failure("TensorRT made a plan that it cannot run", messages)
+        hint = "build with --layout two" if profiles > 1 else "build again with --no-timing-cache"
+        raise RunnerError(found.what, got=found.got, hint=f"{hint}: it depends on which kernels are fastest")
 
 
 def _polygraphy() -> Any:

@@ -1,7 +1,8 @@
 """What differs between the TensorRT versions that are supported, in one table.
 
-Everything else in this package is written once. The facts come from NvInfer.h of NVIDIA/TensorRT at release/8.6,
-v10.3.0, v10.13.3, v10.16 and v11.1, and from running 8.6.0; docs/engines.md lists them with what was tested.
+Everything else in this package is written once. The facts come from NvInfer.h of NVIDIA/TensorRT at
+release/8.6, v10.3.0, v10.13.3, v10.16 and v11.1, and from running 8.6.0; docs/engines.md lists them with what
+was tested.
 """
 
 from __future__ import annotations

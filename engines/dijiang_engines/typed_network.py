@@ -1,8 +1,12 @@
 """TensorRT 8.6 only: hold the builder to the types that a float16 graph has.
 
-8.6 has no strongly typed networks: its parser reports float32 for every tensor between layers, its FP16 flag lets the
-builder run any layer in either type, and without constraints a normalisation's sums may become float16 too. So
-arithmetic is constrained to float16, normalisations and the logits' cast to float32.
+8.6 has no strongly typed networks: its parser reports float32 for every tensor between layers, its FP16 flag
+lets the builder run any layer in either type, and without constraints a normalisation's sums may become
+float16 too. So matrix products are constrained to float16, normalisations and the logits' cast to float32.
+
+Which other layers are held decides how the builder fuses, and some fusions of 8.6 are broken: the plan is
+made, and no execution context can be made of it. So there are several `ATTEMPTS`, of which the first that
+works counts.
 """
 
 from __future__ import annotations
@@ -11,13 +15,30 @@ from typing import Any
 
 _NORM = "norm/"
 """Part of the names that the exporter gives to the layers of a LayerNorm or RMSNorm."""
-_ARITHMETIC = ("MATRIX_MULTIPLY", "ELEMENTWISE", "UNARY", "ACTIVATION")
+
+HELD = {
+    "products": ("MATRIX_MULTIPLY",),
+    "arithmetic": ("MATRIX_MULTIPLY", "ELEMENTWISE", "UNARY", "ACTIVATION"),
+}
+"""Kinds of layers that are held to float16, by the name that the engine's manifest has for them."""
+
+ATTEMPTS = (("products", "obey"), ("arithmetic", "obey"), ("arithmetic", "prefer"))
+"""What is held, and whether the builder must obey or may prefer another type; the fastest steps first."""
 
 
-def type_network(trt: Any, network: Any) -> dict[str, int]:
-    """Constrain the layers of a parsed float16 network; how many were held to which type."""
+def type_network(trt: Any, network: Any, held: str = "products") -> dict[str, int]:
+    """Constrain the layers of a parsed float16 network.
+
+    Args:
+        trt: the tensorrt module.
+        network: TensorRT's INetworkDefinition.
+        held: a key of HELD.
+
+    Returns:
+        How many layers were held to which type.
+    """
     numbers = (trt.DataType.FLOAT, trt.DataType.HALF)
-    arithmetic = [getattr(trt.LayerType, name) for name in _ARITHMETIC]
+    kinds = [getattr(trt.LayerType, name) for name in HELD[held]]
     outputs = {network.get_output(i).name for i in range(network.num_outputs)}
     count = {"float16": 0, "float32": 0}
     for index in range(network.num_layers):
@@ -30,7 +51,7 @@ def type_network(trt: Any, network: Any) -> dict[str, int]:
         elif _NORM in layer.name and layer.type not in (trt.LayerType.CONSTANT, trt.LayerType.SHUFFLE):
             layer.precision = trt.DataType.FLOAT
             count["float32"] += 1
-        elif layer.type in arithmetic:
+        elif layer.type in kinds:
             layer.precision = trt.DataType.HALF
             layer.set_output_type(0, trt.DataType.HALF)
             count["float16"] += 1

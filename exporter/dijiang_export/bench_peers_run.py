@@ -205,7 +205,7 @@ def open_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise LeftOut("there is no CUDA device", got=f"PyTorch {torch.__version__}")
-        device = torch.device("cuda", device.index or 0)  # PyTorch's calls differ in whether they need an index
+        device = torch.device("cuda", device.index or 0)  # some of PyTorch's calls need an index
         torch.cuda.set_device(device)
     return device
 

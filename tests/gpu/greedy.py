@@ -1,7 +1,7 @@
 """Record what PyTorch's reference model continues prompts with: `python greedy.py CHECKPOINT OUT.json`.
 
-Greedy, 256 tokens, float32, the recurrent form, ids without a token left out: what tests/gpu/engine.py compares
-an engine's text with. Needs PyTorch and the sample's tokenizer.
+Greedy, 256 tokens, float32, the recurrent form, ids without a token left out: what tests/gpu/engine.py
+compares an engine's text with. Needs PyTorch and the sample's tokenizer.
 """
 
 from __future__ import annotations

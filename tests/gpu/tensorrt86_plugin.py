@@ -1,9 +1,12 @@
-"""Build, save, load and run the plugin with a real TensorRT 8.6: `python tensorrt86_plugin.py LIBRARY CASES [NAME ...]`.
+"""The plugin in a real TensorRT 8.6: `python tensorrt86_plugin.py LIBRARY CASES [NAME ...]`.
 
-LIBRARY is libdijiang_tensorrt_8.so, CASES a file of tests/tensorrt_cases.py, of which NAMEs choose some. Each case becomes a graph of one
-node with dynamic batch and length. It goes through the real parser, builder, plan and runtime, and results
-are compared in place and out of place, in two execution contexts on two streams, and from a CUDA graph.
-Needs a GPU, tensorrt 8.6, numpy and cuda-bindings; neither onnx nor PyTorch. Exits with 1 on any failure.
+Built, saved, loaded and run.
+
+LIBRARY is libdijiang_tensorrt_8.so, CASES a file of tests/tensorrt_cases.py, of which NAMEs choose some. Each
+case becomes a graph of one node with dynamic batch and length. It goes through the real parser, builder, plan
+and runtime, and results are compared in place and out of place, in two execution contexts on two streams, and
+from a CUDA graph. Needs a GPU, tensorrt 8.6, numpy and cuda-bindings; neither onnx nor PyTorch. Exits with 1
+on any failure.
 """
 
 from __future__ import annotations

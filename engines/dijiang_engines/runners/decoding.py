@@ -1,9 +1,9 @@
 """Decoding on the device: what a runner may offer beside the Runner protocol.
 
-A runner with a method `start_decoding(state, request) -> Decoder` chooses tokens where the logits are and feeds
-them to the next step itself, so that a token costs the host no more than reading one number per row. The
-decode loop uses it when it is there; without it, logits come to the host and are sampled there. Both choose
-the same tokens but where rounding decides (plugins/include/dijiang/sampling.h).
+A runner with a method `start_decoding(state, request) -> Decoder` chooses tokens where the logits are and
+feeds them to the next step itself, so that a token costs the host no more than reading one number per row.
+The decode loop uses it when it is there; without it, logits come to the host and are sampled there. Both
+choose the same tokens but where rounding decides (plugins/include/dijiang/sampling.h).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,14 @@ from dijiang_engines.bundle import Bundle
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.runners.base import FloatArray, IntArray
 from dijiang_engines.runners.checks import check_call
-from dijiang_engines.runners.ort_cuda import CAPTURABLE, CudaGraphs, find_cuda_libraries, zero_device_memory
+from dijiang_engines.runners.ort_cuda import (
+    CAPTURABLE,
+    GPU_LOCK,
+    CudaGraphs,
+    find_cuda_libraries,
+    one_at_a_time,
+    zero_device_memory,
+)
 from dijiang_engines.runners.ort_host import available_memory, container_threads
 from dijiang_engines.runners.ort_state import IntInput, OrtState, Slots, Step
 
@@ -118,6 +126,8 @@ class OrtRunner:
         self.all_logits = bundle.all_logits
         self._ort = onnxruntime_module()
         self._on_cpu = name == CPU
+        self.alone = nullcontext() if self._on_cpu else GPU_LOCK
+        """Held by every call that touches the GPU."""
         self._device, self._index = ("cpu", 0) if self._on_cpu else ("cuda", device)
         self._threads = container_threads() if threads is None else threads
         self._optimization = optimization
@@ -139,12 +149,14 @@ class OrtRunner:
 
     # -- Runner ----------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def new_state(self, batch: int) -> OrtState:
         """A zeroed state for `batch` sequences."""
         if batch < 1:
             raise UsageError("a state needs at least one sequence", got=batch)
         return OrtState(self, batch)
 
+    @one_at_a_time
     def prefill(
         self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: OrtState
     ) -> FloatArray:
@@ -167,6 +179,7 @@ class OrtRunner:
         state.front = 1 - state.front
         return logits
 
+    @one_at_a_time
     def step(
         self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: OrtState
     ) -> FloatArray:
@@ -181,11 +194,13 @@ class OrtRunner:
         state.front = 1 - state.front
         return logits
 
+    @one_at_a_time
     def export_state(self, state: OrtState) -> list[FloatArray]:
         """Copies of the state, one [B, H, d, d] array per layer."""
         self._check_owner(state)
         return [np.array(value.numpy(), np.float32) for value in state.sets[state.front]]
 
+    @one_at_a_time
     def import_state(self, layers: list[FloatArray]) -> OrtState:
         """A state that holds copies of `layers`."""
         shapes = {layer.shape[1:] for layer in layers}
@@ -201,6 +216,7 @@ class OrtRunner:
             value.update_inplace(np.ascontiguousarray(layer, np.float32))
         return state
 
+    @one_at_a_time
     def reset_rows(self, state: OrtState, rows: Sequence[int]) -> None:
         """Zero these rows of the state in place; see `Runner.reset_rows`."""
         self._check_owner(state)
@@ -209,6 +225,7 @@ class OrtRunner:
                 raise RunnerError("there is no such row", got=row, expected=f"0 to {state.batch - 1}")
         self._zero_rows(state.sets[state.front], rows)
 
+    @one_at_a_time
     def warm_up(self, prefill: bool = True, step: bool = True) -> None:
         """Load the sessions now rather than on first use."""
         for name, wanted in (("prefill", prefill), ("step", step)):

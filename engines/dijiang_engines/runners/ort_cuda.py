@@ -19,7 +19,8 @@ import threading
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ import numpy.typing as npt
 from dijiang_engines.errors import RunnerError
 
 if TYPE_CHECKING:
+    from dijiang_engines.runners.ort import OrtRunner
     from dijiang_engines.runners.ort_state import Slot, Step
 
 CAPTURABLE = ("step_ort", "step_capture")
@@ -41,6 +43,28 @@ _SMALL_STATE = 64 << 20
 _SAME = 0.01
 """Largest difference between a graph and a plain run, in units of the largest value: kernels that are
 chosen anew may round differently; a graph with a stale address is off by the size of the values."""
+
+
+GPU_LOCK = threading.RLock()
+"""ONNX Runtime captures in CUDA's global mode: while one thread captures, a copy or a wait in any other
+thread of the process fails and spoils the capture (CUDA error 900). So runners call ONNX Runtime on CUDA one
+at a time."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def one_at_a_time(
+    method: Callable[Concatenate[OrtRunner, _P], _T],
+) -> Callable[Concatenate[OrtRunner, _P], _T]:
+    """A method of a runner that no other thread's runner on CUDA runs beside."""
+
+    @wraps(method)
+    def alone(self: OrtRunner, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self.alone:
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 def find_cuda_libraries(ort: Any) -> None:

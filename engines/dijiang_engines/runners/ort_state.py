@@ -88,6 +88,8 @@ class Step:
             capture(self, slot, front, graph_id, run, self._runner.spec.max_positions)
         except RunnerError as error:
             return f"{error.what}: {error.got}"
+        except RuntimeError as error:  # a copy that a capture by someone else in this process forbade
+            return f"ONNX Runtime could not copy: {' '.join(str(error).split())[:300]}"
         self._options[front] = self._run_options(str(graph_id))
         return None
 

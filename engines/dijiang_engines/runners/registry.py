@@ -23,8 +23,8 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
 
     Args:
         model: an opened bundle or engine.
-        name: one of RUNNERS or ALIASES. "auto" takes TensorRT for an engine; for a bundle CUDA if the installed
-            ONNX Runtime and this machine have it, else the CPU.
+        name: one of RUNNERS or ALIASES. "auto" takes TensorRT for an engine; for a bundle CUDA if the
+            installed ONNX Runtime and this machine have it, else the CPU.
         options: None stands for a runner's default. ONNX Runtime: `threads`, `prepack`, `optimization`,
             `device`; TensorRT: `device`, `cuda_graph`.
 

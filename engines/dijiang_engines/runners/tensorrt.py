@@ -4,8 +4,8 @@ One stream, on which everything runs in order. All execution contexts therefore 
 memory. Each state has one buffer per layer, bound as both past and present (the kernels are safe in
 place), so the memory of a state is its size and never grows.
 
-A step is recorded once per state as a CUDA graph. TensorRT wants an ordinary run before a capture; that run has
-seq_lens 0 in all rows, which by the op contract leaves the states untouched, so nothing has to be saved.
+A step is recorded once per state as a CUDA graph. TensorRT wants an ordinary run before a capture; that run
+has seq_lens 0 in all rows, which by the op contract leaves the states untouched, so nothing has to be saved.
 A graph stays right only while its context's shapes stay, hence one context for each batch size.
 """
 
@@ -107,7 +107,8 @@ class TensorRTRunner:
         cuda_graph: record steps; without it every step is enqueued layer by layer.
 
     Raises:
-        RunnerError: TensorRT or the GPU is missing or another than the engine was made for, or memory is short.
+        RunnerError: TensorRT or the GPU is missing or another than the engine was made for, or memory is
+            short.
         PluginError: the plugin is missing or does not load.
     """
 

@@ -46,6 +46,16 @@ from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_option
 @click.option("--no-validate", is_flag=True, help="Do not replay the recorded cases on the new engine.")
 @click.option("--ignore-memory", is_flag=True, help="Begin even if memory looks too small.")
 @click.option("--force", is_flag=True, help="Replace an engine of that name.")
+@click.option(
+    "--print-trtexec", is_flag=True,
+    help="Print what trtexec would have to be told to build the same plans, and build nothing. Needs neither "
+    "TensorRT nor a GPU.",
+)  # fmt: skip
+@click.option(
+    "--tensorrt", metavar="VERSION",
+    help="With --print-trtexec: which version's trtexec, such as 8.6, 10.3 or 11.1. Default: that of the "
+    "plugin that was built here, else 10.3.",
+)  # fmt: skip
 @output_options
 def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any) -> None:
     """Build a TensorRT engine from BUNDLE for this machine's GPU, and validate it there.
@@ -59,6 +69,10 @@ def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any
     from dijiang_engines.errors import UsageError
     from dijiang_engines.recipes import load_recipe
 
+    if given["tensorrt"] is not None and not given["print_trtexec"]:
+        raise UsageError(
+            "--tensorrt goes with --print-trtexec", hint="engines are built with what is installed"
+        )
     if given["no_timing_cache"] and given["timing_cache"] is not None:
         raise UsageError("--timing-cache and --no-timing-cache exclude each other")
     changes = (
@@ -66,7 +80,11 @@ def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any
     )  # fmt: skip
     recipe = load_recipe(given["recipe"]).with_changes(**{name: given[name] for name in changes})
     opened = open_bundle(bundle)
-    target = engine if engine is not None else Path(str(bundle).removesuffix(".bundle") + ".engine")
+    stem = str(bundle).removesuffix(".bundle")
+    if given["print_trtexec"]:
+        _print_trtexec(output, opened, recipe, engine or Path(stem + ".plans"), given)
+        return
+    target = engine if engine is not None else Path(stem + ".engine")
     result = build(
         opened, target, recipe,
         precision=given["precision"], device=given["device"], force=given["force"],
@@ -79,7 +97,8 @@ def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any
     def describe() -> str:
         size = sum(made.files[name].bytes for name in made.plans)
         lines = [
-            f"{target}: {made.name}, {made.dtype}, {size / 1e6:.1f} MB of plans, built in {result.seconds:.0f} s",
+            f"{target}: {made.name}, {made.dtype}, {size / 1e6:.1f} MB of plans, "
+            f"built in {result.seconds:.0f} s",
             f"for {made.made_for.gpu} and TensorRT {made.made_for.tensorrt}; up to {made.profiles.max_batch} "
             f"sequences, {made.profiles.max_length} prompt tokens a call",
         ]
@@ -102,3 +121,16 @@ def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any
         },
         describe,
     )
+
+
+def _print_trtexec(output: Output, bundle: Any, recipe: Any, folder: Path, given: dict[str, Any]) -> None:
+    from dijiang_engines.trtexec import trtexec_commands
+
+    made = trtexec_commands(
+        bundle, folder, recipe,
+        version=given["tensorrt"], precision=given["precision"], device=given["device"],
+        timing_cache=given["timing_cache"], use_timing_cache=not given["no_timing_cache"],
+    )  # fmt: skip
+    for note in made.notes:
+        output.log(f"note: {note}")
+    output.print_result(made, made.script)

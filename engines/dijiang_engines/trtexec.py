@@ -1,0 +1,206 @@
+"""What NVIDIA's trtexec has to be told to build the plans that `build.build_engine` builds.
+
+trtexec makes plans, not engine folders: no manifest, no reference, nothing validated. The flags are those
+that samples/common/sampleOptions.cpp of NVIDIA/TensorRT parses at v8.6.1, v10.3.0, v10.13.3, v10.16 and v11.1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines.build import check_fit, plans
+from dijiang_engines.bundle import Bundle
+from dijiang_engines.errors import RunnerError, UsageError
+from dijiang_engines.plugin import BuiltPlugin, built_plugins, read_manifest, tensorrt_name
+from dijiang_engines.recipes import Recipe
+from dijiang_engines.tensorrt_library import ENVIRONMENT
+from dijiang_engines.tensorrt_versions import Dialect, dialect_of
+
+DEFAULT_VERSION = "10.3"
+_SEVERAL_PROFILES = (10, 0)
+"""From here on trtexec has --profile. v8.6.1 has one profile for each plan."""
+_ALWAYS_STRONGLY_TYPED = (11, 0)
+"""From here on --stronglyTyped is the default, and as a flag deprecated."""
+_TACTIC_SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+"""All that trtexec v8.6.1 knows. It changes TensorRT's choice one by one, so each has to be named."""
+_PREVIEW_FEATURES = (
+    "PROFILE_SHARING_0806", "FASTER_DYNAMIC_SHAPES_0805", "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrtexecCommands:
+    """What to run, in order."""
+
+    tensorrt: str
+    """Version of TensorRT that the flags are for."""
+    commands: list[list[str]]
+    """`mkdir`, then one trtexec for each plan."""
+    notes: list[str]
+    """What differs from `build-engine`, or has to be put in by hand."""
+
+    def script(self) -> str:
+        """The commands for a shell, one flag a line."""
+        lines = []
+        for command in self.commands:
+            first, *rest = [shlex.quote(word) for word in command]
+            if first == "trtexec":
+                lines.append(" \\\n  ".join([first, *rest]))
+            else:
+                lines.append(" ".join([first, *rest]))
+        return "\n".join(lines)
+
+
+def trtexec_commands(
+    bundle: Bundle,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    version: str | None = None,
+    precision: str | None = None,
+    device: int = 0,
+    timing_cache: Path | None = None,
+    use_timing_cache: bool = True,
+) -> TrtexecCommands:
+    """The commands for a bundle and a recipe. Needs no TensorRT and no GPU.
+
+    Args:
+        bundle: what to build.
+        folder: for the plans.
+        recipe: for which sizes, and how.
+        version: of TensorRT, such as "10.3"; default: of the newest plugin that was built here, else
+            `DEFAULT_VERSION`.
+        precision: must be the bundle's type if given.
+        device: index of the GPU.
+        timing_cache: file of kernel timings; default: trtexec keeps none.
+        use_timing_cache: False measures everything anew.
+
+    Raises:
+        UsageError: the bundle does not fit the recipe, or trtexec of that version cannot build it.
+        RunnerError: that version of TensorRT is not supported, or cannot run the bundle's type.
+        PluginError: DIJIANG_PLUGIN names a folder without a build of the plugin.
+    """
+    check_fit(bundle, recipe, precision)
+    numbers, dialect = _version(version or _built_version() or DEFAULT_VERSION)
+    name = ".".join(map(str, numbers))
+    _check_possible(bundle, recipe, dialect, numbers, name)
+    library, notes = _plugin(numbers[0])
+    options = [
+        f"--dynamicPlugins={library}",
+        *(["--stronglyTyped"] if dialect.strongly_typed and numbers < _ALWAYS_STRONGLY_TYPED else []),
+        "--noTF32",
+        f"--memPoolSize=workspace:{recipe.workspace_mb}",  # MiB without a suffix; 8.6 knows none
+        f"--builderOptimizationLevel={recipe.optimization_level}",
+        *_search_flags(dialect),
+    ]
+    if not use_timing_cache:
+        options.append("--noBuilderCache")
+    elif timing_cache is not None:
+        options.append(f"--timingCacheFile={timing_cache}")
+    if device:
+        options.append(f"--device={device}")
+    commands = [["mkdir", "-p", str(folder)]]
+    for file, graph, profiles in plans(bundle, recipe):
+        command = ["trtexec", f"--onnx={bundle.graph_path(graph)}", f"--saveEngine={folder / file}"]
+        for index, shapes in enumerate(profiles):
+            if len(profiles) > 1:
+                command.append(f"--profile={index}")  # the shapes must stand right behind it
+            command += _shape_flags(shapes)
+        commands.append([*command, *options, "--skipInference"])
+    notes.append(
+        "trtexec makes plans without engine.json: `generate` and `validate` need `build-engine`'s folder"
+    )
+    if recipe.max_batch == 1:
+        notes.append("trtexec keeps the batch dynamic although one size is allowed; `build-engine` fixes it")
+    return TrtexecCommands(name, commands, notes)
+
+
+def _version(text: str) -> tuple[tuple[int, ...], Dialect]:
+    numbers = tuple(int(part) for part in re.findall(r"\d+", text))
+    if not re.fullmatch(r"\d+\.\d+(\.\d+)*", text):
+        raise UsageError(
+            "this is not a version of TensorRT", got=text, expected="two numbers or more, such as 10.3"
+        )
+    return numbers, dialect_of(text)
+
+
+def _built_version() -> str | None:
+    """Of the headers that the newest usable plugin was compiled with."""
+    for built in _builds():
+        if built.tensorrt is not None and built.is_current():
+            return built.tensorrt
+    return None
+
+
+def _builds() -> list[BuiltPlugin]:
+    """The builds of the plugin that `build-engine` would look at."""
+    folder = os.environ.get(ENVIRONMENT)
+    return [read_manifest(Path(folder))] if folder else built_plugins()
+
+
+def _check_possible(
+    bundle: Bundle, recipe: Recipe, dialect: Dialect, numbers: tuple[int, ...], name: str
+) -> None:
+    if bundle.dtype not in dialect.dtypes:
+        raise RunnerError(
+            f"TensorRT {name} has no {bundle.dtype}",
+            expected=" or ".join(dialect.dtypes),
+            hint="export the checkpoint again with `--dtype float16`",
+        )
+    if not dialect.strongly_typed and bundle.dtype == "float16":
+        raise UsageError(
+            f"trtexec of TensorRT {name} cannot be told the types of a float16 bundle",
+            hint="normalisations must stay float32 layer by layer, which `build-engine` sees to: use that, "
+            "or export with `--dtype float32`",
+        )
+    if recipe.layout == "one" and numbers < _SEVERAL_PROFILES:
+        raise UsageError(
+            f"trtexec of TensorRT {name} makes plans with one profile",
+            got="layout one, which has two",
+            hint="--layout two; `build-engine` itself can do both",
+        )
+
+
+def _plugin(major: int) -> tuple[str, list[str]]:
+    """The plugin's library, and a note if there is none yet."""
+    name = tensorrt_name(major)
+    for built in _builds():
+        if built.is_current() and name in built.libraries:
+            return str(built.folder / name), []
+    return f"./{name}", [
+        f"the plugin for TensorRT {major} is not built here: {name} stands for where it will be; make it "
+        "with `dijiang-export build-plugin --output .`"
+    ]
+
+
+def _search_flags(dialect: Dialect) -> list[str]:
+    """Tactic sources and preview features, where this project does not leave them to TensorRT."""
+    flags = []
+    if dialect.tactic_sources is not None:
+        signed = [("+" if name in dialect.tactic_sources else "-") + name for name in _TACTIC_SOURCES]
+        flags.append("--tacticSources=" + ",".join(signed))
+    if dialect.preview_features is not None:
+        signed = [
+            ("+" if name in dialect.preview_features else "-") + _camel(name) for name in _PREVIEW_FEATURES
+        ]
+        flags.append("--preview=" + ",".join(signed))
+    return flags
+
+
+def _camel(name: str) -> str:
+    """As trtexec writes the names of preview features: PROFILE_SHARING_0806 is profileSharing0806."""
+    first, *rest = name.lower().split("_")
+    return first + "".join(part.capitalize() for part in rest)
+
+
+def _shape_flags(shapes: dict[str, Any]) -> list[str]:
+    """--minShapes, --optShapes and --maxShapes of one profile."""
+    return [
+        f"--{which}Shapes=" + ",".join(f"{name}:{'x'.join(map(str, s[index]))}" for name, s in shapes.items())
+        for index, which in enumerate(("min", "opt", "max"))
+    ]
