@@ -8,6 +8,8 @@
 # ARCHITECTURES  what `make plugin` compiles for, e.g. "87;90"                default: all that nvcc knows
 # JOBS         compilers at a time                                           default: one per CPU
 # TRT_INCLUDE  folders with TensorRT's headers for `make plugin-headers`     e.g. /opt/trt-8.6/include:/opt/trt-11.1/include
+# ENGINE_PYTHON  the Python that has TensorRT, for `make engine-test`          default: that of .venv
+# ENGINE_TEST  more options of tests/gpu/engine_test.py                      e.g. ENGINE_TEST="--dtypes float16"
 # KERNELS      more options of `make bench-kernels`                          e.g. KERNELS="--shape 32x128"
 # SHAPES       what `make bench-export` exports                              default: 410M, 1B and 2.8B
 
@@ -27,6 +29,8 @@ KERNELS ?=
 SHAPES ?= pythia-410m pythia-1b pythia-2.8b
 
 BIN := $(VENV)/bin
+ENGINE_PYTHON ?= $(BIN)/python
+ENGINE_TEST ?=
 CLI := $(BIN)/dijiang-export
 INSTALLED := $(VENV)/.installed
 BUNDLE := build/demo/tiny-stdlib.bundle
@@ -35,7 +39,7 @@ PROMPT := def read_file(path):
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup demo test lint format plugin plugin-headers registry-test bench bench-export bench-kernels clean distclean
+.PHONY: help setup demo test lint format plugin plugin-headers registry-test engine-test bench bench-export bench-kernels clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +88,10 @@ plugin-headers: $(INSTALLED) ## compile the TensorRT plugin against the headers 
 registry-test: $(INSTALLED) ## drive the plugin through the registries of TensorRT's lean runtimes (fetches 90 MB)
 	$(BIN)/python plugins/tests/fetch_lean.py build/tensorrt-lean
 	DIJIANG_TENSORRT_INCLUDE="$(TRT_INCLUDE)" $(BIN)/python -m pytest tests/test_tensorrt_registry.py $(ARGS)
+
+engine-test: $(INSTALLED) ## build and check TensorRT engines of the sample here (needs TensorRT and an NVIDIA GPU)
+	env -u MAKEFLAGS -u MAKELEVEL $(BIN)/python tests/gpu/engine_test.py \
+		--engine-python "$(ENGINE_PYTHON)" --work build/engine-test $(ENGINE_TEST)
 
 bench: $(BUNDLE)/manifest.json ## speed of the sample and of a 160M shape, beside PyTorch's
 	@mkdir -p build/bench

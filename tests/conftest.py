@@ -10,8 +10,14 @@ from typing import Any
 import hypothesis
 import plugin_builds
 import pytest
+from engine_folders import SMALL, Made, Open, build
+from fake_tensorrt import FakeMachine
 from numpy_runner import NumpyRunner
 from toy_bundle import ToyModel, make_bundle
+
+from dijiang_engines.engine_folder import open_engine
+from dijiang_engines.runners import open_runner
+from dijiang_engines.runners.tensorrt import TensorRTRunner
 
 # Elsewhere hypothesis looks for new examples each time; CI must say the same about the same commit.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -58,6 +64,40 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dijiang_export.to_onnx import export_bundle
 
     return export_bundle(sample_checkpoint(), tmp_path_factory.mktemp("sample") / "tiny-stdlib.bundle").path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, exported: Callable[..., tuple[Path, NumpyRunner]]) -> Made:
+    """made(version, recipe changes..., export=options) -> (engine, oracle, machine): built once each."""
+    engines: dict[str, tuple[Path, NumpyRunner, FakeMachine]] = {}
+
+    def make(version: str, export: dict[str, Any], **recipe: Any) -> tuple[Path, NumpyRunner, FakeMachine]:
+        key = repr((version, sorted(export.items()), sorted(recipe.items())))
+        if key not in engines:
+            bundle, oracle = exported(**export)
+            folder = tmp_path_factory.mktemp("engine")
+            machine = FakeMachine(folder, tensorrt=version)
+            build(machine, bundle, folder / "e", recipe=recipe, validate=False)
+            engines[key] = folder / "e", oracle, machine
+        return engines[key]
+
+    return make
+
+
+@pytest.fixture
+def opened(made: Made, monkeypatch: pytest.MonkeyPatch) -> Open:
+    """opened(version, **options): a runner in this process, and the oracle."""
+
+    def load(
+        version: str = "8.6.0", cuda_graph: bool = True, export: dict[str, Any] | None = None, **recipe: Any
+    ) -> tuple[TensorRTRunner, NumpyRunner]:
+        folder, oracle, machine = made(version, export or {}, **(SMALL | recipe))
+        machine.enter(monkeypatch)
+        runner = open_runner(open_engine(folder), cuda_graph=cuda_graph)
+        assert isinstance(runner, TensorRTRunner)
+        return runner, oracle
+
+    return load
 
 
 @pytest.fixture(scope="session")

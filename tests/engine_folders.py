@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_cuda
+import fake_tensorrt
+import numpy as np
 import pytest
 from fake_tensorrt import FakeMachine
+from numpy_runner import NumpyRunner
 from toy_bundle import SPEC
 
+from dijiang_engines import io_names
 from dijiang_engines.build import BuildResult, build_engine
 from dijiang_engines.bundle import Bundle, open_bundle
 from dijiang_engines.engine_folder import LAYOUTS, spec_sha256, write_engine_manifest
 from dijiang_engines.recipes import load_recipe
+from dijiang_engines.runners.tensorrt import TensorRTRunner
+
+SMALL = {"max_batch": 6, "max_length": 8}
+
+Made = Callable[..., tuple[Path, NumpyRunner, FakeMachine]]
+Open = Callable[..., tuple[TensorRTRunner, NumpyRunner]]
 
 
 def facts(layout: str = "one", **changes: Any) -> dict[str, Any]:
@@ -72,3 +84,28 @@ def build(
         chosen = load_recipe("datacenter").with_changes(**(recipe or {}))
         source = open_bundle(bundle) if isinstance(bundle, Path) else bundle
         return build_engine(source, output, chosen, **options)
+
+
+def visible(folder: Path) -> list[str]:
+    """Everything in a folder, hidden files too, but not the machine's own."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "machine")
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (batch, length))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *, layer: int, row: int, after: int) -> None:
+    """From the call after `after` on, one layer makes a NaN in its state and so in the logits."""
+    original, calls = fake_tensorrt._run, []
+
+    def run(facts: Any, integers: str, shapes: Any, addresses: dict[str, int]) -> None:
+        original(facts, integers, shapes, addresses)
+        calls.append(1)
+        if len(calls) > after and shapes[io_names.SEQ_LENS][0] > row:
+            bad = np.full(256, np.nan, np.float32)
+            size = int(np.prod(shapes[io_names.past_state(layer)][1:]))
+            fake_cuda.DEVICE.write(addresses[io_names.present_state(layer)] + 4 * row * size, bad)
+            fake_cuda.DEVICE.write(addresses[io_names.LOGITS] + 4 * row * 256, bad)
+
+    monkeypatch.setattr(fake_tensorrt, "_run", run)

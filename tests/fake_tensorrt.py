@@ -98,11 +98,14 @@ class FakeMachine:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to be on this machine."""
+        given = os.environ.get("PYTHONPATH")
         return {
             "FAKE_GPU": json.dumps(self.settings),
             "DIJIANG_PLUGIN": str(self.plugin),
             "XDG_CACHE_HOME": str(self.folder / "cache"),
-            "PYTHONPATH": os.pathsep.join((str(self.site), str(Path(__file__).parent))),
+            "PYTHONPATH": os.pathsep.join(
+                (str(self.site), str(Path(__file__).parent), *([given] if given else []))
+            ),
         }
 
     def enter(self, patch: pytest.MonkeyPatch, **settings: Any) -> FakeMachine:

@@ -259,7 +259,9 @@ def builder(request: dict[str, Any], dtype: str) -> dict[str, Any]:
     said: list[dict[str, Any]] = []
     events: Any = SimpleNamespace(send=lambda event, **values: said.append({"event": event} | values))
     parser = strict("OnnxParser", num_errors=0)
+    runtime = strict("Runtime", deserialize_cuda_engine=lambda plan: strict("ICudaEngine"))
     with (
+        mock.patch.object(trt, "Runtime", return_value=runtime),
         mock.patch.object(trt, "Builder", return_value=made),
         mock.patch.object(trt, "OnnxParser", return_value=parser),
         mock.patch.object(trt, "get_plugin_registry", registry),
@@ -287,6 +289,7 @@ def builder(request: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {
         "flags": sorted(flags),
         "constraints": done["constraints"],
+        "contexts": len(CALLS.arguments("ICudaEngine.create_execution_context_without_device_memory")),
         "network": network_flags,
         "profiles": len(CALLS.arguments("IBuilderConfig.add_optimization_profile")),
         "shapes": CALLS.arguments("IOptimizationProfile.set_shape"),
@@ -304,7 +307,8 @@ def builder(request: dict[str, Any], dtype: str) -> dict[str, Any]:
 def typed(request: dict[str, Any]) -> None:
     """8.6: layers are held to types."""
     if not DIALECT.strongly_typed:
-        assert typed_network.type_network(trt, network()) == {"float16": 1, "float32": 2}
+        for held in typed_network.HELD:
+            assert typed_network.type_network(trt, network(), held) == {"float16": 1, "float32": 2}
 
 
 def main() -> int:

@@ -169,6 +169,7 @@ def _check_build(asked: dict[str, Any], dtype: str, version: tuple[int, int, int
     typed = old and dtype == "float16"
     assert asked["flags"] == (["FP16", "OBEY_PRECISION_CONSTRAINTS"] if typed else [])
     assert asked["constraints"] == ("obey" if typed else "none")
+    assert asked["contexts"] == (1 if typed else 0)  # whether the plan can be run is tried
     assert asked["precisions"] == ([["DataType.HALF"], ["DataType.FLOAT"]] if typed else [])
     chosen = [feature.partition(".")[2] for feature, on in asked["preview"] if on == "True"]
     assert chosen == (["FASTER_DYNAMIC_SHAPES_0805", "PROFILE_SHARING_0806"] if old else [])

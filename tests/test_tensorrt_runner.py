@@ -16,63 +16,21 @@ import fake_cuda
 import fake_tensorrt
 import numpy as np
 import pytest
-from engine_folders import build, edit_manifest
-from fake_kernels import FakeKernels
+from engine_folders import SMALL, Made, Open, edit_manifest, spoil, tokens
 from fake_tensorrt import MAGIC, FakeMachine
 from numpy_runner import NumpyRunner
 
 from dijiang_engines import io_names
 from dijiang_engines.engine_folder import open_engine, spec_sha256, write_engine_manifest
 from dijiang_engines.errors import BundleError, PluginError, PositionError, RunnerError, UsageError
-from dijiang_engines.generate import Generator
-from dijiang_engines.generation import GenerateOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.runners.tensorrt import KEPT_CONTEXTS, TensorRTRunner
-from dijiang_engines.sampling import SamplingOptions
+from dijiang_engines.runners.tensorrt import KEPT_CONTEXTS
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validate import validate
 
 A = np.array
 VERSIONS = ["8.6.0", "10.3.0", "10.13.3", "11.1.0"]
-SMALL = {"max_batch": 6, "max_length": 8}
-
-Made = Callable[..., tuple[Path, NumpyRunner, FakeMachine]]
-Open = Callable[..., tuple[TensorRTRunner, NumpyRunner]]
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, exported: Callable[..., tuple[Path, NumpyRunner]]) -> Made:
-    """made(version, recipe changes..., export=options) -> (engine, oracle, machine): built once each."""
-    engines: dict[str, tuple[Path, NumpyRunner, FakeMachine]] = {}
-
-    def make(version: str, export: dict[str, Any], **recipe: Any) -> tuple[Path, NumpyRunner, FakeMachine]:
-        key = repr((version, sorted(export.items()), sorted(recipe.items())))
-        if key not in engines:
-            bundle, oracle = exported(**export)
-            folder = tmp_path_factory.mktemp("engine")
-            machine = FakeMachine(folder, tensorrt=version)
-            build(machine, bundle, folder / "e", recipe=recipe, validate=False)
-            engines[key] = folder / "e", oracle, machine
-        return engines[key]
-
-    return make
-
-
-@pytest.fixture
-def opened(made: Made, monkeypatch: pytest.MonkeyPatch) -> Open:
-    """opened(version, **options): a runner in this process, and the oracle."""
-
-    def load(
-        version: str = "8.6.0", cuda_graph: bool = True, export: dict[str, Any] | None = None, **recipe: Any
-    ) -> tuple[TensorRTRunner, NumpyRunner]:
-        folder, oracle, machine = made(version, export or {}, **(SMALL | recipe))
-        machine.enter(monkeypatch)
-        runner = open_runner(open_engine(folder), cuda_graph=cuda_graph)
-        assert isinstance(runner, TensorRTRunner)
-        return runner, oracle
-
-    return load
 
 
 @pytest.fixture
@@ -85,10 +43,6 @@ def engine(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def close(got: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * max(1.0, float(np.std(expected))))
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (batch, length))
 
 
 # Numbers
@@ -199,8 +153,22 @@ def test_states_of_many_batch_sizes_at_once(opened: Open) -> None:
         for index, (batch, state, expected) in enumerate(states):
             call = tokens(batch, 1, 10 * n + index), A([n] * batch), A([1] * batch)
             close(runner.step(*call, state), oracle.step(*call, expected))
-        batch, state, expected = states[0]
-        runner.prefill(tokens(1, 3), A([0]), A([3]), runner.new_state(1))
+        new, right = runner.new_state(1), oracle.new_state(1)  # for which an old context may serve
+        runner.prefill(tokens(1, 3), A([0]), A([3]), new)
+        oracle.prefill(tokens(1, 3), A([0]), A([3]), right)
+        close(
+            runner.step(tokens(1, 1), A([3]), A([1]), new), oracle.step(tokens(1, 1), A([3]), A([1]), right)
+        )
+    assert len(runner._step_contexts) == KEPT_CONTEXTS
+
+
+@pytest.mark.parametrize("layout", ["one", "two"])
+def test_steps_run_in_the_profile_that_was_made_for_them(opened: Open, layout: str) -> None:
+    runner, _ = opened(layout=layout)
+    runner.warm_up()
+    (step,) = runner._step_contexts.values()
+    assert (runner._prefill_context.profile, step.profile) == ((0, 1) if layout == "one" else (0, 0))
+    assert (step.engine is runner._prefill_context.engine) == (layout == "one")
 
 
 def test_nothing_is_left_on_the_gpu(opened: Open) -> None:
@@ -214,96 +182,6 @@ def test_nothing_is_left_on_the_gpu(opened: Open) -> None:
 
     gc.collect()
     assert fake_cuda.DEVICE.memory == {}
-
-
-# Choosing tokens on the GPU
-
-
-class OnHost:
-    """The same runner without a decode loop of its own."""
-
-    def __init__(self, runner: TensorRTRunner) -> None:
-        self._runner = runner
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "start_decoding":
-            raise AttributeError(name)
-        return getattr(self._runner, name)
-
-
-@pytest.mark.parametrize("version", ["8.6.0", "10.13.3"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        GenerateOptions(max_tokens=12),
-        GenerateOptions(max_tokens=1),
-        GenerateOptions(max_tokens=30, ignore_eos=True, sampling=SamplingOptions(repetition_penalty=1.3)),
-        GenerateOptions(max_tokens=25, seed=5, sampling=SamplingOptions(1.5, top_k=40, top_p=0.9)),
-    ],
-    ids=["greedy", "one", "penalty", "drawn"],
-)
-def test_the_gpu_s_loop_is_the_host_s(
-    opened: Open, monkeypatch: pytest.MonkeyPatch, version: str, options: GenerateOptions
-) -> None:
-    """Same tokens, same end, and the same state to go on from."""
-    runner, _ = opened(version)
-    monkeypatch.setattr("dijiang_engines.kernels.load_kernels", lambda path: FakeKernels())
-    prompts = [[5, 6, 7], [200, 1], list(range(30, 41))]
-    results = []
-    for way in (runner, OnHost(runner)):
-        generation = Generator(way, None).start(prompts, options)
-        for _ in generation:
-            pass
-        results.append((generation.completions, generation.session()))
-    (on_gpu, left), (on_host, right) = results
-    assert on_gpu == on_host
-    np.testing.assert_array_equal(left.positions, right.positions)
-    for a, b in zip(left.layers, right.layers, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_rows_that_end_by_a_token_end_on_the_gpu(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, _ = opened()
-    monkeypatch.setattr("dijiang_engines.kernels.load_kernels", lambda path: FakeKernels())
-    endless = GenerateOptions(max_tokens=12, ignore_eos=True)
-    free = Generator(OnHost(runner), None).start([[5, 6], [9]], endless)
-    list(free)
-    ends = free.completions[0].token_ids[4]
-    spec = ModelSpec(**(vars(runner.spec) | {"eos_token_ids": (ends,)}))
-    monkeypatch.setattr(runner, "spec", spec)
-    found = []
-    for way in (runner, OnHost(runner)):
-        generation = Generator(way, None).start([[5, 6], [9]], GenerateOptions(max_tokens=12))
-        list(generation)
-        found.append((generation.completions, generation.session().positions.tolist()))
-    assert found[0] == found[1]
-    assert found[0][0][0].finish_reason == "eos"
-
-
-def test_logits_that_are_not_finite_end_the_loop(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, _ = opened()
-    monkeypatch.setattr("dijiang_engines.kernels.load_kernels", lambda path: FakeKernels())
-    spoil(monkeypatch, layer=1, row=1, after=3)
-    generation = Generator(runner, None).start([[5], [6]], GenerateOptions(max_tokens=20, ignore_eos=True))
-    with pytest.raises(RunnerError, match="logits of row 1 cannot be sampled from") as info:
-        list(generation)
-    assert info.value.got == "not finite" and "validate" in str(info.value.hint)
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, *, layer: int, row: int, after: int) -> None:
-    """From the call after `after` on, one layer makes a NaN in its state and so in the logits."""
-    original, calls = fake_tensorrt._run, []
-
-    def run(facts: Any, integers: str, shapes: Any, addresses: dict[str, int]) -> None:
-        original(facts, integers, shapes, addresses)
-        calls.append(1)
-        if len(calls) > after and shapes[io_names.SEQ_LENS][0] > row:
-            bad = np.full(256, np.nan, np.float32)
-            size = int(np.prod(shapes[io_names.past_state(layer)][1:]))
-            fake_cuda.DEVICE.write(addresses[io_names.present_state(layer)] + 4 * row * size, bad)
-            fake_cuda.DEVICE.write(addresses[io_names.LOGITS] + 4 * row * 256, bad)
-
-    monkeypatch.setattr(fake_tensorrt, "_run", run)
 
 
 def test_validate_names_the_layer_that_makes_a_nan(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

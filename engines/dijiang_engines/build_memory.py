@@ -15,8 +15,8 @@ from dijiang_engines.runners.ort import available_memory
 # Multiples of the weights and constant parts; docs/engines.md says what was measured.
 DEVICE_COPIES = 2.2
 """The weights that are being timed, and those of the plan that is put together."""
-HOST_COPIES = 3.5
-"""What the parser reads, what the builder rearranges, and the plan."""
+HOST_COPIES = {"float32": 5.0, "float16": 9.5, "bfloat16": 9.5}
+"""What the parser reads, what the builder rearranges, and the plan; 8.6 makes float32 of 16-bit weights."""
 DEVICE_BASE = 1 << 30
 HOST_BASE = 3 << 30
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -47,7 +47,8 @@ def estimate_memory(bundle: Bundle, recipe: Recipe) -> MemoryEstimate:
     logits = rows * spec.vocab_size * (4 + _ITEM[bundle.dtype])
     states = 2 * recipe.max_batch * spec.state_bytes
     device = DEVICE_COPIES * weights + (recipe.workspace_mb << 20) + activations + logits + states
-    return MemoryEstimate(math.ceil(device) + DEVICE_BASE, math.ceil(HOST_COPIES * weights) + HOST_BASE)
+    host = HOST_COPIES[bundle.dtype] * weights
+    return MemoryEstimate(math.ceil(device) + DEVICE_BASE, math.ceil(host) + HOST_BASE)
 
 
 def check_memory(estimate: MemoryEstimate, facts: DeviceFacts) -> None:
@@ -64,7 +65,7 @@ def check_memory(estimate: MemoryEstimate, facts: DeviceFacts) -> None:
                 "this board has too little free memory to build the engine",
                 got=f"{host / 1e9:.1f} GB free, shared by GPU and CPU",
                 expected=f"about {(estimate.device + estimate.host - HOST_BASE) / 1e9:.1f} GB",
-                hint=f"stop the desktop, add swap; {hint}",
+                hint=f"stop the desktop; {hint} with swap added",
             )
         return
     if estimate.device > facts.free_bytes:
@@ -79,5 +80,5 @@ def check_memory(estimate: MemoryEstimate, facts: DeviceFacts) -> None:
             "the host has too little free memory to build the engine",
             got=f"{host / 1e9:.1f} GB free",
             expected=f"about {estimate.host / 1e9:.1f} GB",
-            hint="close other programs, add swap, or --ignore-memory to try",
+            hint="close other programs, or add swap, which is not counted, and try --ignore-memory",
         )

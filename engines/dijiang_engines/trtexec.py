@@ -1,7 +1,8 @@
 """What NVIDIA's trtexec has to be told to build the plans that `build.build_engine` builds.
 
 trtexec makes plans, not engine folders: no manifest, no reference, nothing validated. The flags are those
-that samples/common/sampleOptions.cpp of NVIDIA/TensorRT parses at v8.6.1, v10.3.0, v10.13.3, v10.16 and v11.1.
+that samples/common/sampleOptions.cpp of NVIDIA/TensorRT parses, at v8.6.1, v10.3.0, v10.13.3, v10.16 and
+v11.1.
 """
 
 from __future__ import annotations
