@@ -1,4 +1,4 @@
-"""build-engine where it cannot work: what is missing, memory that does not suffice, failures, interruptions."""
+"""build-engine where it cannot work: what is missing, too little memory, failures, interruptions."""
 
 from __future__ import annotations
 

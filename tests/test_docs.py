@@ -197,7 +197,9 @@ def test_options_in_the_documents_exist() -> None:
         for one in (command, *inner):
             known |= {option for p in one.params for option in (*p.opts, *p.secondary_opts)}
     shown = {
-        (name, option) for name in NAMES for option in re.findall(r"(?<![\w-])--[a-z][A-Za-z0-9-]+", text(name))
+        (name, option)
+        for name in NAMES
+        for option in re.findall(r"(?<![\w-])--[a-z][A-Za-z0-9-]+", text(name))
     }
     assert {pair for pair in shown if pair[1] not in known} == set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from dijiang_export.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox float32": {"family": "gpt_neox"},
@@ -30,3 +33,26 @@ def test_onnxruntime_on_the_cpu(
     assert report["runner"] == "onnxruntime-cpu"
     assert report["dtype"] == MODELS[name].get("dtype", "float32")
     assert report["passed"] is True
+
+
+def by_hand() -> list[tuple[str, str]]:
+    """(target, state) of the matrix's rows that were tested by hand."""
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]*by hand[^|]*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    return [row for row in rows if "engine-tested" in row[1]]
+
+
+@pytest.mark.parametrize(("target", "state"), by_hand(), ids=[target for target, _ in by_hand()])
+def test_what_was_tested_by_hand_has_a_record(target: str, state: str) -> None:
+    """The record names the GPU and the runtime's version that the row names."""
+    (name,) = re.findall(r"\[record\]\((docs/evidence/[^)]+)\)", state)
+    record = (ROOT / name).read_text()
+    runtime, version = re.findall(r"(TensorRT|ONNX Runtime) ([\d.]+)", target)[0]
+    written = rf"{runtime} {version}|{runtime.replace(' ', '').lower()}\W+{version}"
+    assert re.search(written.replace(".", r"\."), record, re.IGNORECASE), f"{name}: no {runtime} {version}"
+    assert "H200" in target and "H200" in record
+
+
+def test_rows_by_hand_are_found() -> None:
+    assert len(by_hand()) == 3
