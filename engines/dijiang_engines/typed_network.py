@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 _NORM = "norm/"
-"""Part of the names that the exporter gives to the layers of an RMSNorm. LayerNorm becomes one INormalizationLayer,
-which computes in float32 whatever the flags are, unless it is told otherwise (NvInfer.h, setComputePrecision)."""
+"""Part of the names that the exporter gives to the layers of an RMSNorm. LayerNorm becomes one layer of TensorRT's
+that computes in float32 whatever the flags are, unless told otherwise (NvInfer.h, setComputePrecision)."""
 
 HELD = {
     "products": ("MATRIX_MULTIPLY",),
