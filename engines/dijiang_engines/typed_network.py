@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 _NORM = "norm/"
-"""Part of the names that the exporter gives to the layers of an RMSNorm. LayerNorm becomes one layer of TensorRT's
+"""Part of the names that the exporter gives to the layers of an RMSNorm. LayerNorm is one layer of TensorRT
 that computes in float32 whatever the flags are, unless told otherwise (NvInfer.h, setComputePrecision)."""
 
 HELD = {
