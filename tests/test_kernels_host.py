@@ -85,13 +85,19 @@ def test_structs_and_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
         "DIJIANG_ROW_NOT_FINITE": abi.ROW_STATUS.index("not finite"),
         "DIJIANG_ROW_NOTHING_ALLOWED": abi.ROW_STATUS.index("nothing allowed"),
         "DIJIANG_ROW_BAD_OPTIONS": abi.ROW_STATUS.index("bad options"),
-        **{f"DIJIANG_{name.upper()}": number for name, number in (abi.DTYPES | abi.INTEGERS).items()},
+        "DIJIANG_LINEAR_MAX_TERMS": abi.LINEAR_MAX_TERMS,
+        "DIJIANG_LINEAR_MAX_OUTPUTS": abi.LINEAR_MAX_OUTPUTS,
+        "DIJIANG_LINEAR_INNER_STEP": abi.LINEAR_INNER_STEP,
+        **{
+            f"DIJIANG_{name.upper()}": number
+            for name, number in (abi.DTYPES | abi.INTEGERS | abi.NORMS | abi.ACTIVATIONS).items()
+        },
     }  # fmt: skip
     for name, number in numbers.items():
         lines.append(f'printf("{name} %d\\n", (int){name});')
         expected.append(f"{name} {number}")
     body = "\n    ".join(lines)
-    includes = "#include <stdio.h>\n#include <dijiang/sampling.h>\n"
+    includes = "#include <stdio.h>\n#include <dijiang/sampling.h>\n#include <dijiang/linear.h>\n"
     source = f"{includes}int main(void) {{\n    {body}\n    return 0;\n}}\n"
     compile_c(source, tmp_path / "layout")
     output = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
@@ -99,7 +105,9 @@ def test_structs_and_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
 
 
 def test_every_declared_function_is_bound() -> None:
-    text = "".join((INCLUDE / "dijiang" / name).read_text() for name in ("kernels.h", "sampling.h"))
+    text = "".join(
+        (INCLUDE / "dijiang" / name).read_text() for name in ("kernels.h", "sampling.h", "linear.h")
+    )
     declared = re.findall(r"^DIJIANG_API [\w ]+?[ *]+(dijiang_\w+)\(([^;]*)\);", text, re.MULTILINE)
     assert {name for name, _ in declared} == set(abi.FUNCTIONS)
     for name, parameters in declared:

@@ -1,8 +1,9 @@
-"""The CUDA kernels from Python: attention, sampling and counting on, in memory that the caller owns.
+"""The CUDA kernels from Python: attention, products of few rows, sampling and counting on.
 
 A thin layer over the C ABI of plugins/include/dijiang/: it never imports PyTorch, allocates nothing on the
-GPU and does not synchronise. Every method that takes a `stream` (a cudaStream_t as an int, 0 = the default
-stream) only enqueues work there, so it may be captured into a CUDA graph; the arrays must outlive that work.
+GPU, whose memory the caller owns, and does not synchronise. Every method that takes a `stream` (a
+cudaStream_t as an int, 0 = the default stream) only enqueues work there, so it may be captured into a CUDA
+graph; the arrays must outlive that work.
 
     kernels = load_kernels()
     geometry = Geometry(16, 16, 64, rotary_dim=16, dtype="float16")
@@ -23,6 +24,7 @@ from dijiang_engines import kernels_abi as abi
 from dijiang_engines.device_arrays import device_array
 from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels_library import Device, device_argument
+from dijiang_engines.kernels_linear import LinearKernels
 from dijiang_engines.kernels_sampling import SamplingKernels
 from dijiang_engines.plugin import find_kernels_library
 
@@ -105,7 +107,7 @@ def load_kernels(path: Path | str | None = None) -> Kernels:
     return Kernels(Path(path))
 
 
-class Kernels(SamplingKernels):
+class Kernels(SamplingKernels, LinearKernels):
     """The loaded library. All methods may be called from several threads.
 
     Args:

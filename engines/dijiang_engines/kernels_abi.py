@@ -1,4 +1,4 @@
-"""plugins/include/dijiang/{kernels,sampling}.h in ctypes: the structs field by field, the functions' types.
+"""plugins/include/dijiang/{kernels,sampling,linear}.h in ctypes: structs and functions.
 
 The headers say what everything means. tests/test_kernels_host.py compares sizes and offsets with what a C
 compiler makes of them.
@@ -15,6 +15,12 @@ OK, INVALID_ARGUMENT, UNSUPPORTED, CUDA_ERROR, INTERNAL_ERROR = range(5)
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 INTEGERS = {"int32": 0, "int64": 1}
+NORMS = {"norm_none": 0, "layer_norm": 1, "rms_norm": 2}
+ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
+LINEAR_MAX_TERMS = LINEAR_MAX_OUTPUTS = 4
+LINEAR_INNER_STEP = 32
+"""The inner dimension of dijiang_linear is a multiple of it."""
+
 ROW_STATUS = ("ok", "not finite", "nothing allowed", "bad options")
 """Names of what `sample` writes to row_status, by number."""
 
@@ -141,6 +147,48 @@ class AdvanceBuffersStruct(ctypes.Structure):
     ]
 
 
+class LinearTermStruct(ctypes.Structure):
+    """dijiang_linear_term."""
+
+    _fields_ = [
+        ("input", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("inner", c_int32),
+        ("output", c_int32),
+    ]
+
+
+class LinearOutputStruct(ctypes.Structure):
+    """dijiang_linear_output."""
+
+    _fields_ = [
+        ("output", c_void_p),
+        ("residual", c_void_p),
+        ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
+        ("width", c_int32),
+        ("activation", c_int32),
+        ("norm", c_int32),
+        ("epsilon", c_float),
+    ]
+
+
+class LinearCallStruct(ctypes.Structure):
+    """dijiang_linear_call."""
+
+    _fields_ = [
+        ("dtype", c_int32),
+        ("rows", c_int32),
+        ("term_count", c_int32),
+        ("output_count", c_int32),
+        ("constant_weights", c_int32),
+        ("reserved", c_int32),
+        ("terms", LinearTermStruct * LINEAR_MAX_TERMS),
+        ("outputs", LinearOutputStruct * LINEAR_MAX_OUTPUTS),
+    ]
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "dijiang_device": DeviceStruct,
     "dijiang_geometry": GeometryStruct,
@@ -148,6 +196,9 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "dijiang_sampling_options": SamplingOptionsStruct,
     "dijiang_sample_buffers": SampleBuffersStruct,
     "dijiang_advance_buffers": AdvanceBuffersStruct,
+    "dijiang_linear_term": LinearTermStruct,
+    "dijiang_linear_output": LinearOutputStruct,
+    "dijiang_linear_call": LinearCallStruct,
 }
 
 _pointer = ctypes.POINTER
@@ -174,6 +225,11 @@ FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "dijiang_sample": (c_int32, [_pointer(SamplingOptionsStruct), _pointer(SampleBuffersStruct), c_void_p]),
     "dijiang_sample_plan": (c_int32, [c_int32, c_int32, _pointer(DeviceStruct), c_void_p, c_size_t]),
     "dijiang_advance": (c_int32, [_pointer(AdvanceBuffersStruct), c_void_p]),
+    "dijiang_linear": (c_int32, [_pointer(LinearCallStruct), c_void_p]),
+    "dijiang_linear_plan": (
+        c_int32,
+        [_pointer(LinearCallStruct), _pointer(DeviceStruct), c_void_p, c_size_t],
+    ),
 }
 """Name -> result, arguments."""
 

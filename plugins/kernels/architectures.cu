@@ -1,5 +1,4 @@
-// nvcc's own list of what it compiles for, which it gives to CUDA sources only. It serves libraries compiled
-// by hand; a build system defines DIJIANG_ARCHITECTURES.
+// nvcc's own list of what it compiles for, which it gives to CUDA sources only.
 #include <cstdio>
 
 #include "device.h"
@@ -7,12 +6,15 @@
 namespace dijiang {
 namespace {
 
+// E.g. 800, 900.
+constexpr int32_t kCompiledFor[] = {__CUDA_ARCH_LIST__};
+
+// The list as text, for libraries compiled by hand; a build system defines DIJIANG_ARCHITECTURES.
 struct Text {
     char text[256];
     Text() noexcept : text{} {
-        const int compiled[] = {__CUDA_ARCH_LIST__};
         size_t used = 0;
-        for (const int architecture : compiled) {
+        for (const int32_t architecture : kCompiledFor) {
             if (used > sizeof text - 16) return;
             const char* gap = used == 0 ? "" : " ";
             used += static_cast<size_t>(
@@ -26,6 +28,13 @@ struct Text {
 const char* compiled_list() noexcept {
     static const Text it;
     return it.text;
+}
+
+int32_t code_for(int32_t compute_capability) noexcept {
+    int32_t best = 0;
+    for (const int32_t architecture : kCompiledFor)
+        if (architecture <= 10 * compute_capability && architecture / 10 > best) best = architecture / 10;
+    return best;
 }
 
 }  // namespace dijiang

@@ -39,6 +39,15 @@ dijiang_status ask(int index, dijiang_device& device) {
     return DIJIANG_OK;
 }
 
+// Graphs take programmatic launches since CUDA 12.3's driver.
+bool driver_overlaps() {
+    static const bool answer = [] {
+        int version = 0;
+        return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+    }();
+    return answer;
+}
+
 dijiang_status check_capability(int32_t capability) {
     if (capability >= kLeastComputeCapability) return DIJIANG_OK;
     return fail(DIJIANG_UNSUPPORTED,
@@ -55,6 +64,10 @@ const char* architectures() noexcept {
 #else
     return compiled_list();
 #endif
+}
+
+bool can_overlap(const dijiang_device& device) noexcept {
+    return code_for(device.compute_capability) >= 90 && driver_overlaps();
 }
 
 dijiang_status current_device(dijiang_device& device) {

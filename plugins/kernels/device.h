@@ -13,6 +13,13 @@ const char* architectures() noexcept;
 // The same as nvcc itself knows it, which does not tell PTX from binaries (architectures.cu).
 const char* compiled_list() noexcept;
 
+// The newest architecture that the kernels are compiled for and a GPU can run, as 10 * major + minor.
+int32_t code_for(int32_t compute_capability) noexcept;
+
+// May a kernel begin before the one ahead of it in the stream has ended (programmatic dependent launch)? Only
+// code of compute capability 9.0 and up waits by itself for what it needs.
+bool can_overlap(const dijiang_device& device) noexcept;
+
 // The current device: asked of CUDA once per device, then remembered. Fails for GPUs that are too old.
 dijiang_status current_device(dijiang_device& device);
 

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "decode/internal.h"
+#include "device.h"
 
 namespace dijiang {
 namespace decode {
@@ -106,15 +107,6 @@ cudaError_t prepare(const Work& work, const dijiang_device& device, int32_t& clu
     }
     known.emplace(key, clusters);
     return cudaSuccess;
-}
-
-// Graphs take programmatic launches since CUDA 12.3's driver.
-bool driver_overlaps() {
-    static const bool answer = [] {
-        int version = 0;
-        return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
-    }();
-    return answer;
 }
 
 const char* name(Norm norm) {
@@ -237,8 +229,7 @@ cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device
                    cudaStream_t stream) {
     const dijiang_geometry g = {p.num_heads, p.num_kv_heads, p.head_dim, p.rotary_dim,
                                 dtype,       p.table_rows,   p.epsilon,  0};
-    // Only code of compute capability 9.0 and up waits for the previous kernel by itself.
-    const bool overlap = code_for(device.compute_capability) >= 90 && driver_overlaps();
+    const bool overlap = can_overlap(device);
     const SliceKernel kernel = slice_kernel(g, p.batch, device);
     if (kernel.function != nullptr) {
         const SliceCut cut = cut_slices(g, p.batch, kernel);

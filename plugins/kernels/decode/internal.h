@@ -64,9 +64,6 @@ constexpr int32_t kStreamStaticMemory = 13 * 1024;  // bytes of a block beside t
 const void* stream_kernel(int32_t dtype);
 int32_t stream_shared_memory(int32_t dtype, int32_t head_dim, bool resident);
 
-// The newest architecture that the kernels are compiled for and a GPU can run, as 10 * major + minor.
-int32_t code_for(int32_t compute_capability);
-
 // A kernel, its share of each multiprocessor, and the work there is.
 struct Work {
     const void* function;

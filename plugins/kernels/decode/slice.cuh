@@ -16,6 +16,7 @@
 #include "decode/internal.h"
 #include "decode/norm.cuh"
 #include "decode/slice_shape.cuh"
+#include "overlap.cuh"
 
 namespace dijiang {
 namespace decode {

@@ -7,6 +7,7 @@
 #include "decode/cluster.cuh"
 #include "decode/internal.h"
 #include "decode/norm.cuh"
+#include "overlap.cuh"
 
 namespace dijiang {
 namespace decode {
@@ -266,18 +267,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// The architectures that this file is compiled for, e.g. 800, 900.
-constexpr int32_t kCompiledFor[] = {__CUDA_ARCH_LIST__};
-
 }  // namespace
-
-int32_t code_for(int32_t compute_capability) {
-    int32_t best = 0;
-    for (const int32_t architecture : kCompiledFor) {
-        if (architecture <= 10 * compute_capability && architecture / 10 > best) best = architecture / 10;
-    }
-    return best;
-}
 
 const void* stream_kernel(int32_t dtype) {
     switch (dtype) {

@@ -1,0 +1,78 @@
+/* Matrix products of few rows: what a decoding step spends its time on, read at the memory's speed.
+ *
+ *     output = activation(norm(input) weight^T + bias [+ a second product]) [+ residual]
+ *
+ * One launch does up to DIJIANG_LINEAR_MAX_OUTPUTS such outputs, which must not depend on each other. An
+ * output is the sum of one or two products ("terms"), or, with DIJIANG_SWIGLU, silu(first) * second.
+ * Conventions are those of dijiang/kernels.h. Nothing here needs a workspace or sync memory.
+ */
+#ifndef DIJIANG_LINEAR_H
+#define DIJIANG_LINEAR_H
+
+#include "dijiang/kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DIJIANG_LINEAR_MAX_TERMS 4
+#define DIJIANG_LINEAR_MAX_OUTPUTS 4
+#define DIJIANG_LINEAR_INNER_STEP 32 /* K is a multiple of it */
+#define DIJIANG_LINEAR_MAX_SIZE 1048576 /* of K and of N */
+
+typedef enum { DIJIANG_NORM_NONE = 0, DIJIANG_LAYER_NORM = 1, DIJIANG_RMS_NORM = 2 } dijiang_norm;
+
+typedef enum {
+    DIJIANG_IDENTITY = 0,
+    DIJIANG_RELU = 1,
+    DIJIANG_GELU = 2,      /* x Phi(x), by erf */
+    DIJIANG_GELU_TANH = 3, /* its approximation by tanh */
+    DIJIANG_SILU = 4,
+    DIJIANG_SWIGLU = 5 /* silu(first term) * second term */
+} dijiang_activation;
+
+/* One product. Its sum, and everything else until the output is stored, is float32. */
+typedef struct {
+    const void* input;  /* T [rows, K] */
+    const void* weight; /* T [N, K]: a row per output element */
+    const float* bias;  /* [N], or NULL */
+    int32_t inner;      /* K: a multiple of DIJIANG_LINEAR_INNER_STEP */
+    int32_t output;     /* index of the output it belongs to; terms are in ascending order of it */
+} dijiang_linear_term;
+
+typedef struct {
+    void* output;             /* T [rows, N]; overlaps nothing else of the call */
+    const void* residual;     /* T [rows, N], added last, or NULL */
+    const float* norm_weight; /* [K]; NULL without norm */
+    const float* norm_bias;   /* [K], or NULL */
+    int32_t width;            /* N */
+    int32_t activation;       /* dijiang_activation */
+    int32_t norm;             /* dijiang_norm of the input, rounded to T; all terms then have the same input */
+    float epsilon;            /* added to the variance, or to the mean square; > 0 with norm */
+} dijiang_linear_output;
+
+/* T is float16 or bfloat16. All matrices are dense; all pointers are multiples of 16 bytes. */
+typedef struct {
+    int32_t dtype;            /* dijiang_dtype */
+    int32_t rows;             /* 0 does nothing; few, say up to 16, are what this is made for */
+    int32_t term_count, output_count;
+    int32_t constant_weights; /* 1: no work on the stream writes weights, biases or norms, so that they may
+                                 be read while the work before still runs */
+    int32_t reserved;         /* 0 */
+    dijiang_linear_term terms[DIJIANG_LINEAR_MAX_TERMS];
+    dijiang_linear_output outputs[DIJIANG_LINEAR_MAX_OUTPUTS];
+} dijiang_linear_call;
+
+/* Enqueues one call. */
+DIJIANG_API dijiang_status dijiang_linear(const dijiang_linear_call* call, dijiang_stream stream);
+
+/* Checks everything of a call but its pointers, and writes one line that says how it would be cut, e.g.
+ * "linear blocks=512 threads=256 rows=8 shared=2560". device: NULL for the current one. text may be NULL if
+ * size is 0. */
+DIJIANG_API dijiang_status dijiang_linear_plan(const dijiang_linear_call* call, const dijiang_device* device,
+                                               char* text, size_t size);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

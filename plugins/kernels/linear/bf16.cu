@@ -1,0 +1,9 @@
+#include "linear/kernel.cuh"
+
+namespace dijiang::linear {
+
+cudaError_t launch_bf16(const Launch& it, bool overlap, cudaStream_t stream) {
+    return launch<__nv_bfloat16>(it, overlap, stream);
+}
+
+}  // namespace dijiang::linear

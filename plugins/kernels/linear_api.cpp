@@ -1,0 +1,176 @@
+// The C ABI of products of few rows: check, cut, launch.
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+
+#include "checks.h"
+#include "device.h"
+#include "errors.h"
+#include "linear/linear.h"
+
+namespace dijiang {
+namespace {
+
+using linear::Launch;
+
+constexpr int32_t kMostRows = 65535 * 8;  // grids have no more blocks of rows
+
+dijiang_status check_number(const char* what, int32_t index, const char* field, double value, bool good,
+                            const char* expected) {
+    if (good) return DIJIANG_OK;
+    return fail(DIJIANG_INVALID_ARGUMENT, "%s[%d].%s is out of range; got %g; expected %s", what, index, field, value,
+                expected);
+}
+
+dijiang_status check_count(const char* field, int64_t value, int64_t least, int64_t most) {
+    if (value >= least && value <= most) return DIJIANG_OK;
+    return fail(DIJIANG_INVALID_ARGUMENT, "%s is out of range; got %" PRId64 "; expected %" PRId64 " to %" PRId64, field,
+                value, least, most);
+}
+
+dijiang_status check_output(const dijiang_linear_call& call, int32_t index, int32_t term, int32_t terms) {
+    const dijiang_linear_output& out = call.outputs[index];
+    const auto number = [index](const char* field, double value, bool good, const char* expected) {
+        return check_number("outputs", index, field, value, good, expected);
+    };
+    DIJIANG_TRY(number("width", out.width, out.width >= 1 && out.width <= DIJIANG_LINEAR_MAX_SIZE, "1 to 2^20"));
+    DIJIANG_TRY(number("activation", out.activation,
+                       out.activation >= DIJIANG_IDENTITY && out.activation <= DIJIANG_SWIGLU,
+                       "a dijiang_activation, 0 to 5"));
+    DIJIANG_TRY(number("norm", out.norm, out.norm >= DIJIANG_NORM_NONE && out.norm <= DIJIANG_RMS_NORM,
+                       "a dijiang_norm, 0 to 2"));
+    if (terms < 1 || terms > 2 || (out.activation == DIJIANG_SWIGLU && terms != 2))
+        return fail(DIJIANG_INVALID_ARGUMENT, "outputs[%d] has the wrong number of terms; got %d; expected %s", index,
+                    terms, out.activation == DIJIANG_SWIGLU ? "2, for DIJIANG_SWIGLU" : "1 or 2");
+    if (out.norm == DIJIANG_NORM_NONE) return DIJIANG_OK;
+    DIJIANG_TRY(number("epsilon", out.epsilon, out.epsilon > 0 && std::isfinite(out.epsilon), "above 0"));
+    const dijiang_linear_term* const t = call.terms + term;
+    if (terms == 2 && (t[0].input != t[1].input || t[0].inner != t[1].inner))
+        return fail(DIJIANG_INVALID_ARGUMENT,
+                    "outputs[%d] has a norm, but its terms have different inputs; expected the same input", index);
+    return DIJIANG_OK;
+}
+
+// Everything but pointers.
+dijiang_status check_shape(const dijiang_linear_call& call) {
+    DIJIANG_TRY(check_count("dtype (only 16-bit types have these kernels)", call.dtype, DIJIANG_FLOAT16, DIJIANG_BFLOAT16));
+    DIJIANG_TRY(check_count("rows", call.rows, 0, kMostRows));
+    DIJIANG_TRY(check_count("term_count", call.term_count, 1, DIJIANG_LINEAR_MAX_TERMS));
+    DIJIANG_TRY(check_count("output_count", call.output_count, 1, DIJIANG_LINEAR_MAX_OUTPUTS));
+    DIJIANG_TRY(check_count("constant_weights", call.constant_weights, 0, 1));
+    DIJIANG_TRY(check_count("reserved", call.reserved, 0, 0));
+    int32_t last = 0;
+    for (int32_t t = 0; t < call.term_count; ++t) {
+        const dijiang_linear_term& term = call.terms[t];
+        DIJIANG_TRY(check_number("terms", t, "inner", term.inner,
+                                 term.inner > 0 && term.inner <= DIJIANG_LINEAR_MAX_SIZE &&
+                                     term.inner % DIJIANG_LINEAR_INNER_STEP == 0,
+                                 "a multiple of 32, 32 to 2^20"));
+        DIJIANG_TRY(check_number("terms", t, "output", term.output, term.output >= last && term.output < call.output_count,
+                                 "the index of an output, no less than that of the term before"));
+        last = term.output;
+    }
+    int32_t term = 0;
+    for (int32_t o = 0; o < call.output_count; ++o) {
+        int32_t terms = 0;
+        while (term + terms < call.term_count && call.terms[term + terms].output == o) ++terms;
+        DIJIANG_TRY(check_output(call, o, term, terms));
+        term += terms;
+    }
+    return DIJIANG_OK;
+}
+
+// Names such as terms[2].weight, which check_pointer and regions keep pointers to.
+struct Name {
+    char text[32];
+    Name() : text{} {}
+    void set(const char* what, int32_t index, const char* field) {
+        std::snprintf(text, sizeof text, "%s[%d].%s", what, index, field);
+    }
+};
+
+struct Tensors {
+    static constexpr int kMost = 3 * DIJIANG_LINEAR_MAX_TERMS + 4 * DIJIANG_LINEAR_MAX_OUTPUTS;
+    Name names[kMost];
+    Region regions[kMost];
+    int count = 0;
+
+    dijiang_status add(const char* what, int32_t index, const char* field, const void* pointer, int64_t bytes,
+                       bool required, bool written) {
+        names[count].set(what, index, field);
+        const char* const name = names[count].text;
+        if (pointer != nullptr || required) DIJIANG_TRY(check_pointer(name, pointer, 16));
+        regions[count++] = dense(name, pointer, pointer == nullptr ? 0 : bytes, written);
+        return DIJIANG_OK;
+    }
+};
+
+dijiang_status check_pointers(const dijiang_linear_call& call) {
+    Tensors tensors;
+    const int64_t rows = call.rows;
+    for (int32_t t = 0; t < call.term_count; ++t) {
+        const dijiang_linear_term& term = call.terms[t];
+        const int64_t width = call.outputs[term.output].width;
+        DIJIANG_TRY(tensors.add("terms", t, "input", term.input, 2 * rows * term.inner, true, false));
+        DIJIANG_TRY(tensors.add("terms", t, "weight", term.weight, 2 * width * term.inner, true, false));
+        DIJIANG_TRY(tensors.add("terms", t, "bias", term.bias, 4 * width, false, false));
+    }
+    for (int32_t o = 0, term = 0; o < call.output_count; ++o) {
+        const dijiang_linear_output& out = call.outputs[o];
+        while (call.terms[term].output < o) ++term;
+        const int64_t inner = call.terms[term].inner;
+        const bool norm = out.norm != DIJIANG_NORM_NONE;
+        if (!norm && (out.norm_weight != nullptr || out.norm_bias != nullptr))
+            return fail(DIJIANG_INVALID_ARGUMENT, "outputs[%d] has no norm, but a norm's weight or bias; expected NULL", o);
+        DIJIANG_TRY(tensors.add("outputs", o, "norm_weight", out.norm_weight, 4 * inner, norm, false));
+        DIJIANG_TRY(tensors.add("outputs", o, "norm_bias", out.norm_bias, 4 * inner, false, false));
+        DIJIANG_TRY(tensors.add("outputs", o, "residual", out.residual, 2 * rows * out.width, false, false));
+        DIJIANG_TRY(tensors.add("outputs", o, "output", out.output, 2 * rows * out.width, true, true));
+    }
+    return check_apart(tensors.regions, tensors.count);
+}
+
+dijiang_status run(const dijiang_linear_call* call, cudaStream_t stream) {
+    if (call == nullptr)
+        return fail(DIJIANG_INVALID_ARGUMENT, "call is missing; got NULL; expected a dijiang_linear_call");
+    DIJIANG_TRY(check_shape(*call));
+    if (call->rows == 0) return DIJIANG_OK;
+    DIJIANG_TRY(check_pointers(*call));
+    dijiang_device device{};
+    DIJIANG_TRY(current_device(device));
+    Launch launch;
+    DIJIANG_TRY(linear::cut(*call, device, launch));
+    const bool overlap = can_overlap(device);
+    const cudaError_t error = call->dtype == DIJIANG_FLOAT16 ? linear::launch_f16(launch, overlap, stream)
+                                                             : linear::launch_bf16(launch, overlap, stream);
+    return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the kernel of products of few rows");
+}
+
+dijiang_status plan(const dijiang_linear_call* call, const dijiang_device* given, char* text, size_t size) {
+    if (call == nullptr)
+        return fail(DIJIANG_INVALID_ARGUMENT, "call is missing; got NULL; expected a dijiang_linear_call");
+    if (size > 0) DIJIANG_TRY(check_text(text, size));
+    DIJIANG_TRY(check_shape(*call));
+    dijiang_device device{};
+    DIJIANG_TRY(given_or_current(given, device));
+    dijiang_linear_call some = *call;
+    if (some.rows == 0) some.rows = 1;
+    Launch launch;
+    DIJIANG_TRY(linear::cut(some, device, launch));
+    if (size > 0) std::snprintf(text, size, "%s", linear::plan(launch).c_str());
+    return DIJIANG_OK;
+}
+
+}  // namespace
+}  // namespace dijiang
+
+using namespace dijiang;
+
+dijiang_status dijiang_linear(const dijiang_linear_call* call, dijiang_stream stream) {
+    return guarded([&] { return run(call, stream); });
+}
+
+dijiang_status dijiang_linear_plan(const dijiang_linear_call* call, const dijiang_device* device, char* text,
+                                   size_t size) {
+    return guarded([&] { return plan(call, device, text, size); });
+}
