@@ -33,6 +33,7 @@ from dijiang_engines.manifest import MANIFEST, REFERENCE, WEIGHTS
 from dijiang_engines.plugin import cache_folder
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.recipes import Recipe
+from dijiang_engines.step_products import MAX_BATCH
 from dijiang_engines.tensorrt_library import TensorRT
 
 _GRACE_SECONDS = 5
@@ -110,6 +111,7 @@ def build_engine(
                 "plugin": str(tensorrt.plugin_library), "dtype": bundle.dtype, "profiles": profiles,
                 "workspace": recipe.workspace_mb << 20, "optimization_level": recipe.optimization_level,
                 "timing_cache": None if cache is None else str(cache), "device": device,
+                "plugin_products": file == LAYOUTS["two"][1] and plugin_multiplies(bundle, recipe),
             }  # fmt: skip
             log(f"building {file}; this takes minutes for a large model")
             builds.append({"file": file} | _run_worker(request, folder, progress, f"Building {file}"))
@@ -194,6 +196,11 @@ def plans(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[str, str, list[dict[
     else:
         yield files[0], "prefill_trt", [context]
         yield files[1], "step_trt", [generation]
+
+
+def plugin_multiplies(bundle: Bundle, recipe: Recipe) -> bool:
+    """Are a step plan's matrix products the plugin's? Its kernels are for few rows of float16."""
+    return recipe.step_products == "plugin" and bundle.dtype == "float16" and recipe.max_batch <= MAX_BATCH
 
 
 def profile_shapes(bundle: Bundle, sizes: Profiles, *, step: bool) -> dict[str, list[list[int]]]:

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from dijiang_engines.cuda import Cuda
 from dijiang_engines.errors import DijiangError, RunnerError
+from dijiang_engines.step_products import Rewritten, rewrite
 from dijiang_engines.tensorrt_library import failure, load_plugin, tensorrt_module, tensorrt_version
 from dijiang_engines.tensorrt_versions import Dialect, context_without_memory, dialect_of
 from dijiang_engines.typed_network import ATTEMPTS, fix_sizes, type_network
@@ -70,7 +71,8 @@ def build(request: dict[str, Any], events: Events) -> None:
 
     Args:
         request: onnx, plan, plugin: paths; dtype; profiles: list of {input: [min, opt, max shapes]};
-            workspace: bytes; optimization_level; timing_cache: path or null; device.
+            workspace: bytes; optimization_level; timing_cache: path or null; device; plugin_products: are
+            matrix products to be the plugin's.
         events: told "phase", "step" and "done".
 
     Raises:
@@ -89,11 +91,15 @@ def build(request: dict[str, Any], events: Events) -> None:
     started = time.perf_counter()
     plan: Any = None
     network: Any = None
+    products: Rewritten | None = None  # also keeps the arrays that its constants point to
     typed = not dialect.strongly_typed and request["dtype"] == "float16"
     attempts = ATTEMPTS if typed else (("nothing", "none"),)
     for held, constraints in attempts:
         network = _parse(poly, request, dialect, messages)
         fix_sizes(network[1], request["profiles"])
+        if request["plugin_products"]:
+            products = rewrite(trt, network[1], request["dtype"])
+            print(f"products of the plugin: {products.to_json()}", file=sys.stderr)
         if typed:
             print(f"held to types: {held}, {type_network(trt, network[1], held)}", file=sys.stderr)
         _list_layers(network[1])
@@ -127,6 +133,7 @@ def build(request: dict[str, Any], events: Events) -> None:
         layers=network[1].num_layers,
         constraints=constraints,
         held=held,
+        plugin_products=None if products is None else products.to_json(),
     )
 
 

@@ -18,6 +18,7 @@ else:
 
 FOLDER = Path(__file__).parent / "recipes"
 MAX_RECIPE_BYTES = 64 << 10
+STEP_PRODUCTS = ("plugin", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Recipe:
     optimization_level: int = 3
     """TensorRT's, 0 to 5: higher takes longer and may find faster kernels."""
     layout: str = "one"
+    step_products: str = "plugin"
+    """Who multiplies in a step plan of its own: "plugin" (see `step_products.py`), or "tensorrt"."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "opt_batch", "max_length", "opt_length", "workspace_mb"):
@@ -53,6 +56,12 @@ class Recipe:
                 )
         if self.layout not in tuple(LAYOUTS):  # a tuple takes what cannot be hashed, too
             raise UsageError("unknown layout", got=repr(self.layout)[:80], expected=" or ".join(LAYOUTS))
+        if self.step_products not in STEP_PRODUCTS:
+            raise UsageError(
+                "unknown step_products",
+                got=repr(self.step_products)[:80],
+                expected=" or ".join(STEP_PRODUCTS),
+            )
         if not self.precisions or any(p not in DTYPES for p in self.precisions):
             raise UsageError(
                 f"unknown precision in the recipe {self.name}",

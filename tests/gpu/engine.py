@@ -195,7 +195,18 @@ class Checks(RunnerChecks):
 
 def kind_of(name: str) -> str:
     """A layer's name without its place."""
-    for kind in ("qkv", "gate", "dense", "up", "down", "lm_head", "DijiangAttention", "norm", "embed"):
+    for kind in (
+        "DijiangLinear",
+        "qkv",
+        "gate",
+        "dense",
+        "up",
+        "down",
+        "lm_head",
+        "DijiangAttention",
+        "norm",
+        "embed",
+    ):
         if kind in name:
             return kind
     return "reformat" if "eformat" in name else "other"

@@ -38,6 +38,10 @@ from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_option
     help="one: a plan with two profiles, weights once in memory; two: a plan each for prefill and steps.",
 )  # fmt: skip
 @click.option(
+    "--step-products", type=click.Choice(["plugin", "tensorrt"]),
+    help="Who multiplies matrices in the step plan of layout two.",
+)  # fmt: skip
+@click.option(
     "--timing-cache", type=click.Path(dir_okay=False, path_type=Path),
     help="Kernel timings to start from and add to. Default: a file in the user's cache folder.",
 )  # fmt: skip
@@ -77,6 +81,7 @@ def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any
         raise UsageError("--timing-cache and --no-timing-cache exclude each other")
     changes = (
         "max_batch", "max_length", "opt_batch", "opt_length", "workspace_mb", "optimization_level", "layout",
+        "step_products",
     )  # fmt: skip
     recipe = load_recipe(given["recipe"]).with_changes(**{name: given[name] for name in changes})
     opened = open_bundle(bundle)

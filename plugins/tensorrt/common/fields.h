@@ -3,10 +3,10 @@
 
 #include <NvInferRuntime.h>
 
-#include <array>
 #include <string>
 
 #include "attributes.h"
+#include "field_table.h"
 
 namespace dijiang::trt {
 
@@ -25,17 +25,12 @@ std::string read_fields(
 // The fields that a plan keeps. They point into this object, which therefore neither moves nor is copied.
 class SerializedFields {
 public:
-    SerializedFields() = default;
-    SerializedFields(const SerializedFields&) = delete;
-    SerializedFields& operator=(const SerializedFields&) = delete;
-
     const nvinfer1::PluginFieldCollection* set(const Attributes& attributes, const Limits& limits) noexcept;
 
 private:
     Attributes attributes_;
     Limits limits_;
-    std::array<nvinfer1::PluginField, kSerializedFields> fields_{};
-    nvinfer1::PluginFieldCollection collection_{};
+    FieldList<kSerializedFields> list_;
 };
 
 }  // namespace dijiang::trt

@@ -28,9 +28,9 @@ nvinfer1::ILogger* logger() {
 
 void set_logger_finder(nvinfer1::ILoggerFinder* given) noexcept { finder.store(given); }
 
-void log(Severity severity, const std::string& text) noexcept {
+void log(Severity severity, const std::string& text, const char* plugin) noexcept {
     try {
-        const std::string line = std::string(kPluginNamespace) + "::" + kPluginName + ": " + text;
+        const std::string line = std::string(kPluginNamespace) + "::" + plugin + ": " + text;
         if (nvinfer1::ILogger* to = logger(); to != nullptr) {
             to->log(severity, line.c_str());
         } else if (severity <= Severity::kWARNING) {
@@ -41,8 +41,9 @@ void log(Severity severity, const std::string& text) noexcept {
     }
 }
 
-int32_t fail(const std::string& text, nvinfer1::IErrorRecorder* recorder) noexcept {
-    log(Severity::kERROR, text);
+int32_t fail(
+    const std::string& text, nvinfer1::IErrorRecorder* recorder, const char* plugin) noexcept {
+    log(Severity::kERROR, text, plugin);
     if (recorder != nullptr) recorder->reportError(nvinfer1::ErrorCode::kFAILED_EXECUTION, text.c_str());
     return -1;
 }

@@ -1,6 +1,6 @@
 // There are two ways in, and a process may use either or both:
-//  - It opens the library (dlopen, ctypes.CDLL, trtexec --staticPlugins): the creator registers itself with
-//    every TensorRT runtime that is loaded.
+//  - It opens the library (dlopen, ctypes.CDLL, trtexec --staticPlugins): the creators register themselves
+//    with every TensorRT runtime that is loaded.
 //  - It calls IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which opens the library, asks it for
 //    its creators and registers them, and fails if they are registered already. So whoever asks for the
 //    creators takes them over: what the library registered by itself is withdrawn first.
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attributes.h"
@@ -45,8 +46,10 @@ public:
         using GetRegistry = nvinfer1::IPluginRegistry* (*)();
         for (void* symbol : host_symbols("getPluginRegistry")) {
             nvinfer1::IPluginRegistry* registry = reinterpret_cast<GetRegistry>(symbol)();
-            if (registry != nullptr && registry->registerCreator(creator(), kPluginNamespace)) {
-                registries_.push_back(registry);
+            if (registry == nullptr) continue;
+            for (Creator* creator : creators()) {
+                if (registry->registerCreator(*creator, kPluginNamespace))
+                    registered_.emplace_back(registry, creator);
             }
         }
     }
@@ -56,13 +59,13 @@ public:
 
     void withdraw() noexcept {
         const std::lock_guard<std::mutex> lock(mutex_);
-        for (nvinfer1::IPluginRegistry* registry : registries_) registry->deregisterCreator(creator());
-        registries_.clear();
+        for (const auto& [registry, creator] : registered_) registry->deregisterCreator(*creator);
+        registered_.clear();
     }
 
 private:
     std::mutex mutex_;
-    std::vector<nvinfer1::IPluginRegistry*> registries_;
+    std::vector<std::pair<nvinfer1::IPluginRegistry*, Creator*>> registered_;
 };
 
 OwnRegistration own_registration;
@@ -81,7 +84,7 @@ DIJIANG_EXPORT dijiang::trt::Creator* const* getPluginCreators(int32_t& count)
 #endif
 {
     dijiang::trt::own_registration.withdraw();
-    static dijiang::trt::Creator* const creators[] = {&dijiang::trt::creator()};
-    count = 1;
-    return creators;
+    const dijiang::trt::Creators& creators = dijiang::trt::creators();
+    count = static_cast<int32_t>(creators.size());
+    return creators.data();
 }

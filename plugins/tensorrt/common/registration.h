@@ -1,7 +1,10 @@
-// How TensorRT gets to know the plugin's creator.
+// How TensorRT gets to know the plugins' creators.
 #pragma once
 
 #include <NvInferRuntime.h>
+
+#include <array>
+#include <new>
 
 namespace dijiang::trt {
 
@@ -11,7 +14,18 @@ using Creator = nvinfer1::IPluginCreatorInterface;
 using Creator = nvinfer1::IPluginCreator;
 #endif
 
-// The one creator of this library; each shell defines it. It is never destroyed.
-Creator& creator() noexcept;
+using Creators = std::array<Creator*, 2>;  // DijiangAttention's and DijiangLinear's
+
+// The creators of this library; each shell defines this. They are never destroyed.
+const Creators& creators() noexcept;
+
+// The one object of a class, in storage of its own: registries may look at creators while static objects are
+// being destroyed.
+template <typename Class>
+Class* immortal() noexcept {
+    alignas(Class) static unsigned char storage[sizeof(Class)];
+    static Class* const made = new (storage) Class;
+    return made;
+}
 
 }  // namespace dijiang::trt

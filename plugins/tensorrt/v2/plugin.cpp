@@ -1,24 +1,13 @@
 #include "plugin.h"
 
-#include <exception>
 #include <memory>
 
 #include "blob.h"
+#include "guard.h"
 #include "log.h"
 
 namespace dijiang::trt {
 namespace {
-
-// TensorRT's interfaces let no exception through: what a body throws (only the host being out of memory) is
-// its text.
-template <typename Body>
-std::string text_of(Body&& body) noexcept {
-    try {
-        return body();
-    } catch (const std::exception& error) {
-        return error.what();
-    }
-}
 
 int32_t report(const std::string& wrong) noexcept { return wrong.empty() ? 0 : fail(wrong); }
 

@@ -1,8 +1,8 @@
-// Makes PluginV3 objects out of an ONNX node's attributes or a plan's fields.
+// Makes PluginV3 objects out of a node's attributes or a plan's fields.
 #include <exception>
-#include <new>
 
 #include "fields.h"
+#include "linear_plugin.h"
 #include "log.h"
 #include "plugin.h"
 #include "registration.h"
@@ -10,25 +10,52 @@
 namespace dijiang::trt {
 namespace {
 
+// What the two plugins do differently: their name, their fields, and how they are read.
+struct Attention {
+    static const char* name() { return kPluginName; }
+    static const nvinfer1::PluginFieldCollection* fields() noexcept { return field_names(); }
+
+    std::string read(const nvinfer1::PluginFieldCollection* given, bool of_plan) {
+        return read_fields(given, attributes, of_plan ? &limits : nullptr);
+    }
+    std::string unfit() const { return why_unsupported(attributes); }
+    nvinfer1::IPluginV3* make() const { return new PluginV3(attributes, limits); }
+
+    Attributes attributes;
+    Limits limits;
+};
+
+struct Linear {
+    static const char* name() { return linear::kName; }
+    static const nvinfer1::PluginFieldCollection* fields() noexcept { return linear::field_names(); }
+
+    std::string read(const nvinfer1::PluginFieldCollection* given, bool) {
+        return linear::read_fields(given, attributes);
+    }
+    std::string unfit() const { return linear::why_unsupported(attributes); }
+    nvinfer1::IPluginV3* make() const { return new linear::PluginV3(attributes); }
+
+    linear::Attributes attributes;
+};
+
+template <typename Kind>
 class CreatorV3 final : public nvinfer1::IPluginCreatorV3One {
 public:
-    const char* getPluginName() const noexcept override { return kPluginName; }
+    const char* getPluginName() const noexcept override { return Kind::name(); }
     const char* getPluginVersion() const noexcept override { return kPluginVersion; }
     const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
-    const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return field_names(); }
+    const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return Kind::fields(); }
 
     nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
         nvinfer1::TensorRTPhase phase) noexcept override {
         try {
-            Attributes attributes;
-            Limits limits;
-            const bool runtime = phase == nvinfer1::TensorRTPhase::kRUNTIME;
-            std::string wrong = read_fields(fields, attributes, runtime ? &limits : nullptr);
-            if (wrong.empty()) wrong = why_unsupported(attributes);
-            if (wrong.empty()) return new PluginV3(attributes, limits);
-            fail("node " + std::string(name == nullptr ? "" : name) + ": " + wrong);
+            Kind kind;
+            std::string wrong = kind.read(fields, phase == nvinfer1::TensorRTPhase::kRUNTIME);
+            if (wrong.empty()) wrong = kind.unfit();
+            if (wrong.empty()) return kind.make();
+            fail("node " + std::string(name == nullptr ? "" : name) + ": " + wrong, nullptr, Kind::name());
         } catch (const std::exception& error) {
-            fail(std::string("cannot create: ") + error.what());
+            fail(std::string("cannot create: ") + error.what(), nullptr, Kind::name());
         }
         return nullptr;
     }
@@ -36,11 +63,9 @@ public:
 
 }  // namespace
 
-Creator& creator() noexcept {
-    // In storage of its own: registries may look at it while static objects are being destroyed.
-    alignas(CreatorV3) static unsigned char storage[sizeof(CreatorV3)];
-    static CreatorV3* const made = new (storage) CreatorV3;
-    return *made;
+const Creators& creators() noexcept {
+    static const Creators all = {immortal<CreatorV3<Attention>>(), immortal<CreatorV3<Linear>>()};
+    return all;
 }
 
 }  // namespace dijiang::trt

@@ -1,26 +1,11 @@
 #include "plugin.h"
 
-#include <exception>
 #include <memory>
 
+#include "guard.h"
 #include "log.h"
 
 namespace dijiang::trt {
-namespace {
-
-// TensorRT's interfaces let no exception through: what a body throws (only the host being out of memory) is
-// its text.
-template <typename Body>
-std::string text_of(Body&& body) noexcept {
-    try {
-        return body();
-    } catch (const std::exception& error) {
-        return error.what();
-    }
-}
-
-}  // namespace
-
 PluginV3::PluginV3(const Attributes& attributes, const Limits& limits)
     : layer_(attributes, limits), identity_(describe(attributes)) {}
 

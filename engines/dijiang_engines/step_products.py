@@ -1,0 +1,386 @@
+"""Gives the matrix products of a step's network to the plugin DijiangLinear, before TensorRT builds it.
+
+TensorRT's own products of one row read weights far below the memory's speed (docs/performance.md). The
+network that its parser made is searched for products with constant weights; each takes along its bias, the
+LayerNorm of its input, its activation, and the sum with a residual and a second product. Products of one
+input that do not depend on each other become one launch. What is not recognised stays TensorRT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dijiang_engines import kernels_abi as abi
+from dijiang_engines.errors import RunnerError
+from dijiang_engines.step_graph import POINTWISE, Floats, Graph, Node, read_graph
+
+MAX_BATCH = 8
+"""Rows of a step from which on TensorRT's products are used: more do not share one reading of the weights."""
+
+_NAME, _VERSION, _NAMESPACE = "DijiangLinear", "1", "dijiang"
+_SAMPLES = np.linspace(-6, 6, 61)
+_ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
+    "relu": POINTWISE["RELU"], "gelu": POINTWISE["GELU_ERF"], "gelu_tanh": POINTWISE["GELU_TANH"],
+    "silu": lambda x: x * POINTWISE["SIGMOID"](x),
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Product:
+    """x W + b; `result` is the tensor that holds it, or its activation."""
+
+    input: Any
+    """Before the norm."""
+    weight: Any
+    """[K, N]."""
+    result: Any
+    bias: Any = None
+    norm: tuple[Any, Any, float] | None = None
+    """weight, bias, epsilon."""
+    activation: str = "identity"
+
+    @property
+    def width(self) -> int:
+        """N."""
+        return int(self.weight.shape[1])
+
+
+@dataclass
+class Output:
+    """One output of a launch."""
+
+    terms: list[Product]
+    result: Any
+    activation: str = "identity"
+    residual: Any = None
+
+    @property
+    def norm(self) -> tuple[Any, Any, float] | None:
+        """Of the terms' input."""
+        return self.terms[0].norm
+
+
+@dataclass
+class Rewritten:
+    """What became of the products."""
+
+    launches: int = 0
+    products: int = 0
+    left: int = 0
+    """To TensorRT."""
+    kept: list[Any] = field(default_factory=list)
+    """Arrays that must live until the engine is built."""
+
+    def to_json(self) -> dict[str, int]:
+        """For the engine's manifest."""
+        return {"launches": self.launches, "products": self.products, "left": self.left}
+
+
+def rewrite(trt: Any, network: Any, dtype: str) -> Rewritten:
+    """Replace products by plugin layers.
+
+    Args:
+        trt: the tensorrt module, with the plugin registered.
+        network: TensorRT's INetworkDefinition of a step, parsed and not yet typed.
+        dtype: "float16" or "bfloat16"; networks in float32 have no such kernels.
+
+    Returns:
+        Counts, and what must be kept alive.
+
+    Raises:
+        RunnerError: the plugin is not registered, or refuses a layer.
+    """
+    graph = read_graph(trt, network)
+    done = Rewritten()
+    found: list[Product] = []
+    for node in graph.nodes:
+        if node.kind == "MATRIX_MULTIPLY":
+            product = _product(trt, graph, node, dtype)
+            if product is None:
+                done.left += 1
+            else:
+                found.append(product)
+    # A network lists layers after what they read: in the order of their inputs, so come the launches.
+    order = {tensor.name: index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
+    launches = list(_launches(list(_outputs(graph, found))))
+    launches.sort(key=lambda launch: max(order.get(t.name, -1) for o in launch for t in _reads(o)))
+    now: dict[str, Any] = {}
+    for launch in launches:
+        _replace(trt, network, graph, launch, dtype, now, done)
+        done.launches += 1
+        done.products += sum(len(output.terms) for output in launch)
+    return done
+
+
+# -- finding --------------------------------------------------------------------------------------------
+
+
+def _product(trt: Any, graph: Graph, node: Node, dtype: str) -> Product | None:
+    plain = [str(op).rpartition(".")[2] == "NONE" for op in (node.layer.op0, node.layer.op1)]
+    weight = graph.constant(node.inputs[1]) if all(plain) else None
+    if weight is None or weight.size == 0 or weight.ndim < 2 or weight.itemsize not in (2, 4):
+        return None
+    weight = weight.reshape(weight.shape[-2:]) if weight.size == weight.shape[-2] * weight.shape[-1] else None
+    if weight is None or weight.shape[0] % abi.LINEAR_INNER_STEP or node.outputs[0].name in graph.outputs:
+        return None
+    if dtype == "float16" and weight.dtype != np.float16:
+        narrow = weight.astype(np.float16)  # the parser may have widened them
+        if not np.array_equal(narrow.astype(weight.dtype), weight):
+            return None
+        weight = narrow
+    if weight.itemsize != 2:
+        return None
+    product = Product(node.inputs[0], weight, node.outputs[0])
+    _take_norm(graph, product)
+    _take_bias(graph, product)
+    _take_activation(graph, product)
+    return product
+
+
+def _take_norm(graph: Graph, product: Product) -> None:
+    node = graph.maker(product.input)
+    if node is None or node.kind != "NORMALIZATION" or node.layer.axes != 1 << 2:
+        return
+    weight, bias = (graph.constant(tensor) for tensor in node.inputs[1:3])
+    inner = product.weight.shape[0]
+    if weight is None or bias is None or weight.size != inner or bias.size != inner:
+        return
+    product.norm = (_floats(weight), _floats(bias), float(node.layer.epsilon))
+    product.input = node.inputs[0]
+
+
+def _take_bias(graph: Graph, product: Product) -> None:
+    following = _only_reader(graph, product.result)
+    if following is None or following.operation != "SUM" or following.kind != "ELEMENTWISE":
+        return
+    others = [tensor for tensor in following.inputs if tensor.name != product.result.name]
+    bias = graph.constant(others[0]) if len(others) == 1 else None
+    if bias is not None and bias.size == product.width and following.outputs[0].name not in graph.outputs:
+        product.bias = _floats(bias)
+        product.result = following.outputs[0]
+
+
+def _take_activation(graph: Graph, product: Product) -> None:
+    """Pointwise layers that follow, if they end in one tensor and compute something that the plugin has."""
+    inside = {product.result.name}
+    last = None
+    grew = True
+    while grew:
+        grew = False
+        for name in list(inside):
+            for node, _ in graph.readers.get(name, []):
+                made = node.outputs[0]
+                if made.name in inside or node.kind not in ("ELEMENTWISE", "UNARY", "ACTIVATION"):
+                    continue
+                if all(t.name in inside or graph.constant(t) is not None for t in node.inputs):
+                    inside.add(made.name)
+                    last, grew = made, True
+    if last is None:
+        return
+    leaving = [
+        name for name in inside
+        if name in graph.outputs
+        or any(node.outputs[0].name not in inside for node, _ in graph.readers.get(name, []))
+    ]  # fmt: skip
+    if len(leaving) != 1 or leaving[0] in graph.outputs:
+        return
+    end = graph.makers[leaving[0]].outputs[0]
+    values = graph.compute(end, {product.result.name: _SAMPLES})
+    if values is None or values.shape != _SAMPLES.shape:
+        return
+    for name, function in _ACTIVATIONS.items():
+        if np.allclose(values, function(_SAMPLES), rtol=0, atol=1e-3):  # constants are of 16 bits
+            product.activation, product.result = name, end
+            return
+
+
+def _outputs(graph: Graph, products: list[Product]) -> Iterator[Output]:
+    by_result = {product.result.name: product for product in products}
+    taken: set[str] = set()
+    for product in products:
+        if product.result.name in taken:
+            continue
+        output = _gated(graph, product, by_result) or _summed(graph, product, by_result)
+        output = output or Output([product], product.result, product.activation)
+        taken |= {term.result.name for term in output.terms}
+        yield output
+
+
+def _gated(graph: Graph, product: Product, by_result: dict[str, Product]) -> Output | None:
+    """silu(first) * second, of one input."""
+    following = _only_reader(graph, product.result)
+    if following is None or following.operation != "PROD" or following.kind != "ELEMENTWISE":
+        return None
+    pair = [by_result.get(tensor.name) for tensor in following.inputs]
+    pair.sort(key=lambda term: term is None or term.activation != "silu")
+    first, second = pair
+    if first is None or second is None or (first.activation, second.activation) != ("silu", "identity"):
+        return None
+    same = first.input.name == second.input.name and first.weight.shape == second.weight.shape
+    same = same and (first.norm is None) == (second.norm is None)
+    if first.norm is not None and second.norm is not None:
+        same = same and all(np.array_equal(a, b) for a, b in zip(first.norm, second.norm, strict=True))
+    alone = all(_only_reader(graph, term.result) is following for term in (first, second))
+    if not same or not alone or following.outputs[0].name in graph.outputs:
+        return None
+    return Output([first, second], following.outputs[0], "swiglu")
+
+
+def _summed(graph: Graph, product: Product, by_result: dict[str, Product]) -> Output | None:
+    """The largest sum of one or two products and at most one other tensor."""
+    best = None
+    if product.activation != "identity":
+        return None
+    tensor = product.result
+    while (following := _only_reader(graph, tensor)) is not None:
+        if following.kind != "ELEMENTWISE" or following.operation != "SUM":
+            break
+        tensor = following.outputs[0]
+        if tensor.name in graph.outputs:
+            break
+        leaves = list(_leaves(graph, following, by_result))
+        terms = [by_result[leaf.name] for leaf in leaves if _is_term(graph, leaf, by_result)]
+        others = [leaf for leaf in leaves if not _is_term(graph, leaf, by_result)]
+        wide = all(term.width == product.width for term in terms)
+        if (
+            len(terms) > 2
+            or len(others) > 1
+            or not wide
+            or any(graph.constant(t) is not None for t in others)
+        ):
+            continue
+        if any(t.shape[-1] != product.width for t in others):
+            continue  # broadcast
+        if len(terms) == 2 and any(term.norm is not None for term in terms):
+            continue
+        best = Output(terms, tensor, "identity", others[0] if others else None)
+    return best
+
+
+def _is_term(graph: Graph, tensor: Any, by_result: dict[str, Product]) -> bool:
+    product = by_result.get(tensor.name)
+    return (
+        product is not None and product.activation == "identity" and _only_reader(graph, tensor) is not None
+    )
+
+
+def _leaves(graph: Graph, node: Node, by_result: dict[str, Product]) -> Iterator[Any]:
+    for tensor in node.inputs:
+        maker = graph.maker(tensor)
+        inner = maker is not None and maker.kind == "ELEMENTWISE" and maker.operation == "SUM"
+        if inner and tensor.name not in by_result and _only_reader(graph, tensor) is not None:
+            assert maker is not None
+            yield from _leaves(graph, maker, by_result)
+        else:
+            yield tensor
+
+
+def _launches(outputs: list[Output]) -> Iterator[list[Output]]:
+    """Outputs of one input together: they depend on it and on constants alone."""
+    groups: dict[str, list[Output]] = {}
+    for output in outputs:
+        alike = output.residual is None and len({term.input.name for term in output.terms}) == 1
+        key = output.terms[0].input.name if alike else f"alone {output.result.name}"
+        group = groups.setdefault(key, [])
+        group.append(output)
+        terms = sum(len(member.terms) for member in group)
+        if terms == abi.LINEAR_MAX_TERMS or len(group) == abi.LINEAR_MAX_OUTPUTS:
+            yield groups.pop(key)
+        elif terms > abi.LINEAR_MAX_TERMS:
+            yield group[:-1]
+            groups[key] = [output]
+    yield from groups.values()
+
+
+def _reads(output: Output) -> list[Any]:
+    """Its tensors that are not constant."""
+    return [term.input for term in output.terms] + ([] if output.residual is None else [output.residual])
+
+
+def _only_reader(graph: Graph, tensor: Any) -> Node | None:
+    readers = graph.read_by(tensor)
+    return readers[0][0] if len(readers) == 1 and tensor.name not in graph.outputs else None
+
+
+def _floats(array: Any) -> Any:
+    return np.ascontiguousarray(np.asarray(array, np.float32).reshape(-1))
+
+
+# -- replacing ------------------------------------------------------------------------------------------
+
+
+def _replace(
+    trt: Any,
+    network: Any,
+    graph: Graph,
+    launch: list[Output],
+    dtype: str,
+    now: dict[str, Any],
+    done: Rewritten,
+) -> None:
+    """Add one plugin layer; `now` has the tensors that came in the place of others, by the others' names."""
+
+    def constant(array: Any) -> Any:
+        done.kept.append(array)
+        return network.add_constant(array.shape, trt.Weights(array)).get_output(0)
+
+    inputs: list[Any] = []
+    terms = [(index, term) for index, output in enumerate(launch) for term in output.terms]
+    for _, term in terms:
+        # A row per output element, two 16-bit numbers in an int32: TensorRT converts and copies no integers.
+        rows = np.ascontiguousarray(term.weight.T).view(np.int32)
+        inputs += [now.get(term.input.name, term.input), constant(rows)]
+        if term.bias is not None:
+            inputs.append(constant(term.bias))
+    for output in launch:
+        if output.norm is not None:
+            inputs += [constant(output.norm[0]), constant(output.norm[1])]
+        if output.residual is not None:
+            inputs.append(now.get(output.residual.name, output.residual))
+
+    def number(values: list[int]) -> Any:
+        return np.array(values, np.int32)
+
+    norms = [output.norm for output in launch]
+    values = {
+        "term_output": number([index for index, _ in terms]),
+        "term_bias": number([int(term.bias is not None) for _, term in terms]),
+        "output_activation": number([abi.ACTIVATIONS[output.activation] for output in launch]),
+        "output_norm": number([abi.NORMS["layer_norm" if norm else "norm_none"] for norm in norms]),
+        "output_norm_bias": number([int(norm is not None) for norm in norms]),
+        "output_epsilon": np.array([norm[2] if norm else 0.0 for norm in norms], np.float32),
+        "output_residual": number([int(output.residual is not None) for output in launch]),
+        "dtype": number([abi.DTYPES[dtype]]),
+    }
+    layer = _add_plugin(trt, network, inputs, values, done)
+    layer.name = f"{_NAME} {launch[0].result.name}"
+    for index, output in enumerate(launch):
+        now[output.result.name] = layer.get_output(index)
+        for node, place in graph.read_by(output.result):
+            node.layer.set_input(place, layer.get_output(index))
+
+
+def _add_plugin(trt: Any, network: Any, inputs: list[Any], values: dict[str, Any], done: Rewritten) -> Any:
+    kinds = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32}
+    fields = [trt.PluginField(name, value, kinds[str(value.dtype)]) for name, value in values.items()]
+    collection = trt.PluginFieldCollection(fields)
+    done.kept += [values, fields, collection]
+    registry = trt.get_plugin_registry()
+    modern = hasattr(network, "add_plugin_v3")
+    find = registry.get_creator if modern else registry.get_plugin_creator
+    creator = find(_NAME, _VERSION, _NAMESPACE)
+    if creator is None:
+        raise RunnerError(
+            f"the plugin {_NAME} is not registered",
+            hint="build the plugin again: `dijiang-export build-plugin`",
+        )
+    phase = (trt.TensorRTPhase.BUILD,) if modern else ()
+    plugin = creator.create_plugin(_NAME, collection, *phase)
+    if plugin is None:
+        raise RunnerError(f"the plugin {_NAME} refuses a layer; the builder's log says why")
+    done.kept.append(plugin)
+    return network.add_plugin_v3(inputs, [], plugin) if modern else network.add_plugin_v2(inputs, plugin)

@@ -1,0 +1,74 @@
+#include "linear/attributes.h"
+
+#include <cstdio>
+
+namespace dijiang::trt::linear {
+namespace {
+
+std::string wrong_flags(const char* name, const int32_t* values, int32_t count) {
+    for (int32_t i = 0; i < count; ++i)
+        if (values[i] != 0 && values[i] != 1)
+            return std::string(name) + " is not possible; got " + std::to_string(values[i]) + "; expected 0 or 1";
+    return {};
+}
+
+}  // namespace
+
+dijiang_linear_call call_of(const Attributes& attributes) {
+    dijiang_linear_call call{};
+    call.dtype = attributes.dtype;
+    call.term_count = attributes.terms;
+    call.output_count = attributes.outputs;
+    // What names weights, biases and norms is constant in an engine; see Layer.
+    call.constant_weights = 1;
+    for (int32_t t = 0; t < attributes.terms; ++t) call.terms[t].output = attributes.term_output[t];
+    for (int32_t o = 0; o < attributes.outputs; ++o) {
+        call.outputs[o].activation = attributes.output_activation[o];
+        call.outputs[o].norm = attributes.output_norm[o];
+        call.outputs[o].epsilon = attributes.output_epsilon[o];
+    }
+    return call;
+}
+
+std::string why_unsupported(const Attributes& attributes) {
+    const struct {
+        const char* name;
+        const int32_t* values;
+        int32_t count;
+    } flags[] = {{"term_bias", attributes.term_bias, attributes.terms},
+        {"output_norm_bias", attributes.output_norm_bias, attributes.outputs},
+        {"output_residual", attributes.output_residual, attributes.outputs}};
+    for (const auto& it : flags) {
+        std::string wrong = wrong_flags(it.name, it.values, it.count);
+        if (!wrong.empty()) return wrong;
+    }
+    for (int32_t o = 0; o < attributes.outputs; ++o)
+        if (attributes.output_norm[o] == DIJIANG_NORM_NONE && attributes.output_norm_bias[o] != 0)
+            return "output_norm_bias is 1 where output_norm is 0; expected 0";
+    // The kernels know the rest. A plugin is also created where there is no GPU, and before its sizes are known.
+    dijiang_device device{};
+    device.compute_capability = 80;
+    device.multiprocessors = 108;
+    device.shared_memory = 163 * 1024;
+    dijiang_linear_call call = call_of(attributes);
+    call.rows = 1;
+    for (dijiang_linear_term& term : call.terms) term.inner = DIJIANG_LINEAR_INNER_STEP;
+    for (dijiang_linear_output& output : call.outputs) output.width = 1;
+    return dijiang_linear_plan(&call, &device, nullptr, 0) == DIJIANG_OK ? "" : dijiang_last_error();
+}
+
+std::string describe(const Attributes& attributes) {
+    std::string text = "dtype=" + std::to_string(attributes.dtype);
+    for (int32_t t = 0; t < attributes.terms; ++t)
+        text += " term=" + std::to_string(attributes.term_output[t]) + "," + std::to_string(attributes.term_bias[t]);
+    for (int32_t o = 0; o < attributes.outputs; ++o) {
+        char epsilon[40];
+        std::snprintf(epsilon, sizeof epsilon, "%a", static_cast<double>(attributes.output_epsilon[o]));
+        text += " output=" + std::to_string(attributes.output_activation[o]) + "," +
+                std::to_string(attributes.output_norm[o]) + "," + std::to_string(attributes.output_norm_bias[o]) + "," +
+                std::to_string(attributes.output_residual[o]) + "," + epsilon;
+    }
+    return text;
+}
+
+}  // namespace dijiang::trt::linear

@@ -1,0 +1,34 @@
+// What a DijiangLinear layer carries besides its tensors. No TensorRT header here.
+#pragma once
+
+#include <string>
+
+#include "dijiang/linear.h"
+
+namespace dijiang::trt::linear {
+
+constexpr char kName[] = "DijiangLinear";
+constexpr int32_t kMostTerms = DIJIANG_LINEAR_MAX_TERMS, kMostOutputs = DIJIANG_LINEAR_MAX_OUTPUTS;
+// A term has an input, weights and perhaps a bias; an output perhaps a norm's two tensors and a residual.
+constexpr int32_t kMostInputs = 3 * kMostTerms + 3 * kMostOutputs;
+
+// The fields of docs/tensorrt-plugin.md; entries beyond the counts are 0.
+struct Attributes {
+    int32_t terms = 0, outputs = 0;
+    int32_t dtype = 0;
+    int32_t term_output[kMostTerms] = {}, term_bias[kMostTerms] = {};
+    int32_t output_activation[kMostOutputs] = {}, output_norm[kMostOutputs] = {};
+    int32_t output_norm_bias[kMostOutputs] = {}, output_residual[kMostOutputs] = {};
+    float output_epsilon[kMostOutputs] = {};
+};
+
+// The C ABI's call of a layer with these attributes, its sizes and pointers still to be filled in.
+dijiang_linear_call call_of(const Attributes& attributes);
+
+// "" if the kernels can do such a layer on some GPU, else what is wrong with it.
+std::string why_unsupported(const Attributes& attributes);
+
+// One line, the same for equal attributes.
+std::string describe(const Attributes& attributes);
+
+}  // namespace dijiang::trt::linear

@@ -1,0 +1,66 @@
+#include "linear/fields.h"
+
+#include <cstring>
+
+namespace dijiang::trt::linear {
+namespace {
+
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+
+constexpr FieldRule kRules[kFields] = {
+    {"term_output", PluginFieldType::kINT32, kMostTerms},
+    {"term_bias", PluginFieldType::kINT32, kMostTerms},
+    {"output_activation", PluginFieldType::kINT32, kMostOutputs},
+    {"output_norm", PluginFieldType::kINT32, kMostOutputs},
+    {"output_norm_bias", PluginFieldType::kINT32, kMostOutputs},
+    {"output_epsilon", PluginFieldType::kFLOAT32, kMostOutputs},
+    {"output_residual", PluginFieldType::kINT32, kMostOutputs},
+    {"dtype", PluginFieldType::kINT32, 1},
+};
+enum Rule { kTermOutput, kTermBias, kOutputActivation, kOutputNorm, kOutputNormBias, kOutputEpsilon, kOutputResidual };
+
+// Where the values of each rule are.
+struct Addresses {
+    explicit Addresses(Attributes& a)
+        : at{a.term_output, a.term_bias, a.output_activation, a.output_norm, a.output_norm_bias, a.output_epsilon,
+              a.output_residual, &a.dtype} {}
+
+    void* at[kFields];
+};
+
+int32_t length_of(const Attributes& attributes, int32_t rule) {
+    return rule <= kTermBias ? attributes.terms : rule <= kOutputResidual ? attributes.outputs : 1;
+}
+
+}  // namespace
+
+const nvinfer1::PluginFieldCollection* field_names() noexcept { return advertised<kRules, kFields>(); }
+
+std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes) {
+    const PluginField* found[kFields];
+    const std::string wrong = find_fields(fields, kRules, kFields, kFields, found);
+    if (!wrong.empty()) return wrong;
+    attributes = {};
+    attributes.terms = found[kTermOutput]->length;
+    attributes.outputs = found[kOutputActivation]->length;
+    const Addresses addresses(attributes);
+    for (int32_t i = 0; i < kFields; ++i) {
+        const int32_t length = length_of(attributes, i);
+        if (found[i]->length != length)
+            return "field " + std::string(kRules[i].name) + " has " + std::to_string(found[i]->length) +
+                   " values; expected " + std::to_string(length);
+        std::memcpy(addresses.at[i], found[i]->data, 4 * static_cast<size_t>(length));
+    }
+    return {};
+}
+
+const nvinfer1::PluginFieldCollection* SerializedFields::set(const Attributes& attributes) noexcept {
+    attributes_ = attributes;
+    const Addresses addresses(attributes_);
+    list_.clear();
+    for (int32_t i = 0; i < kFields; ++i) list_.add(kRules[i], addresses.at[i], length_of(attributes_, i));
+    return list_.get();
+}
+
+}  // namespace dijiang::trt::linear

@@ -1,0 +1,210 @@
+#include "linear/layer.h"
+
+namespace dijiang::trt::linear {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginTensorDesc;
+
+struct View {
+    const Dims* dims;
+    DataType type;
+};
+
+const char* const kKinds[] = {"input", "weight", "bias", "norm_weight", "norm_bias", "residual", "output"};
+
+const char* type_name(DataType type) {
+    switch (type) {
+        case DataType::kFLOAT: return "float32";
+        case DataType::kHALF: return "float16";
+        case DataType::kINT32: return "int32";
+        default: return "another type";
+    }
+}
+
+std::string shape_of(const Dims& dims) {
+    std::string text = "[";
+    for (int32_t i = 0; i < dims.nbDims; ++i) text += (i == 0 ? "" : ", ") + std::to_string(dims.d[i]);
+    return text + "]";
+}
+
+// A size that one tensor says and the others must repeat; -1 while it is unknown.
+bool agree(int64_t got, int64_t& size, bool dynamic) {
+    if (got == -1 && dynamic) return true;
+    if (got < 0) return false;
+    if (size < 0) size = got;
+    return got == size;
+}
+
+}  // namespace
+
+Layer::Layer(const Attributes& attributes) : attributes_(attributes) {
+    const auto add = [this](Kind kind, int32_t index) { places_[inputs_++] = {kind, index}; };
+    for (int32_t t = 0; t < attributes.terms; ++t) {
+        add(Kind::input, t);
+        add(Kind::weight, t);
+        if (attributes.term_bias[t] != 0) add(Kind::bias, t);
+    }
+    for (int32_t o = 0; o < attributes.outputs; ++o) {
+        if (attributes.output_norm[o] != DIJIANG_NORM_NONE) add(Kind::norm_weight, o);
+        if (attributes.output_norm_bias[o] != 0) add(Kind::norm_bias, o);
+        if (attributes.output_residual[o] != 0) add(Kind::residual, o);
+    }
+    for (int32_t o = 0; o < attributes.outputs; ++o) places_[inputs_ + o] = {Kind::output, o};
+}
+
+int32_t Layer::input_of(int32_t output) const {
+    for (int32_t at = 0; at < inputs_; ++at)
+        if (places_[at].kind == Kind::input && attributes_.term_output[places_[at].index] == output) return at;
+    return 0;
+}
+
+int32_t Layer::weight_of(int32_t output) const { return input_of(output) + 1; }
+
+DataType Layer::type() const {
+#if NV_TENSORRT_MAJOR >= 10
+    if (attributes_.dtype == DIJIANG_BFLOAT16) return DataType::kBF16;
+#endif
+    return DataType::kHALF;
+}
+
+DataType Layer::type_at(int32_t at) const {
+    switch (places_[at].kind) {
+        case Kind::weight: return DataType::kINT32;
+        case Kind::bias:
+        case Kind::norm_weight:
+        case Kind::norm_bias: return DataType::kFLOAT;
+        default: return type();
+    }
+}
+
+bool Layer::supports(int32_t at, int32_t inputs, int32_t outputs, const PluginTensorDesc& tensor) const {
+    return inputs == inputs_ && outputs == attributes_.outputs && at >= 0 && at < inputs + outputs &&
+           tensor.format == nvinfer1::TensorFormat::kLINEAR && tensor.type == type_at(at);
+}
+
+std::string Layer::name(int32_t at) const {
+    const Place it = places_[at];
+    const bool output = at >= inputs_;
+    return std::string(output ? "output " : "input ") + std::to_string(output ? at - inputs_ : at) + " (" +
+           kKinds[static_cast<int>(it.kind)] + " of " +
+           (it.kind == Kind::input || it.kind == Kind::weight || it.kind == Kind::bias ? "term " : "output ") +
+           std::to_string(it.index) + ")";
+}
+
+template <typename Look>
+std::string Layer::examine(int32_t inputs, int32_t outputs, bool dynamic, Look look, dijiang_linear_call& call) const {
+    if (inputs != inputs_ || outputs != attributes_.outputs)
+        return "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; expected " +
+               std::to_string(inputs_) + " and " + std::to_string(attributes_.outputs);
+    int64_t batch = -1, length = -1, inner[kMostTerms], width[kMostOutputs];
+    for (int64_t& size : inner) size = -1;
+    for (int64_t& size : width) size = -1;
+    // Twice, since what comes first may only be known from what comes later.
+    for (int32_t round = 0; round < 2; ++round)
+        for (int32_t at = 0; at < inputs + outputs; ++at) {
+            const View tensor = look(at);
+            const Place it = places_[at];
+            const bool of_term = it.kind == Kind::input || it.kind == Kind::weight || it.kind == Kind::bias;
+            int64_t& n = width[of_term ? attributes_.term_output[it.index] : it.index];
+            int64_t& k = inner[of_term ? it.index : places_[input_of(it.index)].index];
+            const Dims& dims = *tensor.dims;
+            bool good = tensor.type == type_at(at);
+            std::string right;
+            switch (it.kind) {
+                case Kind::weight: {
+                    int64_t half = k < 0 ? -1 : k / 2;
+                    good = good && dims.nbDims == 2 && agree(dims.d[0], n, dynamic) && agree(dims.d[1], half, dynamic);
+                    if (k < 0 && half > 0) k = 2 * half;
+                    right = "[" + std::to_string(n) + ", " + std::to_string(k < 0 ? -1 : k / 2) + "]";
+                    break;
+                }
+                case Kind::bias:
+                case Kind::norm_weight:
+                case Kind::norm_bias: {
+                    int64_t& size = it.kind == Kind::bias ? n : k;
+                    good = good && dims.nbDims == 1 && agree(dims.d[0], size, dynamic);
+                    right = "[" + std::to_string(size) + "]";
+                    break;
+                }
+                default: {
+                    int64_t& size = it.kind == Kind::input ? k : n;
+                    good = good && dims.nbDims == 3 && agree(dims.d[0], batch, dynamic) &&
+                           agree(dims.d[1], length, dynamic) && agree(dims.d[2], size, dynamic);
+                    right = "[" + std::to_string(batch) + ", " + std::to_string(length) + ", " + std::to_string(size) +
+                            "]";
+                }
+            }
+            if (!good)
+                return name(at) + " is " + type_name(tensor.type) + " " + shape_of(dims) + "; expected " +
+                       type_name(type_at(at)) + " " + right + (dynamic ? " (-1: any size)" : "");
+        }
+    call = call_of(attributes_);
+    const int64_t rows = batch < 0 || length < 0 ? 1 : batch * length;
+    if (rows > INT32_MAX) return "got " + std::to_string(rows) + " rows; expected fewer than 2^31";
+    call.rows = static_cast<int32_t>(rows);
+    for (int32_t t = 0; t < attributes_.terms; ++t)
+        call.terms[t].inner = inner[t] < 0 ? DIJIANG_LINEAR_INNER_STEP : static_cast<int32_t>(inner[t]);
+    for (int32_t o = 0; o < attributes_.outputs; ++o)
+        call.outputs[o].width = width[o] < 0 ? 1 : static_cast<int32_t>(width[o]);
+    return {};
+}
+
+std::string Layer::configure(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
+    int32_t outputs) const {
+    dijiang_linear_call call;
+    return examine(
+        inputs, outputs, true,
+        [&](int32_t at) {
+            const PluginTensorDesc& desc = at < inputs ? in[at].desc : out[at - inputs].desc;
+            return View{&desc.dims, desc.type};
+        },
+        call);
+}
+
+std::string Layer::prepare(
+    const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out, int32_t outputs) const {
+    dijiang_linear_call call;
+    std::string wrong = examine(
+        inputs, outputs, false,
+        [&](int32_t at) {
+            const PluginTensorDesc& desc = at < inputs ? in[at] : out[at - inputs];
+            return View{&desc.dims, desc.type};
+        },
+        call);
+    if (!wrong.empty()) return wrong;
+    const dijiang_status status = dijiang_linear_plan(&call, nullptr, nullptr, 0);
+    return status == DIJIANG_OK ? "" : std::string(dijiang_status_name(status)) + ": " + dijiang_last_error();
+}
+
+std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* data,
+    void* const* results, cudaStream_t stream) const {
+    dijiang_linear_call call;
+    std::string wrong = examine(
+        inputs_, attributes_.outputs, false,
+        [&](int32_t at) {
+            const PluginTensorDesc& desc = at < inputs_ ? in[at] : out[at - inputs_];
+            return View{&desc.dims, desc.type};
+        },
+        call);
+    if (!wrong.empty()) return wrong;
+    for (int32_t at = 0; at < inputs_; ++at) {
+        const Place it = places_[at];
+        const auto* numbers = static_cast<const float*>(data[at]);
+        switch (it.kind) {
+            case Kind::input: call.terms[it.index].input = data[at]; break;
+            case Kind::weight: call.terms[it.index].weight = data[at]; break;
+            case Kind::bias: call.terms[it.index].bias = numbers; break;
+            case Kind::norm_weight: call.outputs[it.index].norm_weight = numbers; break;
+            case Kind::norm_bias: call.outputs[it.index].norm_bias = numbers; break;
+            default: call.outputs[it.index].residual = data[at];
+        }
+    }
+    for (int32_t o = 0; o < attributes_.outputs; ++o) call.outputs[o].output = results[o];
+    const dijiang_status status = dijiang_linear(&call, stream);
+    return status == DIJIANG_OK ? "" : std::string(dijiang_status_name(status)) + ": " + dijiang_last_error();
+}
+
+}  // namespace dijiang::trt::linear

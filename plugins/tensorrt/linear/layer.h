@@ -1,0 +1,60 @@
+// What both shells of DijiangLinear do the same way: check and run one layer.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <string>
+
+#include "linear/attributes.h"
+
+namespace dijiang::trt::linear {
+
+// What a tensor at a place is; places count inputs, then outputs.
+enum class Kind { input, weight, bias, norm_weight, norm_bias, residual, output };
+struct Place {
+    Kind kind;
+    int32_t index;  // of its term, or of its output
+};
+
+// The order of tensors. Weights, biases and norms come from constant layers: the network is made by this
+// project, which binds nothing else to them, so that a launch may read them before earlier work has ended.
+// Weights are int32, two elements each, which no version of TensorRT converts or copies; biases and norms
+// are float32, which is what constants are to the kernels and to TensorRT 8.6.
+class Layer {
+public:
+    explicit Layer(const Attributes& attributes);
+
+    const Attributes& attributes() const { return attributes_; }
+    int32_t inputs() const { return inputs_; }
+    int32_t outputs() const { return attributes_.outputs; }
+    Place place(int32_t at) const { return places_[at]; }
+    int32_t input_of(int32_t output) const;   // the place of an output's first input
+    int32_t weight_of(int32_t output) const;  // and of its first weight, whose rows are its width
+
+    nvinfer1::DataType type() const;  // T
+    nvinfer1::DataType type_at(int32_t at) const;
+    bool supports(int32_t at, int32_t inputs, int32_t outputs, const nvinfer1::PluginTensorDesc& tensor) const;
+
+    // Check a configuration whose sizes may be unknown (-1), and a call's exact sizes on the GPU at hand.
+    // "" or which tensor is wrong, what it is and what it should be.
+    std::string configure(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
+        const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) const;
+    std::string prepare(const nvinfer1::PluginTensorDesc* in, int32_t inputs, const nvinfer1::PluginTensorDesc* out,
+        int32_t outputs) const;
+
+    // Enqueues the call: no allocation, no synchronisation.
+    std::string run(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
+        const void* const* data, void* const* results, cudaStream_t stream) const;
+
+private:
+    // Checks shapes and types and fills in the sizes; -1 fits any size if `dynamic`.
+    template <typename Look>
+    std::string examine(int32_t inputs, int32_t outputs, bool dynamic, Look look, dijiang_linear_call& call) const;
+    std::string name(int32_t at) const;
+
+    Attributes attributes_;
+    Place places_[kMostInputs + kMostOutputs];
+    int32_t inputs_ = 0;
+};
+
+}  // namespace dijiang::trt::linear

@@ -1,0 +1,74 @@
+#include "linear_plugin.h"
+
+#include <memory>
+
+#include "guard.h"
+#include "linear_blob.h"
+#include "log.h"
+
+namespace dijiang::trt::linear {
+namespace {
+
+int32_t failed(const std::string& wrong) noexcept { return fail(wrong, nullptr, kName); }
+int32_t report(const std::string& wrong) noexcept { return wrong.empty() ? 0 : failed(wrong); }
+
+}  // namespace
+
+void PluginV2::setPluginNamespace(const char* name) noexcept {
+    report(text_of([&]() -> std::string {
+        namespace_ = name == nullptr ? "" : name;
+        return {};
+    }));
+}
+
+nvinfer1::IPluginV2DynamicExt* PluginV2::clone() const noexcept {
+    try {
+        auto copy = std::make_unique<PluginV2>(layer_.attributes());
+        copy->namespace_ = namespace_;
+        copy->unfit_ = unfit_;
+        return copy.release();
+    } catch (const std::exception& error) {
+        failed(std::string("cannot clone: ") + error.what());
+        return nullptr;
+    }
+}
+
+nvinfer1::DimsExprs PluginV2::getOutputDimensions(int32_t output, const nvinfer1::DimsExprs* inputs,
+    int32_t input_count, nvinfer1::IExprBuilder&) noexcept {
+    nvinfer1::DimsExprs dims{};
+    dims.nbDims = -1;  // TensorRT's sign of an invalid shape
+    if (output < 0 || output >= layer_.outputs() || input_count != layer_.inputs()) {
+        failed("got " + std::to_string(input_count) + " inputs; expected " + std::to_string(layer_.inputs()));
+        return dims;
+    }
+    const nvinfer1::DimsExprs& weight = inputs[layer_.weight_of(output)];
+    if (inputs[layer_.input_of(output)].nbDims != 3 || weight.nbDims != 2) {
+        failed("the input of output " + std::to_string(output) + " does not have 3 dimensions, or its weight not 2");
+        return dims;
+    }
+    dims = inputs[layer_.input_of(output)];
+    dims.d[2] = weight.d[0];
+    return dims;
+}
+
+// Called while the engine is built, with sizes that may be unknown, and by an execution context when its sizes
+// change.
+void PluginV2::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
+    const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) noexcept {
+    unfit_ = text_of([&] { return layer_.configure(in, inputs, out, outputs); });
+    report(unfit_);
+}
+
+int32_t PluginV2::enqueue(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
+    const void* const* data, void* const* results, void*, cudaStream_t stream) noexcept {
+    if (!unfit_.empty()) return failed(unfit_);
+    return report(text_of([&] { return layer_.run(in, out, data, results, stream); }));
+}
+
+size_t PluginV2::getSerializationSize() const noexcept { return kBlobSize; }
+
+void PluginV2::serialize(void* buffer) const noexcept {
+    write_blob(layer_.attributes(), static_cast<unsigned char*>(buffer));
+}
+
+}  // namespace dijiang::trt::linear
