@@ -44,6 +44,9 @@ class _Layer:
             self.precision = None
         self.outputs = [SimpleNamespace(name=text, dtype=trt.DataType.FLOAT) for text in outputs]
         self.types: dict[int, str] = {}
+        self.num_inputs = 0  # what a layer reads is of no interest here: no product shows a constant weight
+        self.op0 = self.op1 = "MatrixOperation.TRANSPOSE"
+        self.op = "NONE"
 
     @property
     def num_outputs(self) -> int:

@@ -1,9 +1,11 @@
-// What a TensorRT 8.6 plan keeps of the plugin: written and read back, and refused in every other shape.
+// What a TensorRT 8.6 plan keeps of the plugins: written and read back, and refused in every other shape.
 #include "blob.h"
+#include "linear_blob.h"
 
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 using dijiang::trt::Attributes;
@@ -28,9 +30,48 @@ bool refused(const void* bytes, size_t size, const char* text) {
     return read_blob(bytes, size, attributes, limits).find(text) != std::string::npos;
 }
 
+void linear() {
+    namespace linear = dijiang::trt::linear;
+    linear::Attributes attributes;
+    attributes.terms = 3;
+    attributes.outputs = 2;
+    attributes.dtype = 1;
+    attributes.term_output[1] = attributes.term_output[2] = 1;
+    attributes.term_bias[0] = 1;
+    attributes.output_activation[0] = 0x01020304;  // four different bytes: their order shows
+    attributes.output_norm[0] = attributes.output_norm_bias[0] = attributes.output_residual[1] = 1;
+    attributes.output_epsilon[0] = 1.0000001e-5f;
+    std::array<unsigned char, linear::kBlobSize> blob{};
+    linear::write_blob(attributes, blob.data());
+    const unsigned char head[] = {'D', 'J', 'T', 'L', 1, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0};
+    expect(std::memcmp(blob.data(), head, sizeof head) == 0 && blob[52] == 4 && blob[55] == 1,
+        "linear: little-endian, with magic and format version");
+    linear::Attributes read;
+    expect(linear::read_blob(blob.data(), blob.size(), read).empty() &&
+               std::memcmp(&read, &attributes, sizeof read) == 0,
+        "linear: the same attributes");
+    const auto refuses = [](const void* bytes, size_t size, const char* text) {
+        linear::Attributes unused;
+        return linear::read_blob(bytes, size, unused).find(text) != std::string::npos;
+    };
+    bool all = true;
+    for (size_t size = 0; size < blob.size(); ++size) {
+        const std::vector<unsigned char> part(blob.begin(), blob.begin() + static_cast<std::ptrdiff_t>(size));
+        all = all && refuses(part.data(), size, "expected 132");
+    }
+    expect(all, "linear: every shorter blob is refused");
+    for (const auto& [at, value, text] : {std::tuple<size_t, int, const char*>{0, 'X', "DJTL"}, {4, 2, "format 2"},
+             {8, 5, "1 to 4"}, {12, 0, "1 to 4"}, {15, 0x80, "1 to 4"}}) {
+        auto other = blob;
+        other[at] = static_cast<unsigned char>(value);
+        expect(refuses(other.data(), other.size(), text), text);
+    }
+}
+
 }  // namespace
 
 int main() {
+    linear();
     Attributes attributes;
     attributes.num_heads = 12;
     attributes.num_kv_heads = 3;

@@ -27,13 +27,13 @@ public:
         if (severity <= Severity::kWARNING) std::printf("  log: %s\n", text);
     }
 
-    // Is this plugin's latest error one that says `text`? Forgets all errors.
-    bool said(const std::string& text) {
+    // Is the plugin's latest error one that says `text`? Forgets all errors.
+    bool said(const std::string& text, const std::string& plugin = "DijiangAttention") {
         const std::lock_guard<std::mutex> lock(mutex_);
         bool found = false;
         for (const std::string& error : errors_) {
             found = found ||
-                    (error.find("dijiang::DijiangAttention: ") == 0 && error.find(text) != std::string::npos);
+                    (error.find("dijiang::" + plugin + ": ") == 0 && error.find(text) != std::string::npos);
         }
         errors_.clear();
         return found;
