@@ -33,7 +33,7 @@ from dijiang_engines.manifest import MANIFEST, REFERENCE, WEIGHTS
 from dijiang_engines.plugin import cache_folder
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.recipes import Recipe
-from dijiang_engines.step_products import MAX_BATCH
+from dijiang_engines.step_products import MAX_BATCH, MAX_INPUT_BYTES
 from dijiang_engines.tensorrt_library import TensorRT
 
 _GRACE_SECONDS = 5
@@ -200,7 +200,11 @@ def plans(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[str, str, list[dict[
 
 def plugin_multiplies(bundle: Bundle, recipe: Recipe) -> bool:
     """Are a step plan's matrix products the plugin's? Its kernels are for few rows of float16."""
-    return recipe.step_products == "plugin" and bundle.dtype == "float16" and recipe.max_batch <= MAX_BATCH
+    if recipe.step_products != "plugin" or bundle.dtype != "float16" or recipe.max_batch > MAX_BATCH:
+        return False
+    spec = bundle.spec
+    width = spec.intermediate_size + (spec.hidden_size if spec.parallel_residual else 0)
+    return recipe.max_batch * max(width, spec.hidden_size) * 2 <= MAX_INPUT_BYTES
 
 
 def profile_shapes(bundle: Bundle, sizes: Profiles, *, step: bool) -> dict[str, list[list[int]]]:

@@ -25,11 +25,13 @@ _CLASSES = {
     "NORMALIZATION": "INormalizationLayer",
 }  # fmt: skip
 
-_ELEMENTWISE = {
+_ELEMENTWISE: dict[str, Any] = {
     "SUM": np.add, "PROD": np.multiply, "SUB": np.subtract, "DIV": np.divide, "POW": np.power,
     "MAX": np.maximum, "MIN": np.minimum,
 }  # fmt: skip
-_UNARY = {"ERF": np.vectorize(math.erf), "EXP": np.exp, "SQRT": np.sqrt, "NEG": np.negative, "ABS": np.abs}
+_UNARY: dict[str, Any] = {
+    "ERF": np.vectorize(math.erf), "EXP": np.exp, "SQRT": np.sqrt, "NEG": np.negative, "ABS": np.abs,
+}  # fmt: skip
 POINTWISE: dict[str, Callable[[Floats], Floats]] = {
     "RELU": lambda x: np.maximum(x, 0), "SIGMOID": lambda x: 1 / (1 + np.exp(-x)), "TANH": np.tanh,
     "GELU_ERF": lambda x: 0.5 * x * (1 + _UNARY["ERF"](x * 0.5**0.5)),
@@ -104,9 +106,12 @@ class Graph:
         constant = self.constant(wanted)
         if constant is not None:
             return np.asarray(constant, np.float64).reshape(-1)[0] if constant.size == 1 else None
-        table = {"ELEMENTWISE": _ELEMENTWISE, "UNARY": _UNARY, "ACTIVATION": POINTWISE}.get(node.kind, {})
-        function: Any = table.get(node.operation)
-        values = [self.compute(tensor, known) for tensor in node.inputs] if function is not None else [None]
+        tables: dict[str, dict[str, Any]]
+        tables = {"ELEMENTWISE": _ELEMENTWISE, "UNARY": _UNARY, "ACTIVATION": POINTWISE}
+        function = tables.get(node.kind, {}).get(node.operation)
+        if function is None:
+            return None
+        values = [self.compute(tensor, known) for tensor in node.inputs]
         if any(value is None for value in values):
             return None
         with np.errstate(all="ignore"):

@@ -19,7 +19,10 @@ from dijiang_engines.errors import RunnerError
 from dijiang_engines.step_graph import POINTWISE, Floats, Graph, Node, read_graph
 
 MAX_BATCH = 8
-"""Rows of a step from which on TensorRT's products are used: more do not share one reading of the weights."""
+"""Rows of a step above which TensorRT's products are used: more do not share one reading of the weights."""
+
+MAX_INPUT_BYTES = 96 << 10
+"""Of all rows of the widest product's input: more does not fit shared memory beside the weights."""
 
 _NAME, _VERSION, _NAMESPACE = "DijiangLinear", "1", "dijiang"
 _SAMPLES = np.linspace(-6, 6, 61)
