@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from engine_folders import build, visible
 from fake_tensorrt import FakeMachine
 from toy_bundle import make_bundle
 
-from dijiang_engines.build import build_engine, profile_shapes
+from dijiang_engines.build import build_engine, plugin_multiplies, profile_shapes
 from dijiang_engines.bundle import open_bundle
 from dijiang_engines.engine_folder import Profiles, open_engine
 from dijiang_engines.errors import (
@@ -140,6 +141,48 @@ def test_profiles_of_two_plans(bundle: Path, tmp_path: Path) -> None:
     assert step["inputs"]["positions"] == [1] and step["inputs"][STATE.format(0)] == [1, 4, 16, 16]
     assert prefill["loaded_cache"] is None and step["loaded_cache"] is not None
     assert sorted(path.name for path in (tmp_path / "e").glob("*.plan")) == ["prefill.plan", "step.plan"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "who", "sizes", "expected"),
+    [
+        ("float16", 1, "plugin", (1024, 4096, True), True),
+        ("float16", 8, "plugin", (1024, 4096, True), True),
+        ("float16", 9, "plugin", (1024, 4096, True), False),
+        ("float16", 1, "tensorrt", (1024, 4096, True), False),
+        ("float32", 1, "plugin", (1024, 4096, True), False),
+        ("bfloat16", 1, "plugin", (1024, 4096, True), False),
+        ("float16", 3, "plugin", (2560, 10240, True), True),
+        (
+            "float16",
+            4,
+            "plugin",
+            (2560, 10240, True),
+            False,
+        ),  # dense and down read 4 x 12800 x 2 bytes together
+        ("float16", 4, "plugin", (2560, 10240, False), True),
+    ],
+)
+def test_who_multiplies(
+    dtype: str, batch: int, who: str, sizes: tuple[int, int, bool], expected: bool
+) -> None:
+    hidden, inner, parallel = sizes
+    spec = SimpleNamespace(hidden_size=hidden, intermediate_size=inner, parallel_residual=parallel)
+    recipe = load_recipe("datacenter").with_changes(max_batch=batch, step_products=who)
+    made: Any = SimpleNamespace(dtype=dtype, spec=spec)
+    assert plugin_multiplies(made, recipe) is expected
+
+
+def test_an_engine_says_who_multiplies(half: Path, tmp_path: Path) -> None:
+    for who in ("plugin", "tensorrt"):
+        machine = FakeMachine(tmp_path / who)
+        recipe = {"layout": "two", "step_products": who}
+        build(machine, half, tmp_path / f"{who}.engine", recipe=recipe, validate=False)
+        plans = open_engine(tmp_path / f"{who}.engine").manifest["made_with"]["plans"]
+        assert plans[0]["plugin_products"] is None  # prefill
+        found = plans[1]["plugin_products"]
+        # The fake network shows no weights, so that every product is left.
+        assert found is None if who == "tensorrt" else found["launches"] == 0 < found["left"]
 
 
 def test_every_graph_input_has_a_profile(bundle: Path) -> None:
