@@ -108,6 +108,12 @@ def graph_model(
     """The standard graph with the model's weights inside it."""
     graph = traced(spec, dtype, kind, all_logits=all_logits)
     lower.lower_to_standard(graph, kind)
+    give_weights(graph, spec, model)
+    return graph
+
+
+def give_weights(graph: ir.Model, spec: ModelSpec, model: ReferenceModel) -> None:
+    """Put a model's weights into a lowered graph, in the graph's types."""
     state = model.state_dict() | {"inv_freq": model.get_buffer("inv_freq")}
     for value in trace.weight_inputs(graph.graph, spec):
         assert value.name is not None and value.dtype is not None
@@ -116,7 +122,6 @@ def graph_model(
         array = tensor.contiguous().float().numpy().astype(value.dtype.numpy())
         value.const_value = ir.tensor(array, name=value.name)
         graph.graph.register_initializer(value)
-    return graph
 
 
 def session(model: ir.Model) -> ort.InferenceSession:

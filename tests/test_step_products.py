@@ -6,17 +6,15 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from fake_network import Network, Registry, Tensor, Trt, parse
-from random_models import LLAMA, NEOX, random_model, traced, with_heads
+from random_models import LLAMA, NEOX, give_weights, random_model, traced, with_heads
 
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.step_products import rewrite
-from dijiang_export.graph import lower, trace
-from dijiang_export.graph.tidy import TRANSPOSED_KEY
+from dijiang_export.graph import lower
 
 PARALLEL = with_heads(NEOX, 4, 4, 16, 4)
 SEQUENTIAL = dataclasses.replace(PARALLEL, parallel_residual=False)
@@ -31,14 +29,7 @@ def step_network(spec: ModelSpec) -> Network:
     model = random_model(spec, dtype=torch.float16)
     graph = traced(spec, torch.float16, "step")
     lower.lower_to_tensorrt(graph)
-    state = model.state_dict() | {"inv_freq": model.get_buffer("inv_freq")}
-    for value in trace.weight_inputs(graph.graph, spec):
-        assert value.name is not None and value.dtype is not None
-        tensor = state[value.name].T if TRANSPOSED_KEY in value.metadata_props else state[value.name]
-        graph.graph.inputs.remove(value)
-        array = tensor.contiguous().float().numpy().astype(value.dtype.numpy())
-        value.const_value = ir.tensor(array, name=value.name)
-        graph.graph.register_initializer(value)
+    give_weights(graph, spec, model)
     return parse(graph)
 
 

@@ -121,6 +121,13 @@ void shapes(IPluginV3* plugin, test::Logger& logger) {
         call[it.at].dims.d[it.dimension] = it.size;
         expect(configure(call) != 0 && logger.said(it.text, kName), std::string("linear refused: ") + it.text);
     }
+    auto odd = call_of_right_sizes();
+    odd[3].dims.d[2] = 33;  // its weight has 16 pairs, which is 33 / 2 as well
+    expect(configure(odd) != 0 && logger.said("multiple of 32", kName), "linear refused: K 33");
+    auto many = call_of_right_sizes();
+    for (auto& tensor : many)
+        if (tensor.dims.nbDims == 3) tensor.dims.d[0] = tensor.dims.d[1] = 65536;
+    expect(configure(many) != 0 && logger.said("fewer than 2^31", kName), "linear refused: 2^32 rows");
     auto call = call_of_right_sizes();
     call[1].type = kF;
     expect(configure(call) != 0 && logger.said("is float32", kName), "linear refused: weights of another type");

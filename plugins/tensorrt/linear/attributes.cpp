@@ -14,6 +14,8 @@ std::string wrong_flags(const char* name, const int32_t* values, int32_t count) 
 
 }  // namespace
 
+dijiang_device reference_device() { return {80, 108, 163 * 1024, 0}; }
+
 dijiang_linear_call call_of(const Attributes& attributes) {
     dijiang_linear_call call{};
     call.dtype = attributes.dtype;
@@ -45,11 +47,8 @@ std::string why_unsupported(const Attributes& attributes) {
     for (int32_t o = 0; o < attributes.outputs; ++o)
         if (attributes.output_norm[o] == DIJIANG_NORM_NONE && attributes.output_norm_bias[o] != 0)
             return "output_norm_bias is 1 where output_norm is 0; expected 0";
-    // The kernels know the rest. A plugin is also created where there is no GPU, and before its sizes are known.
-    dijiang_device device{};
-    device.compute_capability = 80;
-    device.multiprocessors = 108;
-    device.shared_memory = 163 * 1024;
+    // The kernels know the rest. A plugin is also created before its sizes are known.
+    const dijiang_device device = reference_device();
     dijiang_linear_call call = call_of(attributes);
     call.rows = 1;
     for (dijiang_linear_term& term : call.terms) term.inner = DIJIANG_LINEAR_INNER_STEP;

@@ -25,6 +25,9 @@ struct Attributes {
 // The C ABI's call of a layer with these attributes, its sizes and pointers still to be filled in.
 dijiang_linear_call call_of(const Attributes& attributes);
 
+// An A100, which stands for the GPU where there is none; the one at hand has its say when sizes are exact.
+dijiang_device reference_device();
+
 // "" if the kernels can do such a layer on some GPU, else what is wrong with it.
 std::string why_unsupported(const Attributes& attributes);
 

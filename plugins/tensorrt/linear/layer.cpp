@@ -30,6 +30,11 @@ std::string shape_of(const Dims& dims) {
     return text + "]";
 }
 
+std::string status_text(dijiang_status status) {
+    return status == DIJIANG_OK ? std::string()
+                                : std::string(dijiang_status_name(status)) + ": " + dijiang_last_error();
+}
+
 // A size that one tensor says and the others must repeat; -1 while it is unknown.
 bool agree(int64_t got, int64_t& size, bool dynamic) {
     if (got == -1 && dynamic) return true;
@@ -142,8 +147,10 @@ std::string Layer::examine(int32_t inputs, int32_t outputs, bool dynamic, Look l
                        type_name(type_at(at)) + " " + right + (dynamic ? " (-1: any size)" : "");
         }
     call = call_of(attributes_);
-    const int64_t rows = batch < 0 || length < 0 ? 1 : batch * length;
-    if (rows > INT32_MAX) return "got " + std::to_string(rows) + " rows; expected fewer than 2^31";
+    const bool known = batch >= 0 && length >= 0;
+    if (known && length > 0 && batch > INT32_MAX / length)
+        return "got " + std::to_string(batch) + " x " + std::to_string(length) + " rows; expected fewer than 2^31";
+    const int64_t rows = known ? batch * length : 1;
     call.rows = static_cast<int32_t>(rows);
     for (int32_t t = 0; t < attributes_.terms; ++t)
         call.terms[t].inner = inner[t] < 0 ? DIJIANG_LINEAR_INNER_STEP : static_cast<int32_t>(inner[t]);
@@ -155,13 +162,16 @@ std::string Layer::examine(int32_t inputs, int32_t outputs, bool dynamic, Look l
 std::string Layer::configure(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
     int32_t outputs) const {
     dijiang_linear_call call;
-    return examine(
+    std::string wrong = examine(
         inputs, outputs, true,
         [&](int32_t at) {
             const PluginTensorDesc& desc = at < inputs ? in[at].desc : out[at - inputs].desc;
             return View{&desc.dims, desc.type};
         },
         call);
+    if (!wrong.empty()) return wrong;
+    const dijiang_device device = reference_device();
+    return status_text(dijiang_linear_plan(&call, &device, nullptr, 0));
 }
 
 std::string Layer::prepare(
@@ -175,8 +185,7 @@ std::string Layer::prepare(
         },
         call);
     if (!wrong.empty()) return wrong;
-    const dijiang_status status = dijiang_linear_plan(&call, nullptr, nullptr, 0);
-    return status == DIJIANG_OK ? "" : std::string(dijiang_status_name(status)) + ": " + dijiang_last_error();
+    return status_text(dijiang_linear_plan(&call, nullptr, nullptr, 0));
 }
 
 std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* data,
@@ -203,8 +212,7 @@ std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, 
         }
     }
     for (int32_t o = 0; o < attributes_.outputs; ++o) call.outputs[o].output = results[o];
-    const dijiang_status status = dijiang_linear(&call, stream);
-    return status == DIJIANG_OK ? "" : std::string(dijiang_status_name(status)) + ": " + dijiang_last_error();
+    return status_text(dijiang_linear(&call, stream));
 }
 
 }  // namespace dijiang::trt::linear
