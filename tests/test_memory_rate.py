@@ -79,11 +79,11 @@ class Stream:
 def test_pytorchs_copy_is_whole_alone_and_between_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream(monkeypatch)
     copy = TorchCopy(CPU, 4096)
-    copy._target.zero_()
+    copy.target.zero_()
     assert copy.seconds() == 2e-3
     assert stream.log == ["event", "copy 4096", "event", "wait"]
-    assert torch.equal(copy._target, copy._source)
-    assert copy._target.data_ptr() != copy._source.data_ptr()
+    assert torch.equal(copy.target, copy.source)
+    assert copy.target.data_ptr() != copy.source.data_ptr()
 
 
 def test_a_copy_that_is_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ class TorchCopy:
 
     def __init__(self, device: torch.device, size: int = GPU_COPY_BYTES) -> None:
         self.size = size
-        self._source = torch.ones(size, dtype=torch.uint8, device=device)
-        self._target = torch.empty_like(self._source)
+        self.source = torch.ones(size, dtype=torch.uint8, device=device)
+        self.target = torch.empty_like(self.source)
         self._begin, self._end = (
             torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             for _ in range(2)
@@ -38,7 +38,7 @@ class TorchCopy:
                 hint="measure it outside of the graph: captured copies can be a third slower",
             )
         self._begin.record()
-        self._target.copy_(self._source)
+        self.target.copy_(self.source)
         self._end.record()
         self._end.synchronize()
         return float(self._begin.elapsed_time(self._end)) / 1e3

@@ -9,6 +9,7 @@ count:
     graph     the same copy, captured in a CUDA graph and replayed
     kernel    a kernel that reads and writes as much (bitwise not, 64-bit), on a stream
     kernel, graph   the same kernel, captured
+    cuda-bindings   as `stream`, through cuda-bindings in place of PyTorch, where they are installed
 
 The graphs' figures are between events around one replay, so a launch's few microseconds are in them.
 """
@@ -18,12 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dijiang_engines.bandwidth import GPU_ROUNDS, measure_gpu_bandwidth
+from dijiang_engines.bandwidth import GPU_ROUNDS, CudaCopy, measure_gpu_bandwidth
+from dijiang_engines.cuda import Cuda
+from dijiang_engines.errors import RunnerError
 from dijiang_export.bench_memory import TorchCopy
 
 MIB = 1 << 20
@@ -57,22 +61,24 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def rates(size: int) -> dict[str, float]:
-    """GB/s by kind."""
-    source = torch.ones(size // 8, dtype=torch.int64, device="cuda")
-    target = torch.empty_like(source)
+    """GB/s by kind; those of PyTorch work on the same two buffers."""
+    plain = TorchCopy(torch.device("cuda"), size)
+    source, target = plain.source.view(torch.int64), plain.target.view(torch.int64)
 
     def copy() -> object:
-        return target.copy_(source)
+        return plain.target.copy_(plain.source)
 
     def kernel() -> object:
         return torch.bitwise_not(source, out=target)
 
     works: dict[str, Any] = {
-        "stream": TorchCopy(source.device, size),
+        "stream": plain,
         "graph": Work(size, captured(copy)),
         "kernel": Work(size, kernel),
         "kernel, graph": Work(size, captured(kernel)),
     }
+    with suppress(RunnerError):
+        works["cuda-bindings"] = CudaCopy(Cuda(), size)
     return {name: measure_gpu_bandwidth(work).copy / 1e9 for name, work in works.items()}
 
 
