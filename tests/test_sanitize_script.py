@@ -1,4 +1,4 @@
-"""What tests/gpu/sanitize.py and record.py make of what programs and compute-sanitizer say; both are fakes."""
+"""What tests/gpu/sanitize.py and record.py make of what programs and compute-sanitizer say; both faked."""
 
 from __future__ import annotations
 
