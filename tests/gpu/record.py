@@ -84,7 +84,9 @@ def main() -> int:
     library = arguments.library.resolve()
     environment = os.environ | {"DIJIANG_KERNELS": str(library)}
 
-    tests = [sys.executable, "-m", "pytest", "-q", "-rfEsP", "--tb=short", *shlex.split(arguments.pytest)]
+    # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors.
+    options = ["-q", "-rfEsP", "--tb=short", "-p", "no:benchmark", *shlex.split(arguments.pytest)]
+    tests = [sys.executable, "-m", "pytest", *options]
     ran = subprocess.run(
         [*tests, *TESTS], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
     )
