@@ -15,7 +15,7 @@ from toy_bundle import SPEC, ToyModel, make_bundle, write_manifest
 from toy_runner import ToyRunner, toy_case, write_reference
 
 from dijiang_engines import bench
-from dijiang_engines.bandwidth import Bandwidth, measure_bandwidth, measure_gpu_bandwidth
+from dijiang_engines.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
 from dijiang_engines.bench import (
     BenchReport,
     Effort,
@@ -291,7 +291,7 @@ class FakeCuda:
 
 def test_a_gpus_copies_are_timed_by_its_events() -> None:
     cuda = FakeCuda()
-    found = measure_gpu_bandwidth(cuda, buffer_bytes=1 << 20, rounds=4)  # type: ignore[arg-type]
+    found = measure_gpu_bandwidth(CudaCopy(cuda, 1 << 20), rounds=4)  # type: ignore[arg-type]
     assert cuda.copied == [(2000, 1000, 1 << 20)] * 5
     assert found == Bandwidth(0, (2 << 20) / 2e-3, (2 << 20) / 2e-3)  # the first, faster here, does not count
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -66,28 +66,59 @@ def measure_bandwidth(threads: int, *, buffer_bytes: int = BUFFER_BYTES, rounds:
         return Bandwidth(threads, best(read, total), best(copy, 2 * total))
 
 
-def measure_gpu_bandwidth(
-    cuda: Cuda, *, buffer_bytes: int = GPU_COPY_BYTES, rounds: int = GPU_ROUNDS
-) -> Bandwidth:
-    """Copy on a GPU and time it by its own events; needs no PyTorch. Takes well under a second.
+class GpuCopy(Protocol):
+    """A copy of a large buffer within one GPU's memory, ready to be done again and again."""
+
+    size: int
+    """Bytes of the source, and of the target."""
+
+    def seconds(self) -> float:
+        """Do the copy once, on a stream and not in a CUDA graph; its time between two events of the GPU.
+
+        A copy that is captured in a graph can be a third slower than the same copy on a stream, so its rate
+        is not the memory's.
+        """
+        ...
+
+
+def measure_gpu_bandwidth(copy: GpuCopy, *, rounds: int = GPU_ROUNDS) -> Bandwidth:
+    """The rate of a GPU's memory, for every benchmark: whole copies on a stream. Takes well under a second.
+
+    Args:
+        copy: of GPU_COPY_BYTES; `CudaCopy`, or with PyTorch `dijiang_export.bench_memory.TorchCopy`.
+        rounds: copies; the best counts, after one that does not.
+    """
+    copy.seconds()
+    rate = 2 * copy.size / min(copy.seconds() for _ in range(rounds))
+    return Bandwidth(0, rate, rate)
+
+
+class CudaCopy:
+    """A copy through cuda-bindings; needs no PyTorch.
 
     Args:
         cuda: the GPU.
-        buffer_bytes: of the source, and again of the target; many times the GPU's cache.
-        rounds: copies; the best counts, after one that does not.
+        size: bytes of the source, and again of the target; many times the GPU's cache.
 
     Raises:
         RunnerError: too little memory, or CUDA fails.
     """
-    source, target = cuda.buffer(buffer_bytes), cuda.buffer(buffer_bytes)
-    stream, begin, end = cuda.stream(), cuda.event(timing=True), cuda.event(timing=True)
-    stream.fill(source.address, 1, buffer_bytes)
-    seconds = []
-    for _ in range(rounds + 1):
-        stream.record(begin)
-        stream.copy(target.address, source.address, buffer_bytes)
-        stream.record(end)
-        end.wait()
-        seconds.append(end.seconds_since(begin))
-    rate = 2 * buffer_bytes / min(seconds[1:])
-    return Bandwidth(0, rate, rate)
+
+    def __init__(self, cuda: Cuda, size: int = GPU_COPY_BYTES) -> None:
+        self.size = size
+        self._source, self._target = cuda.buffer(size), cuda.buffer(size)
+        self._stream = cuda.stream()
+        self._begin, self._end = cuda.event(timing=True), cuda.event(timing=True)
+        self._stream.fill(self._source.address, 1, size)
+
+    def seconds(self) -> float:
+        """See `GpuCopy`.
+
+        Raises:
+            RunnerError: CUDA fails.
+        """
+        self._stream.record(self._begin)
+        self._stream.copy(self._target.address, self._source.address, self.size)
+        self._stream.record(self._end)
+        self._end.wait()
+        return self._end.seconds_since(self._begin)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines import __version__
-from dijiang_engines.bandwidth import Bandwidth, measure_bandwidth, measure_gpu_bandwidth
+from dijiang_engines.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
 from dijiang_engines.bench import BATCHES, FAR, NEAR, PREFILL_LENGTHS, Effort, bench_runner
 from dijiang_engines.bundle import Bundle
 from dijiang_engines.errors import DijiangError
@@ -144,7 +144,7 @@ def _bandwidth(on_cpu: bool, threads: int) -> Bandwidth | None:
     try:
         from dijiang_engines.cuda import Cuda
 
-        return measure_gpu_bandwidth(Cuda())
+        return measure_gpu_bandwidth(CudaCopy(Cuda()))
     except DijiangError:  # no cuda-bindings, or the model leaves no room: `bench peers` measures it too
         return None
 

@@ -18,17 +18,18 @@ from typing import Any, cast
 
 import torch
 
+from dijiang_engines.bandwidth import measure_gpu_bandwidth
 from dijiang_engines.bench import Timing
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_export.bench_kernels_inputs import Call, Layer, make_calls, make_layer, within
 from dijiang_export.bench_kernels_peers import Contestant, Prepared
 from dijiang_export.bench_kernels_plan import Cell, Dtype, Shape, buffer_sets, cell_bytes
+from dijiang_export.bench_memory import TorchCopy
 
 WARM_UPS = 3
 LEAST_SAMPLES = 7
 DECODE_CALLS, PREFILL_CALLS = 128, 16
 """Least calls in a graph: enough that the two events do not count."""
-COPY_BYTES = 2 << 30
 MATRIX = 8192
 CEILING_SAMPLES = 30
 
@@ -85,14 +86,12 @@ class Gpu:
 
     def ceilings(self) -> dict[str, Any]:
         """Rates of a large copy (bytes read and written) and of a large matrix product, per second."""
-        half = COPY_BYTES // 2
-        source = torch.randint(256, (half,), dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        copy = _time_calls(lambda: target.copy_(source))
+        copy = TorchCopy(self.device)
+        rate = measure_gpu_bandwidth(copy).copy
         a, b = (torch.randn(MATRIX, MATRIX, device=self.device).to(TORCH_DTYPES[self.dtype]) for _ in "ab")
         product = _time_calls(lambda: a @ b)
         return {
-            "copy": {"bytes": COPY_BYTES, "timing": copy, "per_second": COPY_BYTES / copy.median},
+            "copy": {"bytes": 2 * copy.size, "per_second": rate},
             "matmul": {"size": MATRIX, "timing": product, "per_second": 2 * MATRIX**3 / product.median},
         }
 

@@ -25,15 +25,13 @@ from torch import Tensor
 from dijiang_engines.bench import Effort, Timing, until_done
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.machine import package_versions
+from dijiang_export.bench_memory import memory_rate
 from dijiang_export.bench_peers import WORDS, Plan, wrong
 
 BLOCK = 16
 WARM_UP_BLOCKS = 2
 LEAST, MOST = 5, 400
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-COPY_BYTES = 1 << 30
-CPU_COPY_BYTES = 256 << 20
-COPIES = 20
 
 
 class LeftOut(DijiangError):
@@ -109,7 +107,7 @@ def measure(name: str, plan: Plan, say: Callable[..., None]) -> None:
     device = open_device(plan.device)
     if device.type == "cuda":
         say(gpu=describe_gpu(device))
-    say(begin="measuring the memory", bandwidth=measure_copy(device))
+    say(begin="measuring the memory", bandwidth=asdict(memory_rate(device, plan.threads)))
     model, _, mode = name.partition("-")
     if mode == "graph" and device.type != "cuda":
         say(left_out={"what": "everything", "why": "CUDA graphs need a CUDA device"})
@@ -220,29 +218,6 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
         "l2_bytes": int(found.L2_cache_size),
         "memory_bytes": found.total_memory,
         "cuda": torch.version.cuda,
-    }
-
-
-def measure_copy(device: torch.device) -> dict[str, Any]:
-    """Bytes a second of reading alone (a maximum over integers) and of copying; the best of several."""
-    size = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
-    source = torch.ones(size // 4, dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-
-    def best(call: Callable[[], Any]) -> float:
-        seconds = []
-        for _ in range(COPIES):
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
-
-    return {
-        "bytes": size,
-        "read": size / best(lambda: torch.amax(source)),
-        "copy": 2 * size / best(lambda: target.copy_(source)),
     }
 
 

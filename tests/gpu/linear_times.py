@@ -3,8 +3,9 @@
     python tests/gpu/linear_times.py libdijiang_kernels.so [--shape 410m] [--rows 1 8] [--save times.json]
 
 A step is a CUDA graph over as many layers as the model has, each with weights of its own, so that none stays
-in the cache; times are medians of replays between two events. The floor is the weights' bytes over the rate
-of a copy of 2 GiB, read and written. torch.matmul (cuBLAS) on the same weights is measured too.
+in the cache; times are medians of replays between two events. The floor is the weights' bytes over the
+memory's rate as every benchmark measures it (dijiang_engines/bandwidth.py), before the first and after the
+last shape, the better of both. torch.matmul (cuBLAS) on the same weights is measured too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from dijiang_engines.kernels import Geometry, Kernels, load_kernels
 from dijiang_engines.kernels_linear import LinearOutput, LinearTerm
+from dijiang_export.bench_memory import memory_rate
 
 SHAPES = {  # layers, hidden, MLP, heads, head size, vocabulary
     "410m": (24, 1024, 4096, 16, 64, 50304),
@@ -50,12 +52,6 @@ def median_ms(run: Callable[[], object], replays: int = 60) -> float:
 
 def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
-
-
-def copy_rate() -> float:
-    source = torch.empty(1 << 29, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    return float(2 * source.nbytes) / (median_ms(lambda: target.copy_(source), 10) / 1e3)
 
 
 class Step:
@@ -167,6 +163,40 @@ class Step:
         return int(sum(w.nbytes for layer in self.weights for w in layer) + self.head.nbytes)
 
 
+def measure(step: Step) -> dict[str, float]:
+    """Milliseconds of a step and of its parts, each over all layers; the head is in `step`, `products` and
+    `head` alone."""
+    return {
+        "step": median_ms(step.all(step.first, step.attention, step.second)),
+        "products": median_ms(step.all(step.first, step.second)),
+        "first": median_ms(step.all(step.first, head=False)),
+        "second": median_ms(step.all(step.second, head=False)),
+        "attention": median_ms(step.all(step.attention, head=False)),
+        "head": median_ms(step.all()),
+        "cublas": median_ms(step.all(step.cublas, head=False)),
+    }
+
+
+def say(name: str, step: Step, times: dict[str, float]) -> None:
+    for outputs in (step.first_outputs(0), step.second_outputs(0), step.head_outputs()):
+        print(name, step.kernels.linear_plan(outputs))
+    a_layer = {k: round(1e3 * times[k] / step.layers, 2) for k in ("first", "second", "attention", "cublas")}
+    print(name, {k: round(v, 4) for k, v in times.items()}, "µs a layer:", a_layer, flush=True)
+
+
+def with_floors(rate: float, sizes: dict[str, int], times: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """For the record: to each measurement its weights' bytes, their time at `rate` bytes a second, and what
+    share of the step and of its products that time is."""
+    found: dict[str, Any] = {"memory_gb_s": rate / 1e9}
+    for name, each in times.items():
+        floor = 1e3 * sizes[name] / rate
+        found[f"{name}, ms"] = each | {
+            "floor": floor, "weight_bytes": sizes[name],
+            "floor_over_step": floor / each["step"], "floor_over_products": floor / each["products"],
+        }  # fmt: skip
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", type=Path)
@@ -175,36 +205,21 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     given = parser.parse_args()
     kernels = load_kernels(given.library)
-    rate = copy_rate()
-    results: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "copy_gb_s": rate / 1e9,
-    }
-    print(results)
+    gpu = torch.device("cuda")
+    rates = [memory_rate(gpu, 0).copy]
+    sizes: dict[str, int] = {}
+    times: dict[str, dict[str, float]] = {}
     for shape in given.shape:
         for rows in given.rows:
-            step = Step(kernels, shape, rows)
-            empty = [lambda layer: None]
-            times = {
-                "step": median_ms(step.all(step.first, step.attention, step.second)),
-                "products": median_ms(step.all(step.first, step.second)),
-                "first": median_ms(step.all(step.first, head=False)),
-                "second": median_ms(step.all(step.second, head=False)),
-                "attention": median_ms(step.all(step.attention, head=False)),
-                "head": median_ms(step.all(*empty)),
-                "cublas": median_ms(step.all(step.cublas, head=False)),
-                "floor": 1e3 * step.bytes() / rate,
-            }
-            results[f"{shape}, {rows} rows, ms"] = times
-            per = {
-                k: round(1e3 * times[k] / step.layers, 2) for k in ("first", "second", "attention", "cublas")
-            }
-            for outputs in (step.first_outputs(0), step.second_outputs(0), step.head_outputs()):
-                print(shape, rows, kernels.linear_plan(outputs))
-            print(shape, rows, {k: round(v, 4) for k, v in times.items()}, "µs a layer:", per, flush=True)
+            name, step = f"{shape}, {rows} rows", Step(kernels, shape, rows)
+            sizes[name], times[name] = step.bytes(), measure(step)
+            say(name, step, times[name])
             del step
             torch.cuda.empty_cache()
+    rates.append(memory_rate(gpu, 0).copy)
+    results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rates": rates}
+    results |= with_floors(max(rates), sizes, times)
+    print(json.dumps(results, indent=1))
     if given.save:
         given.save.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """Run the GPU tests of the kernels and the sanitizers, and write the record that docs/evidence/ keeps.
 
     python tests/gpu/record.py libdijiang_kernels.so --out kernel-tests.txt [--commit HASH]
-        [--driver DRIVER] [--control CONTROL] [--pytest="-n 8"]
+        [--built FOLDER] [--pytest="-n 8"]
 
 The record has the machine, the versions, the commands, what passed, the largest errors in units of their
 bounds (tests/kernel_bounds.py), the drift and the whole models' errors. Exits with 1 if anything failed.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import os
 import platform
 import re
@@ -22,7 +23,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TESTS = ("tests/test_kernels_gpu.py", "tests/test_kernels_gpu_use.py")
+TESTS = (
+    "tests/test_linear_gpu.py",
+    "tests/test_kernels_gpu.py",
+    "tests/test_kernels_gpu_use.py",
+    "tests/test_sampling_gpu.py",
+)
 
 
 def output_of(*command: str) -> str:
@@ -45,7 +51,8 @@ def machine(library: Path, commit: str | None) -> list[str]:
         f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}",
         f"compute-sanitizer: {next((line for line in sanitizer if 'Version' in line), 'none')}",
         f"kernels {kernels.dijiang_version().decode()} for {kernels.dijiang_architectures().decode()}, "
-        f"commit {commit or output_of('git', 'rev-parse', 'HEAD')}",
+        f"commit {commit or output_of('git', 'rev-parse', 'HEAD')}, "
+        f"SHA-256 {hashlib.sha256(library.read_bytes()).hexdigest()}",
     ]
 
 
@@ -58,6 +65,10 @@ def largest_errors(text: str) -> list[str]:
         row[0] += 1
         row[1:] = [max(a, float(b)) for a, b in zip(row[1:], (output, state), strict=True)]
     lines = [f"{k} {row[0]:5} calls, output {row[1]:.2f}, state {row[2]:.2f}" for k, row in found.items()]
+    linear: dict[str, list[float]] = {}
+    for dtype, norm, error in re.findall(r"^linear torch\.(\S+) \d+ (\S+) (\S+)$", text, re.MULTILINE):
+        linear.setdefault(f"{'linear ' + norm:18} {dtype:9}", []).append(float(error))
+    lines += [f"{k} {len(row):5} calls, output {max(row):.2f}" for k, row in linear.items()]
     return ["Largest errors in units of their bounds:", *sorted(lines)]
 
 
@@ -66,22 +77,22 @@ def main() -> int:
     parser.add_argument("library", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit")
-    parser.add_argument("--driver")
-    parser.add_argument("--control")
+    parser.add_argument("--built", help="as of sanitize.py")
     parser.add_argument("--pytest", default="", help="more arguments for pytest")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per tool")
     arguments = parser.parse_args()
     library = arguments.library.resolve()
     environment = os.environ | {"DIJIANG_KERNELS": str(library)}
 
-    tests = [sys.executable, "-m", "pytest", "-q", "-rfEsP", "--tb=short", *shlex.split(arguments.pytest)]
+    # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors.
+    options = ["-q", "-rfEsP", "--tb=short", "-p", "no:benchmark", *shlex.split(arguments.pytest)]
+    tests = [sys.executable, "-m", "pytest", *options]
     ran = subprocess.run(
         [*tests, *TESTS], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
     )
     sanitize = [sys.executable, str(HERE / "sanitize.py"), str(library), f"--timeout={arguments.timeout}"]
-    for name in ("driver", "control"):
-        if getattr(arguments, name):
-            sanitize.append(f"--{name}={getattr(arguments, name)}")
+    if arguments.built:
+        sanitize.append(f"--built={arguments.built}")
     lines = ran.stdout.splitlines()
     told = sorted({x for x in lines if re.match(r"(steps|prefill) float|(neox|tiny)-\S+ \S+, \d+ calls", x)})
     record = [
@@ -98,10 +109,11 @@ def main() -> int:
     arguments.out.with_suffix(".pytest").write_text(ran.stdout + ran.stderr, encoding="utf-8")
     arguments.out.write_text("\n".join(record) + "\n", encoding="utf-8")
     print("\n".join(record), flush=True)
-    checked = subprocess.run(sanitize, env=environment, capture_output=True, text=True, check=False)
     with arguments.out.open("a", encoding="utf-8") as file:
-        file.write(checked.stdout)
-    print(checked.stdout)
+        checked = subprocess.run(
+            sanitize, env=environment | {"PYTHONUNBUFFERED": "1"}, stdout=file, check=False
+        )
+    print("".join(arguments.out.read_text(encoding="utf-8").splitlines(keepends=True)[len(record) :]))
     return 1 if ran.returncode or checked.returncode else 0
 
 

@@ -1,12 +1,12 @@
 """compute-sanitizer over calls of every kernel: memcheck, initcheck, synccheck and racecheck.
 
-    python tests/gpu/sanitize.py libdijiang_kernels.so [--driver DRIVER] [--tools memcheck,racecheck]
+    python tests/gpu/sanitize.py libdijiang_kernels.so [--kernels linear] [--tools memcheck] [--built FOLDER]
 
-Compiles sanitizer_driver.cpp with nvcc, unless a compiled one is given, runs it bare and under each tool, and
-exits with 1 if a tool reports anything or a number is not finite. Needs a GPU and CUDA's toolkit; nothing of
-this project but the library.
+Compiles the programs sanitizer_<kernels>.cpp with nvcc, unless a folder has them compiled, runs each bare and
+under each tool, and exits with 1 if a tool reports anything or a program finds a fault. Needs a GPU and
+CUDA's toolkit; nothing of this project but the library.
 
-racecheck is first shown racecheck_control.cu, which has no race. Where it finds one there, it does not follow
+racecheck is first shown sanitizer_control.cu, which has no race. Where it finds one there, it does not follow
 bar.arrive, and the kernels that use it (KERNELS_THAT_ARRIVE) are left out of what it checks.
 """
 
@@ -28,6 +28,7 @@ TOOLS = {
     "synccheck": [],
     "racecheck": ["--racecheck-report=all"],
 }
+KERNELS = ("linear", "attention")
 KERNELS_THAT_ARRIVE = ("fused_kernel", "wide_features_kernel")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK|LEAK) SUMMARY: .*|\d+ calls, \d+ bad")
 
@@ -48,7 +49,7 @@ class Run:
         self.summary = "; ".join(SUMMARY.findall(self.output))
 
     def print(self, name: str) -> None:
-        print(f"{name:10} exit {self.code}, {self.seconds:.1f} s: {self.summary}", flush=True)
+        print(f"{name:21} exit {self.code}, {self.seconds:.1f} s: {self.summary}", flush=True)
 
 
 def compile_with_nvcc(source: Path, target: Path, *more: str) -> Path:
@@ -60,12 +61,53 @@ def compile_with_nvcc(source: Path, target: Path, *more: str) -> Path:
     return target
 
 
+class Programs:
+    """The programs by name, compiled where `built` does not have them."""
+
+    def __init__(self, library: Path, built: Path | None, scratch: Path) -> None:
+        self._library, self._built, self._scratch = library, built, scratch
+
+    def path(self, name: str) -> Path:
+        if self._built is not None:
+            return self._built.resolve() / name
+        target = self._scratch / name
+        if target.exists():
+            return target
+        if name == "control":
+            return compile_with_nvcc(HERE / "sanitizer_control.cu", target)
+        return compile_with_nvcc(HERE / f"sanitizer_{name}.cpp", target, str(self._library))
+
+
+def check(kernels: str, tool: str, programs: Programs, environment: dict[str, str], timeout: float) -> bool:
+    """Run the kernels' program under a tool, or bare with ""; prints what came of it."""
+    options, case_list = TOOLS.get(tool, []), []
+    if tool == "racecheck":
+        case_list = ["quick"]
+        if kernels == "attention":
+            options = options + not_understood(programs.path("control"), options, environment, timeout)
+    command = [str(programs.path(kernels)), *case_list]
+    if tool:
+        command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *options, *command]
+    run = Run(command, environment, timeout)
+    run.print(f"{kernels}, {tool or 'no tool'}")
+    clean = " 0 error" in run.summary or " 0 hazard" in run.summary
+    if run.code == 0 and " 0 bad" in run.summary and (clean or not tool):
+        if not tool:
+            print(run.output.rstrip())
+        return True
+    lines = run.output.splitlines()
+    print("\n".join(lines[:60] + ["..."] * (len(lines) > 90) + lines[60:][-30:]), flush=True)
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("library", type=Path)
-    parser.add_argument("--driver", type=Path, help="a compiled sanitizer_driver.cpp")
-    parser.add_argument("--control", type=Path, help="a compiled racecheck_control.cu")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="default: %(default)s")
     parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
+    parser.add_argument(
+        "--built", type=Path, help="a folder with the programs compiled: linear, attention, control"
+    )
     parser.add_argument("--timeout", type=float, default=600, help="seconds per tool (default: %(default)s)")
     arguments = parser.parse_args()
     library = arguments.library.resolve()
@@ -74,30 +116,12 @@ def main() -> int:
     }
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
-        driver = arguments.driver or compile_with_nvcc(
-            HERE / "sanitizer_driver.cpp", Path(scratch) / "driver", str(library)
-        )
-        for tool in ["", *arguments.tools.split(",")]:
-            options, case_list = TOOLS.get(tool, []), []
-            if tool == "racecheck":
-                case_list = ["quick"]
-                control = arguments.control or compile_with_nvcc(
-                    HERE / "racecheck_control.cu", Path(scratch) / "control"
-                )
-                options = options + not_understood(control, options, environment, arguments.timeout)
-            command = [str(Path(driver).resolve()), *case_list]
-            if tool:
-                command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *options, *command]
-            run = Run(command, environment, arguments.timeout)
-            run.print(tool or "no tool")
-            clean = " 0 error" in run.summary or " 0 hazard" in run.summary
-            if run.code != 0 or (tool and not clean):
-                failed.append(tool or "no tool")
-                lines = run.output.splitlines()
-                print("\n".join(lines[:60] + ["..."] * (len(lines) > 90) + lines[60:][-30:]))
-            elif not tool:
-                print(run.output.rstrip())
-    print("failed: " + ", ".join(failed) if failed else "no tool found anything")
+        programs = Programs(library, arguments.built, Path(scratch))
+        for kernels in arguments.kernels.split(","):
+            for tool in ["", *arguments.tools.split(",")]:
+                if not check(kernels, tool, programs, environment, arguments.timeout):
+                    failed.append(f"{kernels}, {tool or 'no tool'}")
+    print("failed: " + "; ".join(failed) if failed else "no tool found anything")
     return 1 if failed else 0
 
 
