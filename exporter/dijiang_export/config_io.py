@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ ACTIVATIONS: dict[str, Activation] = {
 
 GROUP_NORM_EPSILON = 1e-5
 """torch.nn.GroupNorm's default, which the official code leaves (@3459531:111)."""
+
+SLOW_TOKENIZERS = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Vocabularies of tokenizers that are not tokenizer.json, as transformers' classes name them."""
+
+_SOME = 5  # names in a message
 
 HEAD_SIZES = range(16, 257, 16)
 
@@ -130,40 +143,73 @@ def build_spec(folder: Path, config: dict[str, Any], family: Family) -> ModelSpe
     )
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
+def check_tokenizer(folder: Path, vocab_size: int) -> list[str]:
     """Compare tokenizer.json, if there is one, with the model's vocabulary.
 
+    Fewer tokens than vocab_size are normal: vocabularies are padded. Tokens that were added to a tokenizer
+    but not to the model, such as <pad>, lie beyond it: the model can neither read nor choose them, and a
+    note says so. A tokenizer whose own vocabulary goes on beyond the model's is another model's.
+
+    Returns:
+        Notes for the user: of such added tokens; and how to make tokenizer.json from older files.
+
     Raises:
-        CheckpointError: it is not a tokenizer, or has ids that the model has no embedding for. (Fewer tokens
-            than vocab_size are normal: vocabularies are padded.)
+        CheckpointError: it is not a tokenizer, or has ids of its own that the model has no embedding for.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
-        return
+        return _without_tokenizer(folder)
     content = read_json(path)
-    model = content.get("model")
+    model, listed = content.get("model"), content.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = content.get("added_tokens") or []
-    ids: dict[int, str] = {}
-    if isinstance(vocab, dict):
-        ids = {i: token for token, i in vocab.items() if isinstance(i, int)}
-    elif isinstance(vocab, list):  # Unigram: [[token, score], ...]
-        ids = {len(vocab) - 1: str(vocab[-1])} if vocab else {}
-    else:
+    if not isinstance(vocab, (dict, list)):
         raise CheckpointError(
             f"{path} is not a tokenizer", expected="model.vocab", hint="remove or replace it"
         )
-    for entry in added if isinstance(added, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("id"), int):
-            ids[entry["id"]] = str(entry.get("content"))
-    largest = max(ids, default=-1)
-    if largest >= vocab_size:
+    added = {
+        entry["id"]: str(entry.get("content"))
+        for entry in (listed if isinstance(listed, list) else [])
+        if isinstance(entry, dict) and type(entry.get("id")) is int
+    }
+    if isinstance(vocab, list):  # Unigram: [[token, score], ...]
+        own = {i: str(vocab[i]) for i in range(vocab_size, len(vocab))}
+    else:
+        own = {i: token for token, i in vocab.items() if type(i) is int and i >= vocab_size}
+    foreign = max(own.keys() - added.keys(), default=None)
+    if foreign is not None:
         raise CheckpointError(
             "the tokenizer does not fit the model: it has ids that the vocabulary lacks",
-            got=f"id {largest} ({ids[largest]!r}) in {path.name}",
+            got=f"id {foreign} ({own[foreign]!r}) in {path.name}",
             expected=f"ids below vocab_size = {vocab_size}",
             hint="use the tokenizer that the model was trained with",
         )
+    beyond = sorted(i for i in added if i >= vocab_size)
+    if not beyond:
+        return []
+    names = ", ".join(f"{added[i]!r} ({i})" for i in beyond[:_SOME])
+    more = f" and {len(beyond) - _SOME} more" if len(beyond) > _SOME else ""
+    return [
+        f"{path.name} adds tokens for which the model has no embedding, beyond vocab_size = {vocab_size}: "
+        f"{names}{more}; they are never generated, and a prompt with one is refused"
+    ]
+
+
+def _without_tokenizer(folder: Path) -> list[str]:
+    found = [name for name in SLOW_TOKENIZERS if (folder / name).exists()]
+    if not found:
+        return []
+    load = "AutoTokenizer.from_pretrained(sys.argv[1])"
+    code = f"import sys; from transformers import AutoTokenizer; {load}.save_pretrained(sys.argv[1])"
+    command = shlex.join(["python", "-c", code, str(folder)])
+    needs = (
+        "transformers"
+        if {"vocab.json", "vocab.txt"} & {*found}
+        else "transformers, sentencepiece and protobuf"
+    )
+    return [
+        f"there is no tokenizer.json, only {', '.join(found)}: without it prompts are token ids. To make it, "
+        f"with {needs} installed: {command}"
+    ]
 
 
 def _special_tokens(folder: Path, config: dict[str, Any], vocab: int) -> tuple[int | None, tuple[int, ...]]:

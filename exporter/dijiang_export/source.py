@@ -26,13 +26,14 @@ class Source:
     Attributes:
         tensors: stored tensors under official names, buffers that are not weights left out.
         spec: with `tied_embeddings` as config.json says, and decay not yet looked at.
+        notes: what its owner may not expect, sentences for people.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.family = read_config(path)
         self.spec = build_spec(path, self.config, self.family)
-        check_tokenizer(path, self.spec.vocab_size)
+        self.notes: list[str] = check_tokenizer(path, self.spec.vocab_size)
         self.weights: Weights = open_weights(path)
         try:
             check_frequencies(self.weights.tensors, self.spec)
