@@ -8,6 +8,7 @@ here uses the package under test: it is the other side of the reader.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -114,6 +115,12 @@ _TENSOR_OPTIONS = {
     "decay_dtype", "tied", "attention_bias", "mlp_bias", "pre_norm", "embedding_size", "decay",
     "max_positions", "leftovers", "seed",
 }  # fmt: skip
+
+
+def default_config(family: str, **options: Any) -> dict[str, Any]:
+    """config.json as `write_checkpoint` makes it, without a checkpoint."""
+    defaults = {name: p.default for name, p in inspect.signature(write_checkpoint).parameters.items()}
+    return make_config(**{name: defaults[name] for name in _CONFIG_OPTIONS} | {"family": family} | options)
 
 
 def make_config(

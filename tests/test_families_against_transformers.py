@@ -51,7 +51,17 @@ ROPE: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
+OPTIONAL = dict.fromkeys((
+    *NO_ROPE_KEYS, "hidden_act", "layer_norm_eps", "use_parallel_residual", "tie_word_embeddings",
+    "num_key_value_heads", "rms_norm_eps", "attention_bias", "mlp_bias", "activation_function",
+    "do_layer_norm_before", "_remove_final_layer_norm", "word_embed_proj_dim", "enable_bias",
+))  # fmt: skip
+
 CASES: dict[str, dict[str, Any]] = {
+    **{
+        f"{family}-defaults": {"family": family, "config_overrides": OPTIONAL}
+        for family in ("gpt_neox", "llama", "opt")
+    },
     "gpt_neox": {"family": "gpt_neox", "hidden": 96, "heads": 6},
     "gpt_neox-sequential-tied": {"family": "gpt_neox", "parallel_residual": False, "tied": True},
     "gpt_neox-trained": {"family": "gpt_neox", "decay": "trained"},

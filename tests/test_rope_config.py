@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_config
+from checkpoints import default_config
 from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -30,19 +30,13 @@ logging.set_verbosity_error()
 
 OWN = {"gpt_neox": (GPTNeoXConfig, GPTNeoXRotaryEmbedding), "llama": (LlamaConfig, LlamaRotaryEmbedding)}
 ROPE_KEYS = ("rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "rope_scaling")
-SIZES: dict[str, Any] = {
-    "hidden": 128, "heads": 4, "kv_heads": None, "head_dim": None, "layers": 1, "vocab": 256,
-    "intermediate": 96, "dtype": "float32", "rotary_pct": None, "rotary_base": 1e4, "rope_scaling": None,
-    "parallel_residual": True, "tied": None, "attention_bias": None, "mlp_bias": None, "pre_norm": True,
-    "embedding_size": None, "hidden_act": None, "max_positions": 128,
-}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONTEXT = {"original_max_position_embeddings": 16}
 
 
 def config_of(family: str, **keys: Any) -> dict[str, Any]:
     """A config without any RoPE key but `keys`."""
-    config = make_config(family=family, **SIZES)
+    config = default_config(family, hidden=128)
     return copy.deepcopy({k: v for k, v in config.items() if k not in ROPE_KEYS} | keys)
 
 

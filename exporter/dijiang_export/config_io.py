@@ -228,7 +228,7 @@ def _special_tokens(folder: Path, config: dict[str, Any], vocab: int) -> tuple[i
                     expected=f"0 .. {vocab - 1}",
                     hint="correct it in config.json (and generation_config.json)",
                 )
-        out[name] = values
+        out[name] = list(dict.fromkeys(values))
     bos = out["bos_token_id"]
     return bos[0] if bos else None, tuple(out["eos_token_id"])
 
