@@ -36,7 +36,7 @@ CONTEXT = {"original_max_position_embeddings": 16}
 
 def config_of(family: str, **keys: Any) -> dict[str, Any]:
     """A config without any RoPE key but `keys`."""
-    config = default_config(family, hidden=128)
+    config = default_config(family, hidden=128, layers=1)
     return copy.deepcopy({k: v for k, v in config.items() if k not in ROPE_KEYS} | keys)
 
 
