@@ -149,7 +149,7 @@ class Generator:
             known = self.tokenizer if isinstance(prompt, str) else None
             spelt = "" if known is None else f"{known.token(foreign)!r}, "
             raise PromptError(
-                "a prompt holds a token that the model does not have",
+                "a prompt holds a token id that the model does not have",
                 got=f"{spelt}id {foreign}",
                 expected=f"ids 0 to {vocab - 1}",
             )
