@@ -8,6 +8,7 @@ here uses the package under test: it is the other side of the reader.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -114,6 +115,12 @@ _TENSOR_OPTIONS = {
     "decay_dtype", "tied", "attention_bias", "mlp_bias", "pre_norm", "embedding_size", "decay",
     "max_positions", "leftovers", "seed",
 }  # fmt: skip
+
+
+def default_config(family: str, **options: Any) -> dict[str, Any]:
+    """config.json as `write_checkpoint` makes it, without a checkpoint."""
+    defaults = {name: p.default for name, p in inspect.signature(write_checkpoint).parameters.items()}
+    return make_config(**{name: defaults[name] for name in _CONFIG_OPTIONS} | {"family": family} | options)
 
 
 def make_config(
@@ -265,7 +272,7 @@ def make_tensors(
                 tril = torch.tril(torch.ones(max_positions, max_positions, dtype=torch.bool))
                 out[f"{at}.attention.bias"] = tril[None, None]
                 out[f"{at}.attention.masked_bias"] = torch.tensor(-1e9)
-                out[f"{at}.attention.rotary_emb.inv_freq"] = torch.ones(max(1, d // 8))
+                out[f"{at}.attention.rotary_emb.inv_freq"] = _inv_freq(d // 4)
         norm("gpt_neox.final_layer_norm", hidden)
         if not tied:
             matrix("embed_out.weight", vocab, hidden)
@@ -285,7 +292,7 @@ def make_tensors(
             linear(f"{at}.mlp.up_proj", intermediate, hidden, bool(mlp_bias))
             linear(f"{at}.mlp.down_proj", hidden, intermediate, bool(mlp_bias))
             if leftovers:
-                out[f"{at}.self_attn.rotary_emb.inv_freq"] = torch.ones(d // 2)
+                out[f"{at}.self_attn.rotary_emb.inv_freq"] = _inv_freq(d)
         norm("model.norm", hidden, bias=False)
         if not tied:
             matrix("lm_head.weight", vocab, hidden)
@@ -322,6 +329,11 @@ def make_tensors(
         return value.to(DTYPES[decay_dtype if is_table and decay_dtype else dtype]).contiguous()
 
     return {name: stored(name, value) for name, value in out.items()}
+
+
+def _inv_freq(turned: int) -> torch.Tensor:
+    """As old versions of transformers leave it among the weights, for the base 10000."""
+    return 1.0 / 10000.0 ** (torch.arange(0, turned, 2).float() / turned)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], format: str = "safetensors") -> None:

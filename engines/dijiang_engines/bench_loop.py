@@ -52,7 +52,8 @@ class Loop:
         self.steps = loop_steps(spec.max_positions)
         self._generator = Generator(runner, tokenizer)
         rng = np.random.default_rng(0)
-        known = np.arange(spec.vocab_size) if tokenizer is None else tokenizer.ids
+        vocab = spec.vocab_size
+        known = np.arange(vocab) if tokenizer is None else np.flatnonzero(tokenizer.token_mask(vocab))
         self._session = Session(
             [np.zeros((batch, *spec.state_shape), np.float32) for _ in range(spec.num_layers)],
             np.full(batch, self.position, np.int64),

@@ -144,9 +144,14 @@ class Generator:
         if not old and not new:
             raise PromptError("a prompt has no tokens", hint="give at least one")
         vocab = self.runner.spec.vocab_size
-        if new and not 0 <= min(new) <= max(new) < vocab:
+        foreign = next((i for i in new if not 0 <= i < vocab), None)
+        if foreign is not None:
+            known = self.tokenizer if isinstance(prompt, str) else None
+            spelt = "" if known is None else f"{known.token(foreign)!r}, "
             raise PromptError(
-                "a prompt holds a token id that the model does not have", expected=f"0 to {vocab - 1}"
+                "a prompt holds a token id that the model does not have",
+                got=f"{spelt}id {foreign}",
+                expected=f"ids 0 to {vocab - 1}",
             )
         ids = [*old, *new]
         limit = self._room(index, len(ids), options.max_tokens)

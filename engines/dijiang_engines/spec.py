@@ -15,6 +15,15 @@ NormKind = Literal["layer_norm", "rms_norm"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 DecayKind = Literal["geometric", "tables"]
 
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Values of rope_scaling's rope_type, and the positive numbers that each needs beside it."""
+
+_LARGEST = 1e30
+"""Of a number that is no size: float32 holds it, and its inverse."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -40,7 +49,7 @@ class ModelSpec:
     """r: leading dimensions of each head that RoPE turns; 0 = none."""
     rope_theta: float
     rope_scaling: dict[str, Any] | None
-    """None, or {"rope_type": "linear" | "llama3", ...}: folded into inv_freq."""
+    """None, or rope_type (a key of ROPE_SCALINGS) and the numbers that it needs: folded into inv_freq."""
     norm: NormKind
     norm_epsilon: float
     activation: Activation
@@ -151,9 +160,9 @@ def _check_type(name: str, value: Any) -> None:
     elif name in _BOOLS:
         good = isinstance(value, bool)
     elif name in _FLOATS:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        good = is_positive(value)
     elif name == "rope_scaling":
-        good = value is None or isinstance(value, dict)
+        good = value is None or _is_scaling(value)
     elif name == "bos_token_id":
         good = value is None or _is_size(value, 0)
     elif name == "eos_token_ids":
@@ -162,6 +171,23 @@ def _check_type(name: str, value: Any) -> None:
         good = _is_size(value, 0 if name in _MAY_BE_ZERO else 1)
     if not good:
         raise BundleError(f"the manifest's model spec has a bad value for {name}", got=repr(value))
+
+
+def is_number(value: Any) -> bool:
+    """True for an integer or a finite float of sensible size; true and false are no numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def is_positive(value: Any) -> bool:
+    """True for a number above zero, its inverse of sensible size too."""
+    return is_number(value) and value >= 1 / _LARGEST
+
+
+def _is_scaling(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("rope_type"), str):
+        return False
+    needed = ROPE_SCALINGS.get(value["rope_type"], ())
+    return set(value) == {"rope_type", *needed} and all(is_positive(value[key]) for key in needed)
 
 
 def _is_size(value: Any, least: int) -> bool:

@@ -59,19 +59,23 @@ class Tokenizer:
     def token_mask(self, vocab_size: int) -> npt.NDArray[np.bool_]:
         """[vocab_size] bool: which of the model's ids are tokens. Padded vocabularies have ids that are not.
 
+        Tokens that were added to the tokenizer beyond the model's vocabulary, such as <pad>, are left out.
+
         Raises:
-            BundleError: a token's id is beyond the model's vocabulary.
+            BundleError: another token's id is beyond the model's vocabulary.
         """
         ids = self.ids
-        if ids.size and ids[-1] >= vocab_size:
+        added = self._backend.get_added_tokens_decoder()
+        foreign = [i for i in ids[ids >= vocab_size].tolist() if i not in added]
+        if foreign:
             raise BundleError(
                 "the tokenizer has a token that the model does not have",
-                got=f"token id {ids[-1]}",
+                got=f"token id {foreign[-1]}",
                 expected=f"ids below {vocab_size}",
                 hint="the tokenizer belongs to another model",
             )
         mask = np.zeros(vocab_size, np.bool_)
-        mask[ids] = True
+        mask[ids[ids < vocab_size]] = True
         return mask
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
@@ -88,6 +92,11 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of a token as it is spelt in the vocabulary, or None."""
         found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def token(self, token_id: int) -> str | None:
+        """A token as it is spelt in the vocabulary, or None."""
+        found: str | None = self._backend.id_to_token(token_id)
         return found
 
     def special_ids(self) -> list[int]:

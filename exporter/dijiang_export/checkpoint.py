@@ -106,6 +106,7 @@ class Checkpoint:
         storage_dtype: float32, float16 or bfloat16: the type of most of the weights.
         files: the weight files that were read, for provenance.
         tokenizer_files: the tokenizer's and the generation settings' files that exist.
+        notes: what its owner may not expect, sentences for people.
         decay_notes: what was found in the decay tables, one sentence for each run of
             layers of which the same is true.
     """
@@ -121,6 +122,7 @@ class Checkpoint:
         self.tokenizer_files = [
             source.path / name for name in TOKENIZER_FILES if (source.path / name).is_file()
         ]
+        self.notes = source.notes
         available = source.spec.max_position_embeddings
         if max_positions is not None and not 1 <= max_positions <= available:
             raise CheckpointError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_engines.spec import Activation, ModelSpec
-from dijiang_export.families import FAMILIES, REQUIRED, Family, Key
+from dijiang_engines.spec import Activation, ModelSpec, is_positive
+from dijiang_export.families import FAMILIES, NEUTRAL, REQUIRED, Family, Key
+from dijiang_export.rope_config import read_rope
 from dijiang_export.weights_io import read_json
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -25,6 +27,18 @@ ACTIVATIONS: dict[str, Activation] = {
 
 GROUP_NORM_EPSILON = 1e-5
 """torch.nn.GroupNorm's default, which the official code leaves (@3459531:111)."""
+
+SLOW_TOKENIZERS = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Vocabularies of tokenizers that are not tokenizer.json, as transformers' classes name them."""
+
+_SOME = 5  # names in a message
 
 HEAD_SIZES = range(16, 257, 16)
 
@@ -71,18 +85,12 @@ def build_spec(folder: Path, config: dict[str, Any], family: Family) -> ModelSpe
         CheckpointError: a value is missing, of the wrong type, or not supported.
     """
     where = folder / "config.json"
-    for name, value in family.refused.items():
-        if name in config and config[name] == value:
-            raise CheckpointError(f"{where}: {name} = {value} is not supported")
+    _check_neutral(where, config, family)
     if config.get("quantization_config"):
         raise CheckpointError(
             f"{where} describes a quantised checkpoint", hint="save the weights in float16 or wider"
         )
-    parameters = config.get("rope_parameters") or {}
-    if not isinstance(parameters, dict):
-        raise CheckpointError(f"{where} has bad rope_parameters", got=repr(parameters))
-    flat = config | {k: v for k, v in parameters.items() if k in ("rope_theta", "partial_rotary_factor")}
-    v = {name: _read(where, flat, key) for name, key in family.keys.items()}
+    v = {name: _read(where, config, key) for name, key in family.keys.items()}
     heads, hidden = v["num_heads"], v["hidden_size"]
     head_dim = v["head_dim"] or _divide(where, hidden, heads)
     if head_dim not in HEAD_SIZES:
@@ -96,13 +104,8 @@ def build_spec(folder: Path, config: dict[str, Any], family: Family) -> ModelSpe
         raise CheckpointError(
             f"{where}: num_key_value_heads does not divide num_attention_heads", got=f"{kv_heads}, {heads}"
         )
-    rotary = int(head_dim * v["rotary_fraction"])
-    if rotary % 2:
-        raise CheckpointError(
-            f"{where}: RoPE would turn an odd number of dimensions",
-            got=f"{rotary} = int({head_dim} · {v['rotary_fraction']})",
-            expected="an even number: they turn in pairs",
-        )
+    _check_given(where, config, {"num_key_value_heads": kv_heads, "head_dim": head_dim})
+    rope = read_rope(where, config, family, head_dim)
     bos, eos = _special_tokens(folder, config, v["vocab_size"])
     return ModelSpec(
         family=family.name,
@@ -113,9 +116,9 @@ def build_spec(folder: Path, config: dict[str, Any], family: Family) -> ModelSpe
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rotary_dim=rotary,
-        rope_theta=float(v["rope_theta"]),
-        rope_scaling=rope_scaling(where, config) if rotary else None,
+        rotary_dim=rope.dim,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         norm=family.norm,
         norm_epsilon=float(v["norm_epsilon"]),
         activation=v["activation"],
@@ -140,76 +143,73 @@ def build_spec(folder: Path, config: dict[str, Any], family: Family) -> ModelSpe
     )
 
 
-def rope_scaling(where: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """rope_scaling (or rope_parameters, transformers >= 5) as {"rope_type": ..., ...}; None if there is none.
-
-    Raises:
-        CheckpointError: a kind other than default, linear and llama3, or missing numbers.
-    """
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    raw = config.get(key)
-    if raw is None or raw == {}:
-        return None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{where} has a bad {key}", got=repr(raw))
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind in (None, "default"):
-        return None
-    needed = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if not isinstance(kind, str) or kind not in needed:
-        raise CheckpointError(
-            f"{where}: {key} of type {kind!r} is not supported",
-            expected="default, linear or llama3",
-            hint="dynamic, yarn and longrope make angles depend on the sequence's length",
-        )
-    out: dict[str, Any] = {"rope_type": kind}
-    for name in needed[kind]:
-        value: Any = raw.get(name)
-        if not (_is_number(value) and value > 0):
-            raise CheckpointError(f"{where}: {key} of type {kind!r} needs {name}", got=repr(value))
-        out[name] = value
-    if kind == "llama3" and not out["high_freq_factor"] > out["low_freq_factor"]:
-        raise CheckpointError(f"{where}: {key} needs high_freq_factor > low_freq_factor", got=repr(raw))
-    return out
-
-
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
+def check_tokenizer(folder: Path, vocab_size: int) -> list[str]:
     """Compare tokenizer.json, if there is one, with the model's vocabulary.
 
+    Fewer tokens than vocab_size are normal: vocabularies are padded. Tokens that were added to a tokenizer
+    but not to the model, such as <pad>, lie beyond it: the model can neither read nor choose them, and a
+    note says so. A tokenizer whose own vocabulary goes on beyond the model's is another model's.
+
+    Returns:
+        Notes for the user: of such added tokens; and how to make tokenizer.json from older files.
+
     Raises:
-        CheckpointError: it is not a tokenizer, or has ids that the model has no embedding for. (Fewer tokens
-            than vocab_size are normal: vocabularies are padded.)
+        CheckpointError: it is not a tokenizer, or has ids of its own that the model has no embedding for.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
-        return
+        return _without_tokenizer(folder)
     content = read_json(path)
-    model = content.get("model")
+    model, listed = content.get("model"), content.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = content.get("added_tokens") or []
-    ids: dict[int, str] = {}
-    if isinstance(vocab, dict):
-        ids = {i: token for token, i in vocab.items() if isinstance(i, int)}
-    elif isinstance(vocab, list):  # Unigram: [[token, score], ...]
-        ids = {len(vocab) - 1: str(vocab[-1])} if vocab else {}
-    else:
+    if not isinstance(vocab, (dict, list)):
         raise CheckpointError(
             f"{path} is not a tokenizer", expected="model.vocab", hint="remove or replace it"
         )
-    for entry in added if isinstance(added, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("id"), int):
-            ids[entry["id"]] = str(entry.get("content"))
-    largest = max(ids, default=-1)
-    if largest >= vocab_size:
+    added = {
+        entry["id"]: str(entry.get("content"))
+        for entry in (listed if isinstance(listed, list) else [])
+        if isinstance(entry, dict) and type(entry.get("id")) is int
+    }
+    if isinstance(vocab, list):  # Unigram: [[token, score], ...]
+        own = {i: str(vocab[i]) for i in range(vocab_size, len(vocab))}
+    else:
+        own = {i: token for token, i in vocab.items() if type(i) is int and i >= vocab_size}
+    foreign = max(own.keys() - added.keys(), default=None)
+    if foreign is not None:
         raise CheckpointError(
             "the tokenizer does not fit the model: it has ids that the vocabulary lacks",
-            got=f"id {largest} ({ids[largest]!r}) in {path.name}",
+            got=f"id {foreign} ({own[foreign]!r}) in {path.name}",
             expected=f"ids below vocab_size = {vocab_size}",
             hint="use the tokenizer that the model was trained with",
         )
+    beyond = sorted(i for i in added if i >= vocab_size)
+    if not beyond:
+        return []
+    names = ", ".join(f"{added[i]!r} ({i})" for i in beyond[:_SOME])
+    more = f" and {len(beyond) - _SOME} more" if len(beyond) > _SOME else ""
+    return [
+        f"{path.name} adds tokens for which the model has no embedding, beyond vocab_size = {vocab_size}: "
+        f"{names}{more}; they are never generated, and a prompt with one is refused"
+    ]
+
+
+def _without_tokenizer(folder: Path) -> list[str]:
+    found = [name for name in SLOW_TOKENIZERS if (folder / name).exists()]
+    if not found:
+        return []
+    load = "AutoTokenizer.from_pretrained(sys.argv[1])"
+    code = f"import sys; from transformers import AutoTokenizer; {load}.save_pretrained(sys.argv[1])"
+    command = shlex.join(["python", "-c", code, str(folder)])
+    needs = (
+        "transformers"
+        if {"vocab.json", "vocab.txt"} & {*found}
+        else "transformers, sentencepiece and protobuf"
+    )
+    return [
+        f"there is no tokenizer.json, only {', '.join(found)}: without it prompts are token ids. To make it, "
+        f"with {needs} installed: {command}"
+    ]
 
 
 def _special_tokens(folder: Path, config: dict[str, Any], vocab: int) -> tuple[int | None, tuple[int, ...]]:
@@ -228,7 +228,7 @@ def _special_tokens(folder: Path, config: dict[str, Any], vocab: int) -> tuple[i
                     expected=f"0 .. {vocab - 1}",
                     hint="correct it in config.json (and generation_config.json)",
                 )
-        out[name] = values
+        out[name] = list(dict.fromkeys(values))
     bos = out["bos_token_id"]
     return bos[0] if bos else None, tuple(out["eos_token_id"])
 
@@ -242,31 +242,59 @@ def _divide(where: Path, hidden: int, heads: int) -> int:
 
 
 def _read(where: Path, config: dict[str, Any], key: Key) -> Any:
-    present = [name for name in key.names if config.get(name) is not None]
-    if not present:
-        if key.default is REQUIRED:
-            raise CheckpointError(f"{where} lacks {key.names[0]}")
-        return key.default
-    name = present[0]
-    value = config[name]
-    if key.kind == "size":
-        good = type(value) is int and 0 < value < 2**31
-    elif key.kind == "flag":
-        good = isinstance(value, bool)
-    elif key.kind == "positive":
-        good = _is_number(value) and value > 0
-    elif key.kind == "fraction":
-        good = _is_number(value) and 0 <= value <= 1
-    elif isinstance(value, str) and value in ACTIVATIONS:
+    value = config.get(key.name, key.default)
+    if value is REQUIRED:
+        raise CheckpointError(f"{where} lacks {key.name}")
+    if value is None and key.default is None:
+        return None
+    if key.kind == "activation":
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            raise CheckpointError(
+                f"{where}: the activation {value!r} is not supported", expected=", ".join(ACTIVATIONS)
+            )
         return ACTIVATIONS[value]
-    else:
-        raise CheckpointError(
-            f"{where}: the activation {value!r} is not supported", expected=", ".join(ACTIVATIONS)
-        )
-    if not good:
-        raise CheckpointError(f"{where} has a bad value for {name}", got=repr(value))
+    good = {
+        "size": type(value) is int and 0 < value <= key.most,
+        "flag": isinstance(value, bool),
+        "positive": is_positive(value),
+    }
+    if not good[key.kind]:
+        raise CheckpointError(f"{where} has a bad value for {key.name}", got=_json(value))
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+_WITHOUT_EFFECT = "transformers' own model ignores the key: remove it if that is what trained the model"
+
+
+def _check_neutral(where: Path, config: dict[str, Any], family: Family) -> None:
+    """Refuse settings that would change what the model computes and that it does not have."""
+    for name, neutral in {**NEUTRAL, **family.neutral}.items():
+        value = config.get(name)
+        parts = value if isinstance(value, list) else [value] if value not in (None, {}) else []
+        if any(not any(_equal(part, allowed) for allowed in neutral) for part in parts):
+            raise CheckpointError(
+                f"{where}: {name} = {_json(value)} is not supported",
+                expected=" or ".join(map(_json, neutral)) or "no such key",
+                hint=None if name in family.neutral else _WITHOUT_EFFECT,
+            )
+
+
+def _check_given(where: Path, config: dict[str, Any], derived: dict[str, int]) -> None:
+    """Refuse keys that a family does not read but that contradict its geometry."""
+    for name, value in derived.items():
+        if config.get(name) is not None and not _equal(config[name], value):
+            raise CheckpointError(
+                f"{where}: {name} does not fit this family",
+                got=_json(config[name]),
+                expected=f"{value}, or no such key",
+            )
+
+
+def _equal(given: Any, value: Any) -> bool:
+    """Equality in which true is not 1."""
+    return isinstance(given, bool) == isinstance(value, bool) and bool(given == value)
+
+
+def _json(value: Any) -> str:
+    """A value as config.json spells it."""
+    return json.dumps(value, ensure_ascii=False)

@@ -24,11 +24,28 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Key:
-    """Where config.json keeps a value: the first of `names` that it has, else `default`."""
+    """Where config.json keeps a value: under `name`, else it is `default`; no name = always `default`.
 
-    names: tuple[str, ...]
+    null stands for the default only where that is None: elsewhere transformers 5 refuses it, and older
+    versions took it for false.
+    """
+
+    name: str
     default: Any = REQUIRED
-    kind: Literal["size", "flag", "positive", "fraction", "activation"] = "size"
+    kind: Literal["size", "flag", "positive", "activation"] = "size"
+    most: int = 2**31 - 1
+    """Of a size."""
+
+
+@dataclass(frozen=True)
+class RopeKeys:
+    """Where a family's config.json keeps RoPE settings outside rope_parameters and rope_scaling."""
+
+    theta: str
+    fraction: str
+    fraction_default: float
+    whole_heads: bool = False
+    """The family's attention turns all dimensions of a head: no other fraction works."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +74,17 @@ class Family:
     attention: str
     """Prefix of a layer's attention parameters, with {i}."""
     norm: Literal["layer_norm", "rms_norm"]
+    rope: RopeKeys | None
+    """None = no RoPE, but learned positions."""
     gated_mlp: bool = False
     position_offset: int = 0
-    """Unused rows before a learned position table; 0 = RoPE instead of such a table."""
+    """Unused rows before a learned position table."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of stored names that are buffers, not weights."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Prefixes that some published files have, and the official ones."""
-    refused: Mapping[str, Any] = field(default_factory=dict)
-    """config.json values that this package does not support."""
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """As NEUTRAL: what config.json may say where this package supports one value only."""
 
     def dijiang(self) -> tuple[Parameter, ...]:
         """What DiJiang adds to a layer's attention, decay tables apart."""
@@ -133,40 +152,82 @@ def _split_qkv(at: str) -> tuple[Parameter, ...]:
     )
 
 
+MOST_POSITIONS = 2**24
+"""Of max_position_embeddings: decay tables have so many rows. The longest published contexts are 10^7."""
+
 _COMMON_KEYS = {
-    "vocab_size": Key(("vocab_size",)),
-    "hidden_size": Key(("hidden_size",)),
-    "intermediate_size": Key(("intermediate_size",)),
-    "num_layers": Key(("num_hidden_layers",)),
-    "num_heads": Key(("num_attention_heads",)),
-    "num_kv_heads": Key((), None),
-    "head_dim": Key((), None),
-    "embedding_size": Key((), None),
-    "max_position_embeddings": Key(("max_position_embeddings",)),
-    "rope_theta": Key((), 10000.0, "positive"),
-    "rotary_fraction": Key((), 0.0, "fraction"),
-    "parallel_residual": Key((), False, "flag"),
-    "pre_norm": Key((), True, "flag"),
-    "remove_final_norm": Key((), False, "flag"),
-    "tied_embeddings": Key(("tie_word_embeddings",), False, "flag"),
+    "vocab_size": Key("vocab_size"),
+    "hidden_size": Key("hidden_size"),
+    "intermediate_size": Key("intermediate_size"),
+    "num_layers": Key("num_hidden_layers"),
+    "num_heads": Key("num_attention_heads"),
+    "num_kv_heads": Key("", None),
+    "head_dim": Key("", None),
+    "embedding_size": Key("", None),
+    "max_position_embeddings": Key("max_position_embeddings", most=MOST_POSITIONS),
+    "parallel_residual": Key("", False, "flag"),
+    "pre_norm": Key("", True, "flag"),
+    "remove_final_norm": Key("", False, "flag"),
+    "tied_embeddings": Key("tie_word_embeddings", False, "flag"),
 }
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    # factors: Granite, MiniCPM, Cohere, Gemma, Grok
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "output_multiplier_scale": (1,),
+    "embedding_multiplier_scale": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "dim_model_base": (),
+    "query_pre_attn_scalar": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "clip_qkv": (),
+    "qk_layernorm": (False,),
+    "use_qk_norm": (False,),
+    # positions: SmolLM3, Llama 4, DeepSeek, Falcon, MPT, Granite
+    "no_rope_layers": (1,),
+    "no_rope_layer_interval": (),
+    "nope_layer_interval": (),
+    "rope_interleave": (False,),
+    "rope_interleaved": (False,),
+    "rope_local_base_freq": (),
+    "use_rope": (True,),
+    "alibi": (False,),
+    "use_alibi": (False,),
+    "position_embedding_type": ("rope", "rotary", "absolute"),
+    # layers that differ
+    "layer_types": ("full_attention",),
+    "use_sliding_window": (False,),
+    "per_layer_config": (),
+}
+"""Settings of related families and of transformers itself that change what a model computes and leave no
+trace among its tensors: name -> the values (or a list's entries) that change nothing, null and empty ones
+apart. The families here have no such setting. sliding_window alone is not among them: files that were
+rewritten for LLaMA often keep it, and neither that family nor DiJiang's attention has a window."""
+
+_ROPE_BUFFERS = r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+"""Of every layer in files of transformers < 4.44, of the whole model in later ones."""
 
 _N = "gpt_neox.layers.{i}"
 GPT_NEOX = Family(
     name="gpt_neox",
     architectures=("GPTNeoXForCausalLM",),
     norm="layer_norm",
+    rope=RopeKeys("rotary_emb_base", "rotary_pct", 0.25),
     attention=f"{_N}.attention",
     keys=_COMMON_KEYS
     | {
-        "rotary_fraction": Key(("rotary_pct", "partial_rotary_factor"), 0.25, "fraction"),
-        "rope_theta": Key(("rotary_emb_base", "rope_theta"), 10000.0, "positive"),
-        "norm_epsilon": Key(("layer_norm_eps",), 1e-5, "positive"),
-        "activation": Key(("hidden_act",), "gelu", "activation"),
-        "parallel_residual": Key(("use_parallel_residual",), True, "flag"),
-        "attention_bias": Key(("attention_bias",), True, "flag"),
-        "dense_bias": Key(("attention_bias",), True, "flag"),
-        "mlp_bias": Key((), True, "flag"),
+        "norm_epsilon": Key("layer_norm_eps", 1e-5, "positive"),
+        "activation": Key("hidden_act", "gelu", "activation"),
+        "parallel_residual": Key("use_parallel_residual", True, "flag"),
+        "attention_bias": Key("attention_bias", True, "flag"),
+        "dense_bias": Key("attention_bias", True, "flag"),
+        "mlp_bias": Key("", True, "flag"),
     },
     parameters=(
         Parameter("embed_tokens.weight", (("gpt_neox.embed_in.weight", "V E"),)),
@@ -189,7 +250,7 @@ GPT_NEOX = Family(
     ),
     ignored=(
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|mask)",
-        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.(inv_freq|cos_cached|sin_cached)",
+        rf"gpt_neox\.(layers\.\d+\.attention\.)?{_ROPE_BUFFERS}",
     ),
 )
 
@@ -198,19 +259,18 @@ LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     norm="rms_norm",
+    rope=RopeKeys("rope_theta", "partial_rotary_factor", 1.0, whole_heads=True),
     gated_mlp=True,
     attention=f"{_L}.self_attn",
     keys=_COMMON_KEYS
     | {
-        "num_kv_heads": Key(("num_key_value_heads",), None),
-        "head_dim": Key(("head_dim",), None),
-        "rotary_fraction": Key(("partial_rotary_factor",), 1.0, "fraction"),
-        "rope_theta": Key(("rope_theta",), 10000.0, "positive"),
-        "norm_epsilon": Key(("rms_norm_eps",), 1e-6, "positive"),
-        "activation": Key(("hidden_act",), "silu", "activation"),
-        "attention_bias": Key(("attention_bias",), False, "flag"),
-        "dense_bias": Key(("attention_bias",), False, "flag"),
-        "mlp_bias": Key(("mlp_bias",), False, "flag"),
+        "num_kv_heads": Key("num_key_value_heads", None),
+        "head_dim": Key("head_dim", None),
+        "norm_epsilon": Key("rms_norm_eps", 1e-6, "positive"),
+        "activation": Key("hidden_act", "silu", "activation"),
+        "attention_bias": Key("attention_bias", False, "flag"),
+        "dense_bias": Key("attention_bias", False, "flag"),
+        "mlp_bias": Key("mlp_bias", False, "flag"),
     },
     parameters=(
         Parameter("embed_tokens.weight", (("model.embed_tokens.weight", "V E"),)),
@@ -224,29 +284,29 @@ LLAMA = Family(
         *_norm("final_norm", "model.norm", bias=False, when="final_norm"),
         Parameter("lm_head.weight", (("lm_head.weight", "V E"),), when="untied"),
     ),
-    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)",
-             r"model\.rotary_emb\.inv_freq"),
-)  # fmt: skip
+    ignored=(rf"model\.(layers\.\d+\.self_attn\.)?{_ROPE_BUFFERS}",),
+)
 
 _O = "model.decoder.layers.{i}"
 OPT = Family(
     name="opt",
     architectures=("OPTForCausalLM",),
     norm="layer_norm",
+    rope=None,
     attention=f"{_O}.self_attn",
     position_offset=2,  # transformers' OPTLearnedPositionalEmbedding
     keys=_COMMON_KEYS
     | {
-        "intermediate_size": Key(("ffn_dim",)),
-        "embedding_size": Key(("word_embed_proj_dim",), None),
-        "norm_epsilon": Key((), 1e-5, "positive"),  # modeling_opt.py leaves torch's default
-        "activation": Key(("activation_function",), "relu", "activation"),
-        "attention_bias": Key(("enable_bias",), True, "flag"),
-        "dense_bias": Key(("enable_bias",), True, "flag"),
-        "mlp_bias": Key(("enable_bias",), True, "flag"),
-        "pre_norm": Key(("do_layer_norm_before",), True, "flag"),
-        "remove_final_norm": Key(("_remove_final_layer_norm",), False, "flag"),
-        "tied_embeddings": Key(("tie_word_embeddings",), True, "flag"),
+        "intermediate_size": Key("ffn_dim"),
+        "embedding_size": Key("word_embed_proj_dim", None),
+        "norm_epsilon": Key("", 1e-5, "positive"),  # modeling_opt.py leaves torch's default
+        "activation": Key("activation_function", "relu", "activation"),
+        "attention_bias": Key("enable_bias", True, "flag"),
+        "dense_bias": Key("enable_bias", True, "flag"),
+        "mlp_bias": Key("enable_bias", True, "flag"),
+        "pre_norm": Key("do_layer_norm_before", True, "flag"),
+        "remove_final_norm": Key("_remove_final_layer_norm", False, "flag"),
+        "tied_embeddings": Key("tie_word_embeddings", True, "flag"),
     },
     parameters=(
         Parameter("embed_tokens.weight", (("model.decoder.embed_tokens.weight", "V E"),)),
@@ -262,8 +322,9 @@ OPT = Family(
         Parameter("project_out.weight", (("model.decoder.project_out.weight", "E h"),), when="projected"),
         Parameter("lm_head.weight", (("lm_head.weight", "V E"),), when="untied"),
     ),
+    ignored=(r"model\.decoder\.version",),  # a mark that checkpoints from fairseq carry
     renamed=(("decoder.", "model.decoder."),),
-    refused={"layer_norm_elementwise_affine": False},
+    neutral={"layer_norm_elementwise_affine": (True,)},
 )
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT_NEOX, LLAMA, OPT)}

@@ -14,6 +14,7 @@ from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.config_io import build_spec, check_tokenizer, read_config
 from dijiang_export.families import Family, Parameter, conditions, sizes
+from dijiang_export.rope_buffers import check_frequencies
 from dijiang_export.weights_io import StoredTensor, Weights, open_weights
 
 _CHECK_BLOCK = 1 << 20  # elements looked at at once when searching for NaN: stays in the processor's cache
@@ -25,15 +26,17 @@ class Source:
     Attributes:
         tensors: stored tensors under official names, buffers that are not weights left out.
         spec: with `tied_embeddings` as config.json says, and decay not yet looked at.
+        notes: what its owner may not expect, sentences for people.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.family = read_config(path)
         self.spec = build_spec(path, self.config, self.family)
-        check_tokenizer(path, self.spec.vocab_size)
+        self.notes: list[str] = check_tokenizer(path, self.spec.vocab_size)
         self.weights: Weights = open_weights(path)
         try:
+            check_frequencies(self.weights.tensors, self.spec)
             self.tensors = _official_names(self.family, self.weights.tensors)
             self._drop_tied_copy()
         except BaseException:

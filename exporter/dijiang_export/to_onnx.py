@@ -118,9 +118,8 @@ def export_bundle(
             entries = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
             text = json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
             (folder / manifest.MANIFEST).write_text(text, encoding="utf-8")
-        report = ExportReport(
-            Path(output), spec, dtype, logits, total, recorded, checkpoint.decay_notes, clock.seconds
-        )
+        notes = [*checkpoint.notes, *checkpoint.decay_notes]
+        report = ExportReport(Path(output), spec, dtype, logits, total, recorded, notes, clock.seconds)
     return report
 
 

@@ -38,6 +38,8 @@ def inspect(output: Output, path: Path, verify: bool) -> None:
             with output.progress("Hashing", sum(f.bytes for f in bundle.files.values()), "bytes") as bar:
                 bundle.verify(bar.advance)
         found = inspect_bundle(bundle)
+    for note in found.details.get("notes", ()):
+        output.log(f"note: {note}")
     result = found.to_json()
     output.print_result(result, lambda: draw(found, result))
 
@@ -69,6 +71,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
                 "files": {file.name: file.stat().st_size for file in checkpoint.files},
                 "total_bytes": sum(file.stat().st_size for file in checkpoint.files),
                 "tokenizer": any(file.name == "tokenizer.json" for file in checkpoint.tokenizer_files),
+                "notes": checkpoint.notes,
                 "decay_notes": checkpoint.decay_notes,
             },
         )
