@@ -56,6 +56,8 @@ class Family:
     parameters: tuple[Parameter, ...]
     attention: str
     """Prefix of a layer's attention parameters, with {i}."""
+    bases: tuple[str, ...]
+    """Prefixes that names lack if the model without its head was saved (transformers' base_model_prefix)."""
     norm: Literal["layer_norm", "rms_norm"]
     gated_mlp: bool = False
     position_offset: int = 0
@@ -63,7 +65,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Regular expressions of stored names that are buffers, not weights."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Prefixes that some published files have, and the official ones."""
+    """Beginnings of names that some files have, and the official ones."""
     refused: Mapping[str, Any] = field(default_factory=dict)
     """config.json values that this package does not support."""
 
@@ -154,9 +156,11 @@ _COMMON_KEYS = {
 _N = "gpt_neox.layers.{i}"
 GPT_NEOX = Family(
     name="gpt_neox",
-    architectures=("GPTNeoXForCausalLM",),
+    architectures=("GPTNeoXForCausalLM", "GPTNeoXModel"),
     norm="layer_norm",
     attention=f"{_N}.attention",
+    bases=("gpt_neox.",),
+    renamed=(("lm_head.", "embed_out."),),  # transformers >= 5.14 calls it so in memory, but not in its files
     keys=_COMMON_KEYS
     | {
         "rotary_fraction": Key(("rotary_pct", "partial_rotary_factor"), 0.25, "fraction"),
@@ -196,10 +200,11 @@ GPT_NEOX = Family(
 _L = "model.layers.{i}"
 LLAMA = Family(
     name="llama",
-    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"),
     norm="rms_norm",
     gated_mlp=True,
     attention=f"{_L}.self_attn",
+    bases=("model.",),
     keys=_COMMON_KEYS
     | {
         "num_kv_heads": Key(("num_key_value_heads",), None),
@@ -231,9 +236,10 @@ LLAMA = Family(
 _O = "model.decoder.layers.{i}"
 OPT = Family(
     name="opt",
-    architectures=("OPTForCausalLM",),
+    architectures=("OPTForCausalLM", "OPTModel"),
     norm="layer_norm",
     attention=f"{_O}.self_attn",
+    bases=("model.", "model.decoder."),
     position_offset=2,  # transformers' OPTLearnedPositionalEmbedding
     keys=_COMMON_KEYS
     | {
