@@ -11,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +35,8 @@ def output_folder(
     """A folder to fill, which becomes `path` when the block ends without an exception.
 
     Args:
-        path: where the folder shall appear. Missing parents are made.
+        path: where the folder shall appear. Missing parents are made; an empty folder that is there already
+            is filled, and keeps its permissions.
         force: replace a folder that is already there, in one step: at every moment the old or the new
             one is complete under its name (where the file system can exchange two names; otherwise there
             is a short moment with neither, which the next run repairs).
@@ -41,12 +44,13 @@ def output_folder(
             mistyped path cannot cost somebody their documents.
 
     Yields:
-        The temporary folder, beside `path` and so on the same file system, with ordinary permissions.
+        The temporary folder, beside `path` and so on the same file system, with ordinary permissions. Files
+        get them too at the end, whatever their writers chose: what the process's umask leaves.
 
     Raises:
-        OutputError: `path` exists; it cannot be written to; the disk is full, also when that happens
-            inside the block. Other exceptions of the block pass unchanged. In every case, also for
-            KeyboardInterrupt, nothing is left behind.
+        OutputError: `path` exists and is not an empty folder; something is mounted there; it cannot be
+            written to; the disk is full, also when that happens inside the block. Other exceptions of the
+            block pass unchanged. In every case, also for KeyboardInterrupt, nothing is left behind.
     """
     target = Path(os.path.abspath(path))
     _check_target(target, force, markers)
@@ -63,7 +67,7 @@ def output_folder(
             raise cannot_write(target, error) from error
         try:
             yield temporary
-            _flush_tree(temporary)
+            _settle_tree(temporary)
         except Exception as error:
             translated = write_error(target, temporary, error)
             if translated is None:
@@ -71,7 +75,7 @@ def output_folder(
             raise translated from error
         _check_target(target, force, markers)
         try:
-            _put_in_place(temporary, target)
+            _put_in_place(temporary, target, force)
             flush(target.parent)
         except OSError as error:
             raise cannot_write(target, error) from error
@@ -111,24 +115,21 @@ def remove_stale(folder: Path) -> list[Path]:
 def _check_target(target: Path, force: bool, markers: Sequence[str]) -> None:
     if not os.path.lexists(target):
         return
-    if not force:
-        raise OutputError(
-            f"the output {target} already exists", hint="choose another name, or replace it with --force"
-        )
     if target.is_symlink() or not target.is_dir():
+        if not force:
+            raise _exists(target)
         raise OutputError(
             f"the output {target} exists and is not a folder",
             hint="--force replaces only folders: remove it yourself, or choose another name",
-        )
-    here = Path.cwd()
-    if target == here or target in here.parents:
-        raise OutputError(
-            f"the output {target} is the current folder or above it", hint="choose another name"
         )
     try:
         names = {entry.name for entry in target.iterdir()}
     except OSError as error:
         raise cannot_write(target, error) from error
+    mounts = _mounts_in(target)
+    if names and not force and not mounts:
+        raise _exists(target)
+    _check_place(target, mounts)
     if names and not names & set(markers):
         raise OutputError(
             f"the output {target} holds something else, so that --force does not replace it",
@@ -136,6 +137,43 @@ def _check_target(target: Path, force: bool, markers: Sequence[str]) -> None:
             expected=f"an empty folder, or one with {' or '.join(markers)}",
             hint="choose another name",
         )
+
+
+def _exists(target: Path) -> OutputError:
+    return OutputError(
+        f"the output {target} already exists", hint="choose another name, or replace it with --force"
+    )
+
+
+def _check_place(target: Path, mounts: list[Path]) -> None:
+    """A folder that is there must be one that can be replaced."""
+    here = Path.cwd()
+    if target == here or target in here.parents:
+        raise OutputError(
+            f"the output {target} is the current folder or above it", hint="choose another name"
+        )
+    if mounts:
+        raise OutputError(
+            f"the output {target} cannot be replaced, as something is mounted there",
+            got=f"a mount point at {mounts[0]}",
+            hint=f"choose a name inside it, such as {target / 'out'}",
+        )
+
+
+def _mounts_in(target: Path) -> list[Path]:
+    """Mount points at `target` and below, bind mounts included, which os.path.ismount does not see."""
+    found = [target] if os.path.ismount(target) else []
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return found  # not Linux
+    for line in lines:
+        # proc_pid_mountinfo(5): the fifth field, with blanks and the like as \\ooo
+        name = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
+        place = Path(os.fsdecode(name))
+        if place.is_relative_to(os.path.realpath(target)):
+            found.append(place)
+    return found
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -156,10 +194,18 @@ def _make_parents(folder: Path) -> list[Path]:
     return made
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    if not os.path.lexists(target):
-        os.rename(temporary, target)
+def _put_in_place(temporary: Path, target: Path, force: bool) -> None:
+    mode = stat.S_IMODE(os.stat(target).st_mode) if os.path.isdir(target) else None
+    try:
+        os.rename(temporary, target)  # also over an empty folder, in one step: rename(2)
+        if mode is not None:
+            os.chmod(target, mode)
         return
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        if not force:
+            raise _exists(target) from None
     if _exchange(temporary, target):
         shutil.rmtree(temporary, ignore_errors=True)
         return
@@ -183,11 +229,25 @@ def _exchange(a: Path, b: Path) -> bool:
     return bool(done == 0)
 
 
-def _flush_tree(folder: Path) -> None:
+def _settle_tree(folder: Path) -> None:
+    """Give files the permissions that the umask leaves, and flush everything to disk.
+
+    The folder itself was made with them and so tells the umask, which cannot be asked for without setting it.
+    """
+    allowed = stat.S_IMODE(os.stat(folder).st_mode) & 0o777
     for root, _, files in os.walk(folder):
         for name in files:
-            flush(Path(root, name))
+            _settle(Path(root, name), allowed)
         flush(Path(root))
+
+
+def _settle(path: Path, allowed: int) -> None:
+    mode = stat.S_IMODE(os.lstat(path).st_mode)
+    wanted = allowed & (0o777 if mode & 0o111 else 0o666)
+    if mode != wanted and not path.is_symlink():
+        with suppress(OSError):  # file systems without permissions of their own
+            os.chmod(path, wanted)
+    flush(path)
 
 
 def flush(path: Path) -> None:

@@ -4,7 +4,7 @@ A pickle is a program for a stack machine (Lib/pickletools.py describes every op
 the few that torch.save needs to write a state_dict, calls nothing, and makes nothing but numbers, strings,
 lists, tuples, dictionaries and records of what a tensor is said to be. Of the functions that a pickle may
 name it understands five (_CALLS); whatever else it names is refused by its name. Work and memory are bounded
-by the pickle's length and MOST_OPERATIONS: nothing is hashed but short strings and numbers, nothing is printed.
+by the pickle's length and MOST_OPERATIONS; nothing is hashed but short strings and numbers.
 """
 
 from __future__ import annotations
