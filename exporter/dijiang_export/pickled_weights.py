@@ -21,6 +21,8 @@ from dijiang_export.weights_io import MOST_DIMENSIONS, MOST_NAME
 MOST_OPERATIONS = 2_000_000
 """About 30 make a tensor, so that this is enough for 60,000 of them."""
 
+_MOST_MARKS = 1000  # open at once: containers in containers
+
 STORAGE_TYPES: Mapping[str, str] = MappingProxyType(
     {
         "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
@@ -179,6 +181,8 @@ class _Machine:
         self.stack.append(_storage(self.stack.pop()))
 
     def mark(self) -> None:
+        if len(self.below) == _MOST_MARKS:
+            raise BrokenPickle(f"more than {_MOST_MARKS} open marks")
         self.below.append(self.stack)
         self.stack = []
 
