@@ -15,6 +15,7 @@ import pytest
 from dijiang_engines import atomic
 from dijiang_engines.atomic import output_folder, remove_stale
 from dijiang_engines.errors import CheckpointError, OutputError
+from dijiang_engines.temporary_names import machine as this_machine
 
 
 def fill(target: Path, body: Callable[[Path], object], *, force: bool = False) -> None:
@@ -215,7 +216,7 @@ def test_kill_9_leaves_no_output_and_the_next_run_cleans_up(tmp_path: Path) -> N
 
 def dead_name(target: str, role: str, machine: str | None = None) -> str:
     """A temporary name of a process that is gone: this process's id with an impossible start time."""
-    return f".{target}.dijiang-{role}-{machine or atomic._machine()}-{os.getpid()}-1-0"
+    return f".{target}.dijiang-{role}-{machine or this_machine()}-{os.getpid()}-1-0"
 
 
 def test_a_folder_moved_aside_gets_its_name_back(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_stale_names_of_other_machines_and_other_programs_stay(tmp_path: Path) -
     names = [dead_name("out", "tmp", "00000000"), ".out.tmp-1-2", "out", ".out.dijiang-tmp-x-1-1-0"]
     for name in names:
         (tmp_path / name).mkdir()
-    (tmp_path / dead_name("file", "tmp")).write_text("a file, not a folder")
+    (tmp_path / dead_name("file", "old")).write_text("files are never moved aside")
     assert remove_stale(tmp_path) == []
     assert len(list(tmp_path.iterdir())) == len(names) + 1
 
@@ -244,3 +245,93 @@ def test_long_names(tmp_path: Path) -> None:
     with output_folder(target) as temporary:
         write(temporary)
     assert target.is_dir()
+
+
+# -- folders that are there, mount points, permissions ------------------------------------------------------
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_empty_folder_is_filled_and_keeps_its_permissions(force: bool, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o700)
+    with output_folder(tmp_path / "out", force=force) as temporary:
+        write(temporary)
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_that_fills_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last check and the renaming, too: rename(2) takes empty folders only."""
+    target = tmp_path / "out"
+    target.mkdir()
+    put = atomic._put_in_place
+
+    def late(temporary: Path, place: Path, force: bool) -> None:
+        (target / "theirs").write_text("theirs")
+        put(temporary, place, force)
+
+    monkeypatch.setattr(atomic, "_put_in_place", late)
+    with pytest.raises(OutputError, match="already exists"):
+        fill(target, lambda _: None)
+    assert [p.name for p in target.iterdir()] == ["theirs"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="current folder"), output_folder("."):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o022, 0o002])
+@pytest.mark.parametrize("hard_wired", [0o644, 0o600, 0o666, 0o755])
+def test_files_get_the_permissions_that_the_umask_leaves(umask: int, hard_wired: int, tmp_path: Path) -> None:
+    old = os.umask(umask)
+    try:
+        with output_folder(tmp_path / "out") as temporary:
+            write(temporary)
+            for file in (temporary / "manifest.json", temporary / "sub" / "data"):
+                file.chmod(hard_wired)
+    finally:
+        os.umask(old)
+    for file in ("manifest.json", "sub/data"):
+        expected = (0o777 if hard_wired & 0o111 else 0o666) & ~umask
+        assert (tmp_path / "out" / file).stat().st_mode & 0o777 == expected
+    assert (tmp_path / "out" / "sub").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+MOUNTED = """
+import sys
+from pathlib import Path
+from dijiang_engines.atomic import output_folder
+from dijiang_engines.errors import OutputError
+for force in (False, True):
+    try:
+        with output_folder(sys.argv[1], force=force):
+            print("the block ran")
+    except OutputError as error:
+        print(error.what, "|", error.hint)
+"""
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+@pytest.mark.parametrize("place", [".", "inner folder"])
+def test_mount_points_are_noticed_at_once(kind: str, place: str, tmp_path: Path) -> None:
+    """Real mounts, in a namespace of their own: a bind mount on the same disk is one as well."""
+    target = tmp_path / "out put"
+    mounted = target / place
+    mounted.mkdir(parents=True)
+    (target / "manifest.json").write_text("{}")
+    (tmp_path / "disk").mkdir()
+    mount = "mount -t tmpfs none" if kind == "tmpfs" else f"mount --bind '{tmp_path / 'disk'}'"
+    script = f"{mount} '{mounted}' && exec '{sys.executable}' -c \"$0\" '{target}'"
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, MOUNTED]
+    done = subprocess.run(inside, capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no namespaces here: {done.stderr[:100]}")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    for line in lines:
+        assert "something is mounted there | choose a name inside it" in line

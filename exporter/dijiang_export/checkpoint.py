@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,6 @@ from dijiang_export.decay import Geometric, Tables
 from dijiang_export.families import Parameter
 from dijiang_export.source import Source, check_finite, dtype_name, shape_of, walk
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
 _DECAY_PARTS = ("log_decay", "gain", "read_scale")
 
 
@@ -104,9 +98,9 @@ class Checkpoint:
         spec: geometry and kind of decay.
         config: config.json as it stands.
         storage_dtype: float32, float16 or bfloat16: the type of most of the weights.
-        files: the weight files that were read, for provenance.
+        files: the weight files that were read.
         tokenizer_files: the tokenizer's and the generation settings' files that exist.
-        notes: what its owner may not expect, sentences for people.
+        notes: what was done to read it that its owner may not expect, sentences for people.
         decay_notes: what was found in the decay tables, one sentence for each run of
             layers of which the same is true.
     """
@@ -119,9 +113,7 @@ class Checkpoint:
         self.config: dict[str, Any] = source.config
         self.storage_dtype = source.storage_dtype()
         self.files = source.weights.files
-        self.tokenizer_files = [
-            source.path / name for name in TOKENIZER_FILES if (source.path / name).is_file()
-        ]
+        self.tokenizer_files = source.tokenizer_files
         self.notes = source.notes
         available = source.spec.max_position_embeddings
         if max_positions is not None and not 1 <= max_positions <= available:
@@ -154,6 +146,10 @@ class Checkpoint:
     def close(self) -> None:
         """Close the weight files."""
         self._source.close()
+
+    def hash_files(self, on_bytes: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+        """Name -> sha256 and bytes of the weight files that were opened, for provenance."""
+        return self._source.weights.hashes(on_bytes)
 
     def names(self) -> list[str]:
         """Canonical names, in the order of the computation; no lm_head.weight if it is tied."""

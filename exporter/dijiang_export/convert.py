@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -32,7 +31,8 @@ from dijiang_engines.atomic import output_folder
 from dijiang_engines.errors import CheckpointError, UsageError
 from dijiang_engines.progress import Progress, ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.checkpoint import TOKENIZER_FILES, open_checkpoint
+from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint_files import copy_file
 from dijiang_export.decay import official_tables
 from dijiang_export.safetensors_io import safetensors_header
 from dijiang_export.source import Source, check_finite
@@ -41,16 +41,6 @@ from dijiang_export.weights_io import StoredTensor
 Sampling = Literal["sobol", "monte-carlo"]
 SAMPLINGS: tuple[Sampling, ...] = ("sobol", "monte-carlo")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-COPIED_FILES = (
-    *TOKENIZER_FILES,
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-"""What is copied beside config.json and the weights, where it exists."""
 
 SHARD_BYTES = 5 * 10**9
 """Weights beyond this are split into files of at most so many bytes, as transformers does."""
@@ -80,6 +70,8 @@ class ConvertReport:
     files: list[str]
     bytes: int
     seconds: float
+    notes: list[str]
+    """What was done to read the source that its owner may not expect, sentences for people."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -158,11 +150,10 @@ def convert_checkpoint(
         with output_folder(output, force=force) as folder:
             files = _write_weights(folder, shards, progress)
             stored_as = dtype or opened.storage_dtype()
-            config = _config(opened.config, stored_as, sampling, seed)
+            config = _config(opened, stored_as, sampling, seed)
             (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            for name in COPIED_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
+            for path in opened.tokenizer_files:
+                copy_file(path, folder)
             open_checkpoint(folder).close()  # what we wrote must be what we read
             size = sum(file.stat().st_size for file in folder.iterdir())
             names = sorted(file.name for file in folder.iterdir())
@@ -184,6 +175,7 @@ def convert_checkpoint(
         files=files + [name for name in names if name not in files],
         bytes=size,
         seconds=time.monotonic() - started,
+        notes=opened.notes,
     )
 
 
@@ -315,12 +307,14 @@ def _write_shard(path: Path, shard: list[_Output], bar: Progress) -> None:
                 bar.advance(data.nbytes)
 
 
-def _config(config: dict[str, Any], dtype: str, sampling: str, seed: int) -> dict[str, Any]:
+def _config(opened: Source, dtype: str, sampling: str, seed: int) -> dict[str, Any]:
     """The source's config.json with the storage type and a note of what was done.
 
-    `auto_map` goes: it names code that is not copied.
+    `auto_map` goes: it names code that is not copied. A base model's class becomes the one that the official
+    names belong to.
     """
-    out = {key: value for key, value in config.items() if key != "auto_map"}
+    out = {key: value for key, value in opened.config.items() if key != "auto_map"}
+    out["architectures"] = [opened.family.architectures[0]]
     out["dtype" if "dtype" in out else "torch_dtype"] = dtype
     out["dijiang"] = {"version": 1, "sampling": sampling, "seed": seed}
     return out

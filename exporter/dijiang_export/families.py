@@ -73,6 +73,8 @@ class Family:
     parameters: tuple[Parameter, ...]
     attention: str
     """Prefix of a layer's attention parameters, with {i}."""
+    bases: tuple[str, ...]
+    """Prefixes that names lack if the model without its head was saved (transformers' base_model_prefix)."""
     norm: Literal["layer_norm", "rms_norm"]
     rope: RopeKeys | None
     """None = no RoPE, but learned positions."""
@@ -82,7 +84,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Regular expressions of stored names that are buffers, not weights."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Prefixes that some published files have, and the official ones."""
+    """Beginnings of names that some files have, and the official ones."""
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """As NEUTRAL: what config.json may say where this package supports one value only."""
 
@@ -216,10 +218,12 @@ _ROPE_BUFFERS = r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)
 _N = "gpt_neox.layers.{i}"
 GPT_NEOX = Family(
     name="gpt_neox",
-    architectures=("GPTNeoXForCausalLM",),
+    architectures=("GPTNeoXForCausalLM", "GPTNeoXModel"),
     norm="layer_norm",
     rope=RopeKeys("rotary_emb_base", "rotary_pct", 0.25),
     attention=f"{_N}.attention",
+    bases=("gpt_neox.",),
+    renamed=(("lm_head.", "embed_out."),),  # transformers >= 5.14 calls it so in memory, but not in its files
     keys=_COMMON_KEYS
     | {
         "norm_epsilon": Key("layer_norm_eps", 1e-5, "positive"),
@@ -257,11 +261,12 @@ GPT_NEOX = Family(
 _L = "model.layers.{i}"
 LLAMA = Family(
     name="llama",
-    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"),
     norm="rms_norm",
     rope=RopeKeys("rope_theta", "partial_rotary_factor", 1.0, whole_heads=True),
     gated_mlp=True,
     attention=f"{_L}.self_attn",
+    bases=("model.",),
     keys=_COMMON_KEYS
     | {
         "num_kv_heads": Key("num_key_value_heads", None),
@@ -290,10 +295,11 @@ LLAMA = Family(
 _O = "model.decoder.layers.{i}"
 OPT = Family(
     name="opt",
-    architectures=("OPTForCausalLM",),
+    architectures=("OPTForCausalLM", "OPTModel"),
     norm="layer_norm",
     rope=None,
     attention=f"{_O}.self_attn",
+    bases=("model.", "model.decoder."),
     position_offset=2,  # transformers' OPTLearnedPositionalEmbedding
     keys=_COMMON_KEYS
     | {

@@ -12,9 +12,11 @@ import torch
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import ModelSpec
+from dijiang_export.checkpoint_files import check_kind, tokenizer_files
 from dijiang_export.config_io import build_spec, check_tokenizer, read_config
 from dijiang_export.families import Family, Parameter, conditions, sizes
 from dijiang_export.rope_buffers import check_frequencies
+from dijiang_export.stored_names import official_names, spellings
 from dijiang_export.weights_io import StoredTensor, Weights, open_weights
 
 _CHECK_BLOCK = 1 << 20  # elements looked at at once when searching for NaN: stays in the processor's cache
@@ -26,18 +28,23 @@ class Source:
     Attributes:
         tensors: stored tensors under official names, buffers that are not weights left out.
         spec: with `tied_embeddings` as config.json says, and decay not yet looked at.
-        notes: what its owner may not expect, sentences for people.
+        tokenizer_files: the tokenizer's and the generation settings' files that exist.
+        notes: what was done to read it that its owner may not expect, sentences for people.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_kind(path)
         self.config, self.family = read_config(path)
         self.spec = build_spec(path, self.config, self.family)
         self.notes: list[str] = check_tokenizer(path, self.spec.vocab_size)
+        self.tokenizer_files = tokenizer_files(path)
         self.weights: Weights = open_weights(path)
         try:
+            self.tensors, notes = _official_tensors(self.family, self.weights.tensors)
+            self.notes += self.weights.notes + notes
+            _refuse_pieces(path, self.tensors)
             check_frequencies(self.weights.tensors, self.spec)
-            self.tensors = _official_names(self.family, self.weights.tensors)
             self._drop_tied_copy()
         except BaseException:
             self.weights.close()
@@ -79,12 +86,9 @@ class Source:
             )
         expected = self.expected(dijiang=dijiang)
         missing = [name for name in expected if name not in self.tensors]
+        extra = [name for name in self.tensors if name not in expected]
         if missing:
-            raise CheckpointError(
-                f"{self.path} lacks {_count(missing, 'tensor')} that its config.json asks for",
-                got=f"no {_some(missing)}",
-                hint="the checkpoint is incomplete, or config.json belongs to another model",
-            )
+            raise self._lacks(missing, extra)
         for name, shape in expected.items():
             if self.tensors[name].shape != shape:
                 raise CheckpointError(
@@ -94,7 +98,6 @@ class Source:
                     hint="the weights and config.json belong to different models",
                 )
             _ = self.tensors[name].torch_dtype  # raises if it is not floating point
-        extra = [name for name in self.tensors if name not in expected]
         if extra:
             raise CheckpointError(
                 f"{self.path} holds {_count(extra, 'tensor')} that such a model does not have",
@@ -113,6 +116,21 @@ class Source:
         """Close the weight files."""
         self.weights.close()
 
+    def _lacks(self, missing: list[str], extra: list[str]) -> CheckpointError:
+        head = next(p.sources[0][0] for p in self.family.parameters if p.name == "lm_head.weight")
+        hint = "the checkpoint is incomplete, or config.json belongs to another model"
+        if missing == [head] and not extra:
+            names = ", also called ".join(spellings(self.family, head))
+            hint = (
+                f"a model without its head ({names}) was saved: save the {self.family.architectures[0]}, "
+                'or set "tie_word_embeddings": true if the embeddings are the head too'
+            )
+        return CheckpointError(
+            f"{self.path} lacks {_count(missing, 'tensor')} that its config.json asks for",
+            got=f"no {_some(missing)}" + (f"; instead {_some(extra)}" if extra else ""),
+            hint=hint,
+        )
+
     def _drop_tied_copy(self) -> None:
         """Forget a stored output projection that is a copy of tied embeddings, as old files have it."""
         if not self.spec.tied_embeddings:
@@ -122,7 +140,7 @@ class Source:
         if head not in self.tensors or embedding not in self.tensors:
             return
         first, second = self.tensors[embedding], self.tensors[head]
-        if first.shape != second.shape or not _same(first, second):
+        if not _same(first, second):
             raise CheckpointError(
                 f"{head} differs from {embedding}, although config.json ties them",
                 hint=f'set "tie_word_embeddings": false to use {head}, or remove it from the weights',
@@ -149,21 +167,50 @@ def shape_of(spec: ModelSpec, letters: str) -> tuple[int, ...]:
     return tuple(values[letter] for letter in letters.split())
 
 
-def _official_names(family: Family, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Tensors that are weights, under the names that the official code gives them."""
+def _official_tensors(
+    family: Family, stored: dict[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Tensors that are weights, under the names that the official code gives them; and notes."""
+    names, notes = official_names(family, stored)
     ignored = re.compile("|".join(family.ignored)) if family.ignored else None
     out: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        official = name
-        for old, new in family.renamed:
-            if name.startswith(old):
-                official = new + name.removeprefix(old)
+        official = names[name]
         if ignored is not None and ignored.fullmatch(official):
             continue
-        if official in out:
-            raise CheckpointError(f"{official} is stored twice", got=f"also as {name}")
-        out[official] = tensor
-    return out
+        if official in out and not _same(out[official], tensor):
+            raise CheckpointError(
+                f"{official} is stored twice, with different values",
+                got=f"{out[official].name} and {name}",
+                hint="remove the one that the model does not use",
+            )
+        out.setdefault(official, tensor)
+    return out, notes
+
+
+def _refuse_pieces(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Refuse, by their names, weights that other tools left in pieces.
+
+    Raises:
+        CheckpointError: they are shards of DeepSpeed's, or adapters that were not merged.
+    """
+    empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
+    if empty:
+        raise CheckpointError(
+            f"{path} holds empty tensors: DeepSpeed ZeRO-3 had the weights in pieces, and saved none here",
+            got=f"shape [0] of {_some(empty)}",
+            hint="run `python zero_to_fp32.py . merged` in the folder with DeepSpeed's global_step*, and use "
+            "what that makes; or save with stage3_gather_16bit_weights_on_model_save",
+        )
+    adapters = [
+        name for name in tensors if re.search(r"\.(lora_[A-Za-z_]+|base_layer|modules_to_save)\b", name)
+    ]
+    if adapters:
+        raise CheckpointError(
+            f"{path} holds PEFT adapters that are not merged into the weights",
+            got=_some(adapters),
+            hint="merge them first: save what model.merge_and_unload() returns",
+        )
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:
@@ -194,7 +241,15 @@ def check_finite(values: torch.Tensor, name: str) -> None:
 
 
 def _same(first: StoredTensor, second: StoredTensor) -> bool:
-    step = max(1, (8 << 20) * first.shape[0] // max(1, first.nbytes))
+    """Are two tensors equal in value? Those at one place are, unread."""
+    if first.shape != second.shape:
+        return False
+    places = [(t.file, t.offset, t.dtype, t.strides) for t in (first, second)]
+    if places[0] == places[1] or 0 in first.shape:
+        return True
+    if not first.shape:
+        return torch.equal(first.exact(), second.exact())
+    step = max(1, (8 << 20) * first.shape[0] // first.nbytes)
     for start in range(0, first.shape[0], step):
         count = min(step, first.shape[0] - start)
         a = torch.empty((count, *first.shape[1:]), dtype=torch.float32)
@@ -217,4 +272,4 @@ def _count(names: list[str], noun: str) -> str:
 
 def _some(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(name[:200] for name in names[:limit]) + more

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.safe_files import sha256_of
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.checkpoint_files import copy_file
 from dijiang_export.graph import contract, opset, weights, write
 from dijiang_export.record import Cases, record_cases
 from dijiang_export.reference.rope import inverse_frequencies
@@ -94,7 +94,7 @@ def export_bundle(
         layout = weights.plan(spec, DTYPES[dtype])
         total = sum(weight.nbytes for weight in layout.values())
         # Tracing is Python's work, the other two are the disk's: all three at once.
-        source_files = background.submit(_file_entries, checkpoint.files)
+        source_files = background.submit(checkpoint.hash_files)
         with progress("Tracing graphs, writing weights", total, "bytes") as bar:
             extra = {"inv_freq": inverse_frequencies(spec)}
             data = folder / weights.FILE_NAME
@@ -112,7 +112,7 @@ def export_bundle(
         with clock("cases"):
             recorded = record_cases(checkpoint, DTYPES[dtype], folder / manifest.REFERENCE, cases, progress)
         for path in (checkpoint.path / manifest.CONFIG, *checkpoint.tokenizer_files):
-            shutil.copyfile(path, folder / path.name)
+            copy_file(path, folder)
         with clock("hashes"):
             files = _file_entries(sorted(folder.iterdir()))
             entries = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
@@ -138,7 +138,11 @@ def _manifest(
         "format": manifest.FORMAT,
         "format_version": manifest.FORMAT_VERSION,
         "created_by": {"dijiang-export": __version__, **versions},
-        "source": {"name": checkpoint.path.resolve().name, "files": source_files},
+        "source": {
+            "name": checkpoint.path.resolve().name,
+            "files": source_files,
+            "notes": checkpoint.notes,
+        },
         "spec": checkpoint.spec.to_json(),
         "dtype": dtype,
         "logits": logits,
@@ -153,13 +157,11 @@ def _manifest(
     }
 
 
-def _file_entries(
-    paths: Iterable[Path], on_bytes: Callable[[int], None] = lambda _: None
-) -> dict[str, dict[str, Any]]:
+def _file_entries(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     entries = {}
     for path in paths:
         with path.open("rb") as file:
-            entries[path.name] = {"sha256": sha256_of(file, on_bytes), "bytes": path.stat().st_size}
+            entries[path.name] = {"sha256": sha256_of(file), "bytes": path.stat().st_size}
     return entries
 
 

@@ -7,20 +7,20 @@ asked for are read.
 
 from __future__ import annotations
 
-import json
+import hashlib
+import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dijiang_engines.errors import CheckpointError
-
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+from dijiang_engines.safe_files import open_regular
+from dijiang_export.checkpoint_files import INDEX_FILES, SINGLE_FILES, check_link, find_file
+from dijiang_export.checkpoint_files import read_json as read_json  # config_io takes it from here
 
 FLOAT_DTYPES = {
     "float64": torch.float64,
@@ -30,20 +30,35 @@ FLOAT_DTYPES = {
 }
 """Types that a weight may be stored in. float64 is delivered as float32."""
 
+MOST_NAME = 1000
+"""Characters of a tensor's name; the longest of published weights have about 100."""
+MOST_DIMENSIONS = 64
+"""Of a tensor: PyTorch's own limit for most of its operators."""
+
+_SHARD_SUFFIXES = (".safetensors", ".bin")
+_WEIGHT_SUFFIXES = (*_SHARD_SUFFIXES, ".pt", ".pth", ".ckpt")
 _CHUNK = 4 << 20  # bytes read at once where a block is gathered from pieces
 _LARGEST_STRIDED = 256 << 20  # bytes; a larger tensor that is not in C order is refused
 
 
 class WeightFile:
-    """An open file that is read at offsets. Close it, or the Weights that owns it."""
+    """An open file that is read at offsets. Close it, or the Weights that owns it.
+
+    Attributes:
+        path: its path.
+        size: in bytes.
+        notes: what its reader has to say about it, sentences for people.
+
+    Raises:
+        CheckpointError: it is missing, not an ordinary file, or a Git LFS pointer.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.size = os.fstat(self._descriptor).st_size
-        except OSError as error:
-            raise CheckpointError(f"cannot open {path}", got=error.strerror) from error
+        self.notes: list[str] = []
+        with open_regular(path, links=True, error=CheckpointError) as file:
+            self._descriptor = os.dup(file.fileno())
+        self.size = os.fstat(self._descriptor).st_size
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset`.
@@ -72,6 +87,17 @@ class WeightFile:
         self.read_into(memoryview(out), offset)
         return bytes(out)
 
+    def sha256(self, on_bytes: Callable[[int], None]) -> str:
+        """The hex SHA-256 of what is read here, whatever its path leads to by now; told each block's size."""
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_CHUNK))
+        for at in range(0, self.size, _CHUNK):
+            part = buffer[: min(_CHUNK, self.size - at)]
+            self.read_into(part, at)
+            digest.update(part)
+            on_bytes(len(part))
+        return digest.hexdigest()
+
     def close(self) -> None:
         """Close the file; more than once does no harm."""
         if self._descriptor >= 0:
@@ -83,8 +109,8 @@ class WeightFile:
 class StoredTensor:
     """One tensor in one file.
 
-    `dtype` is a name of torch's without "torch.", of any type; only the FLOAT_DTYPES can be read. `strides`
-    count elements; None = C order. `memory` holds the value of tensors from files that have no offsets.
+    `dtype` is one of FLOAT_DTYPES, or says in words what else the elements are: such a tensor cannot be read.
+    `strides` count elements; None = C order.
     """
 
     name: str
@@ -93,17 +119,16 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     strides: tuple[int, ...] | None = None
-    memory: torch.Tensor | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes as stored."""
-        return int(np.prod(self.shape, dtype=object)) * self.itemsize if self.shape else self.itemsize
+        """Size in bytes in C order."""
+        return math.prod(self.shape) * self.itemsize
 
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
+        return self.torch_dtype.itemsize
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -148,7 +173,7 @@ class StoredTensor:
         """Fill `out` [n, rows] with columns start .. start+n of a matrix: rows of its transpose."""
         rows, columns = self.shape
         wanted = len(out)
-        if self.strides is None and self.memory is None and 4 * wanted < columns:
+        if self.strides is None and 4 * wanted < columns:
             # A narrow strip: read each row's piece, in place of whole rows several times over.
             step = max(1, _CHUNK // (wanted * self.itemsize))
             for at in range(0, rows, step):
@@ -168,10 +193,7 @@ class StoredTensor:
     def _fill_rows(self, out: torch.Tensor, start: int) -> None:
         if out.numel() == 0:
             return
-        if self.memory is not None:
-            source = self.memory if self.shape else self.memory.view(1)
-            out.copy_(source[start : start + len(out)])
-        elif self.strides is None:
+        if self.strides is None:
             row_bytes = out[0].numel() * self.itemsize
             self.file.read_into(_bytes_of(out), self.offset + start * row_bytes)
         else:
@@ -202,6 +224,15 @@ class Weights:
     def files(self) -> list[Path]:
         """The weight files, in the order in which they were opened."""
         return [file.path for file in self._files]
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say about the files, sentences for people."""
+        return [note for file in self._files for note in file.notes]
+
+    def hashes(self, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, dict[str, Any]]:
+        """Name -> sha256 and bytes of every file that was opened; `on_bytes` is told each block's size."""
+        return {file.path.name: {"sha256": file.sha256(on_bytes), "bytes": file.size} for file in self._files}
 
     def close(self) -> None:
         """Close all files."""
@@ -257,16 +288,17 @@ def open_weights(folder: Path) -> Weights:
 def _weight_paths(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """The weight files, each with the names that an index expects there."""
     for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
-        if (folder / single).exists():
-            yield folder / single, []
+        path = find_file(folder, single)
+        if path is not None:
+            yield path, []
             return
-        if (folder / index).exists():
+        if find_file(folder, index) is not None:
             yield from _shards(folder, index)
             return
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
     raise CheckpointError(
         f"{folder} holds no weights",
-        got=", ".join(found) or "no weight file at all",
+        got=", ".join(found)[:500] or "no weight file at all",
         expected=" or ".join((*SINGLE_FILES, *INDEX_FILES)),
     )
 
@@ -279,62 +311,43 @@ def _shards(folder: Path, index: str) -> Iterator[tuple[Path, list[str]]]:
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{folder / index} has a bad entry for {name}", got=repr(file))
+            raise CheckpointError(f"{folder / index} has a bad entry for {name[:200]}", got=repr(file)[:200])
         names.setdefault(file, []).append(name)
+    shards: dict[Path, list[str]] = {}
     for file, listed in names.items():
-        yield check_inside(folder, file, index), listed
+        shards.setdefault(_shard(folder, file, index), []).extend(listed)
+    yield from shards.items()
 
 
-def check_inside(folder: Path, name: str, listed_in: str) -> Path:
+def _shard(folder: Path, name: str, listed_in: str) -> Path:
     """The path of a file that an index names, which must be in `folder` itself.
-
-    A symbolic link may lead elsewhere only as in the Hugging Face cache, from models--*/snapshots/<revision>
-    to models--*/blobs.
 
     Raises:
         CheckpointError: it is elsewhere or does not exist.
     """
-    outside = CheckpointError(
-        f"{listed_in} names a file outside the checkpoint's folder",
-        got=repr(name),
-        expected=f"the name of a file in {folder}",
-        hint="do not use a checkpoint that you do not trust",
-    )
-    suffixes = (".safetensors", ".bin")
-    if "\0" in name or name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
-        raise outside
-    if not name.endswith(suffixes):
+    plain = name
+    while plain.startswith("./"):
+        plain = plain[2:].lstrip("/")
+    if "\0" in plain or plain != os.path.basename(plain) or plain in ("", ".", "..") or "\\" in plain:
+        below = not plain.startswith("/") and ".." not in plain.split("/") and "/" in plain
         raise CheckpointError(
-            f"{listed_in} names a file of an unknown kind", got=repr(name), expected=" or ".join(suffixes)
+            f"{listed_in} names a file outside the checkpoint's folder",
+            got=repr(name)[:300] + (", in a folder below" if below else ""),
+            expected=f"the name of a file in {folder}",
+            hint="move that file beside the index, and write its bare name there"
+            if below
+            else "do not use a checkpoint that you do not trust",
         )
-    path = folder / name
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    allowed = [home]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        allowed.append(home.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise outside
-    if not path.is_file():
+    if not plain.endswith(_SHARD_SUFFIXES):
+        raise CheckpointError(
+            f"{listed_in} names a file of an unknown kind",
+            got=repr(name)[:300],
+            expected=" or ".join(_SHARD_SUFFIXES),
+        )
+    path = folder / plain
+    check_link(path)
+    if not path.exists():
         raise CheckpointError(
             f"{path} is missing", hint=f"{listed_in} lists it: the download is not complete"
         )
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing, not UTF-8, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}", got=error.strerror) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON", got=str(error), hint="download or copy the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object", got=type(value).__name__)
-    return value

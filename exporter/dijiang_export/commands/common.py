@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -126,6 +127,19 @@ class Output:
                 yield _Bar(bars, bars.add_task(description, total=total))
             finally:
                 self._live = None
+
+
+def one_output(positional: Path | None, option: Path | None, name: str) -> Path | None:
+    """The output of a command that takes it as an argument or as -o; None if neither was given.
+
+    Raises:
+        UsageError: both were given.
+    """
+    from dijiang_engines.errors import UsageError
+
+    if positional is not None and option is not None:
+        raise UsageError(f"{name} and --output are the same: give one of them", got=f"{positional}, {option}")
+    return option if positional is None else positional
 
 
 def jsonable(value: Any) -> Any:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from dijiang_export.commands.common import Output, output_options
+from dijiang_export.commands.common import Output, one_output, output_options
 
 
 @click.command(epilog="Example: dijiang-export convert ./pythia-160m ./pythia-160m-dijiang --dtype float16")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("output_folder", metavar="OUTPUT", type=click.Path(path_type=Path))
+@click.argument("output_folder", metavar="OUTPUT", type=click.Path(path_type=Path), required=False)
+@click.option("-o", "--output", "named_output", type=click.Path(path_type=Path), help="OUTPUT, as an option.")
 @click.option(
     "--sampling",
     type=click.Choice(["sobol", "monte-carlo"]),
@@ -42,7 +43,8 @@ from dijiang_export.commands.common import Output, output_options
 def convert(
     output: Output,
     source: Path,
-    output_folder: Path,
+    output_folder: Path | None,
+    named_output: Path | None,
     sampling: str,
     seed: int,
     dtype: str | None,
@@ -54,11 +56,15 @@ def convert(
     Both are Hugging Face folders. All weights are kept; every attention layer gets the parameters that
     DiJiang adds, as the official code initialises them. The result generates text only after fine-tuning.
     """
+    from dijiang_engines.errors import UsageError
     from dijiang_export.convert import convert_checkpoint
 
+    target = one_output(output_folder, named_output, "OUTPUT")
+    if target is None:
+        raise UsageError("no OUTPUT is given", hint="dijiang-export convert SOURCE OUTPUT")
     report = convert_checkpoint(
         source,
-        output_folder,
+        target,
         sampling=sampling,  # type: ignore[arg-type]  # click.Choice
         seed=seed,
         dtype=dtype,
@@ -66,6 +72,8 @@ def convert(
         force=force,
         progress=output.progress,
     )
+    for note in report.notes:
+        output.log(note)
 
     def describe() -> str:
         return "\n".join(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, one_output, output_options
 
 
 @click.command(
@@ -15,6 +15,7 @@ from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_option
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("-o", "--output", "named_output", type=click.Path(path_type=Path), help="BUNDLE, as an option.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -59,6 +60,7 @@ def to_onnx(
     output: Output,
     checkpoint: Path | None,
     bundle: Path | None,
+    named_output: Path | None,
     dtype: str,
     logits: str,
     cases: str,
@@ -76,6 +78,7 @@ def to_onnx(
     from dijiang_engines.sample import sample_checkpoint
     from dijiang_export.to_onnx import export_bundle
 
+    bundle = one_output(bundle, named_output, "BUNDLE")
     source = checkpoint or sample_checkpoint()
     target = bundle or Path(DEFAULT_BUNDLE if checkpoint is None else f"{source.resolve().name}.bundle")
     report = export_bundle(

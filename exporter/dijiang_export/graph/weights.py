@@ -117,7 +117,7 @@ def write(
     Raises:
         CheckpointError: a value that the bundle's type cannot hold.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(descriptor, max(weight.offset + weight.nbytes for weight in layout.values()))
         with ThreadPoolExecutor(1) as disk:
