@@ -150,7 +150,7 @@ def test_missing_and_foreign_files(bundle: Bundle, tmp_path: Path) -> None:
     save_file({"x": np.zeros(1)}, tmp_path / "s", metadata={"format": "another"})
     with pytest.raises(SessionError, match="of a version"):
         load_session(tmp_path / "s", bundle)
-    with pytest.raises(SessionError, match="not a session file"):
+    with pytest.raises(SessionError, match="not an ordinary file"):
         load_session(tmp_path, bundle)
 
 
