@@ -224,7 +224,8 @@ def test_sparse_files_are_refused_before_they_are_read(
     shapes: dict[str, tuple[str, list[int]]] = {
         f"state.{i}": ("F32", [batch, *bundle.spec.state_shape]) for i in range(bundle.spec.num_layers)
     }
-    shapes |= {"positions": ("I64", [batch]), "lengths": ("I64", [batch]), "token_ids": ("I64", [tokens])}
+    shapes |= {name: ("I64", [batch]) for name in ("positions", "lengths", "held")}
+    shapes["token_ids"] = ("I64", [tokens])
     if kind == "another tensor":
         shapes["more"] = ("F32", [HUGE // 4])
     header: dict[str, Any] = {
@@ -296,6 +297,7 @@ def test_a_killed_save_is_cleaned_up_after(generator: Generator, bundle: Bundle,
         ("lengths", np.array([4, 2**62]), "damaged"),
         ("lengths", np.array([4, 7]), "token_ids"),
         ("token_ids", np.full(7, 260), "token id"),
+        ("held", np.array([0, -1]), "held is negative"),
         ("state.1", np.zeros((2, 2, 4, 5), np.float32), "state.1"),
         ("state.1", np.full((2, 2, 4, 4), np.nan, np.float32), "not finite"),
         ("state.1", None, "no tensor 'state.1'"),

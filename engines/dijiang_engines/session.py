@@ -7,6 +7,8 @@ session file is a safetensors file of these tensors and no others:
     positions    int64 [B]              tokens that are in the state
     lengths      int64 [B]              tokens of each row's text, at least one more than positions
     token_ids    int64 [sum(lengths)]   all rows' tokens, one after the other
+    held         int64 [B]              characters at the end of each row's text that were not given out yet:
+                                        half a character, or what may be the beginning of a stop string
 
 The last tokens of a row are not in its state yet: the model reads them first when it goes on, which gives
 the same logits as if it had never stopped. Metadata: format "dijiang-session", version "2", model (a
@@ -57,6 +59,8 @@ class Session:
     """[B]: how many of each row's tokens are in the state."""
     token_ids: list[list[int]]
     """Each row's whole text; longer than `positions`."""
+    held: npt.NDArray[np.int64] | None = None
+    """[B]: how many characters at the end of each row's text have not been given out; None is 0."""
 
     @property
     def batch(self) -> int:
@@ -87,6 +91,8 @@ def save_session(path: str | Path, session: Session, bundle: Model) -> None:
     tensors["positions"] = np.asarray(session.positions, dtype=np.int64)
     tensors["lengths"] = np.array([len(ids) for ids in session.token_ids], dtype=np.int64)
     tensors["token_ids"] = np.array([i for ids in session.token_ids for i in ids], dtype=np.int64)
+    held = np.zeros(session.batch, np.int64) if session.held is None else session.held
+    tensors["held"] = np.asarray(held, dtype=np.int64)
     data = memoryview(save(tensors, metadata=_metadata(bundle) | {"sha256": _NO_HASH}))
     place = _hash_place(data, _NO_HASH)
     with output_file(target) as file:
@@ -200,7 +206,8 @@ def _check_sizes(header: _Header, spec: ModelSpec) -> None:
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
         f"state.{i}": ("F32", (batch, *spec.state_shape)) for i in range(spec.num_layers)
     }
-    wanted |= {"positions": ("I64", (batch,)), "lengths": ("I64", (batch,)), "token_ids": ("I64", (tokens,))}
+    wanted |= dict.fromkeys(("positions", "lengths", "held"), ("I64", (batch,)))
+    wanted["token_ids"] = ("I64", (tokens,))
     for name in wanted.keys() | header.tensors.keys():
         if name not in header.tensors:
             raise ValueError(f"no tensor {name!r}")
@@ -237,13 +244,15 @@ def _read(data: bytes, spec: ModelSpec) -> Session:
         raise ValueError("positions and lengths do not fit each other")
     if int(lengths.sum()) != ids.size:
         raise ValueError(f"token_ids has {ids.size} entries instead of {int(lengths.sum())}")
+    if (tensors["held"] < 0).any():
+        raise ValueError("held is negative")
     if (ids < 0).any() or (ids >= spec.vocab_size).any():
         raise ValueError("a token id is out of range")
     layers = [tensors[f"state.{i}"] for i in range(spec.num_layers)]
     if not all(np.isfinite(layer).all() for layer in layers):
         raise ValueError("the state is not finite")
     rows = np.split(ids, np.cumsum(lengths)[:-1])
-    return Session(layers, positions, [row.tolist() for row in rows])
+    return Session(layers, positions, [row.tolist() for row in rows], tensors["held"])
 
 
 def _check_hash(data: bytes, header: _Header) -> None:

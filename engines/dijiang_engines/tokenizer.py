@@ -1,27 +1,27 @@
 """Text to token ids and back, from tokenizer.json alone.
 
-A tokenizer may need the bytes of several tokens for one character, so text is given out as a stream:
-`TextStream.push` returns what is certain, and never half a character.
+Text that grows is given out as a stream (`text_stream`), never as half a character.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
+from dijiang_engines.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from dijiang_engines.decoder_stages import Pipeline
+
+__all__ = ["MAX_TOKENIZER_BYTES", "TextStream", "Tokenizer"]
 
 MAX_TOKENIZER_BYTES = 256 << 20
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MOST_PENDING = 3
-"""A character is at most 4 bytes, so at most this many bytes of one can be waiting for the rest."""
-_CONTEXT = 8
-_LONGEST_WINDOW = 32
 
 
 class Tokenizer:
@@ -94,49 +94,49 @@ class Tokenizer:
         """Ids of the tokens that are marked as special, ascending."""
         return sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
-    def stream(self, context: Sequence[int] = ()) -> TextStream:
-        """A stream of text that continues `context`."""
-        return TextStream(self, context)
+    def stream(self, context: Sequence[int] = (), *, held: int = 0) -> TextStream:
+        """A stream of text that continues `context`, without special tokens.
+
+        Args:
+            context: the ids that come before.
+            held: how many characters at the end of the context's text an earlier stream has held back.
+        """
+        return TextStream(self._pipeline.copy(), self._names, context, held)
+
+    def continuation(self, context: Sequence[int], new: Sequence[int]) -> str:
+        """The text that `new` adds to that of `context`: what a stream gives, at once."""
+        stream = self.stream(context)
+        return "".join(map(stream.push, new)) + stream.finish()
+
+    def _names(self, ids: Sequence[int]) -> list[str]:
+        """The tokens of `ids`, as decoding sees them: without special ones, and without ids that are none."""
+        known = self._known
+        return [name for name in [known[i] for i in ids] if name is not None]
+
+    @cached_property
+    def _known(self) -> _Names:
+        return _Names(self._backend)
+
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        from dijiang_engines.decoder_stages import agrees, pipeline_for, whole
+
+        decoder = self._backend.decoder
+        sample = self._names(self.ids[:: max(1, self.ids.size // 256)].tolist())
+        if decoder is not None and sample and not agrees(decoder, sample):
+            return whole(decoder)
+        return pipeline_for(decoder)
 
 
-class TextStream:
-    """Turns tokens into text as they come.
+class _Names(dict[int, "str | None"]):
+    """What each id is called, or None for special tokens and ids without a token; asked for when needed."""
 
-    Decoding is done over a short window, because a token's text can depend on those before it (a leading
-    space, the bytes of a character), but never on all of them.
-    """
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        tokens = backend.get_added_tokens_decoder().values()
+        self._special = {token.content for token in tokens if token.special}
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._window = list(context)[-_CONTEXT:]
-        self._old = len(self._window)
-        """Tokens of the window whose text is given out and that serve as context only."""
-        self._given = len(tokenizer.decode(self._window))
-        """Characters of the window's text that have been given out."""
-
-    def push(self, token: int) -> str:
-        """The text that has become certain with this token; may be empty."""
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        pending = len(text) - len(text.rstrip(_REPLACEMENT))
-        certain = len(text) - min(pending, _MOST_PENDING)
-        fresh = text[self._given : certain]
-        self._given = max(self._given, certain)
-        if fresh and not pending:
-            self._forget(self._old, text)
-        elif len(self._window) > _LONGEST_WINDOW:  # bytes that are no text, or tokens without any
-            self._forget(len(self._window) - _CONTEXT, text)
-        return fresh
-
-    def finish(self) -> str:
-        """What is still held back: half a character, as U+FFFD."""
-        text = self._tokenizer.decode(self._window)
-        fresh, self._given = text[self._given :], len(text)
-        return fresh
-
-    def _forget(self, count: int, text: str) -> None:
-        """Drop the window's first `count` tokens; the characters that are held back stay held back."""
-        held = len(text) - self._given
-        self._window = self._window[count:]
-        self._old = len(self._window)
-        self._given = max(0, len(self._tokenizer.decode(self._window)) - held)
+    def __missing__(self, token: int) -> str | None:
+        name: str | None = self._backend.id_to_token(token)
+        self[token] = None if name in self._special else name
+        return self[token]
