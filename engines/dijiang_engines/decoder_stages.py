@@ -19,8 +19,11 @@ import codecs
 import copy
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
+
+from dijiang_engines.errors import BundleError
 
 _MOST_CACHED = 1 << 17
 _LONGEST_PATTERN = 64
@@ -90,21 +93,49 @@ def pipeline_for(decoder: Any) -> Pipeline:
     return Pipeline(stages)
 
 
-def whole(decoder: Any) -> Pipeline:
+def whole(decode: Callable[[list[str]], str]) -> Pipeline:
     """A pipeline that is right for every decoder, because it waits for the last token."""
-    return Pipeline([_Whole(decoder.decode, fused=False)])
+    return Pipeline([_Whole(decode, fused=False)])
 
 
 def agrees(decoder: Any, tokens: Sequence[str]) -> bool:
     """Whether the stages make of some shuffled tokens what the installed library makes of them."""
     rng = random.Random(0)  # noqa: S311  a sample, no secret
-    for _ in range(4):
-        sample = rng.choices(tokens, k=64)
-        pipeline = pipeline_for(decoder)
-        text = "".join(pipeline.push([token]) for token in sample)
-        if text + pipeline.finish() != decoder.decode(sample):
-            return False
+    decode, fresh = guarded(decoder.decode), pipeline_for(decoder)
+    try:
+        for _ in range(4):
+            sample, pipeline = rng.choices(tokens, k=64), fresh.copy()
+            text = "".join(pipeline.push([token]) for token in sample)
+            if text + pipeline.finish() != decode(sample):
+                return False
+    except BundleError:
+        return False
     return True
+
+
+def guarded(decode: Callable[[list[str]], str]) -> Callable[[list[str]], str]:
+    """A decoder's function whose failures are sentences."""
+
+    def call(items: list[str]) -> str:
+        with library_call("the tokenizer fails to decode tokens"):
+            return decode(items)
+
+    return call
+
+
+@contextmanager
+def library_call(what: str) -> Iterator[None]:
+    """Say what failed in the library.
+
+    Raises:
+        BundleError: something did. The library raises plain Exception, and its panics are not even that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise BundleError(what, got=" ".join(str(error).split())[:200]) from error
+        raise
 
 
 def common_length(a: str, b: str) -> int:
@@ -126,8 +157,7 @@ def _library(spec: dict[str, Any]) -> Callable[[list[str]], str]:
 
     model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     backend: Any = Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, "decoder": spec}))
-    decode: Callable[[list[str]], str] = backend.decoder.decode
-    return decode
+    return guarded(backend.decoder.decode)
 
 
 class _Cache(dict[Any, str]):

@@ -8,48 +8,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.errors import BundleError
+from dijiang_engines.decoder_stages import Pipeline, agrees, guarded, library_call, pipeline_for, whole
+from dijiang_engines.errors import BundleError, PromptError
+from dijiang_engines.safe_files import LIMITS, read_bounded
 from dijiang_engines.text_stream import TextStream
-
-if TYPE_CHECKING:
-    from dijiang_engines.decoder_stages import Pipeline
+from dijiang_engines.tokenizer_apart import TokenizerApart
+from dijiang_engines.tokenizer_work import check_vocabulary, decoding_is_bounded, encoding_is_bounded
 
 __all__ = ["MAX_TOKENIZER_BYTES", "TextStream", "Tokenizer"]
 
-MAX_TOKENIZER_BYTES = 256 << 20
+MAX_TOKENIZER_BYTES = LIMITS["tokenizer"]
 
 
 class Tokenizer:
-    """A tokenizer.json. Nothing else of a checkpoint is consulted, and no code of its is run."""
+    """A tokenizer.json. Nothing else of a checkpoint is consulted, and no code of its is run.
+
+    What may take more work than its text is worth, such as regular expressions that nobody knows, is done in
+    a process of its own, within limits.
+    """
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            BundleError: the file is missing, too large, or not a tokenizer.
+            BundleError: the file is missing, too large, no ordinary file, or not a tokenizer.
         """
         from tokenizers import Tokenizer as Backend
 
-        try:
-            size = path.stat().st_size
-            if size > MAX_TOKENIZER_BYTES:
-                raise BundleError(
-                    f"{path} is too large", got=f"{size} bytes", expected=f"<= {MAX_TOKENIZER_BYTES}"
-                )
-            self._backend: Any = Backend.from_file(str(path))
-        except OSError as error:
-            raise BundleError(f"cannot read {path}", got=error.strerror) from error
-        except BundleError:
-            raise
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{path} is not a tokenizer", got=" ".join(str(error).split())[:200]) from error
-        # A file saved after training may still cut or pad its inputs; a generator must do neither.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        data = read_bounded(path, MAX_TOKENIZER_BYTES, links=True)
+        check_vocabulary(data)
+        with library_call(f"{path} is not a tokenizer"):
+            self._backend: Any = Backend.from_buffer(data)
+            # A file saved after training may still cut or pad its inputs; a generator must do neither.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._path = path
+        self._encodes_here = encoding_is_bounded(self._backend)
+        self._decodes_here = decoding_is_bounded(self._backend)
+        self._apart = (
+            TokenizerApart(data, path.name) if not (self._encodes_here and self._decodes_here) else None
+        )
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
@@ -76,13 +78,30 @@ class Tokenizer:
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the tokens that the tokenizer puts around a text (such as LLaMA's <s>)
-        if `special_tokens`. Special tokens that are spelt out in the text are recognised."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
+        if `special_tokens`. Special tokens that are spelt out in the text are recognised.
+
+        Raises:
+            PromptError: the text is not valid Unicode.
+            BundleError: the tokenizer fails, or needs too much time or memory.
+        """
+        _check_text(text)
+        if self._apart is not None and not self._encodes_here:
+            return self._apart.encode(text, special_tokens)
+        with library_call(f"the tokenizer {self._path} fails to encode a text"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            BundleError: as `encode`.
+        """
+        if self._apart is not None and not self._decodes_here:
+            names = self._names(ids) if skip_special else map(self._backend.id_to_token, ids)
+            return self._apart.decode([name for name in names if name is not None])
+        with library_call(f"the tokenizer {self._path} fails to decode tokens"):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def token_id(self, token: str) -> int | None:
@@ -119,13 +138,20 @@ class Tokenizer:
 
     @cached_property
     def _pipeline(self) -> Pipeline:
-        from dijiang_engines.decoder_stages import agrees, pipeline_for, whole
-
+        if self._apart is not None and not self._decodes_here:
+            return whole(self._apart.decode)
         decoder = self._backend.decoder
         sample = self._names(self.ids[:: max(1, self.ids.size // 256)].tolist())
         if decoder is not None and sample and not agrees(decoder, sample):
-            return whole(decoder)
+            return whole(guarded(decoder.decode))
         return pipeline_for(decoder)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError("a text holds half a surrogate pair", got=f"at character {error.start}") from error
 
 
 class _Names(dict[int, "str | None"]):
@@ -137,6 +163,7 @@ class _Names(dict[int, "str | None"]):
         self._special = {token.content for token in tokens if token.special}
 
     def __missing__(self, token: int) -> str | None:
-        name: str | None = self._backend.id_to_token(token)
+        with library_call("a token id is out of range"):
+            name: str | None = self._backend.id_to_token(token)
         self[token] = None if name in self._special else name
         return self[token]
