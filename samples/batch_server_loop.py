@@ -175,9 +175,10 @@ def serve(
     requests = [Request(n, generator.encode(prompt), max_tokens) for n, prompt in enumerate(prompts)]
     loop = BatchLoop(runner, slots, sampling, seed=seed, piece=piece, banned=generator.banned)
     for request in loop.run(requests):
-        print(
-            f"== {request.number}: {prompts[request.number]}\n{tokenizer.decode(request.tokens)}", flush=True
-        )
+        ended = request.tokens[-1] in runner.spec.eos_token_ids
+        new = request.tokens[:-1] if ended else request.tokens
+        text = tokenizer.continuation(request.prompt, new)
+        print(f"== {request.number}: {prompts[request.number]}\n{text}", flush=True)
     print(
         f"{runner.name}: {len(requests)} requests in {loop.rounds} rounds, "
         f"{loop.busy / max(loop.rounds, 1):.2f} of {slots} slots busy",

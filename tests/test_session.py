@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save, save_file
 from toy_bundle import ToyModel, make_bundle
 
 from dijiang_engines.bundle import Bundle, open_bundle
@@ -17,6 +22,7 @@ from dijiang_engines.errors import OutputError, PositionError, SessionError, Usa
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.session import Session, load_session, save_session
+from dijiang_engines.temporary_names import machine
 from dijiang_engines.tokenizer import Tokenizer
 
 Toy = tuple[Path, ToyModel]
@@ -139,19 +145,145 @@ def test_missing_and_foreign_files(bundle: Bundle, tmp_path: Path) -> None:
         with pytest.raises(SessionError, match="not a session file"):
             load_session(tmp_path / "s", bundle)
     save_file({"x": np.zeros(1)}, tmp_path / "s")
+    with pytest.raises(SessionError, match="not a session file"):
+        load_session(tmp_path / "s", bundle)
+    save_file({"x": np.zeros(1)}, tmp_path / "s", metadata={"format": "another"})
     with pytest.raises(SessionError, match="of a version"):
         load_session(tmp_path / "s", bundle)
-    with pytest.raises(SessionError, match="not a session file"):
+    with pytest.raises(SessionError, match="not an ordinary file"):
         load_session(tmp_path, bundle)
 
 
 def test_truncated(generator: Generator, bundle: Bundle, tmp_path: Path) -> None:
     saved(generator, bundle, tmp_path / "s")
     data = (tmp_path / "s").read_bytes()
-    for keep in (len(data) - 1, len(data) // 2, 20, 7):
+    for keep in (len(data) - 1, len(data) // 2, 20, 7, 0):
         (tmp_path / "s").write_bytes(data[:keep])
-        with pytest.raises(SessionError, match="not a session file"):
+        with pytest.raises(SessionError, match="is damaged" if keep > 1000 else "not a session file"):
             load_session(tmp_path / "s", bundle)
+    (tmp_path / "s").write_bytes(data + b"x")
+    with pytest.raises(SessionError, match="is damaged"):
+        load_session(tmp_path / "s", bundle)
+
+
+def write_signed(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """A session file with a right hash, made as its description says and not by the code under test."""
+    data = save(tensors, metadata=metadata | {"sha256": "0" * 64})
+    digest = hashlib.sha256(data).hexdigest().encode()
+    path.write_bytes(data.replace(b'"sha256":"' + b"0" * 64, b'"sha256":"' + digest))
+
+
+def test_every_changed_byte_is_noticed(generator: Generator, bundle: Bundle, tmp_path: Path) -> None:
+    """Header, digits of the hash, padding, states, tokens: each byte in turn, by one bit and by many."""
+    saved(generator, bundle, tmp_path / "s")
+    data = (tmp_path / "s").read_bytes()
+    load_session(tmp_path / "s", bundle)
+    assert len(data) > 1000
+    accepted = []
+    for place in range(len(data)):
+        for change in (1 << place % 8, 0xFF):
+            changed = bytearray(data)
+            changed[place] ^= change
+            (tmp_path / "s").write_bytes(changed)
+            try:
+                load_session(tmp_path / "s", bundle)
+            except SessionError:
+                continue
+            accepted.append((place, change))
+    assert accepted == []
+
+
+def test_a_file_without_the_hash_is_refused(generator: Generator, bundle: Bundle, tmp_path: Path) -> None:
+    """Version 1 had none; nor does calling oneself version 1 get a file around it."""
+    tensors = saved(generator, bundle, tmp_path / "s")
+    with safe_open(str(tmp_path / "s"), framework="numpy") as file:
+        metadata = file.metadata()
+    write_signed(tmp_path / "s", tensors, metadata)
+    load_session(tmp_path / "s", bundle)
+    write_signed(tmp_path / "s", tensors, metadata | {"version": "1"})
+    with pytest.raises(SessionError, match="of a version") as caught:
+        load_session(tmp_path / "s", bundle)
+    assert "save the session again" in str(caught.value)
+    del metadata["sha256"]
+    save_file(tensors, tmp_path / "s", metadata=metadata)
+    with pytest.raises(SessionError, match="SHA-256"):
+        load_session(tmp_path / "s", bundle)
+
+
+HUGE = 6 << 30
+
+
+@pytest.mark.parametrize("kind", ["rows", "tokens", "another tensor", "a header", "more than memory"])
+def test_sparse_files_are_refused_before_they_are_read(
+    bundle: Bundle, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take no disk, and say what they like."""
+    rows = HUGE // 4 // bundle.spec.num_layers // int(np.prod(bundle.spec.state_shape))
+    batch = {"rows": rows, "more than memory": 4000}.get(kind, 1)
+    tokens = HUGE // 8 if kind == "tokens" else batch
+    shapes: dict[str, tuple[str, list[int]]] = {
+        f"state.{i}": ("F32", [batch, *bundle.spec.state_shape]) for i in range(bundle.spec.num_layers)
+    }
+    shapes |= {name: ("I64", [batch]) for name in ("positions", "lengths", "held")}
+    shapes["token_ids"] = ("I64", [tokens])
+    if kind == "another tensor":
+        shapes["more"] = ("F32", [HUGE // 4])
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": "dijiang-session", "version": "2", "sha256": "0" * 64, "model": "x",
+            "spec_sha256": bundle.identity.spec_sha256, "weights_sha256": bundle.identity.weights_sha256,
+        }
+    }  # fmt: skip
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + int(np.prod(shape)) * {"F32": 4, "I64": 8}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "s", "wb") as file:
+        file.write((HUGE if kind == "a header" else len(text)).to_bytes(8, "little") + text)
+        file.truncate(max(8 + len(text) + end, HUGE if kind == "a header" else 0))
+    monkeypatch.setattr("dijiang_engines.runners.ort_host.available_memory", lambda: 3_000_000)
+    started = time.process_time()
+    tracemalloc.start()
+    try:
+        with pytest.raises(SessionError) as caught:
+            load_session(tmp_path / "s", bundle)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - started < 1
+    assert ("GB of memory" in str(caught.value)) == (kind == "more than memory")
+
+
+def test_what_could_not_be_loaded_is_not_saved(bundle: Bundle, tmp_path: Path) -> None:
+    shape = (4097, *bundle.spec.state_shape)
+    layers = [np.zeros(shape, np.float32)] * bundle.spec.num_layers
+    session = Session(layers, np.zeros(4097, np.int64), [[1]] * 4097)
+    with pytest.raises(OutputError, match="too large to save"):
+        save_session(tmp_path / "s", session, bundle)
+
+
+def test_pipes_are_refused_and_links_are_followed(
+    generator: Generator, bundle: Bundle, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SessionError, match="not an ordinary file"):
+        load_session(tmp_path / "pipe", bundle)
+    with pytest.raises(OutputError, match="not a session file"):
+        save_session(tmp_path / "pipe", session_of(generator), bundle)
+    saved(generator, bundle, tmp_path / "s")
+    (tmp_path / "link").symlink_to("s")
+    assert load_session(tmp_path / "link", bundle).batch == 2
+    save_session(tmp_path / "link", session_of(generator), bundle)
+    assert (tmp_path / "link").is_symlink()
+    assert load_session(tmp_path / "s", bundle).batch == 1
+
+
+def test_a_killed_save_is_cleaned_up_after(generator: Generator, bundle: Bundle, tmp_path: Path) -> None:
+    left = tmp_path / f".s.dijiang-tmp-{machine()}-{os.getpid()}-1-0"  # of a process that is gone
+    left.write_bytes(b"half")
+    save_session(tmp_path / "s", session_of(generator), bundle)
+    assert set(os.listdir(tmp_path)) == {"s", "toy.bundle"}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +297,7 @@ def test_truncated(generator: Generator, bundle: Bundle, tmp_path: Path) -> None
         ("lengths", np.array([4, 2**62]), "damaged"),
         ("lengths", np.array([4, 7]), "token_ids"),
         ("token_ids", np.full(7, 260), "token id"),
+        ("held", np.array([0, -1]), "held is negative"),
         ("state.1", np.zeros((2, 2, 4, 5), np.float32), "state.1"),
         ("state.1", np.full((2, 2, 4, 4), np.nan, np.float32), "not finite"),
         ("state.1", None, "no tensor 'state.1'"),
@@ -173,8 +306,6 @@ def test_truncated(generator: Generator, bundle: Bundle, tmp_path: Path) -> None
 def test_damaged_values(
     generator: Generator, bundle: Bundle, tmp_path: Path, name: str, value: np.ndarray | None, words: str
 ) -> None:
-    from safetensors import safe_open
-
     tensors = saved(generator, bundle, tmp_path / "s")
     with safe_open(str(tmp_path / "s"), framework="numpy") as file:
         metadata = file.metadata()
@@ -183,7 +314,7 @@ def test_damaged_values(
     else:
         assert name in tensors
         tensors[name] = value
-    save_file(tensors, tmp_path / "s", metadata=metadata)
+    write_signed(tmp_path / "s", tensors, metadata)
     with pytest.raises(SessionError) as caught:
         load_session(tmp_path / "s", bundle)
     assert words in str(caught.value)
@@ -216,7 +347,7 @@ def test_a_full_disk_leaves_the_old_session(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, failing, full)
-    with pytest.raises(OutputError, match="cannot write the session") as caught:
+    with pytest.raises(OutputError, match="no space left to write") as caught:
         save_session(tmp_path / "s", session_of(generator), bundle)
     assert "No space left" in str(caught.value)
     assert (tmp_path / "s").read_bytes() == before

@@ -81,18 +81,7 @@ def test_half_a_character_at_the_end(tokenizer: Tokenizer) -> None:
 def test_bytes_that_are_no_text_do_not_block_the_stream(tokenizer: Tokenizer) -> None:
     stream = tokenizer.stream()
     bad = byte_id(tokenizer, 0xFF)
-    given = [stream.push(bad) for _ in range(200)]
-    assert sum(map(len, given)) >= 190
-    assert len(stream._window) < 40
-    rest = stream.push(byte_id(tokenizer, ord("x")))
-    assert rest.endswith("x")
-    assert len("".join(given) + rest) == 201
-
-
-def test_special_tokens_do_not_fill_the_window(tokenizer: Tokenizer) -> None:
-    stream = tokenizer.stream()
-    assert [stream.push(0) for _ in range(100)] == [""] * 100
-    assert len(stream._window) < 40
+    assert [stream.push(bad) for _ in range(200)] == ["\ufffd"] * 200
     assert stream.push(byte_id(tokenizer, ord("x"))) == "x"
 
 
@@ -114,11 +103,9 @@ def test_streaming_equals_decoding(tokenizer: Tokenizer, text: str, split: int) 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 259), max_size=80))
 def test_any_tokens_stream_without_loss(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Bytes that are no text come out too: as many replacement characters, or fewer, never a crash."""
+    """Bytes that are no text come out too, as decoding gives them."""
     stream = tokenizer.stream()
-    given = "".join(map(stream.push, ids)) + stream.finish()
-    clean = tokenizer.decode(ids)
-    assert [c for c in given if c != "\ufffd"] == [c for c in clean if c != "\ufffd"]
+    assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
 
 
 def test_leading_spaces_of_sentencepiece_like_tokenizers(tmp_path: Path) -> None:
@@ -153,5 +140,5 @@ def test_files_that_are_no_tokenizers(tmp_path: Path, content: str) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="cannot read"):
+    with pytest.raises(BundleError, match="is missing"):
         Tokenizer(tmp_path / "tokenizer.json")

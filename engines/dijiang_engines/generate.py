@@ -12,6 +12,7 @@ while the others go on. What a row becomes does not depend on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,15 @@ from dijiang_engines.tokenizer import Tokenizer
 __all__ = [
     "Completion", "GenerateOptions", "Generation", "Generator", "SamplingOptions", "Stats", "TokenEvent",
 ]  # fmt: skip
+
+
+class _Earlier(NamedTuple):
+    """A row of a session."""
+
+    token_ids: list[int]
+    consumed: int
+    held: int
+
 
 DEFAULT_MAX_TOKENS = 128
 PREFILL_TOKENS = 2048
@@ -112,7 +122,7 @@ class Generator:
 
     def _pair(
         self, prompts: Sequence[str | Sequence[int]], session: Session | None
-    ) -> list[tuple[str | Sequence[int], tuple[list[int], int] | None]]:
+    ) -> list[tuple[str | Sequence[int], _Earlier | None]]:
         if session is None:
             if not prompts:
                 raise UsageError("there is no prompt")
@@ -123,18 +133,19 @@ class Generator:
                 got=len(prompts),
                 expected=f"{session.batch}, or none to go on as they are",
             )
-        earlier = zip(session.token_ids, session.positions.tolist(), strict=True)
+        held = [0] * session.batch if session.held is None else session.held.tolist()
+        earlier = map(_Earlier, session.token_ids, session.positions.tolist(), held)
         return list(zip(prompts or [""] * session.batch, earlier, strict=True))
 
     def _row(
         self,
         index: int,
         prompt: str | Sequence[int],
-        earlier: tuple[list[int], int] | None,
+        earlier: _Earlier | None,
         options: GenerateOptions,
         stream_id: int,
     ) -> Row:
-        old, consumed = earlier or ([], 0)
+        old, consumed, held = earlier or _Earlier([], 0, 0)
         if not isinstance(prompt, str):
             new = list(prompt)
         elif earlier is None:
@@ -158,7 +169,10 @@ class Generator:
         row = Row(ids, consumed, len(ids), len(ids) - consumed, limit, stream_id)
         row.stop = StopMatcher(options.stop)
         if self.tokenizer is not None:
-            row.text = self.tokenizer.stream(ids)
+            if new and held:  # what was held back belongs before the new prompt
+                row.opening, held = self.tokenizer.stream(old, held=held).finish(), 0
+            row.held = held
+            row.text = self.tokenizer.stream(ids, held=held)
         return row
 
     def _room(self, index: int, tokens: int, wanted: int | None) -> int:

@@ -44,6 +44,9 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     """A row ends when its text contains one of these; that and what follows is not given out."""
     ignore_eos: bool = False
+    resumable: bool = False
+    """The session will be saved: what is not certain at the end is kept for whoever goes on, rather than
+    given out as it is."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 0:
@@ -123,6 +126,10 @@ class Row:
     """Which stream of random numbers it draws from."""
     text: TextStream | None = None
     stop: StopMatcher = field(default_factory=StopMatcher)
+    held: int = 0
+    """Characters at the end of the text that have not been given out."""
+    opening: str = ""
+    """Held back by the session, and given out before the first event."""
     parts: list[str] = field(default_factory=list)
     finish: FinishReason | None = None
 
@@ -178,11 +185,21 @@ class Generation:
         return self._events
 
     @property
+    def openings(self) -> list[str]:
+        """Text of each row that the session had held back and that ends where a new prompt begins; it comes
+        before all events. Mostly empty."""
+        return [row.opening for row in self._rows]
+
+    @property
     def completions(self) -> list[Completion]:
         """What each row has become so far, in order."""
         return [
             Completion(
-                index, "".join(row.parts), row.ids[row.start :], row.finish or "length", row.prompt_tokens
+                index,
+                row.opening + "".join(row.parts),
+                row.ids[row.start :],
+                row.finish or "length",
+                row.prompt_tokens,
             )
             for index, row in enumerate(self._rows)
         ]
@@ -195,6 +212,7 @@ class Generation:
             self._runner.export_state(self._state),
             np.array([row.consumed for row in self._rows], np.int64),
             [list(row.ids) for row in self._rows],
+            np.array([row.held for row in self._rows], np.int64),
         )
 
     # -- the loop --------------------------------------------------------------------------------------
@@ -346,9 +364,12 @@ class Generation:
             text = row.stop.push(row.text.push(token))
         if row.finish is None and not row.stop.found and row.new_tokens >= row.limit:
             row.finish = "length"
-        if row.finish is not None and row.text is not None:
+        if row.text is not None and row.finish == "length" and self._options.resumable:
+            row.held = len(row.stop.held) + len(row.text.rest())
+        elif row.text is not None and row.finish is not None:
             text += row.stop.push(row.text.finish()) + row.stop.flush()
+            row.held = 0
         if row.stop.found:
-            row.finish = "stop"
+            row.finish, row.held = "stop", 0
         row.parts.append(text)
         return TokenEvent(index, token, text, row.finish)

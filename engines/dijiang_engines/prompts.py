@@ -12,7 +12,7 @@ MAX_PROMPT_BYTES = 256 << 20
 
 
 def read_prompt(source: str | Path) -> str:
-    """The text of a file, or of standard input if `source` is "-".
+    """The text of a file, which may be a pipe such as `<(command)`, or of standard input if `source` is "-".
 
     One line end at the end of the text is left out: editors and `echo` add one that nobody means. A byte
     order mark at the beginning too.
@@ -23,12 +23,15 @@ def read_prompt(source: str | Path) -> str:
     name = "standard input" if str(source) == STDIN else str(source)
     try:
         if str(source) == STDIN:
+            if sys.stdin is None:  # closed by whoever started this program: `<&-`
+                raise PromptError("cannot read the prompt from standard input", got="it is closed")
             data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         else:
             with open(source, "rb") as file:
                 data = file.read(MAX_PROMPT_BYTES + 1)
-    except OSError as error:
-        raise PromptError(f"cannot read the prompt from {name}", got=error.strerror or str(error)) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name, a closed file
+        got = getattr(error, "strerror", None) or str(error)
+        raise PromptError(f"cannot read the prompt from {name}", got=got) from error
     if len(data) > MAX_PROMPT_BYTES:
         raise PromptError(f"the prompt in {name} is too large", expected=f"at most {MAX_PROMPT_BYTES} bytes")
     text = decode_prompt(data, name)

@@ -22,7 +22,7 @@ LIMITS: Mapping[str, int] = MappingProxyType(
         "graph": 256 << 20,  # without its weights; 32 layers of standard operators take about 2 MB
         "config": 16 << 20,
         "shard index": 64 << 20,
-        "tokenizer": 256 << 20,
+        "tokenizer": 64 << 20,
         "tokenizer part": 64 << 20,  # what is copied beside tokenizer.json: settings, templates, merges
         "recipe": 64 << 10,
         "plugin record": 1 << 20,

@@ -1,4 +1,8 @@
-"""Stop strings in a stream of text, wherever the pieces of the stream are cut."""
+"""Stop strings in a stream of text, wherever the pieces of the stream are cut.
+
+The stop string that is complete first counts, and of those that end at the same place the longest, as if the
+text came one character at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +14,30 @@ class StopMatcher:
 
     Attributes:
         found: True once a stop string has been seen; nothing comes through after that.
+        held: what has been held back.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self.held = ""
         self.found = False
 
     def push(self, text: str) -> str:
         """The part of the text so far that is certain not to be, or to follow, a stop string."""
         if self.found or not self._stops:
             return "" if self.found else text
-        text = self._held + text
-        places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
-        if places:
-            self.found, self._held = True, ""
-            return text[: min(places)]
+        text = self.held + text
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.found, self.held = True, ""
+            return text[: min(found)[1]]
         hold = max(self._beginning(text, stop) for stop in self._stops)
-        self._held = text[len(text) - hold :]
+        self.held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
     def flush(self) -> str:
         """What was held back: the text has ended, so it is no beginning of anything."""
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return held
 
     @staticmethod

@@ -1,55 +1,57 @@
 """Text to token ids and back, from tokenizer.json alone.
 
-A tokenizer may need the bytes of several tokens for one character, so text is given out as a stream:
-`TextStream.push` returns what is certain, and never half a character.
+Text that grows is given out as a stream (`text_stream`), never as half a character.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.errors import BundleError
+from dijiang_engines.decoder_stages import Pipeline, agrees, guarded, library_call, pipeline_for, whole
+from dijiang_engines.errors import BundleError, PromptError
+from dijiang_engines.safe_files import LIMITS, read_bounded
+from dijiang_engines.text_stream import TextStream
+from dijiang_engines.tokenizer_apart import TokenizerApart
+from dijiang_engines.tokenizer_work import check_vocabulary, decoding_is_bounded, encoding_is_bounded
 
-MAX_TOKENIZER_BYTES = 256 << 20
+__all__ = ["MAX_TOKENIZER_BYTES", "TextStream", "Tokenizer"]
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MOST_PENDING = 3
-"""A character is at most 4 bytes, so at most this many bytes of one can be waiting for the rest."""
-_CONTEXT = 8
-_LONGEST_WINDOW = 32
+MAX_TOKENIZER_BYTES = LIMITS["tokenizer"]
 
 
 class Tokenizer:
-    """A tokenizer.json. Nothing else of a checkpoint is consulted, and no code of its is run."""
+    """A tokenizer.json. Nothing else of a checkpoint is consulted, and no code of its is run.
+
+    What may take more work than its text is worth, such as regular expressions that nobody knows, is done in
+    a process of its own, within limits.
+    """
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            BundleError: the file is missing, too large, or not a tokenizer.
+            BundleError: the file is missing, too large, no ordinary file, or not a tokenizer.
         """
         from tokenizers import Tokenizer as Backend
 
-        try:
-            size = path.stat().st_size
-            if size > MAX_TOKENIZER_BYTES:
-                raise BundleError(
-                    f"{path} is too large", got=f"{size} bytes", expected=f"<= {MAX_TOKENIZER_BYTES}"
-                )
-            self._backend: Any = Backend.from_file(str(path))
-        except OSError as error:
-            raise BundleError(f"cannot read {path}", got=error.strerror) from error
-        except BundleError:
-            raise
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{path} is not a tokenizer", got=" ".join(str(error).split())[:200]) from error
-        # A file saved after training may still cut or pad its inputs; a generator must do neither.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        data = read_bounded(path, MAX_TOKENIZER_BYTES, links=True)
+        check_vocabulary(data)
+        with library_call(f"{path} is not a tokenizer"):
+            self._backend: Any = Backend.from_buffer(data)
+            # A file saved after training may still cut or pad its inputs; a generator must do neither.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._path = path
+        self._encodes_here = encoding_is_bounded(self._backend)
+        self._decodes_here = decoding_is_bounded(self._backend)
+        self._apart = (
+            TokenizerApart(data, path.name) if not (self._encodes_here and self._decodes_here) else None
+        )
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
@@ -80,13 +82,30 @@ class Tokenizer:
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the tokens that the tokenizer puts around a text (such as LLaMA's <s>)
-        if `special_tokens`. Special tokens that are spelt out in the text are recognised."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
+        if `special_tokens`. Special tokens that are spelt out in the text are recognised.
+
+        Raises:
+            PromptError: the text is not valid Unicode.
+            BundleError: the tokenizer fails, or needs too much time or memory.
+        """
+        _check_text(text)
+        if self._apart is not None and not self._encodes_here:
+            return self._apart.encode(text, special_tokens)
+        with library_call(f"the tokenizer {self._path} fails to encode a text"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            BundleError: as `encode`.
+        """
+        if self._apart is not None and not self._decodes_here:
+            names = self._names(ids) if skip_special else map(self._backend.id_to_token, ids)
+            return self._apart.decode([name for name in names if name is not None])
+        with library_call(f"the tokenizer {self._path} fails to decode tokens"):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def token_id(self, token: str) -> int | None:
@@ -103,49 +122,57 @@ class Tokenizer:
         """Ids of the tokens that are marked as special, ascending."""
         return sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
-    def stream(self, context: Sequence[int] = ()) -> TextStream:
-        """A stream of text that continues `context`."""
-        return TextStream(self, context)
+    def stream(self, context: Sequence[int] = (), *, held: int = 0) -> TextStream:
+        """A stream of text that continues `context`, without special tokens.
+
+        Args:
+            context: the ids that come before.
+            held: how many characters at the end of the context's text an earlier stream has held back.
+        """
+        return TextStream(self._pipeline.copy(), self._names, context, held)
+
+    def continuation(self, context: Sequence[int], new: Sequence[int]) -> str:
+        """The text that `new` adds to that of `context`: what a stream gives, at once."""
+        stream = self.stream(context)
+        return "".join(map(stream.push, new)) + stream.finish()
+
+    def _names(self, ids: Sequence[int]) -> list[str]:
+        """The tokens of `ids`, as decoding sees them: without special ones, and without ids that are none."""
+        known = self._known
+        return [name for name in [known[i] for i in ids] if name is not None]
+
+    @cached_property
+    def _known(self) -> _Names:
+        return _Names(self._backend)
+
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        if self._apart is not None and not self._decodes_here:
+            return whole(self._apart.decode)
+        decoder = self._backend.decoder
+        sample = self._names(self.ids[:: max(1, self.ids.size // 256)].tolist())
+        if decoder is not None and sample and not agrees(decoder, sample):
+            return whole(guarded(decoder.decode))
+        return pipeline_for(decoder)
 
 
-class TextStream:
-    """Turns tokens into text as they come.
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError("a text holds half a surrogate pair", got=f"at character {error.start}") from error
 
-    Decoding is done over a short window, because a token's text can depend on those before it (a leading
-    space, the bytes of a character), but never on all of them.
-    """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._window = list(context)[-_CONTEXT:]
-        self._old = len(self._window)
-        """Tokens of the window whose text is given out and that serve as context only."""
-        self._given = len(tokenizer.decode(self._window))
-        """Characters of the window's text that have been given out."""
+class _Names(dict[int, "str | None"]):
+    """What each id is called, or None for special tokens and ids without a token; asked for when needed."""
 
-    def push(self, token: int) -> str:
-        """The text that has become certain with this token; may be empty."""
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        pending = len(text) - len(text.rstrip(_REPLACEMENT))
-        certain = len(text) - min(pending, _MOST_PENDING)
-        fresh = text[self._given : certain]
-        self._given = max(self._given, certain)
-        if fresh and not pending:
-            self._forget(self._old, text)
-        elif len(self._window) > _LONGEST_WINDOW:  # bytes that are no text, or tokens without any
-            self._forget(len(self._window) - _CONTEXT, text)
-        return fresh
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        tokens = backend.get_added_tokens_decoder().values()
+        self._special = {token.content for token in tokens if token.special}
 
-    def finish(self) -> str:
-        """What is still held back: half a character, as U+FFFD."""
-        text = self._tokenizer.decode(self._window)
-        fresh, self._given = text[self._given :], len(text)
-        return fresh
-
-    def _forget(self, count: int, text: str) -> None:
-        """Drop the window's first `count` tokens; the characters that are held back stay held back."""
-        held = len(text) - self._given
-        self._window = self._window[count:]
-        self._old = len(self._window)
-        self._given = max(0, len(self._tokenizer.decode(self._window)) - held)
+    def __missing__(self, token: int) -> str | None:
+        with library_call("a token id is out of range"):
+            name: str | None = self._backend.id_to_token(token)
+        self[token] = None if name in self._special else name
+        return self[token]

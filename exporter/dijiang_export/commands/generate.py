@@ -144,6 +144,7 @@ def _options(given: dict[str, Any]) -> GenerateOptions:
         seed=seed,
         stop=tuple(check_argument(stop, "--stop") for stop in given["stop"]),
         ignore_eos=given["ignore_eos"],
+        resumable=given["save_session"] is not None,
     )
 
 
@@ -179,7 +180,7 @@ class _Run:
         for first in self.groups:
             group = self.prompts[first : first + self.together]
             generation = self.generator.start(group, self.options, session=self.session, first_stream=first)
-            last = group[0] if streamed and self.echo else ""
+            last = generation.openings[0] + (group[0] if self.echo else "") if streamed else ""
             self._write(last)
             for event in generation:
                 if streamed:
@@ -191,7 +192,7 @@ class _Run:
             for completion in generation.completions:
                 self.completions.append(completion)
                 if not streamed and not self.output.json:
-                    self._print(completion, first)
+                    self._print(completion, first, generation.openings[completion.row])
             if self.save_to is not None:
                 save_session(self.save_to, generation.session(), self.bundle)
         self._report()
@@ -201,11 +202,14 @@ class _Run:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    def _print(self, completion: Completion, first: int) -> None:
+    def _print(self, completion: Completion, first: int, opening: str) -> None:
         number = first + completion.row
         prompt = self.prompts[number]
         shown = prompt if len(prompt) <= 60 else prompt[:59] + "…"
-        self._write(f"--- {number + 1}: {shown!r}\n{prompt if self.echo else ''}{completion.text}\n")
+        text = completion.text
+        if self.echo:
+            text = opening + prompt + text.removeprefix(opening)
+        self._write(f"--- {number + 1}: {shown!r}\n{text}\n")
 
     def _report(self) -> None:
         stats, options = self.stats, self.options

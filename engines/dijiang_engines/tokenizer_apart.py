@@ -1,0 +1,191 @@
+"""A tokenizer in a process of its own, which may take so much time and memory and no more.
+
+Neither can be limited from within: the library holds the interpreter's lock while it works, allocates until
+the system has no more, and panics where it meets a limit of its own.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from dijiang_engines.errors import BundleError
+
+SECONDS = 10.0
+SECONDS_PER_MEGABYTE = 20
+"""Of CPU, for each call. The slowest of the usual tokenizers take 2 for a megabyte on a slow core."""
+BYTES = 1 << 30
+BYTES_PER_BYTE = 600
+"""The library takes up to 290 bytes for a byte of text, when every character is a token."""
+_LOADING_BYTES_PER_BYTE = 64
+_FRAME = struct.Struct("<cQ")
+
+
+class TokenizerApart:
+    """Encodes and decodes as the library does, in another process that starts when it is first needed.
+
+    Args:
+        data: tokenizer.json.
+        name: the file's name, for messages.
+    """
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self._data, self._name = data, name
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def encode(self, text: str, special_tokens: bool) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            BundleError: it takes too long, or too much memory, or the library fails.
+        """
+        answer = self._ask(b"S" if special_tokens else b"E", text.encode())
+        return array.array("I", answer).tolist()
+
+    def decode(self, tokens: Sequence[str]) -> str:
+        """The text of tokens.
+
+        Raises:
+            BundleError: as `encode`.
+        """
+        return self._ask(b"D", json.dumps(list(tokens)).encode()).decode()
+
+    def _ask(self, kind: bytes, data: bytes) -> bytes:
+        with self._lock:
+            try:
+                if self._process is None:
+                    self._start()
+                return self._call(kind, data)
+            except (OSError, EOFError):
+                raise self._failed(len(data)) from None
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dijiang_engines.tokenizer_apart", str(SECONDS)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=os.environ | {
+                "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false",
+                "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0",
+            },
+        )  # fmt: skip
+        weakref.finalize(self, _end, self._process)
+        self._call(b"L", self._data)
+
+    def _call(self, kind: bytes, data: bytes) -> bytes:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        _send(process.stdin, kind, data)
+        status, answer = _receive(process.stdout)
+        if status != b"K":
+            raise BundleError(f"the tokenizer {self._name} fails", got=answer.decode()[:200])
+        return answer
+
+    def _failed(self, size: int) -> BundleError:
+        process, self._process = self._process, None
+        assert process is not None
+        _end(process)
+        if process.returncode == -signal.SIGXCPU:
+            return BundleError(
+                f"the tokenizer {self._name} takes too long",
+                got=f"more than {SECONDS + SECONDS_PER_MEGABYTE * size / 1e6:.0f} s for {size} bytes",
+                hint="its regular expressions, or its vocabulary, make it very slow",
+            )
+        return BundleError(
+            f"the tokenizer {self._name} needs too much memory, or ends its process",
+            got=f"{size} bytes of text, exit code {process.returncode}",
+        )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that has ended, or end it."""
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):
+            if pipe is not None:
+                pipe.close()
+    try:
+        process.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _send(file: IO[bytes], kind: bytes, data: bytes) -> None:
+    file.write(_FRAME.pack(kind, len(data)))
+    file.write(data)
+    file.flush()
+
+
+def _receive(file: IO[bytes]) -> tuple[bytes, bytes]:
+    kind, size = _FRAME.unpack(_exactly(file, _FRAME.size))
+    return kind, _exactly(file, size)
+
+
+def _exactly(file: IO[bytes], size: int) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise EOFError
+    return data
+
+
+# -- in the other process --------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answer calls until there are no more."""
+    from tokenizers import Tokenizer
+
+    backend: Any = None
+    while True:
+        try:
+            kind, data = _receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        seconds = float(sys.argv[1]) + SECONDS_PER_MEGABYTE * len(data) / 1e6
+        _limit(seconds, BYTES + len(data) * (_LOADING_BYTES_PER_BYTE if kind == b"L" else BYTES_PER_BYTE))
+        try:
+            if kind == b"L":
+                backend = Tokenizer.from_str(data.decode())
+                backend.no_truncation()
+                backend.no_padding()
+                answer = b""
+            elif kind == b"D":
+                answer = backend.decoder.decode(json.loads(data)).encode()
+            else:
+                ids = backend.encode(data.decode(), add_special_tokens=kind == b"S").ids
+                answer = array.array("I", ids).tobytes()
+            status = b"K"
+        except BaseException as error:  # noqa: BLE001  the library's panics are no Exception
+            status, answer = b"E", " ".join(str(error).split()).encode("utf-8", "replace")
+        _send(sys.stdout.buffer, status, answer)
+
+
+def _limit(seconds: float, more_bytes: int) -> None:
+    """From here on so much CPU time and so much more memory; beyond, the system ends this process."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), most))
+    with suppress(OSError, ValueError):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + more_bytes, most))
+
+
+if __name__ == "__main__":
+    main()
