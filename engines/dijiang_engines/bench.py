@@ -4,10 +4,7 @@ Times of prefills and steps are seconds of one call of the runner, as NumPy call
 tokenization are not in them. The loop's are of one token of every row, all included. Every figure is the
 median of single calls (of single generations) after a warm-up, with the 10th and 90th percentiles.
 
-A runner may offer two more things, neither of which the protocol asks for:
-
-    step_gpu_seconds(batch, position, calls) -> list[float]    seconds of single steps by the GPU's events
-    memory() -> dict[str, int]                                 device bytes by kind: weights, state, ...
+Where a runner `TimesSteps` or `CountsMemory` (runners/base.py), the GPU's own times and its memory come too.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from dijiang_engines.bench_loop import Loop, loop_start, loop_steps
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.inspection import step_bytes, weight_bytes
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.runners.base import IntArray, Runner, State
+from dijiang_engines.runners.base import CountsMemory, IntArray, Runner, State, TimesSteps
 from dijiang_engines.tokenizer import Tokenizer
 
 PREFILL_LENGTHS = (128, 512, 2048)
@@ -268,7 +265,6 @@ def bench_runner(
                 with _left_out(notes, f"the loop of {_rows(batch)}one token at {position}"):
                     loops += _loop(runner, batch, position, tokenizer, effort, loops, steps)
                 bar.advance()
-    memory = getattr(runner, "memory", None)
     return BenchReport(
         runner=runner.name,
         dtype=dtype,
@@ -281,7 +277,7 @@ def bench_runner(
         bandwidth=bandwidth,
         notes=tuple(notes),
         loops=tuple(loops),
-        memory=None if memory is None else dict(memory()),
+        memory=runner.memory() if isinstance(runner, CountsMemory) else None,
     )
 
 
@@ -361,15 +357,14 @@ def _steps(
 ) -> list[Step]:
     """One figure for each position, with the GPU's own times if the runner offers them."""
     timings = _step_timings(runner, batch, places, tokens, effort)
-    gpu_seconds = getattr(runner, "step_gpu_seconds", None)
     steps = []
     for position, timing in zip(places, timings, strict=True):
         gpu = None
-        if gpu_seconds is not None:
+        if isinstance(runner, TimesSteps):
             calls = max(effort.least, min(effort.most, timing.calls))
             if (limit := runner.spec.max_positions) is not None:  # the runner goes on by one each time
                 calls = min(calls, max(limit - position - WARM_UP_STEPS, 1))
-            gpu = Timing.of(gpu_seconds(batch, position, calls))
+            gpu = Timing.of(runner.step_gpu_seconds(batch, position, calls))
         steps.append(Step(batch, position, timing, gpu))
     return steps
 
