@@ -299,6 +299,18 @@ def test_a_change_inside_the_block_is_noticed(tmp_path: Path) -> None:
         engine.verify()
 
 
+def test_another_process_reads_by_name(two: tuple[Path, Path, list[ToyModel]]) -> None:
+    """A builder's process is given the folder's name: a swap is noticed though the held folder is as it was."""
+    folder, other, _ = two
+    bundle = open_bundle(folder)
+    with bundle.opened.unchanged_by_name(*bundle.files):
+        pass
+    with pytest.raises(BundleError, match=REPLACED), bundle.opened.unchanged_by_name(*bundle.files):
+        assert _exchange(folder, other)
+    with pytest.raises(BundleError, match=REPLACED), bundle.opened.unchanged_by_name(*bundle.files):
+        pytest.fail("not reached")
+
+
 def test_a_failure_inside_the_block_is_explained_by_the_change(tmp_path: Path) -> None:
     def removed() -> None:
         shutil.rmtree(tmp_path / "e")

@@ -127,6 +127,24 @@ class OpenedFiles:
                 self.verify(name)
 
     @contextmanager
+    def unchanged_by_name(self, *names: str) -> Iterator[None]:
+        """As `unchanged`, for a reader in another process, which has to take the folder by its name.
+
+        Raises:
+            BundleError: as `unchanged`; or the name leads to another folder, before the block or after it.
+        """
+        with self.unchanged(*names):
+            self._check_name()
+            yield
+            self._check_name()
+
+    def _check_name(self) -> None:
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.folder), os.fstat(self._descriptor)):
+                return
+        raise self._replaced()
+
+    @contextmanager
     def unchanged(self, *names: str) -> Iterator[Path]:
         """For a reader that takes a path: the folder to read from, whose `names` do not change meanwhile.
 
