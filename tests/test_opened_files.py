@@ -300,7 +300,7 @@ def test_a_change_inside_the_block_is_noticed(tmp_path: Path) -> None:
 
 
 def test_another_process_reads_by_name(two: tuple[Path, Path, list[ToyModel]]) -> None:
-    """A builder's process is given the folder's name: a swap is noticed though the held folder is as it was."""
+    """A builder's process is given the folder's name: a swap is noticed though the held folder is intact."""
     folder, other, _ = two
     bundle = open_bundle(folder)
     with bundle.opened.unchanged_by_name(*bundle.files):

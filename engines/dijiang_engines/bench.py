@@ -19,7 +19,7 @@ import numpy as np
 
 from dijiang_engines.bandwidth import Bandwidth
 from dijiang_engines.bench_loop import Loop, loop_start, loop_steps
-from dijiang_engines.errors import DijiangError
+from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.inspection import step_bytes, weight_bytes
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners.base import CountsMemory, IntArray, Runner, State, TimesSteps
@@ -34,6 +34,8 @@ BLOCK = 8
 """Near and far steps alternate in blocks of this many, so that a slow moment hits both."""
 LEAST_LOOPS = 3
 """Generations for a figure of the loop, at least."""
+LONGEST_TEXT = 10_000_000
+"""Tokens that the loop may start behind: it goes on from a text, of which the host holds every token."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,8 @@ def _loop(
     start = loop_start(position, limit)
     if not loop_steps(limit) or any((x.batch, x.position) == (batch, start) for x in before):
         return []
+    if start > LONGEST_TEXT:
+        raise UsageError("no text so long is made up for it", got=start, expected=f"at most {LONGEST_TEXT}")
     loop = Loop(runner, batch, start, tokenizer)
     loop.seconds_per_step()
     few = Effort(effort.seconds, min(LEAST_LOOPS, effort.least), effort.most)
