@@ -16,8 +16,9 @@ from dijiang_engines.runners.base import MAX_POSITIONS, IntArray, LimitsPosition
 from dijiang_engines.runners.decoding import DecodeRequest
 from dijiang_engines.spec import ModelSpec
 
-LONGEST_CHUNK = 128
-"""The widest chunk that a prefill graph pads a call's tokens to (graph/contract.py, `chunk_size`)."""
+SHORTEST_CHUNK, LONGEST_CHUNK = 64, 128
+"""A prefill graph pads a call of more tokens than a chunk to whole chunks, which are as wide as the head size
+makes them (graph/body_prefill.py, `chunk_size`): these are the extremes."""
 
 
 def check_call(
@@ -208,7 +209,7 @@ def _check_ends(runner: Runner, starts: IntArray, lens: IntArray) -> None:
 
 def _check_padding(starts: IntArray, length: int) -> None:
     """Padding has positions too, which a graph casts to int32: past its end they would be negative."""
-    width = 1 if length == 1 else length + LONGEST_CHUNK - 1
+    width = length if length <= SHORTEST_CHUNK else -(-length // LONGEST_CHUNK) * LONGEST_CHUNK
     row = int(starts.argmax())
     if int(starts[row]) + width > 2**31:
         raise PositionError(
