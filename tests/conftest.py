@@ -67,6 +67,16 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped sample with the graphs for ONNX Runtime on CUDA too. Read-only by convention."""
+    from dijiang_engines.sample import sample_checkpoint
+    from dijiang_export.to_onnx import export_bundle
+
+    folder = tmp_path_factory.mktemp("variants") / "b"
+    return export_bundle(sample_checkpoint(), folder, variants=("ort", "capture")).path
+
+
+@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, exported: Callable[..., tuple[Path, NumpyRunner]]) -> Made:
     """made(version, recipe changes..., export=options) -> (engine, oracle, machine): built once each."""
     engines: dict[str, tuple[Path, NumpyRunner, FakeMachine]] = {}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.errors import PositionError, RunnerError
+from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_rows
 from dijiang_engines.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -50,14 +50,18 @@ class NumpyRunner:
     # -- Runner ----------------------------------------------------------------------------------------
 
     def new_state(self, batch: int) -> list[Array]:
+        check_batch(batch)
         return [np.zeros((batch, *self.spec.state_shape), self.dtype) for _ in range(self.spec.num_layers)]
 
     def prefill(self, input_ids: Array, positions: Array, seq_lens: Array, state: list[Array]) -> Array:
+        input_ids, positions, seq_lens = check_call(self, input_ids, positions, seq_lens, len(state[0]))
         self.calls.append(("prefill", *input_ids.shape))
         return self._run(input_ids, positions, seq_lens, state)
 
     def step(self, input_ids: Array, positions: Array, seq_lens: Array, state: list[Array]) -> Array:
-        assert input_ids.shape[1] == 1
+        input_ids, positions, seq_lens = check_call(
+            self, input_ids, positions, seq_lens, len(state[0]), step=True
+        )
         self.calls.append(("step", *input_ids.shape))
         return self._run(input_ids, positions, seq_lens, state)
 
@@ -65,22 +69,17 @@ class NumpyRunner:
         return [layer.astype(np.float32) for layer in state]
 
     def import_state(self, layers: list[Array]) -> list[Array]:
-        return [layer.astype(self.dtype) for layer in layers]
+        return [layer.astype(self.dtype) for layer in check_layers(self.spec, layers)]
 
     def reset_rows(self, state: list[Array], rows: Sequence[int]) -> None:
-        if any(not 0 <= row < state[0].shape[0] for row in rows):
-            raise RunnerError("a row that the state does not have", got=list(rows))
+        found = check_rows(rows, len(state[0]))
         for layer in state:
-            layer[list(rows)] = 0
+            layer[found] = 0
 
     # -- the model -------------------------------------------------------------------------------------
 
     def _run(self, input_ids: Array, positions: Array, seq_lens: Array, state: list[Array]) -> Array:
         batch, length = input_ids.shape
-        assert np.all((seq_lens >= 0) & (seq_lens <= length))
-        limit = self.spec.max_positions
-        if limit is not None and np.any(positions + seq_lens > limit):
-            raise PositionError("past the last position")
         logits = np.zeros((batch, length if self.all_logits else 1, self.spec.vocab_size), np.float32)
         for row in range(batch):
             for t in range(int(seq_lens[row])):

@@ -78,15 +78,6 @@ class FakeCuda(OrtRunner):
         return GraphSession(session, self.fault) if cuda_graph else session
 
 
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from dijiang_engines.sample import sample_checkpoint
-    from dijiang_export.to_onnx import export_bundle
-
-    folder = tmp_path_factory.mktemp("variants") / "b"
-    return export_bundle(sample_checkpoint(), folder, variants=("ort", "capture")).path
-
-
 @pytest.fixture
 def make(variants: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeCuda]:
     monkeypatch.setattr(GraphSession, "made", [])

@@ -162,7 +162,7 @@ def test_bad_calls(toy: Toy, ids: Any, positions: Any, lens: Any, words: str) ->
 
 def test_a_step_takes_one_token(toy: Toy) -> None:
     runner = runner_of(toy[0])
-    with pytest.raises(UsageError, match="one token"):
+    with pytest.raises(RunnerError, match="one token"):
         runner.step(A([[1, 2]]), A([0]), A([2]), runner.new_state(1))
 
 

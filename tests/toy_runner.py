@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from toy_bundle import ToyModel
 
-from dijiang_engines.errors import RunnerError
+from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_rows
 
 
 class ToyRunner:
@@ -31,23 +31,20 @@ class ToyRunner:
         self.calls: list[str] = []
 
     def new_state(self, batch: int) -> list[np.ndarray]:
+        check_batch(batch)
         return [np.zeros((batch, *self.spec.state_shape), np.float32) for _ in range(self.spec.num_layers)]
 
     def prefill(self, input_ids, positions, seq_lens, state) -> np.ndarray:
         return self._run("prefill", input_ids, positions, seq_lens, state)
 
     def step(self, input_ids, positions, seq_lens, state) -> np.ndarray:
-        if input_ids.shape[1] != 1:
-            raise RunnerError("step takes one token")
         return self._run("step", input_ids, positions, seq_lens, state)
 
     def _run(self, name, input_ids, positions, seq_lens, state) -> np.ndarray:
+        check_call(self, input_ids, positions, seq_lens, len(state[0]), step=name == "step")
         self.calls.append(name)
         batch, length = input_ids.shape
         assert input_ids.dtype == positions.dtype == seq_lens.dtype == np.int64
-        assert positions.shape == seq_lens.shape == (batch,)
-        assert all(layer.shape[0] == batch for layer in state)
-        assert ((seq_lens >= 0) & (seq_lens <= length)).all()
         every = self.all_logits and name == "prefill"
         logits = np.zeros((batch, length if every else 1, self.spec.vocab_size), np.float32)
         old = [layer.copy() for layer in state]
@@ -77,13 +74,12 @@ class ToyRunner:
         return [layer.copy() for layer in state]
 
     def import_state(self, layers) -> list[np.ndarray]:
-        return [layer.copy() for layer in layers]
+        return [layer.copy() for layer in check_layers(self.spec, layers)]
 
     def reset_rows(self, state, rows: Sequence[int]) -> None:
-        if any(not 0 <= row < state[0].shape[0] for row in rows):
-            raise RunnerError("a row that the state does not have", got=list(rows))
+        found = check_rows(rows, len(state[0]))
         for layer in state:
-            layer[list(rows)] = 0
+            layer[found] = 0
 
 
 def toy_case(

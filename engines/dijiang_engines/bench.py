@@ -4,10 +4,7 @@ Times of prefills and steps are seconds of one call of the runner, as NumPy call
 tokenization are not in them. The loop's are of one token of every row, all included. Every figure is the
 median of single calls (of single generations) after a warm-up, with the 10th and 90th percentiles.
 
-A runner may offer two more things, neither of which the protocol asks for:
-
-    step_gpu_seconds(batch, position, calls) -> list[float]    seconds of single steps by the GPU's events
-    memory() -> dict[str, int]                                 device bytes by kind: weights, state, ...
+Where a runner `TimesSteps` or `CountsMemory` (runners/base.py), the GPU's own times and its memory come too.
 """
 
 from __future__ import annotations
@@ -22,10 +19,10 @@ import numpy as np
 
 from dijiang_engines.bandwidth import Bandwidth
 from dijiang_engines.bench_loop import Loop, loop_start, loop_steps
-from dijiang_engines.errors import DijiangError
+from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.inspection import step_bytes, weight_bytes
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.runners.base import IntArray, Runner, State
+from dijiang_engines.runners.base import CountsMemory, IntArray, Runner, State, TimesSteps
 from dijiang_engines.tokenizer import Tokenizer
 
 PREFILL_LENGTHS = (128, 512, 2048)
@@ -37,6 +34,8 @@ BLOCK = 8
 """Near and far steps alternate in blocks of this many, so that a slow moment hits both."""
 LEAST_LOOPS = 3
 """Generations for a figure of the loop, at least."""
+LONGEST_TEXT = 10_000_000
+"""Tokens that the loop may start behind: it goes on from a text, of which the host holds every token."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,6 @@ def bench_runner(
                 with _left_out(notes, f"the loop of {_rows(batch)}one token at {position}"):
                     loops += _loop(runner, batch, position, tokenizer, effort, loops, steps)
                 bar.advance()
-    memory = getattr(runner, "memory", None)
     return BenchReport(
         runner=runner.name,
         dtype=dtype,
@@ -281,7 +279,7 @@ def bench_runner(
         bandwidth=bandwidth,
         notes=tuple(notes),
         loops=tuple(loops),
-        memory=None if memory is None else dict(memory()),
+        memory=runner.memory() if isinstance(runner, CountsMemory) else None,
     )
 
 
@@ -344,6 +342,8 @@ def _loop(
     start = loop_start(position, limit)
     if not loop_steps(limit) or any((x.batch, x.position) == (batch, start) for x in before):
         return []
+    if start > LONGEST_TEXT:
+        raise UsageError("no text so long is made up for it", got=start, expected=f"at most {LONGEST_TEXT}")
     loop = Loop(runner, batch, start, tokenizer)
     loop.seconds_per_step()
     few = Effort(effort.seconds, min(LEAST_LOOPS, effort.least), effort.most)
@@ -361,15 +361,14 @@ def _steps(
 ) -> list[Step]:
     """One figure for each position, with the GPU's own times if the runner offers them."""
     timings = _step_timings(runner, batch, places, tokens, effort)
-    gpu_seconds = getattr(runner, "step_gpu_seconds", None)
     steps = []
     for position, timing in zip(places, timings, strict=True):
         gpu = None
-        if gpu_seconds is not None:
+        if isinstance(runner, TimesSteps):
             calls = max(effort.least, min(effort.most, timing.calls))
             if (limit := runner.spec.max_positions) is not None:  # the runner goes on by one each time
                 calls = min(calls, max(limit - position - WARM_UP_STEPS, 1))
-            gpu = Timing.of(gpu_seconds(batch, position, calls))
+            gpu = Timing.of(runner.step_gpu_seconds(batch, position, calls))
         steps.append(Step(batch, position, timing, gpu))
     return steps
 

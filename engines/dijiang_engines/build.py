@@ -103,7 +103,11 @@ def build_engine(
     if use_timing_cache:
         cache = timing_cache or timing_cache_path(tensorrt.version, facts)
         cache.parent.mkdir(parents=True, exist_ok=True)
-    with _only_builder(output), output_folder(output, force=force, markers=(ENGINE_MANIFEST,)) as folder:
+    with (
+        _only_builder(output),
+        output_folder(output, force=force, markers=(ENGINE_MANIFEST,)) as folder,
+        bundle.opened.unchanged_by_name(*bundle.files),
+    ):
         builds = []
         for file, graph, profiles in plans(bundle, recipe):
             request = {

@@ -39,8 +39,8 @@ from dijiang_engines.manifest import (
     read_manifest,
 )
 from dijiang_engines.onnx_external import check_external_data
+from dijiang_engines.opened_files import OpenedFiles
 from dijiang_engines.reference_cases import Reference
-from dijiang_engines.safe_files import open_regular, read_bounded, sha256_of
 
 __all__ = [
     "Bundle", "FileInfo", "GraphInfo", "ModelIdentity", "TensorInfo", "graph_io", "open_bundle",
@@ -70,10 +70,12 @@ class Bundle:
         graphs: name ("prefill", "step", "prefill_trt", ...) -> GraphInfo.
         files: name -> FileInfo of every file but the manifest.
         cases: names of the recorded cases, None without any.
+        opened: through which files are read, so that they are those that were opened.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, opened: OpenedFiles) -> None:
         self.path = path
+        self.opened = opened
         self.manifest = manifest.raw
         self.spec = manifest.spec
         self.dtype = manifest.dtype
@@ -81,6 +83,7 @@ class Bundle:
         self.graphs: Mapping[str, GraphInfo] = MappingProxyType(manifest.graphs)
         self.files: Mapping[str, FileInfo] = MappingProxyType(manifest.files)
         self.cases = manifest.cases
+        opened.files = self.files
 
     @property
     def name(self) -> str:
@@ -145,8 +148,11 @@ class Bundle:
                 f"the bundle {self.path} holds no recorded cases",
                 hint="export the checkpoint again with `--cases short` or `--cases full`",
             )
-        self._check_hash(REFERENCE, None)
-        reference = Reference(self.reference_path, self.spec)
+        self.opened.verify(REFERENCE)
+        with self.opened.unchanged(REFERENCE) as root:
+            reference = Reference(
+                self.reference_path, self.spec, root / REFERENCE, lambda: self.opened.check(REFERENCE)
+            )
         if list(reference.cases) != self.cases:
             raise BundleError(
                 f"{REFERENCE} holds other cases than the manifest says",
@@ -166,19 +172,11 @@ class Bundle:
             BundleError: a file is missing or differs.
         """
         for name in self.files:
-            self._check_hash(name, on_bytes)
-
-    def _check_hash(self, name: str, on_bytes: Callable[[int], None] | None) -> None:
-        expected = self.files[name]
-        with open_regular(self.path / name, expected_bytes=expected.bytes) as file:
-            found = sha256_of(file, on_bytes)
-        _compare_hash(self.path / name, found, expected.sha256)
+            self.opened.verify(name, on_bytes)
 
     def _check_graph(self, name: str) -> None:
         """Hash a graph and check where its weights are, in one reading."""
-        expected = self.files[name]
-        data = read_bounded(self.path / name, MAX_GRAPH_BYTES)
-        _compare_hash(self.path / name, hashlib.sha256(data).hexdigest(), expected.sha256)
+        data = self.opened.read(name, MAX_GRAPH_BYTES)
         try:
             check_external_data(data, location=WEIGHTS, file_bytes=self.files[WEIGHTS].bytes)
         except BundleError as error:
@@ -187,14 +185,13 @@ class Bundle:
             raise
 
     def _check_files(self, verify: bool) -> None:
-        for name, info in self.files.items():
-            with open_regular(self.path / name, expected_bytes=info.bytes):
-                pass
+        for name in self.files:
+            self.opened.note(name)
         for name in self.files:
             if name.endswith(".onnx"):
                 self._check_graph(name)
             elif name not in (WEIGHTS, REFERENCE) or (name == WEIGHTS and verify):
-                self._check_hash(name, None)
+                self.opened.verify(name)
 
 
 def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
@@ -211,7 +208,9 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     folder = Path(path)
     if not folder.is_dir() or not (folder / MANIFEST).exists():
         raise _no_bundle(folder)
-    bundle = Bundle(folder, read_manifest(folder))
+    opened = OpenedFiles(folder, "bundle", RETRY)
+    with opened.named():
+        bundle = Bundle(folder, read_manifest(opened.root), opened)
     bundle._check_files(verify)
     return bundle
 
@@ -233,13 +232,3 @@ def _no_bundle(folder: Path) -> BundleError:
         expected="a folder with it",
         hint=hint,
     )
-
-
-def _compare_hash(path: Path, found: str, expected: str) -> None:
-    if found != expected:
-        raise BundleError(
-            f"{path} is corrupt: its SHA-256 differs from the manifest's",
-            got=found,
-            expected=expected,
-            hint=RETRY,
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dijiang_engines.errors import UsageError
 from dijiang_engines.machine import Machine, describe_machine, package_version
 from dijiang_engines.plugin_status import PackageStatus, PluginStatus, plugin_needs, plugin_status
+from dijiang_engines.runners.ort_host import SPINNING_ENVIRONMENT, spinning_choice
 
 PROBE_SECONDS = 120
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
@@ -108,6 +111,8 @@ def _ort_cpu(probe: Probe) -> RunnerStatus:
     if version is None:
         return RunnerStatus(name, False, None, "not installed", "pip install 'dijiang-export[cpu]'")
     works, detail = probe(name)
+    if os.environ.get(SPINNING_ENVIRONMENT):
+        detail += f"; {SPINNING_ENVIRONMENT}={os.environ[SPINNING_ENVIRONMENT][:40]}"
     package = ORT_CPU if package_version(ORT_CPU) else ORT_GPU
     hint = None if works else f"pip install --force-reinstall {package}"
     return RunnerStatus(name, works, version, detail, hint)
@@ -280,6 +285,10 @@ def _problems(
     for runner in runners:
         if runner.version is not None and not runner.works and runner.hint is not None:
             problems.append(Problem(f"{runner.name} {runner.version}: {runner.detail}", runner.hint))
+    try:
+        spinning_choice(None)
+    except UsageError as error:
+        problems.append(Problem(error.what, f"set it to one of {error.expected}, or unset it"))
     for built in plugin.built:
         if built.state == "damaged":
             what = f"the build in {built.folder} is damaged: {built.detail}"

@@ -32,8 +32,9 @@ from dijiang_engines.manifest import (
     FileInfo,
     file_table,
 )  # fmt: skip
+from dijiang_engines.opened_files import OpenedFiles
 from dijiang_engines.reference_cases import Reference
-from dijiang_engines.safe_files import open_regular, parse_json, read_bounded, sha256_of
+from dijiang_engines.safe_files import parse_json, read_bounded, sha256_of
 from dijiang_engines.spec import ModelSpec
 
 ENGINE_MANIFEST = "engine.json"
@@ -96,10 +97,12 @@ class EngineFolder:
         profiles: the sizes that it was built for.
         made_for: what it can be loaded with.
         files: name -> FileInfo of every file but the manifest.
+        opened: through which files are read, so that they are those that were opened.
     """
 
-    def __init__(self, path: Path, raw: Any) -> None:
+    def __init__(self, path: Path, raw: Any, opened: OpenedFiles) -> None:
         self.path = path
+        self.opened = opened
         self.manifest: dict[str, Any] = _object(raw, ENGINE_MANIFEST)
         _check_header(self.manifest)
         self.spec = ModelSpec.from_json(self.manifest.get("spec", {}))
@@ -111,6 +114,7 @@ class EngineFolder:
         self.step = PlanPlace(plans[-1], 1 if self.layout == "one" else 0)
         table = file_table(self.manifest, plans, source=ENGINE_MANIFEST, hint=REBUILD)
         self.files: Mapping[str, FileInfo] = MappingProxyType(table)
+        opened.files = self.files
         self._checked: set[str] = set()
         self.profiles = _profiles(self.manifest.get("profiles"))
         self.made_for = _made_for(self.manifest.get("made_for"))
@@ -160,8 +164,11 @@ class EngineFolder:
                 f"the engine {self.path} holds no recorded cases",
                 hint="export the checkpoint with `--cases short` or `--cases full`, and build again",
             )
-        self._check_hash(REFERENCE)
-        reference = Reference(self.reference_path, self.spec)
+        self.opened.verify(REFERENCE)
+        with self.opened.unchanged(REFERENCE) as root:
+            reference = Reference(
+                self.reference_path, self.spec, root / REFERENCE, lambda: self.opened.check(REFERENCE)
+            )
         if list(reference.cases) != self.cases:
             raise BundleError(
                 f"{REFERENCE} holds other cases than {ENGINE_MANIFEST} says",
@@ -176,38 +183,28 @@ class EngineFolder:
             BundleError: one is missing or differs.
         """
         for name in self.files if names is None else names:
-            self._check_hash(name)
+            self.opened.verify(name)
+            self._checked.add(name)
 
     def verified_plan(self, name: str) -> Path:
         """The path of a plan whose hash is right: checked now, unless opening the engine did that.
+
+        Whoever loads it does so inside `opened.unchanged(name)`.
 
         Raises:
             BundleError: it is missing or differs.
         """
         if name not in self._checked:
-            self._check_hash(name)
+            self.verify((name,))
         return self.path / name
 
     def check_files(self, verify: bool) -> None:
         """Check that every file is there with the right size; hash all but the cases, plans if `verify`."""
-        for name, info in self.files.items():
-            with open_regular(self.path / name, expected_bytes=info.bytes):
-                pass
+        for name in self.files:
+            self.opened.note(name)
         self.verify(
             tuple(name for name in self.files if name != REFERENCE and (verify or not name.endswith(".plan")))
         )
-
-    def _check_hash(self, name: str) -> None:
-        expected = self.files[name]
-        path = self.path / name
-        with open_regular(path, expected_bytes=expected.bytes) as file:
-            found = sha256_of(file)
-        if found != expected.sha256:
-            raise BundleError(
-                f"{path} is corrupt: its SHA-256 differs from {ENGINE_MANIFEST}'s",
-                got=found, expected=expected.sha256, hint=f"copy the engine again, or {REBUILD}",
-            )  # fmt: skip
-        self._checked.add(name)
 
 
 def open_engine(path: str | Path, *, verify: bool = True) -> EngineFolder:
@@ -227,8 +224,10 @@ def open_engine(path: str | Path, *, verify: bool = True) -> EngineFolder:
             expected=f"a folder with {ENGINE_MANIFEST}",
             hint="make one with `dijiang-export build-engine BUNDLE -o ENGINE`",
         )
-    raw = parse_json(read_bounded(folder / ENGINE_MANIFEST, MAX_MANIFEST_BYTES), ENGINE_MANIFEST)
-    engine = EngineFolder(folder, raw)
+    opened = OpenedFiles(folder, "engine", f"copy the engine again, or {REBUILD}")
+    with opened.named():
+        raw = parse_json(read_bounded(opened.root / ENGINE_MANIFEST, MAX_MANIFEST_BYTES), ENGINE_MANIFEST)
+        engine = EngineFolder(folder, raw, opened)
     engine.check_files(verify)
     return engine
 

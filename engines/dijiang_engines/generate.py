@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dijiang_engines.errors import PromptError, UsageError
 from dijiang_engines.generation import Completion, GenerateOptions, Generation, Row, Stats, TokenEvent
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.runners.checks import position_error
+from dijiang_engines.runners.checks import last_position, position_error
 from dijiang_engines.sampling import SamplingOptions
 from dijiang_engines.session import Session
 from dijiang_engines.stop import StopMatcher
@@ -177,15 +177,14 @@ class Generator:
 
     def _room(self, index: int, tokens: int, wanted: int | None) -> int:
         """How many tokens to generate after `tokens`: the last one is never read, so it needs no position."""
-        spec = self.runner.spec
-        if spec.max_positions is None:
-            return DEFAULT_MAX_TOKENS if wanted is None else wanted
-        if tokens > spec.max_positions:
-            raise position_error(spec, index, tokens)
-        room = spec.max_positions - tokens + 1
+        spec, most = self.runner.spec, last_position(self.runner)
+        if tokens > most:
+            raise position_error(spec, index, tokens, most=most)
+        room = most - tokens + 1
         if wanted is not None and wanted > room:
             raise position_error(
                 spec, index, tokens + wanted - 1,
                 f"the prompt has {tokens} tokens: ask for at most --max-tokens {room}, or leave it out",
+                most=most,
             )  # fmt: skip
         return min(DEFAULT_MAX_TOKENS, room) if wanted is None else wanted

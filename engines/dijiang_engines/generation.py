@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import UsageError
-from dijiang_engines.runners.base import FloatArray, Runner
-from dijiang_engines.runners.decoding import Decoder, DecodeRequest
+from dijiang_engines.runners.base import FloatArray, Runner, WarmsUp
+from dijiang_engines.runners.decoding import Decoder, DecodeRequest, Decodes
 from dijiang_engines.sampling import SamplingOptions, sample, uniform
 from dijiang_engines.session import Session
 from dijiang_engines.stop import StopMatcher
@@ -250,8 +250,7 @@ class Generation:
 
     def _start_decoder(self) -> Decoder | None:
         """The runner's own loop, if it has one."""
-        start = getattr(self._runner, "start_decoding", None)
-        if start is None:
+        if not isinstance(self._runner, Decodes):
             return None
         self._load(prefill=False)
         started = time.perf_counter()
@@ -269,7 +268,7 @@ class Generation:
             seen=self._seen,
             ahead=not options.stop,
         )
-        decoder: Decoder = start(self._state, request)
+        decoder = self._runner.start_decoding(self._state, request)
         self.stats.load_seconds += time.perf_counter() - started
         return decoder
 
@@ -334,10 +333,9 @@ class Generation:
 
     def _load(self, prefill: bool) -> None:
         """Let the runner load what comes next, outside of what is timed as work."""
-        warm_up = getattr(self._runner, "warm_up", None)
-        if warm_up is not None:
+        if isinstance(self._runner, WarmsUp):
             started = time.perf_counter()
-            warm_up(prefill=prefill, step=not prefill)
+            self._runner.warm_up(prefill=prefill, step=not prefill)
             self.stats.load_seconds += time.perf_counter() - started
 
     def _choose(self, logits: FloatArray, active: list[int]) -> list[int]:

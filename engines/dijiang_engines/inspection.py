@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.bundle import MAX_GRAPH_BYTES, Bundle
+from dijiang_engines.manifest import WEIGHTS
 from dijiang_engines.onnx_external import external_tensors
-from dijiang_engines.safe_files import open_regular, read_bounded
+from dijiang_engines.safe_files import open_regular
 from dijiang_engines.spec import ModelSpec
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -246,10 +247,10 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
 
 
 def _bundle_decay(bundle: Bundle) -> list[LayerDecay]:
-    graph = external_tensors(read_bounded(bundle.graph_path("step"), MAX_GRAPH_BYTES))
+    graph = external_tensors(bundle.opened.read(bundle.graph_path("step").name, MAX_GRAPH_BYTES))
     places = {tensor.name: tensor for tensor in graph}
     layers = []
-    with open_regular(bundle.weights_path) as file:
+    with bundle.opened.unchanged(WEIGHTS) as root, open_regular(root / WEIGHTS) as file:
 
         def constant(name: str) -> npt.NDArray[np.float32] | None:
             place = places.get(name)

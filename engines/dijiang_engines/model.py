@@ -6,10 +6,12 @@ from pathlib import Path
 
 from dijiang_engines.bundle import Bundle, open_bundle
 from dijiang_engines.engine_folder import ENGINE_MANIFEST, EngineFolder, open_engine
+from dijiang_engines.manifest import TOKENIZER
+from dijiang_engines.tokenizer import Tokenizer
 
 Model = Bundle | EngineFolder
-"""Both have path, name, spec, dtype, logits, all_logits, identity, tokenizer_path, reference_path, cases and
-reference()."""
+"""Both have path, name, spec, dtype, logits, all_logits, identity, tokenizer_path, reference_path, cases,
+opened and reference()."""
 
 
 def open_model(path: str | Path, *, verify: bool = True) -> Model:
@@ -25,3 +27,15 @@ def open_model(path: str | Path, *, verify: bool = True) -> Model:
     if (Path(path) / ENGINE_MANIFEST).exists():
         return open_engine(path, verify=verify)
     return open_bundle(path, verify=verify)
+
+
+def load_tokenizer(model: Model) -> Tokenizer | None:
+    """The tokenizer that was opened with the model; None if the checkpoint came without one.
+
+    Raises:
+        BundleError: it is not a tokenizer, or was replaced since.
+    """
+    if model.tokenizer_path is None:
+        return None
+    with model.opened.unchanged(TOKENIZER) as root:
+        return Tokenizer(root / TOKENIZER)

@@ -17,7 +17,7 @@ Metadata: format "dijiang-reference", version "1", cases (a JSON list), compute_
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -59,6 +59,7 @@ class ReferenceCase:
     state_marks: npt.NDArray[np.int64]
     """[S]"""
     _file: Any
+    _check: Callable[[], None]
 
     @property
     def batch(self) -> int:
@@ -76,6 +77,7 @@ class ReferenceCase:
     def _read(self, field: str, row: int | None) -> npt.NDArray[np.float32]:
         key = f"{self.name}.{field}"
         data = self._file.get_tensor(key) if row is None else self._file.get_slice(key)[row : row + 1][0]
+        self._check()
         return np.asarray(data, dtype=np.float32)
 
 
@@ -88,13 +90,30 @@ class Reference:
         compute_dtype: "float32" or "float64": what the reference computed in.
     """
 
-    def __init__(self, path: Path, spec: ModelSpec) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        read_from: Path | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            path: the file.
+            spec: the model's.
+            read_from: another name of the same file, to open in place of `path`.
+            check: called after each reading; raises if the file is not what it was.
+
+        Raises:
+            BundleError: the file is not what the spec says.
+        """
         from safetensors import SafetensorError
 
         self.path = path
         self._spec = spec
+        self._check = check
         try:
-            self._file = _open(path)
+            self._file = _open(read_from or path)
             metadata: dict[str, str] = self._file.metadata() or {}
             self._names = set(self._file.keys())
         except (SafetensorError, OSError) as error:
@@ -133,6 +152,7 @@ class Reference:
             self._ints(name, "marks"),
             self._ints(name, "state_marks"),
             self._file,
+            self._check,
         )
         good = (
             ((case.input_ids >= 0) & (case.input_ids < spec.vocab_size)).all()

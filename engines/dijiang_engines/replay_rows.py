@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dijiang_engines.reference_cases import ReferenceCase
 from dijiang_engines.replay import Replayer
 from dijiang_engines.replay_check import Check
-from dijiang_engines.runners.base import Runner
+from dijiang_engines.runners.base import LimitsBatch, Runner
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _Rows:
 
 
 class RowsReplayer:
-    """`Replayer`, with the rows of the case in groups of at most `runner.max_batch`, if the runner has that.
+    """`Replayer`, with the rows of the case in groups of at most `runner.max_batch`, if it `LimitsBatch`.
 
     Args:
         runner: what is tested.
@@ -38,7 +38,7 @@ class RowsReplayer:
     """
 
     def __init__(self, runner: Runner, case: ReferenceCase, dtype: str) -> None:
-        most = int(getattr(runner, "max_batch", case.batch))
+        most = runner.max_batch if isinstance(runner, LimitsBatch) else case.batch
         self.whole = Replayer(runner, case, dtype)
         self.groups = [(0, self.whole)]
         if most < case.batch:

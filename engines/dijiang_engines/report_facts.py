@@ -10,7 +10,7 @@ from dijiang_engines import __version__
 from dijiang_engines.machine import describe_machine, package_versions
 from dijiang_engines.model import Model
 from dijiang_engines.reference_cases import Reference
-from dijiang_engines.runners.base import Runner
+from dijiang_engines.runners.base import HasSettings, Runner
 
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "cuda-bindings")
 
@@ -32,6 +32,7 @@ def describe_run(model: Model, runner: Runner, reference: Reference) -> list[tup
         for g in machine.gpus
     ]
     made_for = model.manifest.get("made_for")
+    settings = _pairs(runner.settings()) if isinstance(runner, HasSettings) else ""
     facts = {
         "model": model.name,
         "folder": str(model.path),
@@ -42,7 +43,7 @@ def describe_run(model: Model, runner: Runner, reference: Reference) -> list[tup
         "made by": _pairs(model.manifest.get("created_by")),
         "engine made for": _pairs(made_for),
         "compared with": f"cases {', '.join(reference.cases)}; recorded in {reference.compute_dtype}",
-        "runner": runner.name,
+        "runner": f"{runner.name} ({settings})" if settings else runner.name,
         "machine": "; ".join(hardware),
         "GPU": "; ".join(gpus),
         "system": machine.system,

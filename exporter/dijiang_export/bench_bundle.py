@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from dijiang_engines.bundle import Bundle
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.inspection import part_sizes
 from dijiang_engines.machine import describe_machine, package_versions, usable_cpus
-from dijiang_engines.model import Model, open_model
+from dijiang_engines.model import Model, load_tokenizer, open_model
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners import Runner, open_runner
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.runners.base import HasSettings
 from dijiang_engines.validate import validate
 from dijiang_export.bench_export import memory
 
@@ -47,6 +47,8 @@ def measure_bundle(
     *,
     runner: str = "auto",
     threads: int | None = None,
+    spinning: str | None = None,
+    prepack: str | None = None,
     checkpoint: Path | None = None,
     seconds: float = 2.0,
     lengths: Sequence[int] | None = None,
@@ -59,7 +61,9 @@ def measure_bundle(
     Args:
         path: its folder.
         runner: as for `open_runner`.
-        threads: of a runner on the CPU and of PyTorch; default: the CPUs that this process may use.
+        threads: of ONNX Runtime and of PyTorch; default: the CPUs that this process may use.
+        spinning: as for `open_runner`, as `prepack`; None for a runner's default.
+        prepack: likewise.
         checkpoint: where the bundle came from, to measure PyTorch's reference model beside it.
         seconds: about how long to measure each figure.
         lengths: of prefills.
@@ -73,8 +77,13 @@ def measure_bundle(
     """
     about = about_run()
     model = open_model(path)
+    told = {"threads": threads, "spinning": spinning, "prepack": prepack}
     threads = threads or usable_cpus()
-    opened = open_runner(model, runner, threads=threads if isinstance(model, Bundle) else None)
+    if isinstance(model, Bundle):
+        told["threads"] = threads
+    elif checkpoint is not None:
+        told["threads"] = None  # they are PyTorch's then
+    opened = open_runner(model, runner, **told)
     on_cpu = opened.name.endswith("cpu")
     validated = _validated(model, opened, progress)
     effort = Effort(seconds)
@@ -88,7 +97,7 @@ def measure_bundle(
         positions=tuple(positions or (NEAR, FAR)),
         effort=effort,
         bandwidth=None,
-        tokenizer=None if model.tokenizer_path is None else Tokenizer(model.tokenizer_path),
+        tokenizer=load_tokenizer(model),
         progress=progress,
     )
     found = report.with_bandwidth(_better(before, _bandwidth(on_cpu, threads)))
@@ -102,6 +111,7 @@ def measure_bundle(
         "kind": KIND,
         "threads": threads,
         "device": "cpu" if on_cpu else "cuda",
+        "settings": opened.settings() if isinstance(opened, HasSettings) else {},
         "model": {
             "name": model.name,
             "parameters": sum(part.count + part.wide for part in part_sizes(model.spec).values()),
@@ -111,7 +121,7 @@ def measure_bundle(
         "validated": validated,
         "bench": found.to_json(),
         "reference": reference,
-        "startup": _startup(model, opened.name, threads),
+        "startup": _startup(model, opened.name, told),
     }
 
 
@@ -156,7 +166,7 @@ def _better(a: Bandwidth | None, b: Bandwidth | None) -> Bandwidth | None:
     return Bandwidth(a.threads, max(a.read, b.read), max(a.copy, b.copy))
 
 
-def _startup(model: Model, runner: str, threads: int) -> dict[str, Any] | None:
+def _startup(model: Model, runner: str, told: Mapping[str, Any]) -> dict[str, Any] | None:
     """Seconds until a new `generate` process prints, and its peak memory; None without a tokenizer."""
     if model.tokenizer_path is None:
         return None
@@ -164,8 +174,9 @@ def _startup(model: Model, runner: str, threads: int) -> dict[str, Any] | None:
         sys.executable, "-m", "dijiang_export", "generate", str(model.path), "--prompt", "def main():",
         "--max-tokens", "16", "--runner", runner, "--quiet",
     ]  # fmt: skip
-    if isinstance(model, Bundle):
-        command += ["--threads", str(threads)]
+    for name, value in told.items():
+        if value is not None:
+            command += [f"--{name}", str(value)]
     seconds: list[float] = []
     peak = 0
     for _ in range(STARTUPS):

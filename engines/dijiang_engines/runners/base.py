@@ -3,6 +3,9 @@
 A runner owns two graphs (prefill, any L; step, L = 1) and hands out states. A state belongs to the
 runner that made it and stays where the runtime wants it (host memory, GPU memory); `export_state` and
 `import_state` are the only ways across. All arrays at this interface are NumPy.
+
+What a runtime may offer beyond that are the protocols that follow `Runner` here, and `decoding.Decodes`.
+Each is asked for with `isinstance`, and whoever asks does without it where it is missing.
 """
 
 from __future__ import annotations
@@ -17,6 +20,11 @@ from dijiang_engines.spec import ModelSpec
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+
+MAX_POSITIONS = 2**31 - 128
+"""Most tokens of a sequence, whatever runs it. The graphs count positions in int32, and a prefill pads a
+row's last chunk, of up to 128 tokens, whose positions must still be counted. Up to there the graphs' angles
+are right: they are reduced in float64 (docs/op-contract.md, "Positions")."""
 
 State = Any
 """A runner's own recurrent state for a batch; opaque to callers."""
@@ -52,7 +60,9 @@ class Runner(Protocol):
             Rows without a valid token: finite, unspecified.
 
         Raises:
-            PositionError: positions + seq_lens exceeds spec.max_positions.
+            RunnerError: arguments that are wrong (checks.check_call says which).
+            PositionError: positions + seq_lens exceeds spec.max_positions, or what the runner computes
+                right: MAX_POSITIONS, or its own limit if it `LimitsPositions`.
         """
         ...
 
@@ -78,4 +88,56 @@ class Runner(Protocol):
         Raises:
             RunnerError: a row that the state does not have; nothing was changed.
         """
+        ...
+
+
+@runtime_checkable
+class WarmsUp(Protocol):
+    """Loads what a call needs before the call."""
+
+    def warm_up(self, prefill: bool = True, step: bool = True) -> None:
+        """Load now what prefills, or steps, would load on first use."""
+        ...
+
+
+@runtime_checkable
+class LimitsBatch(Protocol):
+    """Was made for so many sequences at once."""
+
+    max_batch: int
+    """Most rows of a state."""
+
+
+@runtime_checkable
+class LimitsPositions(Protocol):
+    """Computes fewer positions right than the model has."""
+
+    max_positions: int
+    """Most tokens of a sequence."""
+
+
+@runtime_checkable
+class TimesSteps(Protocol):
+    """Can ask the device how long a step takes it."""
+
+    def step_gpu_seconds(self, batch: int, position: int, calls: int) -> list[float]:
+        """Seconds of `calls` single steps of `batch` rows from `position` on, by the device's own events."""
+        ...
+
+
+@runtime_checkable
+class CountsMemory(Protocol):
+    """Knows what it takes of the device's memory."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind: weights, activations, state, ..."""
+        ...
+
+
+@runtime_checkable
+class HasSettings(Protocol):
+    """Says how it was set up, for records of what was measured."""
+
+    def settings(self) -> dict[str, str | int | bool]:
+        """Option -> the value in force, defaults resolved."""
         ...

@@ -1,25 +1,54 @@
-"""What every runner checks before it calls its runtime."""
+"""What every runner checks before it calls its runtime: all refuse the same, in the same words.
+
+A runner hands over its own state class; what is in a state is its own business.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
 
-from dijiang_engines.errors import PositionError, RunnerError
-from dijiang_engines.runners.base import IntArray, Runner
+import numpy as np
+import numpy.typing as npt
+
+from dijiang_engines.errors import PositionError, RunnerError, UsageError
+from dijiang_engines.runners.base import MAX_POSITIONS, IntArray, LimitsPositions, Runner
+from dijiang_engines.runners.decoding import DecodeRequest
 from dijiang_engines.spec import ModelSpec
+
+SHORTEST_CHUNK, LONGEST_CHUNK = 64, 128
+"""A prefill graph pads a call of more tokens than a chunk to whole chunks, which are as wide as the head size
+makes them (graph/body_prefill.py, `chunk_size`): these are the extremes."""
 
 
 def check_call(
-    runner: Runner, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, batch: int
+    runner: Runner,
+    input_ids: Any,
+    positions: Any,
+    seq_lens: Any,
+    batch: int,
+    *,
+    step: bool = False,
 ) -> tuple[IntArray, IntArray, IntArray]:
     """The arguments of a prefill or step as int64 arrays, once they are known to be right.
 
+    Args:
+        runner: who is called.
+        input_ids: [B, L] whole numbers.
+        positions: [B].
+        seq_lens: [B].
+        batch: rows of the state, B.
+        step: the call is a step: L must be 1.
+
     Raises:
-        RunnerError: shapes that do not fit each other or the state, a length outside 0..L, or a token id
-            that the model does not have.
-        PositionError: a row would run past the last position.
+        RunnerError: values that are no whole numbers, shapes that do not fit each other or the state, a
+            length outside 0..L, or a token id that the model does not have.
+        PositionError: a row would run past the last position of the model, or past the last that the
+            runner computes right.
     """
-    ids, starts, lens = (np.asarray(array, dtype=np.int64) for array in (input_ids, positions, seq_lens))
+    ids = _whole("input_ids", input_ids)
+    starts = _whole("positions", positions)
+    lens = _whole("seq_lens", seq_lens)
     if (
         ids.ndim != 2
         or ids.shape[0] != batch
@@ -32,30 +61,132 @@ def check_call(
             got=f"input_ids {list(ids.shape)}, positions {list(starts.shape)}, seq_lens {list(lens.shape)}",
             expected=f"[{batch}, L], [{batch}], [{batch}]",
         )
+    if step and ids.shape[1] != 1:
+        raise RunnerError(
+            "a step takes one token a row", got=f"input_ids {list(ids.shape)}", expected=f"[{batch}, 1]"
+        )
     if lens.min() < 0 or lens.max() > ids.shape[1]:
         raise RunnerError("seq_lens out of range", got=lens.tolist(), expected=f"0 to {ids.shape[1]}")
     if starts.min() < 0:
         raise RunnerError("positions must not be negative", got=starts.tolist())
-    spec = runner.spec
-    if ids.min() < 0 or ids.max() >= spec.vocab_size:
-        row, column = np.argwhere((ids < 0) | (ids >= spec.vocab_size))[0]
+    vocab = runner.spec.vocab_size
+    if ids.min() < 0 or ids.max() >= vocab:
+        row, column = np.argwhere((ids < 0) | (ids >= vocab))[0]
         raise RunnerError(
             f"row {row} holds a token id that the model does not have",
             got=int(ids[row, column]),
-            expected=f"0 to {spec.vocab_size - 1}",
+            expected=f"0 to {vocab - 1}",
             hint="the tokenizer belongs to another model",
         )
-    limit = spec.max_positions
-    if limit is not None:
-        ends = starts + lens
-        if ends.max() > limit:
-            row = int(ends.argmax())
-            raise position_error(spec, row, int(ends[row]))
+    _check_ends(runner, starts, lens)
+    _check_padding(starts, ids.shape[1])
     return ids, starts, lens
 
 
-def position_error(spec: ModelSpec, row: int, tokens: int, hint: str | None = None) -> PositionError:
-    """The error for a row that would hold `tokens` tokens, more than `spec.max_positions`."""
+def check_decoding(runner: Runner, request: DecodeRequest, batch: int) -> None:
+    """Before a decode loop of the runner's own: the rows' last tokens, and room for all that may follow.
+
+    Raises:
+        RunnerError, PositionError: as `check_call`.
+    """
+    tokens = _whole("tokens", request.tokens)
+    remaining = _whole("remaining", request.remaining)
+    _, starts, lens = check_call(
+        runner, tokens.reshape(-1, 1), request.positions, np.sign(remaining), batch, step=True
+    )
+    _check_ends(runner, starts, np.maximum(remaining, lens))
+
+
+def check_batch(batch: int) -> None:
+    """How many sequences a new state shall hold.
+
+    Raises:
+        UsageError: none, or not a number.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise UsageError("a state needs at least one sequence", got=batch)
+
+
+def check_owner(runner: Runner, state: Any, kind: type[Any]) -> None:
+    """A state is `kind`, the runner's class of states, and this runner made it.
+
+    Raises:
+        RunnerError: it is not.
+    """
+    if not isinstance(state, kind) or state.owner is not runner:
+        raise RunnerError(
+            "a state belongs to the runner that made it",
+            got=None if isinstance(state, kind) else type(state).__name__,
+            hint="carry it over with export_state and import_state",
+        )
+
+
+def check_rows(rows: Sequence[int], batch: int) -> list[int]:
+    """Rows of a state, each 0..B-1.
+
+    Raises:
+        RunnerError: a row that the state does not have.
+    """
+    found = _whole("rows", list(rows)).tolist() if len(rows) else []
+    for row in found:
+        if not 0 <= row < batch:
+            raise RunnerError("there is no such row", got=row, expected=f"0 to {batch - 1}")
+    return found
+
+
+def check_layers(spec: ModelSpec, layers: Sequence[Any]) -> list[npt.NDArray[np.float32]]:
+    """A state to import as contiguous float32 arrays [B, H, d, d], one a layer.
+
+    Raises:
+        RunnerError: another number of layers, or another shape than the model's.
+    """
+    arrays = [np.asarray(layer) for layer in layers]
+    batches = {array.shape[:1] for array in arrays}
+    if (
+        len(arrays) != spec.num_layers
+        or {array.shape[1:] for array in arrays} != {spec.state_shape}
+        or len(batches) != 1
+        or (0,) in batches
+        or any(array.dtype.kind != "f" for array in arrays)
+    ):
+        shapes = sorted({f"{array.dtype} {list(array.shape)}" for array in arrays})
+        raise RunnerError(
+            "the state to import does not fit the model: it has another shape than the model's",
+            got=f"{len(arrays)} layers of {', '.join(shapes[:2]) or 'nothing'}",
+            expected=f"{spec.num_layers} layers of float32 {['B', *spec.state_shape]}",
+        )
+    return [np.ascontiguousarray(array, np.float32) for array in arrays]
+
+
+def last_position(runner: Runner) -> int:
+    """Most tokens that a sequence may hold: by the model, and by what the runner computes right."""
+    limits = [MAX_POSITIONS]
+    if runner.spec.max_positions is not None:
+        limits.append(runner.spec.max_positions)
+    if isinstance(runner, LimitsPositions):
+        limits.append(runner.max_positions)
+    return min(limits)
+
+
+def position_error(
+    spec: ModelSpec, row: int, tokens: int, hint: str | None = None, most: int | None = None
+) -> PositionError:
+    """The error for a row that would hold `tokens` tokens, too many for the model or for the runner.
+
+    Args:
+        spec: the model.
+        row: which row.
+        tokens: how many it would hold.
+        hint: what to do; default: what helps with this limit.
+        most: the runner's limit, `last_position`; what counts where the model has no limit of its own.
+    """
+    if spec.max_positions is None or (most is not None and most < spec.max_positions):
+        return PositionError(
+            f"row {row} would run past the last position that this runner computes right",
+            got=f"{tokens} tokens",
+            expected=f"at most {MAX_POSITIONS if most is None else most}",
+            hint=hint or "begin a new sequence: positions count from its start",
+        )
     by_decay = spec.decay == "tables" and not spec.decay_extended and spec.decay_rows == spec.max_positions
     what = "trained decay tables" if by_decay else "learned position embeddings"
     if hint is None:
@@ -66,3 +197,37 @@ def position_error(spec: ModelSpec, row: int, tokens: int, hint: str | None = No
         expected=f"at most {spec.max_positions}, the length of its {what}",
         hint=hint,
     )
+
+
+def _check_ends(runner: Runner, starts: IntArray, lens: IntArray) -> None:
+    most = last_position(runner)
+    room = most - starts  # starts + lens might not fit an int64
+    if (lens > room).any():
+        row = int((lens - room).argmax())
+        raise position_error(runner.spec, row, int(starts[row]) + int(lens[row]), most=most)
+
+
+def _check_padding(starts: IntArray, length: int) -> None:
+    """Padding has positions too, which a graph casts to int32: past its end they would be negative."""
+    width = length if length <= SHORTEST_CHUNK else -(-length // LONGEST_CHUNK) * LONGEST_CHUNK
+    row = int(starts.argmax())
+    if int(starts[row]) + width > 2**31:
+        raise PositionError(
+            f"row {row}, with its padding, would run past the last position that a graph can count",
+            got=f"{length} tokens from position {starts[row]} on", expected=f"at most {MAX_POSITIONS}",
+            hint="make the call's input_ids no wider than its longest row",
+        )  # fmt: skip
+
+
+def _whole(name: str, values: Any) -> IntArray:
+    """`values` as int64; nothing is rounded, cut or wrapped."""
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:  # rows of unequal length
+        raise RunnerError(f"{name} is not an array", got=" ".join(str(error).split())[:200]) from error
+    fits = array.dtype.kind == "i" or (
+        array.dtype.kind == "u" and (array.size == 0 or int(array.max()) < 2**63)
+    )
+    if not fits:
+        raise RunnerError(f"{name} must be whole numbers", got=str(array.dtype), expected="int64")
+    return array.astype(np.int64, copy=False)

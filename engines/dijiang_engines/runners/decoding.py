@@ -1,20 +1,20 @@
 """Decoding on the device: what a runner may offer beside the Runner protocol.
 
-A runner with a method `start_decoding(state, request) -> Decoder` chooses tokens where the logits are and
-feeds them to the next step itself, so that a token costs the host no more than reading one number per row.
-The decode loop uses it when it is there; without it, logits come to the host and are sampled there. Both
-choose the same tokens but where rounding decides (plugins/include/dijiang/sampling.h).
+A runner that `Decodes` chooses tokens where the logits are and feeds them to the next step itself, so that a
+token costs the host no more than reading one number per row. The decode loop uses it when it is there;
+without it, logits come to the host and are sampled there. Both choose the same tokens but where rounding
+decides (plugins/include/dijiang/sampling.h).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.runners.base import IntArray
+from dijiang_engines.runners.base import IntArray, State
 from dijiang_engines.sampling import SamplingOptions
 
 
@@ -62,4 +62,17 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Wait until nothing of it runs any more."""
+        ...
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """Has a decode loop of its own."""
+
+    def start_decoding(self, state: State, request: DecodeRequest) -> Decoder:
+        """Choose tokens on the device from here on; `state` is the loop's until it is closed.
+
+        Raises:
+            RunnerError, PositionError: the request does not fit the state, the model or the runner.
+        """
         ...

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,8 +28,9 @@ import numpy.typing as npt
 from dijiang_engines import io_names
 from dijiang_engines.bundle import Bundle
 from dijiang_engines.errors import RunnerError, UsageError
+from dijiang_engines.manifest import WEIGHTS
 from dijiang_engines.runners.base import FloatArray, IntArray
-from dijiang_engines.runners.checks import check_call
+from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_owner, check_rows
 from dijiang_engines.runners.ort_cuda import (
     CAPTURABLE,
     GPU_LOCK,
@@ -37,7 +39,12 @@ from dijiang_engines.runners.ort_cuda import (
     one_at_a_time,
     zero_device_memory,
 )
-from dijiang_engines.runners.ort_host import available_memory, container_threads
+from dijiang_engines.runners.ort_host import (
+    Spinning,
+    available_memory,
+    container_threads,
+    spinning_choice,
+)
 from dijiang_engines.runners.ort_state import IntInput, OrtState, Slots, Step
 
 __all__ = ["CPU", "CUDA", "LOWERINGS", "OrtRunner", "OrtState", "available_memory", "container_threads"]
@@ -84,6 +91,8 @@ class OrtRunner:
         bundle: an opened bundle.
         name: "onnxruntime-cpu" or "onnxruntime-cuda".
         threads: of one operator; None leaves it to ONNX Runtime, within the container's CPU quota.
+        spinning: whether they wait busily for work: "on", "off", or "auto", ONNX Runtime's own way, which is
+            on; None: what DIJIANG_SPINNING says, else "auto". Off is for cores that others use too.
         prepack: which sessions make a private, faster copy of the weights: "auto" is "step" if that
             fits into the memory that is free now, else "none".
         optimization: of the graph.
@@ -104,14 +113,16 @@ class OrtRunner:
         name: str = CPU,
         *,
         threads: int | None = None,
+        spinning: Spinning | None = None,
         prepack: Prepack = "auto",
         optimization: Optimization = "all",
         device: int = 0,
         lowering: Lowering = "auto",
         cuda_graph: bool | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
+        if threads is not None and (isinstance(threads, bool) or threads < 1):
             raise UsageError("the number of threads must be at least 1", got=threads)
+        self.spinning = spinning_choice(spinning)
         if (
             optimization not in _LEVELS
             or prepack not in ("auto", "none", "step", "all")
@@ -142,6 +153,7 @@ class OrtRunner:
             prepack = "step" if bundle.files["weights.data"].bytes < 0.6 * available_memory() else "none"
         self.prepack: Prepack = prepack
         self._sessions: dict[str, Any] = {}
+        self._loading = threading.RLock()  # or two threads would load the same session twice
         self.lowering = self._choose_lowering(lowering)
         self._graphs = dict(zip(("prefill", "step"), LOWERINGS[self.lowering], strict=True))
         self.cuda_graphs = self._choose_graphs(cuda_graph)
@@ -152,17 +164,17 @@ class OrtRunner:
     @one_at_a_time
     def new_state(self, batch: int) -> OrtState:
         """A zeroed state for `batch` sequences."""
-        if batch < 1:
-            raise UsageError("a state needs at least one sequence", got=batch)
-        return OrtState(self, batch)
+        check_batch(batch)
+        return OrtState(self, int(batch))
 
     @one_at_a_time
     def prefill(
         self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: OrtState
     ) -> FloatArray:
         """Consume up to L tokens a row; see `Runner.prefill`."""
+        check_owner(self, state, OrtState)
         ids, positions, seq_lens = check_call(self, input_ids, positions, seq_lens, state.batch)
-        self._check_owner(state)
+        session = self._session("prefill")
         rows = ids.shape[1] if self.all_logits else 1
         logits = np.zeros((state.batch, rows, self.spec.vocab_size), np.float32)
         inputs = []
@@ -170,12 +182,13 @@ class OrtRunner:
             value = self._int_input(array.shape)
             value.fill(array)
             inputs.append(value.value)
-        session = self._session("prefill")
         output = self._ort.OrtValue.ortvalue_from_numpy(logits)
         options = self._ort.RunOptions()
         if self._on_cpu:  # give the piece's activations back instead of keeping the largest ever seen
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._on_opened_weights()
         self._call(session, self._bind(session, inputs, output, state.sets, state.front), options)
+        self._on_opened_weights()
         state.front = 1 - state.front
         return logits
 
@@ -184,46 +197,36 @@ class OrtRunner:
         self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: OrtState
     ) -> FloatArray:
         """Consume at most one token a row; see `Runner.step`."""
-        arrays = check_call(self, input_ids, positions, seq_lens, state.batch)
-        if arrays[0].shape[1] != 1:
-            raise UsageError("a step takes one token a row", got=f"input_ids {list(arrays[0].shape)}")
-        self._check_owner(state)
+        check_owner(self, state, OrtState)
+        arrays = check_call(self, input_ids, positions, seq_lens, state.batch, step=True)
         step = self._step_of(state)
         step.fill(list(arrays))
+        self._on_opened_weights()
         logits = step.run(state.front)
+        self._on_opened_weights()
         state.front = 1 - state.front
         return logits
 
     @one_at_a_time
     def export_state(self, state: OrtState) -> list[FloatArray]:
         """Copies of the state, one [B, H, d, d] array per layer."""
-        self._check_owner(state)
+        check_owner(self, state, OrtState)
         return [np.array(value.numpy(), np.float32) for value in state.sets[state.front]]
 
     @one_at_a_time
     def import_state(self, layers: list[FloatArray]) -> OrtState:
         """A state that holds copies of `layers`."""
-        shapes = {layer.shape[1:] for layer in layers}
-        batches = {layer.shape[0] for layer in layers}
-        if len(layers) != self.spec.num_layers or shapes != {self.spec.state_shape} or len(batches) != 1:
-            raise RunnerError(
-                "the state to import has another shape than the model's",
-                got=f"{len(layers)} layers of {sorted(layer.shape for layer in layers)[:2]}",
-                expected=f"{self.spec.num_layers} layers of {['B', *self.spec.state_shape]}",
-            )
-        state = self.new_state(batches.pop())
-        for value, layer in zip(state.sets[0], layers, strict=True):
-            value.update_inplace(np.ascontiguousarray(layer, np.float32))
+        arrays = check_layers(self.spec, layers)
+        state = self.new_state(arrays[0].shape[0])
+        for value, array in zip(state.sets[0], arrays, strict=True):
+            value.update_inplace(array)
         return state
 
     @one_at_a_time
     def reset_rows(self, state: OrtState, rows: Sequence[int]) -> None:
         """Zero these rows of the state in place; see `Runner.reset_rows`."""
-        self._check_owner(state)
-        for row in rows:
-            if not 0 <= row < state.batch:
-                raise RunnerError("there is no such row", got=row, expected=f"0 to {state.batch - 1}")
-        self._zero_rows(state.sets[state.front], rows)
+        check_owner(self, state, OrtState)
+        self._zero_rows(state.sets[state.front], check_rows(rows, state.batch))
 
     @one_at_a_time
     def warm_up(self, prefill: bool = True, step: bool = True) -> None:
@@ -231,6 +234,14 @@ class OrtRunner:
         for name, wanted in (("prefill", prefill), ("step", step)):
             if wanted:
                 self._session(name)
+
+    def settings(self) -> dict[str, str | int | bool]:
+        """How the runner was set up; 0 threads: ONNX Runtime chooses."""
+        return {
+            "threads": self._threads, "spinning": self.spinning, "prepack": self.prepack,
+            "optimization": self._optimization, "lowering": self.lowering,
+            "cuda_graph": self.cuda_graphs.enabled,
+        }  # fmt: skip
 
     # -- ONNX Runtime ----------------------------------------------------------------------------------
 
@@ -304,24 +315,47 @@ class OrtRunner:
         return slot.step
 
     def _session(self, name: str) -> Any:
-        if name not in self._sessions:
-            path = self.bundle.graph_path(self._graphs[name])
-            graph = name == "step" and self.cuda_graphs.enabled
-            try:
-                self._sessions[name] = self._load(path, name, graph)
-            except RunnerError as error:
-                if not graph:
-                    raise
-                why = str(error.got)
-                self._sessions[name] = self._load(path, name, False)  # if that fails, it was not the graphs
-                self.cuda_graphs.turn_off(why)
-                _log_no_graphs(why)
-        return self._sessions[name]
+        """The session of one graph, loaded from the bundle that was opened.
+
+        Raises:
+            BundleError: the bundle was replaced meanwhile; nothing was loaded.
+            RunnerError: ONNX Runtime refuses the graph.
+        """
+        with self._loading:
+            if name not in self._sessions:
+                file = self.bundle.graph_path(self._graphs[name]).name
+                with self.bundle.opened.unchanged(file, WEIGHTS) as root:
+                    session = self._load_or_plain(root / file, name)
+                    self.bundle.opened.keep_open(WEIGHTS)
+                self._sessions[name] = session
+            return self._sessions[name]
+
+    def _load_or_plain(self, path: Path, name: str) -> Any:
+        """A session; without CUDA graphs if there is none with them."""
+        graph = name == "step" and self.cuda_graphs.enabled
+        try:
+            return self._load(path, name, graph)
+        except RunnerError as error:
+            if not graph:
+                raise
+            session = self._load(path, name, False)  # if that fails, it was not the graphs
+            self.cuda_graphs.turn_off(str(error.got))
+            _log_no_graphs(str(error.got))
+            return session
+
+    def _on_opened_weights(self) -> None:
+        """ONNX Runtime maps the weights: writing to their file would change what runs, at any time."""
+        self.bundle.opened.check_kept(WEIGHTS)
 
     def _load(self, path: Path, name: str, cuda_graph: bool) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only: what matters is raised, and stderr is the user's
         options.intra_op_num_threads = self._threads
+        if self.spinning != "auto":
+            for pool in ("intra", "inter"):
+                options.add_session_config_entry(
+                    f"session.{pool}_op.allow_spinning", "1" if self.spinning == "on" else "0"
+                )
         level = f"ORT_{'ENABLE_' if self._optimization != 'none' else ''}{_LEVELS[self._optimization]}"
         options.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, level)
         if self.prepack != "all" and self.prepack != name:
@@ -378,13 +412,6 @@ class OrtRunner:
                 "not enough memory: try --prepack none, a smaller --prefill-tokens, or fewer prompts at once"
             )
         return RunnerError(what, got=text[:300], hint=hint)
-
-    def _check_owner(self, state: OrtState) -> None:
-        if state.owner is not self:
-            raise RunnerError(
-                "a state belongs to the runner that made it",
-                hint="carry it over with export_state and import_state",
-            )
 
     # -- tensors on the device -------------------------------------------------------------------------
 

@@ -1,10 +1,40 @@
-"""What this process may use of its host: threads and memory, within the container's limits."""
+"""What this process may use of its host: threads, idle cores, and memory, within the container's limits."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
+from typing import Literal
+
+from dijiang_engines.errors import UsageError
+
+Spinning = Literal["auto", "on", "off"]
+SPINNING: tuple[Spinning, ...] = ("auto", "on", "off")
+SPINNING_ENVIRONMENT = "DIJIANG_SPINNING"
+
+
+def spinning_choice(given: str | None) -> Spinning:
+    """Whether ONNX Runtime's threads wait busily for work.
+
+    Threads that spin are there at once when the next operator needs them, and take the cores from whatever
+    else wants them meanwhile: other processes, or the other threads of a shared machine, which then also
+    make every step wait. docs/performance.md has figures.
+
+    Args:
+        given: "on", "off", or "auto", which leaves it to ONNX Runtime: it spins. None: what the environment
+            variable DIJIANG_SPINNING says, else "auto".
+
+    Raises:
+        UsageError: another value.
+    """
+    value = os.environ.get(SPINNING_ENVIRONMENT) or "auto" if given is None else given
+    if value not in SPINNING:
+        where = f" in the environment variable {SPINNING_ENVIRONMENT}" if given is None else ""
+        raise UsageError(
+            f"unknown value for spinning{where}", got=repr(value)[:80], expected=", ".join(SPINNING)
+        )
+    return value
 
 
 def container_threads() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 from dijiang_engines.engine_folder import EngineFolder
@@ -16,6 +18,15 @@ RUNNERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
 ALIASES = {
     "onnxruntime": "onnxruntime-cpu", "cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda", "trt": "tensorrt",
 }  # fmt: skip
+_ORT = ("threads", "spinning", "prepack", "optimization", "lowering")
+OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "onnxruntime-cpu": _ORT,
+        "onnxruntime-cuda": (*_ORT, "device", "cuda_graph"),
+        "tensorrt": ("device", "cuda_graph"),
+    }
+)
+"""Which options each runner knows."""
 
 
 def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
@@ -25,11 +36,10 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
         model: an opened bundle or engine.
         name: one of RUNNERS or ALIASES. "auto" takes TensorRT for an engine; for a bundle CUDA if the
             installed ONNX Runtime and this machine have it, else the CPU.
-        options: None stands for a runner's default. ONNX Runtime: `threads`, `prepack`, `optimization`,
-            `device`; TensorRT: `device`, `cuda_graph`.
+        options: None stands for a runner's default; OPTIONS says which runner knows which.
 
     Raises:
-        UsageError: there is no runner of that name.
+        UsageError: there is no runner of that name, or it does not know an option.
         RunnerError: the runtime is absent, or cannot run this bundle.
     """
     wanted = ALIASES.get(name, name)
@@ -41,20 +51,41 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
             raise UsageError(
                 "an engine runs on TensorRT only", got=name, hint="give the bundle that it was built from"
             )
+        check_options("tensorrt", given)
         from dijiang_engines.runners.tensorrt import TensorRTRunner
 
-        return TensorRTRunner(
-            model, **{key: value for key, value in given.items() if key in ("device", "cuda_graph")}
-        )
+        return TensorRTRunner(model, **given)
     if wanted == "tensorrt":
         raise UsageError(
             "TensorRT runs engines, and this is a bundle",
             got=model.path,
             hint=f"build one: dijiang-export build-engine {model.path} -o ENGINE",
         )
+    chosen = _best() if wanted == "auto" else wanted
+    check_options(chosen, given)
     from dijiang_engines.runners.ort import OrtRunner
 
-    return OrtRunner(model, _best() if wanted == "auto" else wanted, **given)
+    return OrtRunner(model, chosen, **given)
+
+
+def check_options(runner: str, given: Mapping[str, Any]) -> None:
+    """Every option that was given is one that this runner knows.
+
+    Raises:
+        UsageError: one is another runner's, or nobody's.
+    """
+    for option in given:
+        if option in OPTIONS[runner]:
+            continue
+        known = [name for name, options in OPTIONS.items() if option in options]
+        if not known:
+            every = dict.fromkeys(name for options in OPTIONS.values() for name in options)
+            raise UsageError(f"no runner has an option {option!r}", expected=", ".join(every))
+        raise UsageError(
+            f"the runner {runner} has no option {option!r}",
+            expected=", ".join(OPTIONS[runner]),
+            hint=f"it is one of {' and '.join(known)}: leave it out, or choose another --runner",
+        )
 
 
 def _best() -> str:

@@ -21,9 +21,16 @@ import numpy.typing as npt
 from dijiang_engines import io_names
 from dijiang_engines.cuda import Buffer, Cuda, Graph, Pinned
 from dijiang_engines.engine_folder import EngineFolder, PlanPlace
-from dijiang_engines.errors import RunnerError, UsageError
-from dijiang_engines.runners.base import FloatArray, IntArray
-from dijiang_engines.runners.checks import check_call
+from dijiang_engines.errors import RunnerError
+from dijiang_engines.runners.base import MAX_POSITIONS, FloatArray, IntArray
+from dijiang_engines.runners.checks import (
+    check_batch,
+    check_call,
+    check_decoding,
+    check_layers,
+    check_owner,
+    check_rows,
+)
 from dijiang_engines.runners.decoding import DecodeRequest
 from dijiang_engines.runners.tensorrt_checks import check_made_for, check_tensors
 from dijiang_engines.tensorrt_library import TensorRT
@@ -33,6 +40,9 @@ NAME = "tensorrt"
 KEPT_CONTEXTS = 4
 """Contexts for steps that are kept, one for each batch size that was used last."""
 ALIGNMENT = 256
+KERNEL_POSITIONS = 2**24
+"""Most tokens that the kernels turn by the right angle: they hold a position as float32, which is exact up
+to there (plugins/kernels/common.cuh, `rotary_turn`)."""
 
 
 class TensorRTState:
@@ -121,12 +131,13 @@ class TensorRTRunner:
         self.max_batch = engine.profiles.max_batch
         self.max_length = engine.profiles.max_length
         """Tokens of each row that one call of the engine takes; longer prefills are cut."""
+        self.max_positions = KERNEL_POSITIONS if self.spec.rotary_dim else MAX_POSITIONS
         self.uses_graphs = cuda_graph
         facts = self.cuda.facts()
         self.tensorrt = TensorRT(facts.compute_capability)
         check_made_for(engine, self.tensorrt, facts.name, facts.compute_capability)
         free = self.cuda.memory()[0]
-        self._engines = {n: self.tensorrt.load_plan(engine.verified_plan(n)) for n in engine.plans}
+        self._engines = {name: self._load_plan(name) for name in engine.plans}
         for place in (engine.prefill, engine.step):
             check_tensors(engine, place, self._engines[place.file])
         self._weight_bytes = free - self.cuda.memory()[0]
@@ -147,8 +158,7 @@ class TensorRTRunner:
 
     def new_state(self, batch: int) -> TensorRTState:
         """A zeroed state for `batch` sequences."""
-        if batch < 1:
-            raise UsageError("a state needs at least one sequence", got=batch)
+        check_batch(batch)
         if batch > self.max_batch:
             raise RunnerError(
                 "the engine was not built for so many sequences at once",
@@ -162,17 +172,14 @@ class TensorRTRunner:
 
     def reset_rows(self, state: TensorRTState, rows: Sequence[int]) -> None:
         """Zero these rows of the state in place."""
-        self._check_owner(state)
-        for row in rows:
-            if not 0 <= row < state.batch:
-                raise RunnerError("there is no such row", got=row, expected=f"0 to {state.batch - 1}")
-        state.zero(rows)
+        check_owner(self, state, TensorRTState)
+        state.zero(check_rows(rows, state.batch))
 
     def prefill(
         self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: TensorRTState
     ) -> FloatArray:
         """Consume up to L tokens a row, in pieces of at most `max_length`; see `Runner.prefill`."""
-        self._check_owner(state)
+        check_owner(self, state, TensorRTState)
         ids, starts, lens = check_call(self, input_ids, positions, seq_lens, state.batch)
         length = ids.shape[1]
         pieces = []
@@ -193,10 +200,8 @@ class TensorRTRunner:
         self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: TensorRTState
     ) -> FloatArray:
         """`prefill` for L = 1, through the generation profile or plan."""
-        self._check_owner(state)
-        ids, starts, lens = check_call(self, input_ids, positions, seq_lens, state.batch)
-        if ids.shape[1] != 1:
-            raise RunnerError("a step takes one token a row", got=ids.shape[1])
+        check_owner(self, state, TensorRTState)
+        ids, starts, lens = check_call(self, input_ids, positions, seq_lens, state.batch, step=True)
         self.cuda.activate()
         run = self._step_runner(state)
         state.put(ids, starts, lens)
@@ -205,7 +210,7 @@ class TensorRTRunner:
 
     def export_state(self, state: TensorRTState) -> list[FloatArray]:
         """Copies of the state, one [B, H, d, d] array per layer."""
-        self._check_owner(state)
+        check_owner(self, state, TensorRTState)
         layers = []
         for address in state.layers:
             array = np.empty((state.batch, *self.spec.state_shape), np.float32)
@@ -216,17 +221,9 @@ class TensorRTRunner:
 
     def import_state(self, layers: list[FloatArray]) -> TensorRTState:
         """A state that holds copies of `layers`."""
-        shapes = {layer.shape for layer in layers}
-        shape = next(iter(shapes), (0,))
-        if len(layers) != self.spec.num_layers or len(shapes) != 1 or shape[1:] != self.spec.state_shape:
-            raise RunnerError(
-                "the state does not fit the model",
-                got=f"{len(layers)} layers of {sorted(map(list, shapes))}",
-                expected=f"{self.spec.num_layers} layers of {['B', *self.spec.state_shape]}",
-            )
-        state = self.new_state(int(shape[0]))
-        for address, layer in zip(state.layers, layers, strict=True):
-            array = np.ascontiguousarray(layer, np.float32)
+        arrays = check_layers(self.spec, layers)
+        state = self.new_state(arrays[0].shape[0])
+        for address, array in zip(state.layers, arrays, strict=True):
             self.stream.upload(address, array.ctypes.data, array.nbytes)
             self.stream.synchronize()
         return state
@@ -238,7 +235,8 @@ class TensorRTRunner:
         from dijiang_engines.kernels import load_kernels
         from dijiang_engines.runners.tensorrt_decoder import TensorRTDecoder
 
-        self._check_owner(state)
+        check_owner(self, state, TensorRTState)
+        check_decoding(self, request, state.batch)
         if self._kernels is None:
             self._kernels = load_kernels(self.tensorrt.kernels_library)
         return TensorRTDecoder(self, state, request, self._kernels)
@@ -276,6 +274,10 @@ class TensorRTRunner:
             "state_per_sequence": self.spec.state_bytes,
         }
 
+    def settings(self) -> dict[str, str | int | bool]:
+        """How the runner was set up."""
+        return {"cuda_graph": self.uses_graphs}
+
     def execute(self, context: Any) -> None:
         """Enqueue a context's work.
 
@@ -296,6 +298,11 @@ class TensorRTRunner:
         return context
 
     # -- pieces ------------------------------------------------------------------------------------------
+
+    def _load_plan(self, name: str) -> Any:
+        with self.engine.opened.unchanged(*self.engine.plans) as root:
+            self.engine.verified_plan(name)
+            return self.tensorrt.load_plan(root / name)
 
     def _step_runner(self, state: TensorRTState) -> Any:
         """A function that enqueues one step of `state`."""
@@ -419,13 +426,6 @@ class TensorRTRunner:
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
                 raise self.tensorrt.failure(f"TensorRT did not take the address of {name}")
-
-    def _check_owner(self, state: TensorRTState) -> None:
-        if state.owner is not self:
-            raise RunnerError(
-                "a state belongs to the runner that made it",
-                hint="carry it over with export_state and import_state",
-            )
 
 
 def _aligned(size: int) -> int:

@@ -9,13 +9,15 @@ import click
 
 from dijiang_export.commands.bench_kernels import kernels
 from dijiang_export.commands.bench_peers import peers, report
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options, runner_options
 from dijiang_export.commands.saving import finish, save_option
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
 
+_SHOWN = ("spinning", "prepack", "lowering")
+"""Of a runner's settings, beside the figures; the record has all."""
 BUSY = 0.7
 """A load average above which figures are not worth quoting: half a core is at work on something else."""
 
@@ -73,8 +75,7 @@ _SECONDS = click.option(
     epilog="Example: dijiang-export bench run ./pythia.bundle --threads 4 --json",
 )
 @click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
-@click.option("--runner", default="auto", show_default=True, help="Which runtime; `doctor` lists them.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@runner_options
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -98,6 +99,8 @@ def run(
     bundle: Path,
     runner: str,
     threads: int | None,
+    spinning: str | None,
+    prepack: str | None,
     checkpoint: Path | None,
     seconds: float,
     lengths: tuple[int, ...],
@@ -112,6 +115,8 @@ def run(
         bundle,
         runner=runner,
         threads=threads,
+        spinning=spinning,
+        prepack=prepack,
         checkpoint=checkpoint,
         seconds=seconds,
         lengths=lengths or None,
@@ -199,9 +204,12 @@ def draw_run(result: dict[str, Any]) -> Group:
     where = f"{result['threads']} threads, {result['machine']['cpu']}"
     if result["device"] != "cpu":
         where = ", ".join(gpu["name"] for gpu in result["machine"]["gpus"][:1]) or "a GPU"
+    told = ", ".join(
+        f"{name} {value}" for name, value in result.get("settings", {}).items() if name in _SHOWN
+    )
     head = (
         f"{model['name']}: {model['parameters'] / 1e6:.1f} M parameters, {found['dtype']}\n"
-        f"{found['runner']}, {where}\n{result['validated']}"
+        f"{found['runner']}, {where}{told and f'; {told}'}\n{result['validated']}"
     )
     parts: list[RenderableType] = [Text(head), _speed_table(result), _summary_table(result)]
     parts += [Text(f"note: {note}") for note in (*found["notes"], *_busy(result))]
@@ -212,7 +220,10 @@ def _busy(result: dict[str, Any]) -> list[str]:
     load = result["load_average"]
     if load <= BUSY:
         return []
-    return [f"other processes kept this machine busy (load {load:.1f} before the start): measure again"]
+    note = f"other processes kept this machine busy (load {load:.1f} before the start): measure again"
+    if result.get("settings", {}).get("spinning") in ("auto", "on"):
+        note += "; where that is how it is used, --spinning off may be much faster"
+    return [note]
 
 
 def draw_export(result: dict[str, Any]) -> Group:

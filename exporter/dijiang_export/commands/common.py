@@ -213,6 +213,35 @@ def group_output_options(function: F) -> F:
     return _QUIET(_JSON(function))
 
 
+def runner_options(function: F) -> F:
+    """Give a command `--runner` and what the runners can be told, as for `open_runner`.
+
+    None stands for a runner's own default, so that only what was given is given to it: an option that the
+    chosen runner does not know is refused.
+    """
+    for option in reversed(_RUNNER_OPTIONS):
+        function = option(function)
+    return function
+
+
+_RUNNER_OPTIONS = (
+    click.option("--runner", default="auto", show_default=True, help="Which runtime; `doctor` lists them."),
+    click.option(
+        "--threads", type=click.IntRange(min=1), help="ONNX Runtime: CPU threads. [default: all cores]"
+    ),
+    click.option(
+        "--spinning", type=click.Choice(["auto", "on", "off"]),
+        help="ONNX Runtime: do threads wait busily for work? `off` is for cores that others use too; `auto` "
+        "is ONNX Runtime's own way, on. [default: DIJIANG_SPINNING, or auto]",
+    ),
+    click.option(
+        "--prepack", type=click.Choice(["auto", "none", "step", "all"]),
+        help="ONNX Runtime: which graphs get their own faster copy of the weights. `none` needs the least "
+        "memory; `auto` is `step` if there is room. [default: auto]",
+    ),
+)  # fmt: skip
+
+
 def _is_terminal(stream: Any) -> bool:
     try:
         return bool(stream.isatty())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options, runner_options
 
 if TYPE_CHECKING:
     from dijiang_engines.generate import Completion, GenerateOptions, Generator, Stats
@@ -54,8 +54,7 @@ DEFAULT_BATCH = 8
 )  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token.")
 @click.option("--echo", is_flag=True, help="Print the prompt before what follows it.")
-@click.option("--runner", default="auto", show_default=True, help="Which runtime; `doctor` lists them.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@runner_options
 @click.option(
     "--batch", type=click.IntRange(min=1), default=DEFAULT_BATCH, show_default=True,
     help="Most prompts that are worked on at once.",
@@ -63,11 +62,6 @@ DEFAULT_BATCH = 8
 @click.option(
     "--prefill-tokens", type=click.IntRange(min=1), default=2048, show_default=True,
     help="Prompt tokens that are read at once; fewer need less memory.",
-)  # fmt: skip
-@click.option(
-    "--prepack", type=click.Choice(["auto", "none", "step", "all"]), default="auto", show_default=True,
-    help="ONNX Runtime on a CPU: which graphs get their own faster copy of the weights. `none` needs the "
-    "least memory; `auto` is `step` if there is room.",
 )  # fmt: skip
 @click.option("--session", type=click.Path(path_type=Path), help="Go on from a saved session.")
 @click.option(
@@ -85,7 +79,7 @@ def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
     """
     from dijiang_engines.errors import BundleError
     from dijiang_engines.generate import Generator
-    from dijiang_engines.model import open_model
+    from dijiang_engines.model import load_tokenizer, open_model
     from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.session import check_session_target, load_session
     from dijiang_engines.tokenizer import Tokenizer
@@ -95,12 +89,12 @@ def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
     if given["save_session"] is not None:
         check_session_target(given["save_session"])
     bundle = open_model(bundle_path, verify=not given["no_verify"])
-    tokenizer_path = given["tokenizer"] or bundle.tokenizer_path
-    if tokenizer_path is None:
+    tokenizer = load_tokenizer(bundle) if given["tokenizer"] is None else Tokenizer(given["tokenizer"])
+    if tokenizer is None:
         raise BundleError(f"the bundle {bundle.path} has no tokenizer", hint="name one with --tokenizer FILE")
-    tokenizer = Tokenizer(tokenizer_path)
     session = None if given["session"] is None else load_session(given["session"], bundle)
-    runner = open_runner(bundle, given["runner"], threads=given["threads"], prepack=given["prepack"])
+    told = {name: given[name] for name in ("threads", "spinning", "prepack")}
+    runner = open_runner(bundle, given["runner"], **told)
     generator = Generator(runner, tokenizer, prefill_tokens=given["prefill_tokens"])
     _Run(output, bundle, generator, options, prompts, session, given).run()
 

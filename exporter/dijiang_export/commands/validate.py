@@ -7,13 +7,12 @@ from pathlib import Path
 import click
 
 from dijiang_engines.replay import REPLAYS
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options, runner_options
 
 
 @click.command("validate", epilog="Example: dijiang-export validate ./pythia.bundle --report report.html")
 @click.argument("model", metavar="[PATH]", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
-@click.option("--runner", default="auto", show_default=True, help="Which runtime; `doctor` lists them.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@runner_options
 @click.option("--case", "cases", multiple=True, help="Only this recorded case; may be repeated.")
 @click.option(
     "--replay",
@@ -36,6 +35,8 @@ def validate(
     model: Path,
     runner: str,
     threads: int | None,
+    spinning: str | None,
+    prepack: str | None,
     cases: tuple[str, ...],
     replays: tuple[str, ...],
     report_path: Path | None,
@@ -59,7 +60,7 @@ def validate(
         report_file.check_target(report_path, MARKER, force=force)
     opened = open_model(model)
     reference = opened.reference()
-    runs = open_runner(opened, runner, threads=threads)
+    runs = open_runner(opened, runner, threads=threads, spinning=spinning, prepack=prepack)
     report = run(
         runs,
         reference,
