@@ -15,6 +15,7 @@ import pytest
 from dijiang_engines import atomic
 from dijiang_engines.atomic import output_folder, remove_stale
 from dijiang_engines.errors import CheckpointError, OutputError
+from dijiang_engines.temporary_names import machine as this_machine
 
 
 def fill(target: Path, body: Callable[[Path], object], *, force: bool = False) -> None:
@@ -215,7 +216,7 @@ def test_kill_9_leaves_no_output_and_the_next_run_cleans_up(tmp_path: Path) -> N
 
 def dead_name(target: str, role: str, machine: str | None = None) -> str:
     """A temporary name of a process that is gone: this process's id with an impossible start time."""
-    return f".{target}.dijiang-{role}-{machine or atomic._machine()}-{os.getpid()}-1-0"
+    return f".{target}.dijiang-{role}-{machine or this_machine()}-{os.getpid()}-1-0"
 
 
 def test_a_folder_moved_aside_gets_its_name_back(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_stale_names_of_other_machines_and_other_programs_stay(tmp_path: Path) -
     names = [dead_name("out", "tmp", "00000000"), ".out.tmp-1-2", "out", ".out.dijiang-tmp-x-1-1-0"]
     for name in names:
         (tmp_path / name).mkdir()
-    (tmp_path / dead_name("file", "tmp")).write_text("a file, not a folder")
+    (tmp_path / dead_name("file", "old")).write_text("files are never moved aside")
     assert remove_stale(tmp_path) == []
     assert len(list(tmp_path.iterdir())) == len(names) + 1
 

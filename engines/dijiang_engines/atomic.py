@@ -10,27 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
-import itertools
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dijiang_engines.errors import OutputError
+from dijiang_engines.temporary_names import maker_of, temporary_name
 
-# .<target name>.dijiang-<tmp|old>-<machine>-<pid>-<start time>-<counter>
-_MADE_BY_US = re.compile(
-    r"^\.(?P<target>.+)\.dijiang-(?P<role>tmp|old)-(?P<machine>[0-9a-f]{8})"
-    r"-(?P<pid>\d+)-(?P<start>\d+)-\d+$",
-    re.DOTALL,
-)
-_LONGEST_NAME = 150  # bytes of the target's name kept in the temporary name; file systems allow 255 in all
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
-_counter = itertools.count()
 
 
 @contextmanager
@@ -63,28 +53,28 @@ def output_folder(
     try:
         made_parents = _make_parents(target.parent)
     except OSError as error:
-        raise _cannot_write(target, error) from error
-    temporary = target.parent / _own_name(target, "tmp")
+        raise cannot_write(target, error) from error
+    temporary = target.parent / temporary_name(target, "tmp")
     try:
         try:
             remove_stale(target.parent)
             temporary.mkdir()
         except OSError as error:
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         try:
             yield temporary
             _flush_tree(temporary)
         except Exception as error:
-            translated = _translate(target, temporary, error)
+            translated = write_error(target, temporary, error)
             if translated is None:
                 raise
             raise translated from error
         _check_target(target, force, markers)
         try:
             _put_in_place(temporary, target)
-            _flush(target.parent)
+            flush(target.parent)
         except OSError as error:
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in reversed(made_parents):
@@ -96,17 +86,21 @@ def output_folder(
 def remove_stale(folder: Path) -> list[Path]:
     """Remove what killed processes of this machine left in `folder`; returns what was there.
 
-    A folder that such a process had moved aside, and whose replacement never arrived, gets its name back.
+    These are folders, and the files of `atomic_file`. A folder that such a process had moved aside, and
+    whose replacement never arrived, gets its name back.
     """
     found = []
     for entry in sorted(folder.iterdir()):
-        match = _MADE_BY_US.match(entry.name)
-        if match is None or entry.is_symlink() or not entry.is_dir():
+        maker = maker_of(entry.name)
+        if maker is None or entry.is_symlink() or maker.may_be_alive():
             continue
-        if match["machine"] != _machine() or _is_alive(int(match["pid"]), int(match["start"])):
-            continue
-        target = folder / match["target"]
-        if match["role"] == "old" and not os.path.lexists(target):
+        target = folder / maker.target
+        if not entry.is_dir():
+            if maker.role != "tmp" or not entry.is_file():
+                continue
+            with suppress(OSError):  # somebody else's, in a folder that is shared
+                entry.unlink()
+        elif maker.role == "old" and not os.path.lexists(target):
             os.rename(entry, target)
         else:
             shutil.rmtree(entry, ignore_errors=True)
@@ -134,7 +128,7 @@ def _check_target(target: Path, force: bool, markers: Sequence[str]) -> None:
     try:
         names = {entry.name for entry in target.iterdir()}
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     if names and not names & set(markers):
         raise OutputError(
             f"the output {target} holds something else, so that --force does not replace it",
@@ -162,42 +156,6 @@ def _make_parents(folder: Path) -> list[Path]:
     return made
 
 
-def _own_name(target: Path, role: str) -> str:
-    name = target.name
-    if len(os.fsencode(name)) > _LONGEST_NAME:
-        name = "sha256-" + hashlib.sha256(os.fsencode(name)).hexdigest()
-    pid = os.getpid()
-    return f".{name}.dijiang-{role}-{_machine()}-{pid}-{_start_time(pid) or 0}-{next(_counter)}"
-
-
-def _machine() -> str:
-    """8 hex digits for this machine and container: process ids mean nothing elsewhere (shared folders)."""
-    return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
-
-
-def _start_time(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot; None if it is gone or /proc is absent."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    # proc_pid_stat(5): field 22; field 2 is the command in parentheses and may hold anything
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def _is_alive(pid: int, start: int) -> bool:
-    if Path("/proc/self/stat").exists():
-        return _start_time(pid) == start
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _put_in_place(temporary: Path, target: Path) -> None:
     if not os.path.lexists(target):
         os.rename(temporary, target)
@@ -205,7 +163,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     if _exchange(temporary, target):
         shutil.rmtree(temporary, ignore_errors=True)
         return
-    old = target.parent / _own_name(target, "old")
+    old = target.parent / temporary_name(target, "old")
     os.rename(target, old)
     try:
         os.rename(temporary, target)
@@ -228,11 +186,12 @@ def _exchange(a: Path, b: Path) -> bool:
 def _flush_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
-            _flush(Path(root, name))
-        _flush(Path(root))
+            flush(Path(root, name))
+        flush(Path(root))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file's or a folder's content on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -244,7 +203,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _translate(target: Path, temporary: Path, error: Exception) -> OutputError | None:
+def write_error(target: Path, temporary: Path, error: Exception) -> OutputError | None:
     """An OutputError for an exception that says that the output could not be written, or None."""
     cause: BaseException | None = error
     while cause is not None:
@@ -252,19 +211,20 @@ def _translate(target: Path, temporary: Path, error: Exception) -> OutputError |
             return None
         if isinstance(cause, OSError):
             if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                return _cannot_write(target, cause)
+                return cannot_write(target, cause)
             where = [os.fsdecode(n) for n in (cause.filename, cause.filename2) if isinstance(n, (str, bytes))]
             ours = any(Path(name).is_relative_to(temporary) for name in where)
             if ours and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-                return _cannot_write(target, cause)
+                return cannot_write(target, cause)
         # libraries in other languages put the system's error into words
         elif "No space left on device" in str(cause) or "(os error 28)" in str(cause):
-            return _cannot_write(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            return cannot_write(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 
-def _cannot_write(target: Path, error: OSError) -> OutputError:
+def cannot_write(target: Path, error: OSError) -> OutputError:
+    """What to say when the system refuses to write the output `target`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = ""
         with suppress(OSError):
