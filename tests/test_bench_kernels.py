@@ -285,11 +285,6 @@ def test_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_kernels.find_commit() == "abc"
 
 
-def test_a_file_is_told_by_its_hash(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert bench_kernels.file_hash(tmp_path / "x").startswith("ba7816bf")
-
-
 # -- the command ---------------------------------------------------------------------------------------
 
 SMALL = ["bench", "kernels", "--shape", "16x64", "--batch", "1", "--batch", "4", "--prompt", "2x512"]

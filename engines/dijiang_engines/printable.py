@@ -23,7 +23,7 @@ _UNPRINTABLE_IN_JSON = re.compile(f"[{_ODD}]")
 
 
 def printable(text: str, most: int | None = None) -> str:
-    r"""`text` with control characters as they would be written in Python, such as \x1b, and \n and \t as they are.
+    r"""`text` with control characters as Python writes them, such as \x1b; line ends and tabs stay.
 
     Args:
         text: from anywhere.

@@ -14,7 +14,6 @@ The document (`docs/performance.md` quotes such records):
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -191,15 +190,6 @@ def read_record(path: Path) -> dict[str, Any]:
             f"{path} is no record of `bench kernels`", hint="such files come from `bench kernels --save`"
         )
     return record
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def find_commit() -> str | None:
