@@ -178,7 +178,8 @@ def read_manifest(folder: Path) -> BuiltPlugin:
     architectures = data.get("architectures")
     if not isinstance(architectures, list) or not all(map(_is_architecture, architectures)):
         raise _no_record(path, "architectures such as sm_90")
-    texts: dict[str, Any] = {name: data.get(name) for name in ("sources", "version", "cuda", "machine", "made")}
+    names = ("sources", "version", "cuda", "machine", "made")
+    texts: dict[str, Any] = {name: data.get(name) for name in names}
     if wrong := [name for name, value in texts.items() if not _is_text(value)]:
         raise _no_record(path, f"{wrong[0]} that is no text")
     tensorrt = data.get("tensorrt")

@@ -159,7 +159,8 @@ def convert_checkpoint(
             files = _write_weights(folder, shards, progress)
             stored_as = dtype or opened.storage_dtype()
             config = _config(opened.config, stored_as, sampling, seed)
-            (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
             for name in COPIED_FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, folder / name)
