@@ -121,13 +121,17 @@ def test_odd_file_names_are_shown_and_stay_json(env: dict[str, str], tmp_path: P
 
 def test_a_bundle_of_such_a_name_opens_in_json(tmp_path: Path) -> None:
     folder = os.path.join(os.fsencode(tmp_path), b"b\xff\x1b\xe2\x80\xae")
-    make_bundle(Path(os.fsdecode(folder)))
+    make_bundle(tmp_path / "plain")
+    (tmp_path / "plain").rename(os.fsdecode(folder))
     for env in (POSIX, {"PYTHONUTF8": "1"}):
         done = shell(["inspect", folder, "--json"], **env)
         assert done.returncode == 0, done.stderr
         assert os.fsencode(json.loads(done.stdout)["path"]) == folder or env is POSIX
         shown = shell(["inspect", folder], **env)
         assert shown.returncode == 0 and b"\x1b" not in shown.stdout
+        for words in (["generate", folder, "-p", "a"], ["bench", folder, "--seconds", "0.01"]):
+            done = shell(words, **env)  # the libraries below take no such names
+            assert done.returncode in (0, 1) and is_clean(done), done.stderr
 
 
 # -- files that are not files ------------------------------------------------------------------------------

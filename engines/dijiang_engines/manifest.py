@@ -158,7 +158,7 @@ class Manifest:
             graph_io(self.spec, step=step, all_logits=self.logits == "all"),
             strict=True,
         ):
-            if _fixed_part(found) != _fixed_part(expected):
+            if len(found) != len(expected) or _fixed_part(found) != _fixed_part(expected):
                 raise BundleError(
                     f"the manifest's {kind} of graph {name!r} do not fit its model spec",
                     got=_differences(found, expected),

@@ -43,7 +43,7 @@ OPERATORS: Mapping[str, frozenset[Operator]] = MappingProxyType(
 """By the end of a graph's file name, the first that fits: what its nodes may be."""
 
 MAX_NODES_PER_LAYER = 256
-"""The exporter's largest graphs, prefill with trained tables, have about 90, and 60 around the layers."""
+"""The largest of the exporter, prefill with trained tables, have about 130, and 50 around the layers."""
 KEPT_VALUES = 4096
 """Integers of a constant that are read; longer ones never say a shape."""
 

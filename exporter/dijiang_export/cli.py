@@ -257,6 +257,9 @@ def _explain(error: BaseException) -> tuple[DijiangError, int]:
         return DijiangError(f"this needs the Python package {module}, which is not here", hint=hint), 1
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_os_error(error), 1
+    if isinstance(error, UnicodeEncodeError):  # from a library that takes no names but valid ones
+        name = error.object[max(error.start - 40, 0) : error.end + 40]
+        return DijiangError("a name is not valid text", got=name, hint="rename the file or folder"), 1
     if isinstance(error, MemoryError):
         return DijiangError("out of memory", hint="close other programs, or use a smaller model or batch"), 1
     summary = " ".join(f"{type(error).__name__}: {error}".split())
