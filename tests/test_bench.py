@@ -415,7 +415,7 @@ def test_a_result_that_cannot_be_saved(
 ) -> None:
     target = tmp_path / "no" / "such" / "folder.json"
     assert main(["bench", str(recorded), *FAST, "--save", str(target)]) == 1
-    assert "cannot be written" in capfd.readouterr().err
+    assert "there is no folder" in capfd.readouterr().err
 
 
 def test_no_bundle(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -185,6 +185,31 @@ def test_a_shape_that_cannot_be_told_is_refused(kind: str) -> None:
         check(with_nodes(BY_DATA[kind]))
 
 
+def test_sizes_and_types_in_attributes_are_the_model_s() -> None:
+    given = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 4, "rotary_dim": 0}
+    places = {"plugin": given, "linear": {"q_num_heads": 2, "kv_num_heads": 2}}
+    for kind, attributes in places.items():
+        for name in (None, *attributes):
+            wrong = attributes | ({} if name is None else {name: 2**60})
+            if kind == "plugin":
+                node = helper.make_node(
+                    "DijiangAttention", ["vectors", "vectors", "shaped0"], ["y"], domain="dijiang", **wrong
+                )
+            else:
+                inputs = ["vectors", "vectors", "vectors", "shaped0", "vectors"]
+                node = helper.make_node("LinearAttention", inputs, ["y"], domain="com.microsoft", **wrong)
+            file = "x.trt.onnx" if kind == "plugin" else "x.ort.onnx"
+            if name is None:
+                check(with_nodes(node), file=file)
+            else:
+                with pytest.raises(BundleError, match=f"attribute {name} of"):
+                    check(with_nodes(node), file=file)
+    with pytest.raises(BundleError, match="makes a type"):
+        check(with_nodes(helper.make_node("Cast", ["zero"], ["y"], to=TensorProto.STRING)))
+    with pytest.raises(BundleError, match="element type"):
+        check(with_nodes(words=np.array(["a", "b"], dtype=object)))
+
+
 def test_another_output_is_refused() -> None:
     model = toy()
     model.graph.output.pop()

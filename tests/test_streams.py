@@ -72,13 +72,24 @@ def test_a_closed_number_does_not_go_to_a_file(toy: Path, tmp_path: Path) -> Non
     """What libraries print to number 1 must not land in what is written."""
     code = (
         "import os, sys\nfrom dijiang_export import cli\n"
-        "cli.cli.invoke = lambda ctx: (open(sys.argv[2], 'wb').close(), os.system('echo lost'), 0)[-1]\n"
+        "def work(ctx):\n"
+        "    with open(sys.argv[2], 'wb'):\n"
+        "        for number in (0, 1, 2):\n"
+        "            try: os.write(number, b'lost')\n"
+        "            except OSError: pass\n"
+        "cli.cli.invoke = work\n"
         "sys.exit(cli.main(['inspect', sys.argv[1]]))"
     )
     target = tmp_path / "out"
-    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", code, str(toy), str(target)]
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(toy), str(target)]
     subprocess.run(command, check=False, timeout=60)
     assert target.read_bytes() == b""
+
+
+def test_completion_without_a_shell() -> None:
+    for env in ({}, {"COMP_WORDS": "dijiang-export", "COMP_CWORD": "x"}):
+        done = shell([], _DIJIANG_EXPORT_COMPLETE="bash_complete", **env)
+        assert done.returncode == 2 and is_clean(done), done.stderr
 
 
 # -- locales ---------------------------------------------------------------------------------------------

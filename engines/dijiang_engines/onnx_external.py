@@ -41,7 +41,7 @@ _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1
 _LOCATION_EXTERNAL = 1
 
 # TensorProto.DataType -> bytes of one element, for the types that weights come in.
-_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 
 _KEYS = ("location", "offset", "length", "checksum")
 
@@ -121,7 +121,7 @@ def check_external_data(model: bytes, *, location: str, file_bytes: int) -> list
                 got=f"bytes {tensor.offset} to {tensor.offset + tensor.length}",
                 expected=f"at most {file_bytes} bytes",
             )
-        item = _ITEM_BYTES.get(tensor.data_type)
+        item = ITEM_BYTES.get(tensor.data_type)
         if item is None:
             raise BundleError(
                 f"tensor {tensor.name!r} has an element type that weights do not come in",

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.onnx_external import MAX_RANK
+from dijiang_engines.onnx_external import ITEM_BYTES, MAX_RANK
 from dijiang_engines.onnx_wire import VARINT, as_bytes, as_int, fields, packed
 
 Operator = tuple[str, str]
@@ -205,6 +205,10 @@ def _constant(message: memoryview) -> tuple[str, Constant]:
             name = _text(as_bytes(wire, value))
         elif number == 9:
             raw = as_bytes(wire, value)
+    if data_type not in ITEM_BYTES:
+        raise BundleError(
+            f"constant {name[:80]!r} has an element type that models have no use for", got=data_type
+        )
     if len(dims) > MAX_RANK or any(dim >= 2**63 for dim in dims):
         raise BundleError(
             f"constant {name[:80]!r} has a shape that no tensor of a model has", got=f"{len(dims)} dimensions"

@@ -5,7 +5,7 @@ product. Here a graph is walked for one size of call, without its weights: shape
 that say shapes (what Shape, and arithmetic on it and on constants, gives) are computed. A value with more
 elements than `most` allows, and a shape that depends on what the inputs hold, are errors.
 
-Rules: onnx/docs/Operators.md (onnx@v1.23.0), opset 17; com.microsoft::LinearAttention as
+Rules: Operators.md of onnx@v1.23.0, opset 17; com.microsoft::LinearAttention as
 exporter/dijiang_export/graph/body_ort.py describes it; DijiangAttention as docs/op-contract.md does.
 """
 

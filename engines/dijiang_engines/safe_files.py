@@ -42,7 +42,7 @@ MAX_TOML_DOTS = 100
 
 _BLOCK = 1 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
-_LFS = b"version https://git-lfs.github.com/spec/"  # git-lfs/docs/spec.md: the first line of a pointer
+_LFS = b"version https://git-lfs.github.com/spec/"  # spec.md of git-lfs: the first line of a pointer
 _LFS_BYTES = 1024  # the same: a pointer is smaller
 
 

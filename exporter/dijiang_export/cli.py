@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dijiang_engines import __version__
-from dijiang_engines.errors import DijiangError
+from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.printable import json_text
 from dijiang_export.commands.common import Output, encoding_of, group_output_options
 
@@ -167,7 +167,12 @@ def _open_closed_streams() -> None:
 def _complete(instruction: str) -> int:
     from click.shell_completion import shell_complete
 
-    code = shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
+    try:
+        code = shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"{COMPLETION_VARIABLE} is set, but not what a shell's completion sets beside it", got=error
+        ) from error
     sys.stdout.flush()
     return code
 
