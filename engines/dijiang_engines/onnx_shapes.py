@@ -118,7 +118,10 @@ class _Call:
             given = self.integers(1)
         else:
             given = list(self.node.attributes.get("axes", range(rank)))  # type: ignore[arg-type]
-        return [_axis(axis, rank) for axis in given]
+        axes = [_axis(axis, rank) for axis in given]
+        if len(set(axes)) < len(axes):
+            raise _Unknown(f"an axis twice in {given[:8]}")
+        return axes
 
 
 def _same(call: _Call) -> list[Value]:
