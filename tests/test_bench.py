@@ -28,7 +28,8 @@ from dijiang_engines.bench import (
 )
 from dijiang_engines.bench_loop import LOOP_STEPS, Loop, loop_start, loop_steps
 from dijiang_engines.errors import OutputError, RunnerError, UsageError
-from dijiang_engines.inspection import step_bytes, weight_bytes
+from dijiang_engines.inspection import step_bytes
+from dijiang_engines.sizes import weight_bytes
 from dijiang_export import bench_export, random_checkpoint
 from dijiang_export.cli import main
 from dijiang_export.random_checkpoint import SHAPES, Shape, write_random_checkpoint
@@ -414,7 +415,7 @@ def test_a_result_that_cannot_be_saved(
 ) -> None:
     target = tmp_path / "no" / "such" / "folder.json"
     assert main(["bench", str(recorded), *FAST, "--save", str(target)]) == 1
-    assert "cannot be written" in capfd.readouterr().err
+    assert "there is no folder" in capfd.readouterr().err
 
 
 def test_no_bundle(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

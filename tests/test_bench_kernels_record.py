@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
+from record_mutants import mutants
+from rich.console import Console
 
-from dijiang_export.bench_kernels import read_record, wrong
-from dijiang_export.bench_kernels_draw import markdown_table
+from dijiang_export.bench_kernels import read_record, requote, wrong
+from dijiang_export.bench_kernels_draw import draw_kernels, markdown_table
 from dijiang_export.bench_kernels_plan import plan_cells
+from dijiang_export.bench_kernels_plot import roofline, series
+from dijiang_export.bench_records import RecordError
+
+
+def test_a_record_with_any_value_is_refused_or_drawn(tmp_path: Path) -> None:
+    whole = json.loads(RECORD.read_text())
+    whole["cells"] = [whole["cells"][0], whole["cells"][-1]]
+    wrong_one = {"right": False, "errors": {"output": "nan", "state": 1.0}, "single": None, "rotated": None}
+    whole["cells"][0]["results"] |= {"fla": {"skipped": "[red]no"}, "other": wrong_one}
+    path = tmp_path / "x.json"
+    refused = taken = 0
+    shown = set()
+    for at, _, document in mutants(whole):
+        path.write_text(json.dumps(document))
+        try:
+            record = read_record(path)
+        except RecordError as error:
+            refused += 1
+            assert "\x1b" not in str(error) and len(str(error)) < 3000  # noqa: PT017
+            continue
+        taken += 1
+        requote(record, "rotated")
+        wrong(record)
+        roofline(record)
+        for phase in ("decode", "prefill"):
+            markdown_table(record, phase)
+            series(record, phase, 16, 64)
+        if at not in shown:
+            shown.add(at)
+            Console(file=io.StringIO(), width=300, markup=False).print(draw_kernels(record))
+    assert refused > 500 and taken > 100
+
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs/evidence/kernels-bench-h200.json"

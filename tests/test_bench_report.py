@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from record_mutants import mutants
 
 from dijiang_engines.bandwidth import Bandwidth
 from dijiang_engines.bench import BenchReport, LoopTime, Prefill, Step, Timing
 from dijiang_engines.errors import OutputError, UsageError
 from dijiang_export.bench_peers import PeerResult, Plan, neox_spec, peers_document, step_floor_bytes
-from dijiang_export.bench_report import KIND, RecordError, make_report, read_records
+from dijiang_export.bench_records import RecordError
+from dijiang_export.bench_report import KIND, Report, make_report, read_records
+from dijiang_export.bench_report_draw import draw_report
 from dijiang_export.bench_report_plot import HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, plot_report
 from dijiang_export.cli import main
 from dijiang_export.random_checkpoint import SHAPES
@@ -193,12 +199,18 @@ def test_a_merged_record_stands_for_those_in_it(saved: tuple[Path, Path], tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "not JSON"),
+        ("", "not valid JSON"),
         ("[1]", "not a record"),
         ('{"kind": "bench-kernels"}', "not a record"),
         ('{"kind": "bench", "bench": {}}', "does not have what a record has"),
         ('{"kind": "bench-peers", "device": "cuda", "machine": {"gpus": []}}', "does not have"),
-        ('{"kind": "bench-report", "records": [3]}', "does not have"),
+        ('{"kind": "bench-report", "records": [3]}', "not a record"),
+        ('{"kind": "bench-report", "records": []}', "not a record"),
+        ('{"kind": ["bench"]}', "not a record"),
+        ('{"kind": "bench", "bench": ' + "[" * 5000, "nested too deeply"),
+        ('{"kind": "bench", "bench": 1' + "0" * 400 + "}", "not valid JSON"),
+        ('{"kind": "bench", "bench": Infinity}', "not valid JSON"),
+        ("[" + "1," * 2**20 + "1]", "too many values"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -209,10 +221,69 @@ def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> 
 
 
 def test_no_files(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="cannot be read"):
+    with pytest.raises(RecordError, match="is missing"):
         read_records([tmp_path / "absent.json"])
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(RecordError, match="is not an ordinary file") as info:
+        read_records([tmp_path / "pipe.json"])
+    assert info.value.got == "a pipe"
     with pytest.raises(UsageError, match="no record"):
         read_records([])
+
+
+def render(report: Report) -> str:
+    """What the command shows, as text."""
+    from rich.console import Console
+
+    file = io.StringIO()
+    Console(file=file, width=300, markup=False).print(draw_report(report))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["run", "peers"])
+def test_a_record_with_any_value_is_refused_or_makes_a_sane_report(kind: str, tmp_path: Path) -> None:
+    whole = engine(Bandwidth(2, 2e12, 1e12)) if kind == "run" else peers()
+    path = tmp_path / "x.json"
+    refused = taken = 0
+    shown: set[Any] = set()
+    for at, _, document in mutants(whole):
+        path.write_text(json.dumps(document))
+        try:
+            report = make_report(read_records([path]))
+        except RecordError as error:
+            refused += 1
+            assert "\x1b" not in str(error) and len(str(error)) < 3000  # noqa: PT017
+            continue
+        taken += 1
+        json.dumps(report.to_json()["points"], allow_nan=False)
+        try:
+            picture = draw(report)
+        except UsageError as error:  # nothing was measured
+            assert "no times per token" in str(error)  # noqa: PT017
+            picture = ""
+        assert "nan" not in picture and "inf" not in picture.replace("infinite", "")
+        if at not in shown:
+            shown.add(at)
+            render(report)
+    assert refused > 500 and taken > 100
+
+
+def test_hundreds_of_records_of_one_name_and_many_rows(tmp_path: Path) -> None:
+    """Names stay apart, and the time grows with the number of figures, not with its square."""
+    many = [engine() for _ in range(100)]
+    for index, record in enumerate(many):
+        step = record["bench"]["steps"][0]
+        record["threads"] = index
+        record["bench"]["steps"] = [step | {"position": n} for n in range(100)]
+    (tmp_path / "x.json").write_text(json.dumps({"kind": KIND, "records": many}))
+    start = time.monotonic()
+    report = make_report(read_records([tmp_path / "x.json"]))
+    assert len(report.to_json()["points"]) > 20_000
+    assert len(report.series("prefill")) == 100
+    assert time.monotonic() - start < 20
+    (tmp_path / "x.json").write_text(json.dumps({"kind": KIND, "records": many + [many[0]] * 2}))
+    with pytest.raises(RecordError, match="a bad value for records"):
+        read_records([tmp_path / "x.json"])
 
 
 # -- the picture ---------------------------------------------------------------------------------------
@@ -261,7 +332,7 @@ def test_pictures_that_cannot_be_drawn(tmp_path: Path) -> None:
         plot_report(report, tmp_path / "x.png")
     with pytest.raises(UsageError, match="no times per token"):
         plot_report(report, tmp_path / "x.svg", batch=3)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="there is no folder"):
         plot_report(report, tmp_path / "no" / "x.svg")
     plot_report(report, tmp_path / "x.svg", batch=4)
     assert "4 sequences" in (tmp_path / "x.svg").read_text()

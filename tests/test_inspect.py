@@ -20,11 +20,10 @@ from dijiang_engines.inspection import (
     inspect_bundle,
     kv_cache_bytes,
     layer_decay,
-    part_sizes,
     step_bytes,
-    weight_bytes,
     working_bytes,
 )
+from dijiang_engines.sizes import part_sizes, weight_bytes
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.cli import main
 

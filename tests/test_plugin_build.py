@@ -17,7 +17,7 @@ from fake_toolchain import FakeToolchain, without_tools, write_headers
 
 from dijiang_engines import plugin_plan, toolchain
 from dijiang_engines.errors import DijiangError, OutputError, PluginError, UsageError
-from dijiang_engines.plugin import KERNELS, file_hash, find_tensorrt_library, read_manifest
+from dijiang_engines.plugin import KERNELS, find_tensorrt_library, library_hash, read_manifest
 from dijiang_engines.plugin_build import build, copy_build
 from dijiang_engines.plugin_plan import BuildPlan, parse_architecture, plan_build
 from dijiang_export.cli import main
@@ -224,7 +224,7 @@ def test_a_build_and_its_manifest(tools: FakeToolchain) -> None:
     assert result.built.architectures == ("sm_87", "sm_90", "compute_90")
     assert (result.built.tensorrt, result.built.tensorrt_major, result.built.cuda) == ("10.13.3", 10, "12.6")
     assert result.built.is_current()
-    assert result.built.libraries[KERNELS] == file_hash(result.built.folder / KERNELS)
+    assert result.built.libraries[KERNELS] == library_hash(result.built.folder / KERNELS)
     assert find_tensorrt_library(10) == result.built.folder / "libdijiang_tensorrt_10.so"
     assert "sm_87, sm_90, compute_90" in logged[0]
     calls = (tools.bin / "calls.txt").read_text()

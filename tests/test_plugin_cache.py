@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dijiang_engines import __version__, plugin
-from dijiang_engines.errors import PluginError
+from dijiang_engines.errors import KernelError, PluginError
+from dijiang_engines.kernels_library import Library
 from dijiang_engines.plugin import KERNELS, find_kernels_library, find_tensorrt_library, runs_on
 
 
@@ -148,6 +151,55 @@ def test_a_broken_manifest_is_passed_over(content: bytes, tmp_path: Path) -> Non
     folder = make_build(tmp_path, "a")
     (folder / plugin.MANIFEST).write_bytes(content)
     assert plugin.built_plugins(tmp_path) == []
+
+
+def test_any_value_of_a_manifest_may_be_anything(tmp_path: Path) -> None:
+    """Each value in turn replaced by others: refused, or a build that can be asked everything."""
+    path = make_build(tmp_path, "a") / plugin.MANIFEST
+    whole = json.loads(path.read_text())
+    odd: list[Any] = [None, True, 0, -1, 1e308, 10**39, "", "²", "\x1b[31m", "x" * 100_000]
+    odd += [[], [1], {}, {"a": 1}, ["sm_²"], ...]
+    paths = [(key,) for key in whole]
+    paths += [("libraries", KERNELS), ("libraries", KERNELS, "sha256"), ("architectures", 0)]
+    for where in paths:
+        for value in odd:
+            data = json.loads(json.dumps(whole))
+            inner = data
+            for step in where[:-1]:
+                inner = inner[step]
+            if value is ...:
+                del inner[where[-1]]
+            else:
+                inner[where[-1]] = value
+            path.write_text(json.dumps(data))
+            for build in plugin.built_plugins(tmp_path):
+                assert build.is_current() in (True, False)
+                assert runs_on(build.architectures, 90) in (True, False)
+                assert build.tensorrt_major is None or build.tensorrt_major >= 0
+            for major, architecture in ((None, None), (None, 90), (10, 90)):
+                with suppress(PluginError):
+                    plugin._find(KERNELS, major, architecture, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"format": 1' + b"9" * 400 + b"}", b"[" * 100_000, b'{"a": ' * 5_000, b"1," * 2**19, b" " * 2**21],
+    ids=["digits", "lists", "objects", "values", "size"],
+)
+def test_a_hostile_manifest_is_passed_over(content: bytes, tmp_path: Path) -> None:
+    folder = make_build(tmp_path, "a")
+    (folder / plugin.MANIFEST).write_bytes(content)
+    assert plugin.built_plugins(tmp_path) == []
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    folder = make_build(tmp_path, "a")
+    for name in (KERNELS, plugin.MANIFEST):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert ("not an ordinary file" if name == KERNELS else "not built") in refusal(cache=tmp_path)
+    with pytest.raises(KernelError, match="is not an ordinary file"):
+        Library(folder / KERNELS)
 
 
 def test_the_hash_is_of_what_is_compiled(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def toy_graph(
     node, size = helper.make_node, spec.num_heads * spec.head_dim**2
     constants = {
         "zero": np.int64(0), "one": np.int64(1), "hundredth": np.float32(0.01), "unit": np.float32(1),
-        "axis1": np.array([1]), "axis2": np.array([2]), "flat": np.array([0, 1, size]),
+        "axis1": np.array([1]), "last": np.array([-1]), "end": np.array([2**62]),
+        "axis2": np.array([2]), "flat": np.array([0, 1, size]),
         "state_shape": np.array([0, *spec.state_shape]),
     }  # fmt: skip
     nodes = [
@@ -121,7 +122,7 @@ def toy_graph(
         node("Gather", ["table", "input_ids"], ["vectors"]),
         node("Mul", ["vectors", "masked1"], ["terms"]),
         node("CumSum", ["terms", "one"], ["sums"]),
-        node("ReduceSum", ["terms", "axis1"], ["total"], keepdims=1),
+        node("Slice", ["sums", "last", "end", "axis1"], ["total"]),
     ]
     parts = []
     for i in range(spec.num_layers):
@@ -135,9 +136,12 @@ def toy_graph(
             node("Add", [f"past_flat{i}", f"rising{i}"], [f"part{i}"]),
         ]
         parts.append(f"part{i}")
+    summed = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        nodes.append(node("Add", [summed, part], [f"summed{i}"]))
+        summed = f"summed{i}"
     nodes += [
-        node("Sum", parts, ["summed"]),
-        node("Tanh", ["summed"], ["squashed"]),
+        node("Tanh", [summed], ["squashed"]),
         node("MatMul", ["squashed", "head"], ["logits"]),
     ]
     initializers = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]

@@ -20,9 +20,10 @@ import numpy as np
 from dijiang_engines.bandwidth import Bandwidth
 from dijiang_engines.bench_loop import Loop, loop_start, loop_steps
 from dijiang_engines.errors import DijiangError, UsageError
-from dijiang_engines.inspection import step_bytes, weight_bytes
+from dijiang_engines.inspection import step_bytes
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners.base import CountsMemory, IntArray, Runner, State, TimesSteps
+from dijiang_engines.sizes import weight_bytes
 from dijiang_engines.tokenizer import Tokenizer
 
 PREFILL_LENGTHS = (128, 512, 2048)

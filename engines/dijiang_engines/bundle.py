@@ -24,6 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dijiang_engines.errors import BundleError
+from dijiang_engines.graph_check import check_graph
 from dijiang_engines.manifest import (
     CONFIG,
     MANIFEST,
@@ -179,10 +180,16 @@ class Bundle:
         data = self.opened.read(name, MAX_GRAPH_BYTES)
         try:
             check_external_data(data, location=WEIGHTS, file_bytes=self.files[WEIGHTS].bytes)
+            check_graph(data, name, self.spec, step=self._is_step(name), all_logits=self.all_logits)
         except BundleError as error:
             error.args = (f"{name}: {error.what}",)
             error.what = f"{name}: {error.what}"
             raise
+
+    def _is_step(self, file: str) -> bool:
+        """By the key that the manifest gives it, or by its name where it has none."""
+        key = next((key for key, graph in self.graphs.items() if graph.file == file), file)
+        return key.startswith("step")
 
     def _check_files(self, verify: bool) -> None:
         for name in self.files:

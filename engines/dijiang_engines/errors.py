@@ -6,9 +6,12 @@ exits with `error.exit_code`; a library user catches the class.
 
 from __future__ import annotations
 
+from dijiang_engines.printable import MOST, printable
+
 
 class DijiangError(Exception):
-    """A failure with one clear message.
+    """A failure with one clear message, fit for a terminal: control characters in its parts are escaped, and
+    a part of more than `printable.MOST` characters is cut.
 
     Args:
         what: what failed, as a sentence fragment without a full stop.
@@ -27,21 +30,33 @@ class DijiangError(Exception):
         expected: object | None = None,
         hint: str | None = None,
     ) -> None:
-        self.what = what
-        self.got = None if got is None else str(got)
-        self.expected = None if expected is None else str(expected)
-        self.hint = hint
-        super().__init__(what)
+        self.what = printable(what, MOST)
+        self.got = None if got is None else printable(_text(got), MOST)
+        self.expected = None if expected is None else printable(_text(expected), MOST)
+        self.hint = None if hint is None else printable(hint, MOST)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [_indented(self.what, 2)]
         if self.got is not None:
-            lines.append(f"  got: {self.got}")
+            lines.append(f"  got: {_indented(self.got, 4)}")
         if self.expected is not None:
-            lines.append(f"  expected: {self.expected}")
+            lines.append(f"  expected: {_indented(self.expected, 4)}")
         if self.hint is not None:
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
+
+
+def _indented(text: str, by: int) -> str:
+    """Lines after the first further right: a name with line breaks cannot pass for another part."""
+    return text.replace("\n", "\n" + " " * by)
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # a number of more digits than Python converts (sys.set_int_max_str_digits)
+        return f"a {type(value).__name__} with a number too long to show"
 
 
 class UsageError(DijiangError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from dijiang_engines import kernels_abi as abi
 from dijiang_engines.errors import KernelError
+from dijiang_engines.safe_files import LIMITS, open_regular
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path = path
         hint = "`dijiang-export build-plugin` makes one that fits"
+        with open_regular(path, most=LIMITS["library"], links=True, error=KernelError):
+            pass  # dlopen would wait on a pipe
         try:
             self._library = ctypes.CDLL(str(path.absolute()))
         except OSError as error:

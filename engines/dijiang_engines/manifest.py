@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
 from dijiang_engines.safe_files import is_plain_name, parse_json, read_bounded
+from dijiang_engines.sizes import weight_bytes
 from dijiang_engines.spec import ModelSpec
 
 FORMAT = "dijiang-bundle"
@@ -23,6 +25,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILES = 1000
+MAX_GRAPHS = 64
+MAX_CASES = 100
+MAX_RANK = 8
+"""Dimensions of a tensor; the model's have at most four."""
+MAX_NAME = 200
+"""Characters of a tensor's or a case's name."""
 
 _IO_DTYPES = ("int64", "int32", "float32")
 
@@ -107,14 +115,27 @@ class Manifest:
         self.dtype: str = raw["dtype"]
         self.logits: str = raw["logits"]
         self.files = file_table(raw, (WEIGHTS,))
+        self._check_weights()  # before anything is made in proportion to the spec
         self.graphs = self._graph_table()
         reference = raw.get("reference")
         self.cases: list[str] | None = None if reference is None else list(reference["cases"])
+
+    def _check_weights(self) -> None:
+        needed, there = weight_bytes(self.spec, self.dtype), self.files[WEIGHTS].bytes
+        if needed > there:
+            raise BundleError(
+                f"the manifest's model spec has more parameters than {WEIGHTS} has room for",
+                got=f"{there} bytes",
+                expected=f"at least {needed} bytes in {self.dtype}",
+                hint=RETRY,
+            )
 
     def _graph_table(self) -> dict[str, GraphInfo]:
         graphs = self.raw.get("graphs")
         if not isinstance(graphs, dict) or not {"prefill", "step"} <= set(graphs):
             raise _bad_manifest("graphs", "an object with at least prefill and step")
+        if len(graphs) > MAX_GRAPHS:
+            raise _bad_manifest("graphs", f"at most {MAX_GRAPHS} graphs")
         table = {}
         for name, entry in graphs.items():
             file = entry.get("file") if isinstance(entry, dict) else None
@@ -137,7 +158,7 @@ class Manifest:
             graph_io(self.spec, step=step, all_logits=self.logits == "all"),
             strict=True,
         ):
-            if _fixed_part(found) != _fixed_part(expected):
+            if len(found) != len(expected) or _fixed_part(found) != _fixed_part(expected):
                 raise BundleError(
                     f"the manifest's {kind} of graph {name!r} do not fit its model spec",
                     got=_differences(found, expected),
@@ -189,8 +210,13 @@ def _check_header(manifest: dict[str, Any]) -> None:
     reference = manifest.get("reference")
     if reference is not None:
         cases = reference.get("cases") if isinstance(reference, dict) else None
-        if not isinstance(cases, list) or reference.get("file") != REFERENCE:
+        good = isinstance(cases, list) and len(cases) <= MAX_CASES and all(map(_is_name, cases))
+        if not good or reference.get("file") != REFERENCE:
             raise _bad_manifest("reference", f"null, or the file {REFERENCE} and a list of cases")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME
 
 
 def file_table(
@@ -243,14 +269,23 @@ def _tensor_infos(entries: Any, where: str) -> tuple[TensorInfo, ...]:
             if isinstance(entry, dict)
             else (None,) * 3
         )
-        good_shape = isinstance(shape, list) and all(
-            isinstance(dim, str) or (isinstance(dim, int) and not isinstance(dim, bool) and dim > 0)
-            for dim in shape
+        good_shape = (
+            isinstance(shape, list)
+            and len(shape) <= MAX_RANK
+            and all(
+                (isinstance(dim, str) and len(dim) <= MAX_NAME)
+                or (isinstance(dim, int) and not isinstance(dim, bool) and dim > 0)
+                for dim in shape
+            )
         )
-        if not isinstance(name, str) or dtype not in _IO_DTYPES or not good_shape:
+        if not _is_name(name) or dtype not in _IO_DTYPES or not good_shape:
             raise _bad_manifest(where, "tensors with a name, a dtype and a shape")
-        infos.append(TensorInfo(name, str(dtype), tuple(shape or ())))
+        infos.append(TensorInfo(str(name), str(dtype), tuple(shape or ())))
     return tuple(infos)
+
+
+def _is_dimension(value: Any) -> bool:
+    return _is_name(value) or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
 
 def _fixed_part(tensors: tuple[TensorInfo, ...]) -> set[tuple[str, str, tuple[int | None, ...]]]:
@@ -262,7 +297,7 @@ def _fixed_part(tensors: tuple[TensorInfo, ...]) -> set[tuple[str, str, tuple[in
 
 def _differences(tensors: tuple[TensorInfo, ...], other: tuple[TensorInfo, ...]) -> str:
     known = _fixed_part(other)
-    shown = [t for t in tensors if not _fixed_part((t,)) <= known][:3]
+    shown = list(islice((t for t in tensors if not _fixed_part((t,)) <= known), 3))
     return "; ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in shown) or "no such tensor"
 
 

@@ -14,15 +14,16 @@ The field numbers are those of onnx/onnx.proto (onnx@v1.23.0), which never chang
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dijiang_engines.errors import BundleError
+from dijiang_engines.onnx_wire import VARINT, as_bytes, as_int, fields, packed
 
 MAX_DEPTH = 64
 """Nesting of messages; a graph in a node in a graph counts three. Real exports reach about 10."""
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+MAX_RANK = 8
+"""Dimensions of a tensor; those of a model have at most five."""
 
 # Message kind -> field number -> kind of the message in that field. Fields that cannot lead to a tensor
 # are skipped unread.
@@ -40,7 +41,7 @@ _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1
 _LOCATION_EXTERNAL = 1
 
 # TensorProto.DataType -> bytes of one element, for the types that weights come in.
-_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 
 _KEYS = ("location", "offset", "length", "checksum")
 
@@ -82,11 +83,11 @@ def external_tensors(model: bytes) -> list[ExternalTensor]:
             continue
         children = _CHILDREN[kind]
         nested = []
-        for number, wire, value in _fields(message):
+        for number, wire, value in fields(message):
             child = children.get(number)
             if child is None:
                 continue
-            nested.append((child, _as_bytes(wire, value), depth + 1))
+            nested.append((child, as_bytes(wire, value), depth + 1))
             has_graph = has_graph or (kind == "model" and number == 7)
         stack.extend(reversed(nested))
     if not has_graph:
@@ -120,7 +121,7 @@ def check_external_data(model: bytes, *, location: str, file_bytes: int) -> list
                 got=f"bytes {tensor.offset} to {tensor.offset + tensor.length}",
                 expected=f"at most {file_bytes} bytes",
             )
-        item = _ITEM_BYTES.get(tensor.data_type)
+        item = ITEM_BYTES.get(tensor.data_type)
         if item is None:
             raise BundleError(
                 f"tensor {tensor.name!r} has an element type that weights do not come in",
@@ -144,18 +145,18 @@ def _tensor(message: memoryview) -> ExternalTensor | None:
     name = ""
     external = False
     entries: dict[str, str] = {}
-    for number, wire, value in _fields(message):
+    for number, wire, value in fields(message):
         if number == _TENSOR_DIMS:
             # proto2 repeated int64: one varint a field, or (packed) many in one run of bytes.
-            dims.extend([value] if isinstance(value, int) and wire == _VARINT else _packed(wire, value))
+            dims.extend([value] if isinstance(value, int) and wire == VARINT else packed(wire, value))
         elif number == _TENSOR_TYPE:
-            data_type = _as_int(wire, value)
+            data_type = as_int(wire, value)
         elif number == _TENSOR_NAME:
-            name = bytes(_as_bytes(wire, value)[:200]).decode("utf-8", "replace")
+            name = bytes(as_bytes(wire, value)[:200]).decode("utf-8", "replace")
         elif number == _TENSOR_LOCATION:
-            external = external or _as_int(wire, value) == _LOCATION_EXTERNAL
+            external = external or as_int(wire, value) == _LOCATION_EXTERNAL
         elif number == _TENSOR_EXTERNAL:
-            key, text = _entry(_as_bytes(wire, value))
+            key, text = _entry(as_bytes(wire, value))
             if key in entries or key not in _KEYS:
                 raise BundleError(
                     f"tensor {name!r} states its external data in an unknown way",
@@ -171,6 +172,8 @@ def _tensor(message: memoryview) -> ExternalTensor | None:
             got=", ".join(sorted(entries)) or "nothing",
             expected="location, offset and length",
         )
+    if len(dims) > MAX_RANK:
+        raise BundleError(f"tensor {name!r} has too many dimensions", got=len(dims), expected=MAX_RANK)
     if any(dim >= 2**63 for dim in dims):
         raise BundleError(f"tensor {name!r} has a negative dimension")
     return ExternalTensor(
@@ -187,80 +190,11 @@ def _decimal(name: str, key: str, text: str) -> int:
 
 def _entry(message: memoryview) -> tuple[str, str]:
     texts: dict[int, str] = {}
-    for number, wire, value in _fields(message):
+    for number, wire, value in fields(message):
         if number not in (1, 2) or number in texts:
             raise BundleError("an ONNX file's external data entry is malformed")
         try:
-            texts[number] = bytes(_as_bytes(wire, value)).decode("utf-8")
+            texts[number] = bytes(as_bytes(wire, value)).decode("utf-8")
         except UnicodeDecodeError as error:
             raise BundleError("an ONNX file's external data entry is not text") from error
     return texts.get(1, ""), texts.get(2, "")
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """(field number, wire type, value) of each field: an int for varints, else the raw bytes."""
-    position, end = 0, len(message)
-    while position < end:
-        key, position = _varint(message, position)
-        number, wire = key >> 3, key & 7
-        if number == 0 or number >= 2**29:
-            raise _malformed("field number 0 or too large")
-        value: int | memoryview
-        if wire == _VARINT:
-            value, position = _varint(message, position)
-        else:
-            if wire == _BYTES:
-                length, position = _varint(message, position)
-            elif wire == _FIXED64:
-                length = 8
-            elif wire == _FIXED32:
-                length = 4
-            else:
-                raise _malformed(f"wire type {wire}")
-            if length > end - position:
-                raise _malformed("a field runs past the end")
-            value = message[position : position + length]
-            position += length
-        yield number, wire, value
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    result = shift = 0
-    end = len(message)
-    while position < end:
-        byte = message[position]
-        position += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            if result >= 2**64:
-                raise _malformed("an integer of more than 64 bits")
-            return result, position
-        shift += 7
-        if shift >= 70:
-            break
-    raise _malformed("an integer that does not end")
-
-
-def _packed(wire: int, value: int | memoryview) -> list[int]:
-    data = _as_bytes(wire, value)
-    result, position = [], 0
-    while position < len(data):
-        number, position = _varint(data, position)
-        result.append(number)
-    return result
-
-
-def _as_bytes(wire: int, value: int | memoryview) -> memoryview:
-    if wire != _BYTES or isinstance(value, int):
-        raise _malformed("a number where a message or text belongs")
-    return value
-
-
-def _as_int(wire: int, value: int | memoryview) -> int:
-    if wire != _VARINT or not isinstance(value, int):
-        raise _malformed("text where a number belongs")
-    return value
-
-
-def _malformed(why: str) -> BundleError:
-    return BundleError("not a well-formed ONNX file", got=why)

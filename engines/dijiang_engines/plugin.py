@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,14 @@ from typing import Any
 
 from dijiang_engines import __version__
 from dijiang_engines.errors import PluginError
+from dijiang_engines.safe_files import (
+    LIMITS,
+    is_plain_name,
+    open_regular,
+    parse_json,
+    read_bounded,
+    sha256_of,
+)
 
 MANIFEST = "plugin.json"
 FORMAT = 1
@@ -73,9 +82,10 @@ class BuiltPlugin:
             raise PluginError(f"{self.folder} holds no {name}", hint=REBUILD)
         _check_permissions(self.folder)
         try:
-            got = file_hash(path)
-        except OSError as error:
-            raise PluginError(f"cannot read {path}", got=error.strerror, hint=f"{REBUILD} --force") from error
+            got = library_hash(path)
+        except PluginError as error:
+            error.hint = f"{REBUILD} --force"
+            raise
         if got != expected:
             raise PluginError(
                 f"{path} is not the library that was built: it will not be loaded",
@@ -140,11 +150,10 @@ def built_plugins(cache: Path | None = None) -> list[BuiltPlugin]:
     except OSError:
         return []
     for entry in entries:
-        if entry.name.startswith(".") or not entry.is_dir():
-            continue
         try:
-            found.append(read_manifest(entry))
-        except PluginError:
+            if not entry.name.startswith(".") and entry.is_dir():
+                found.append(read_manifest(entry))
+        except (PluginError, OSError):
             continue
     return sorted(found, key=lambda built: built.made, reverse=True)
 
@@ -157,31 +166,56 @@ def read_manifest(folder: Path) -> BuiltPlugin:
     """
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"format {data.get('format')!r}" if isinstance(data, dict) else "no object")
-        libraries = {str(name): str(entry["sha256"]) for name, entry in data["libraries"].items()}
-        if any(Path(name).name != name for name in libraries):
-            raise ValueError("a library outside the folder")
-        tensorrt = data["tensorrt"]
-        built = BuiltPlugin(
-            folder=folder,
-            sources=str(data["sources"]),
-            version=str(data["version"]),
-            cuda=str(data["cuda"]),
-            architectures=tuple(str(name) for name in data["architectures"]),
-            tensorrt=None if tensorrt is None else str(tensorrt),
-            machine=str(data["machine"]),
-            libraries=libraries,
-            made=str(data["made"]),
-        )
-        _ = built.tensorrt_major  # a number?
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{path} does not describe a build of the plugin"
-        raise PluginError(
-            what, got=f"{type(error).__name__}: {error}", expected=f"format {FORMAT}", hint=REBUILD
-        ) from error
-    return built
+        content = read_bounded(path, LIMITS["plugin record"], links=True, error=PluginError)
+        data = parse_json(content, MANIFEST, error=PluginError)
+    except PluginError as error:
+        raise _no_record(path, error.what) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise _no_record(path, f"format {data.get('format')!r}" if isinstance(data, dict) else "no object")
+    libraries = data.get("libraries")
+    if not isinstance(libraries, dict) or not all(map(_is_library, libraries.items())):
+        raise _no_record(path, "libraries that are no names with a SHA-256 each")
+    architectures = data.get("architectures")
+    if not isinstance(architectures, list) or not all(map(_is_architecture, architectures)):
+        raise _no_record(path, "architectures such as sm_90")
+    names = ("sources", "version", "cuda", "machine", "made")
+    texts: dict[str, Any] = {name: data.get(name) for name in names}
+    if wrong := [name for name, value in texts.items() if not _is_text(value)]:
+        raise _no_record(path, f"{wrong[0]} that is no text")
+    tensorrt = data.get("tensorrt")
+    if tensorrt is not None and not (_is_text(tensorrt) and _VERSION.match(tensorrt)):
+        raise _no_record(path, "tensorrt that is no version")
+    return BuiltPlugin(
+        folder=folder,
+        architectures=tuple(architectures),
+        tensorrt=tensorrt,
+        libraries={name: entry["sha256"] for name, entry in libraries.items()},
+        **texts,
+    )
+
+
+_ARCHITECTURE = re.compile(r"(sm|compute)_[0-9]{2,4}[a-z]?")
+_VERSION = re.compile(r"[0-9]{1,4}(\.|$)", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 200
+
+
+def _is_architecture(value: Any) -> bool:
+    return isinstance(value, str) and _ARCHITECTURE.fullmatch(value) is not None
+
+
+def _is_library(item: tuple[str, Any]) -> bool:
+    name, entry = item
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    return is_plain_name(name) and isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
+
+
+def _no_record(path: Path, got: str) -> PluginError:
+    what = f"{path} does not describe a build of the plugin"
+    return PluginError(what, got=got, expected=f"format {FORMAT}", hint=REBUILD)
 
 
 def plugin_sources() -> Path:
@@ -222,13 +256,17 @@ def source_hash(sources: Path | None = None) -> str:
     return digest.hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def library_hash(path: Path) -> str:
+    """SHA-256 of a library, hexadecimal.
+
+    Raises:
+        PluginError: it is missing, unreadable, no ordinary file or too large.
+    """
+    with open_regular(path, most=LIMITS["library"], links=True, error=PluginError) as file:
+        try:
+            return sha256_of(file)
+        except OSError as error:
+            raise PluginError(f"cannot read {path}", got=error.strerror) from error
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], libraries: list[str]) -> None:
@@ -240,7 +278,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], libraries: list[str]) ->
         libraries: file names.
     """
     hashes = {
-        name: {"sha256": file_hash(folder / name), "bytes": (folder / name).stat().st_size}
+        name: {"sha256": library_hash(folder / name), "bytes": (folder / name).stat().st_size}
         for name in libraries
     }
     data = {"format": FORMAT, **facts, "libraries": hashes}
@@ -286,7 +324,10 @@ def _find(name: str, major: int | None, architecture: int | None, cache: Path | 
 def _check_permissions(folder: Path) -> None:
     """Nobody but this user and root may be able to change what is about to be loaded."""
     for path in (folder, folder.parent):
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise PluginError(f"cannot read {path}", got=error.strerror, hint=f"{REBUILD} --force") from error
         if status.st_uid not in (os.getuid(), 0):
             raise PluginError(
                 f"{path} belongs to another user: nothing is loaded from it",

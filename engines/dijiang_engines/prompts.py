@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -57,12 +58,17 @@ def decode_prompt(data: bytes, name: str) -> str:
 def check_argument(text: str, name: str) -> str:
     """An argument of the command line, which Python hands over with its undecodable bytes escaped.
 
+    In a locale that is not UTF-8, such as POSIX, these may be UTF-8 all the same.
+
     Raises:
-        PromptError: there are such bytes.
+        PromptError: they are not.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        decode_prompt(text.encode("utf-8", "surrogateescape"), name)
-        raise PromptError(f"{name} holds half a surrogate pair", hint="give valid text") from None
+        try:
+            data = os.fsencode(text)
+        except UnicodeEncodeError:
+            raise PromptError(f"{name} holds half a surrogate pair", hint="give valid text") from None
+        return decode_prompt(data, name)
     return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,9 @@ from typing import Any
 from dijiang_engines.engine_folder import LAYOUTS, Profiles
 from dijiang_engines.errors import UsageError
 from dijiang_engines.manifest import DTYPES
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from dijiang_engines.safe_files import LIMITS, parse_toml, read_bounded
 
 FOLDER = Path(__file__).parent / "recipes"
-MAX_RECIPE_BYTES = 64 << 10
 STEP_PRODUCTS = ("plugin", "tensorrt")
 
 
@@ -103,18 +97,8 @@ def load_recipe(name: str) -> Recipe:
             f"there is no recipe {name!r}", expected=", ".join(recipe_names()),
             hint="or give the path of a .toml file",
         )  # fmt: skip
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_RECIPE_BYTES + 1)
-        if len(data) > MAX_RECIPE_BYTES:
-            raise UsageError(f"the recipe {path} is too large", expected=f"at most {MAX_RECIPE_BYTES} bytes")
-        values = tomllib.loads(data.decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the recipe {path}", got=error.strerror) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"the recipe {path} is not TOML", got=error) from error
-    except RecursionError:
-        raise UsageError(f"the recipe {path} is not TOML", got="too deep a nesting") from None
+    data = read_bounded(path, LIMITS["recipe"], links=True, error=UsageError)
+    values = parse_toml(data, f"the recipe {path}")
     known = {field.name for field in fields(Recipe)} - {"name"}
     unknown = sorted(set(values) - known)
     if unknown:

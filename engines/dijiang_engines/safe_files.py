@@ -8,13 +8,14 @@ import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-from dijiang_engines.errors import BundleError, CheckpointError, DijiangError
+from dijiang_engines.errors import BundleError, CheckpointError, DijiangError, UsageError
 
 LIMITS: Mapping[str, int] = MappingProxyType(
     {
@@ -32,12 +33,16 @@ LIMITS: Mapping[str, int] = MappingProxyType(
 )
 """Bytes that a file of each kind may have; real ones are far smaller."""
 MAX_JSON_DEPTH = 32
+MAX_JSON_VALUES = 1 << 20
+"""Values in a JSON file: a manifest of 100 layers has 60,000, an index of 100,000 tensors as many."""
 MAX_DIGITS = 40
 """Of a number in JSON: more than any 64-bit integer or float64 needs."""
+MAX_TOML_DOTS = 100
+"""In one line of TOML: tomllib takes a time that grows with the square of a dotted key's parts."""
 
 _BLOCK = 1 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
-_LFS = b"version https://git-lfs.github.com/spec/"  # git-lfs/docs/spec.md: the first line of a pointer
+_LFS = b"version https://git-lfs.github.com/spec/"  # spec.md of git-lfs: the first line of a pointer
 _LFS_BYTES = 1024  # the same: a pointer is smaller
 
 
@@ -149,7 +154,7 @@ def sha256_of(file: BinaryIO, on_bytes: Callable[[int], None] | None = None) -> 
 def parse_json(
     data: bytes, what: str, *, error: type[DijiangError] = BundleError, lenient: bool = False
 ) -> Any:
-    """JSON as an untrusted file may hold it: UTF-8, bounded nesting, numbers of bounded length.
+    """JSON as an untrusted file may hold it: UTF-8, bounded nesting and count, numbers of bounded length.
 
     Args:
         data: the file's bytes.
@@ -165,6 +170,8 @@ def parse_json(
         text = data.decode("utf-8-sig" if lenient else "utf-8")
     except UnicodeDecodeError as failure:
         raise error(f"{what} is not UTF-8", got=f"bad byte at offset {failure.start}") from failure
+    if sum(map(data.count, (b",", b"[", b"{"))) >= MAX_JSON_VALUES:  # each but the first value follows one
+        raise error(f"{what} holds too many values", expected=f"at most {MAX_JSON_VALUES}")
     try:
         value = json.loads(
             text,
@@ -185,6 +192,40 @@ def parse_json(
         if not level:
             return value
     raise _too_deep(what, error)
+
+
+def parse_toml(data: bytes, what: str, *, error: type[DijiangError] = UsageError) -> dict[str, Any]:
+    """TOML as an untrusted file may hold it: UTF-8, bounded nesting, integers of bounded length.
+
+    The file's size must be bounded already: LIMITS["recipe"].
+
+    Raises:
+        DijiangError: of class `error`: anything else.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    if any(line.count(b".") > MAX_TOML_DOTS for line in data.splitlines()):
+        raise error(f"{what} has a line of too many dots", expected=f"at most {MAX_TOML_DOTS}")
+    try:
+        values: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise _too_deep(what, error) from None
+    except ValueError as failure:  # UnicodeDecodeError, TOMLDecodeError, and numbers that int() refuses
+        raise error(f"{what} is not TOML", got=failure) from failure
+    _check_integers(values, what, error)
+    return values
+
+
+def _check_integers(value: Any, what: str, error: type[DijiangError], depth: int = 0) -> None:
+    """Hexadecimal TOML integers have no limit of their own, and printing one may."""
+    if depth > MAX_JSON_DEPTH:
+        raise _too_deep(what, error)
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+        raise error(f"{what} holds a number of more than {MAX_DIGITS} digits")
+    for child in _children(value):
+        _check_integers(child, what, error, depth + 1)
 
 
 def _children(value: Any) -> Iterable[Any]:

@@ -122,7 +122,7 @@ class ModelSpec:
         """Read back what `to_json` wrote.
 
         Raises:
-            BundleError: a field is missing, unknown or of the wrong type.
+            BundleError: a field is missing, unknown, of the wrong type or range, or does not fit another.
         """
         names = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
@@ -135,9 +135,15 @@ class ModelSpec:
         values = dict(data)
         for name in names:
             _check_type(name, values[name])
+        _check_together(values)
         values["eos_token_ids"] = tuple(values["eos_token_ids"])
         return cls(**values)
 
+
+MAX_LAYERS = 4096
+"""The deepest models that were ever trained have about 1,000."""
+_MOST_LIST = 1000
+_MOST_TEXT = 200
 
 _STRINGS = {
     "family": None,
@@ -156,7 +162,7 @@ _MAY_BE_ZERO = {"rotary_dim", "position_embeddings", "position_offset", "decay_r
 def _check_type(name: str, value: Any) -> None:
     if name in _STRINGS:
         allowed = _STRINGS[name]
-        good = isinstance(value, str) and (allowed is None or value in allowed)
+        good = _is_text(value) and (allowed is None or value in allowed)
     elif name in _BOOLS:
         good = isinstance(value, bool)
     elif name in _FLOATS:
@@ -166,11 +172,30 @@ def _check_type(name: str, value: Any) -> None:
     elif name == "bos_token_id":
         good = value is None or _is_size(value, 0)
     elif name == "eos_token_ids":
-        good = isinstance(value, (list, tuple)) and all(_is_size(v, 0) for v in value)
+        good = isinstance(value, (list, tuple)) and len(value) <= _MOST_LIST
+        good = good and all(_is_size(v, 0) for v in value)
+    elif name == "num_layers":
+        good = _is_size(value, 1) and value <= MAX_LAYERS
     else:
         good = _is_size(value, 0 if name in _MAY_BE_ZERO else 1)
     if not good:
-        raise BundleError(f"the manifest's model spec has a bad value for {name}", got=repr(value))
+        raise BundleError(f"the manifest's model spec has a bad value for {name}", got=repr(value)[:200])
+
+
+def _check_together(values: dict[str, Any]) -> None:
+    for name, good, expected in (
+        ("num_kv_heads", values["num_heads"] % values["num_kv_heads"] == 0, "a divisor of num_heads"),
+        ("rotary_dim", values["rotary_dim"] <= values["head_dim"], "at most head_dim"),
+        ("decay_rows", values["decay"] == "geometric" or values["decay_rows"] > 0, "rows of the tables"),
+    ):
+        if not good:
+            raise BundleError(
+                f"the manifest's model spec has a bad value for {name}", got=values[name], expected=expected
+            )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MOST_TEXT
 
 
 def is_number(value: Any) -> bool:

@@ -20,6 +20,7 @@ from dijiang_engines.plugin import (
     runs_on,
     tensorrt_name,
 )  # fmt: skip
+from dijiang_engines.printable import printable
 from dijiang_engines.tensorrt_versions import Dialect, dialect_of, library_version
 
 ENVIRONMENT = "DIJIANG_PLUGIN"
@@ -200,7 +201,7 @@ def _make_logger(trt: Any, messages: list[str]) -> Any:
             if wanted == "verbose" or (wanted and kind is not None):
                 import sys
 
-                print(f"tensorrt {kind or 'info'}: {text}", file=sys.stderr, flush=True)
+                print(f"tensorrt {kind or 'info'}: {printable(text)}", file=sys.stderr, flush=True)
 
     return Logger()
 

@@ -67,4 +67,3 @@ class TextStream:
         self._expected = "" if differs else self._expected[common:]
         ready, self._ready = self._ready, ""
         return ready + text[common:]
-

@@ -109,6 +109,7 @@ class Report:
     def table(self) -> Table:
         """For people: one line for each case and replay."""
         from rich.table import Table
+        from rich.text import Text
 
         bound = tolerance(self.dtype, "logits").max_error
         state_bound = tolerance(self.dtype, "state").max_error
@@ -136,7 +137,7 @@ class Report:
                 "-" if r.top1 is None else f"{100 * r.top1:.1f}%",
                 _number(r.kl),
                 f"{r.seconds:.2f}",
-                "[green]pass[/]" if r.passed else f"[red]FAIL[/] ({r.failed})",
+                Text("pass", style="green") if r.passed else Text.assemble(("FAIL", "red"), f" ({r.failed})"),
             )
         return table
 

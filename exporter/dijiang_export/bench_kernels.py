@@ -14,8 +14,6 @@ The document (`docs/performance.md` quotes such records):
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import subprocess
 import time
@@ -24,11 +22,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from dijiang_engines.errors import OutputError, UsageError
+from dijiang_engines.errors import UsageError
 from dijiang_engines.machine import package_versions
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.bench_bundle import about_run
 from dijiang_export.bench_kernels_plan import Cell, Dtype, Shape, derive
+from dijiang_export.bench_records import KERNELS, RecordError, check, read_json
 
 FORMAT = 1
 Buffers = Literal["single", "rotated"]
@@ -178,28 +177,14 @@ def read_record(path: Path) -> dict[str, Any]:
     """A saved result.
 
     Raises:
-        OutputError: it cannot be read, or is something else.
+        RecordError: it cannot be read, or is something else.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read", got=error.strerror) from error
-    except ValueError as error:
-        raise OutputError(f"{path} holds no JSON", got=error) from error
+    record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT or "cells" not in record:
-        raise OutputError(
+        raise RecordError(
             f"{path} is no record of `bench kernels`", hint="such files come from `bench kernels --save`"
         )
-    return record
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return check(record, KERNELS, path)
 
 
 def find_commit() -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dijiang_engines.kernels import Geometry, Kernels, load_kernels
-from dijiang_export.bench_kernels import file_hash
+from dijiang_engines.plugin import library_hash
 from dijiang_export.bench_kernels_inputs import Call, Layer, exact_op
 from dijiang_export.bench_kernels_peers import Prepared
 from dijiang_export.bench_kernels_plan import Cell
@@ -37,7 +37,7 @@ class Ours:
         path = self._kernels.path
         return {
             "path": path.name,
-            "sha256": file_hash(path),
+            "sha256": library_hash(path),
             "version": self._kernels.version,
             "architectures": self._kernels.architectures,
         }

@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from dijiang_engines.atomic_file import check_output_file, output_file
 from dijiang_engines.errors import OutputError, UsageError
 from dijiang_export.bench_kernels import medians
 from dijiang_export.bench_kernels_draw import contestants
@@ -27,10 +28,11 @@ def check_plot(path: Path) -> None:
 
     Raises:
         UsageError: neither .svg nor .png.
-        OutputError: matplotlib is missing.
+        OutputError: matplotlib is missing, or the file cannot be written.
     """
     if path.suffix.lower() not in FORMATS:
         raise UsageError("cannot draw such a file", got=path.name, expected="a name in .svg or .png")
+    check_output_file(path)
     if importlib.util.find_spec("matplotlib") is None:
         raise OutputError(
             "drawing needs the Python package matplotlib", hint="pip install 'dijiang-export[bench]'"
@@ -112,9 +114,9 @@ def plot_kernels(record: dict[str, Any], path: Path) -> None:
         figure.suptitle(
             f"DijiangAttention on {gpu}, {settings['dtype']}, {settings['quoted']} buffers", fontsize=11
         )
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None, dpi=120)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written", got=error.strerror) from error
+        kind = path.suffix.lower()[1:]
+        with output_file(path) as file:
+            figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None, dpi=120)
     finally:
         pyplot.close(figure)
 

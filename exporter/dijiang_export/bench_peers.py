@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import RunnerError, UsageError
-from dijiang_engines.inspection import ITEM_BYTES, kv_cache_bytes, part_sizes, step_bytes
+from dijiang_engines.inspection import kv_cache_bytes, step_bytes
 from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_engines.sizes import ITEM_BYTES, part_sizes
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.random_checkpoint import Shape
 

@@ -13,26 +13,21 @@ hardware: every weight but the embedding once, a recurrent state read and writte
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
-from dijiang_engines.errors import DijiangError, UsageError
+from dijiang_engines.errors import UsageError
 from dijiang_export.bench_bundle import KIND as RUN_KIND
 from dijiang_export.bench_peers import KIND as PEERS_KIND
+from dijiang_export.bench_records import MOST_RECORDS, PEERS, RUN, Record, RecordError, check, read_json, rows
 
 KIND = "bench-report"
-MOST_BYTES = 64 << 20
-"""Of a record's file."""
+RULES = {RUN_KIND: RUN, PEERS_KIND: PEERS}
 
-Record = dict[str, Any]
 Phase = Literal["decode", "prefill"]
-
-
-class RecordError(DijiangError):
-    """A file that is no record of a measurement."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     base: str | None = None
     """The series that others are compared with."""
+    _index: dict[tuple[str, str, int, int], Point] = field(default_factory=dict, repr=False)
+    _indexed: int = 0
 
     def series(self, phase: Phase) -> list[str]:
         """Names in the order of the records; floors last."""
@@ -88,8 +85,10 @@ class Report:
 
     def at(self, series: str, phase: Phase, batch: int, tokens: int) -> Point | None:
         """One figure, if it was measured."""
-        wanted = (series, phase, batch, tokens)
-        return next((p for p in self.points if (p.series, p.phase, p.batch, p.tokens) == wanted), None)
+        for point in self.points[self._indexed :]:  # what came since the last call
+            self._index.setdefault((point.series, point.phase, point.batch, point.tokens), point)
+        self._indexed = len(self.points)
+        return self._index.get((series, phase, batch, tokens))
 
     def ratio(self, point: Point) -> float | None:
         """How many times longer it took than the base at the same place; None for the base itself."""
@@ -136,37 +135,28 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 
 def _documents(path: Path) -> Iterator[Record]:
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise RecordError(f"{path} is too large for a record", expected=f"at most {MOST_BYTES} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read", got=error.strerror) from error
-    except ValueError as error:
-        raise RecordError(f"{path} is not JSON", got=str(error)[:200]) from error
+    data = read_json(path)
     if isinstance(data, dict) and isinstance(data.get("run"), dict):  # of `bench export --run`
         data = data["run"]
-    kind = data.get("kind", RUN_KIND if "bench" in data else None) if isinstance(data, dict) else None
-    if kind == KIND and isinstance(data.get("records"), list):
-        documents = data["records"]
-    elif kind in (RUN_KIND, PEERS_KIND):
-        documents = [data]
-    else:
-        raise RecordError(
-            f"{path} is not a record of `bench run` or `bench peers`",
-            got=f"kind {kind!r}",
-            hint="save one with `bench run --save FILE` or `bench peers --save FILE`",
-        )
+    documents = [data]
+    if isinstance(data, dict) and data.get("kind") == KIND:
+        documents = data.get("records") or [None]
+        rows(lambda _value, _where: None, MOST_RECORDS)(documents, "records")
     for document in documents:
-        try:
-            make_report([document])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        rule = RULES.get(kind) if isinstance(kind := _kind(document), str) else None
+        if rule is None:
             raise RecordError(
-                f"{path} does not have what a record has",
-                got=f"{type(error).__name__}: {error}",
-                hint="measure again with this version of dijiang-export",
-            ) from error
-        yield document
+                f"{path} is not a record of `bench run` or `bench peers`",
+                got=f"kind {kind!r}"[:200],
+                hint="save one with `bench run --save FILE` or `bench peers --save FILE`",
+            )
+        yield check(document, rule, path)
+
+
+def _kind(document: Any) -> Any:
+    if not isinstance(document, dict):
+        return None
+    return document.get("kind", RUN_KIND if "bench" in document else None)
 
 
 def make_report(records: Sequence[Record]) -> Report:
@@ -211,7 +201,7 @@ def _rates(records: Sequence[Record]) -> dict[str, float]:
 
 def _unique(name: str, extra: str, taken: set[str]) -> str:
     """A label that no other record has."""
-    candidates = [name, f"{name} ({extra})", *(f"{name} ({extra}, {n})" for n in range(2, 100))]
+    candidates = chain((name, f"{name} ({extra})"), (f"{name} ({extra}, {n})" for n in count(2)))
     label = next(c for c in candidates if c not in taken)
     taken.add(label)
     return label

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from dijiang_engines.errors import OutputError, UsageError
+from dijiang_engines.atomic_file import check_output_file, output_file
+from dijiang_engines.errors import UsageError
 from dijiang_export.bench_report import Point, Report
 
 WIDTH, HEIGHT = 900, 520
@@ -26,9 +27,11 @@ def check_plot(path: Path) -> None:
 
     Raises:
         UsageError: the name does not end in .svg.
+        OutputError: the file cannot be written.
     """
     if path.suffix.lower() != ".svg":
         raise UsageError("cannot draw such a file", got=path.name, expected="a name in .svg")
+    check_output_file(path)
 
 
 def plot_report(report: Report, path: Path, *, batch: int | None = None) -> None:
@@ -45,10 +48,8 @@ def plot_report(report: Report, path: Path, *, batch: int | None = None) -> None
     """
     check_plot(path)
     text = draw(report, batch)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written", got=error.strerror) from error
+    with output_file(path) as file:
+        file.write(text.encode())
 
 
 def draw(report: Report, batch: int | None = None) -> str:

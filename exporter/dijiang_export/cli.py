@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
-import json
 import os
 import signal
 import sys
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING
 import click
 
 from dijiang_engines import __version__
-from dijiang_engines.errors import DijiangError
-from dijiang_export.commands.common import Output, group_output_options
+from dijiang_engines.errors import DijiangError, UsageError
+from dijiang_engines.printable import json_text
+from dijiang_export.commands.common import Output, encoding_of, group_output_options
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -126,24 +126,55 @@ def main(args: Sequence[str] | None = None) -> int:
         args: what follows the program's name; by default sys.argv's.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    instruction = os.environ.get(COMPLETION_VARIABLE)
-    if instruction and args is None:
-        from click.shell_completion import shell_complete
-
-        return shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show γ still gets its text
             stream.reconfigure(errors="backslashreplace")
     # Before `--json` has been parsed an error can already occur; look for it where it may stand.
     before_separator = arguments[: arguments.index("--")] if "--" in arguments else arguments
     output = Output(json="--json" in before_separator)
+    instruction = os.environ.get(COMPLETION_VARIABLE) if args is None else None
     try:
         with _sigterm_unwinds():
-            return _invoke(arguments, output)
+            return _complete(instruction) if instruction else _invoke(arguments, output)
     except BaseException as error:  # noqa: BLE001 - the one place where failures become messages
         code = _report(error, output)
         _drop_unwritable_output()
         return code
+
+
+def _open_closed_streams() -> None:
+    """Closed standard descriptors (`>&-`) become ones that nothing can be read from or written to.
+
+    Left closed, their numbers would go to the next files that are opened, and libraries print to these
+    numbers. What is written to standard output then fails as it should; nobody misses what goes to standard
+    error, so that is swallowed.
+    """
+    for number, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, mode)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def _complete(instruction: str) -> int:
+    from click.shell_completion import shell_complete
+
+    try:
+        code = shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"{COMPLETION_VARIABLE} is set, but not what a shell's completion sets beside it", got=error
+        ) from error
+    sys.stdout.flush()
+    return code
 
 
 def _invoke(arguments: list[str], output: Output) -> int:
@@ -197,7 +228,7 @@ def _report(error: BaseException, output: Output) -> int:
                 "type": type(error).__name__, "what": failure.what, "got": failure.got,
                 "expected": failure.expected, "hint": failure.hint, "exit_code": code,
             }  # fmt: skip
-            click.echo(json.dumps({"error": record}, ensure_ascii=False), err=True)
+            click.echo(json_text({"error": record}, encoding=encoding_of(sys.stderr)), err=True)
         else:
             click.echo(f"error: {failure}", err=True)
     except OSError:  # stderr is closed or full: the exit code still tells
@@ -231,6 +262,9 @@ def _explain(error: BaseException) -> tuple[DijiangError, int]:
         return DijiangError(f"this needs the Python package {module}, which is not here", hint=hint), 1
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_os_error(error), 1
+    if isinstance(error, UnicodeEncodeError):  # from a library that takes no names but valid ones
+        name = error.object[max(error.start - 40, 0) : error.end + 40]
+        return DijiangError("a name is not valid text", got=name, hint="rename the file or folder"), 1
     if isinstance(error, MemoryError):
         return DijiangError("out of memory", hint="close other programs, or use a smaller model or batch"), 1
     summary = " ".join(f"{type(error).__name__}: {error}".split())
@@ -254,6 +288,8 @@ def _explain_usage(error: click.ClickException) -> DijiangError:
 def _explain_os_error(error: OSError) -> DijiangError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "make room, or write to another disk"
+    elif error.errno == errno.EBADF and error.filename is None:
+        return DijiangError("standard input or output is closed", hint="do not close it: > /dev/null")
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "check the permissions, or use another folder"
     else:

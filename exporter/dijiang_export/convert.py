@@ -151,7 +151,8 @@ def convert_checkpoint(
             files = _write_weights(folder, shards, progress)
             stored_as = dtype or opened.storage_dtype()
             config = _config(opened, stored_as, sampling, seed)
-            (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
             for path in opened.tokenizer_files:
                 copy_file(path, folder)
             open_checkpoint(folder).close()  # what we wrote must be what we read

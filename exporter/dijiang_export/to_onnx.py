@@ -17,6 +17,7 @@ import torch
 from dijiang_engines import __version__, manifest
 from dijiang_engines.atomic import output_folder
 from dijiang_engines.errors import UsageError
+from dijiang_engines.graph_check import check_graph
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.safe_files import sha256_of
 from dijiang_engines.spec import ModelSpec
@@ -109,6 +110,10 @@ def export_bundle(
         with clock("check"):
             for graph_file in graph_files:
                 write.check(folder / graph_file.file, graph_file.target)
+                check_graph(
+                    (folder / graph_file.file).read_bytes(), graph_file.file, spec,
+                    step=graph_file.kind == "step", all_logits=logits == "all",
+                )  # fmt: skip
         with clock("cases"):
             recorded = record_cases(checkpoint, DTYPES[dtype], folder / manifest.REFERENCE, cases, progress)
         for path in (checkpoint.path / manifest.CONFIG, *checkpoint.tokenizer_files):

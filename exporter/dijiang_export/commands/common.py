@@ -7,23 +7,24 @@ Imports nothing heavier than click: rich is loaded when the first table or progr
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dijiang_engines.printable import json_text, printable
 from dijiang_engines.progress import Progress, silent
 
 if TYPE_CHECKING:
     from rich import progress as rp
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,13 +60,15 @@ class Output:
         return not self.quiet and _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
     def log(self, message: str = "") -> None:
-        """One line on stderr, unless quiet."""
+        """One line on stderr, unless quiet. Where it cannot be written the work goes on without it."""
         if self.quiet:
             return
-        if self._live is not None:
-            self._live.print(message, markup=False, highlight=False, soft_wrap=True)
-        else:
-            click.echo(message, err=True)
+        message = printable(message)
+        with suppress(OSError):
+            if self._live is not None:
+                self._live.print(message, markup=False, highlight=False, soft_wrap=True)
+            else:
+                click.echo(message, err=True)
 
     def print_result(
         self, result: Any, table: Callable[[], RenderableType] | Callable[[], str] | None = None
@@ -79,22 +82,25 @@ class Output:
                 the JSON is printed either way.
         """
         if self.json or table is None:
-            click.echo(json.dumps(jsonable(result), indent=2, ensure_ascii=False, allow_nan=False))
+            click.echo(json_text(jsonable(result), encoding=encoding_of(sys.stdout), indent=2))
             return
         shown = table()
         if isinstance(shown, str):
-            click.echo(shown)
+            click.echo(printable(shown))
         else:
             self.print_rich(shown)
 
     def print_rich(self, *renderables: RenderableType) -> None:
-        """Draw tables and the like on stdout; wide enough for any table where it is not a terminal."""
+        """Draw tables and the like on stdout; wide enough for any table where it is not a terminal.
+
+        Texts are shown as they are: nothing in brackets or between colons means a style or a picture.
+        """
         from rich.console import Console
 
         width = None if _is_terminal(sys.stdout) or os.environ.get("COLUMNS") else 200
-        console = Console(file=sys.stdout, width=width, highlight=False)
+        console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
         for renderable in renderables:
-            console.print(renderable)
+            console.print(_Printable(renderable))
 
     @contextmanager
     def progress(
@@ -124,7 +130,7 @@ class Output:
         with rp.Progress(*columns, rp.TimeRemainingColumn(), console=console, transient=True) as bars:
             self._live = console
             try:
-                yield _Bar(bars, bars.add_task(description, total=total))
+                yield _Bar(bars, bars.add_task(printable(description), total=total))
             finally:
                 self._live = None
 
@@ -140,6 +146,23 @@ def one_output(positional: Path | None, option: Path | None, name: str) -> Path 
     if positional is not None and option is not None:
         raise UsageError(f"{name} and --output are the same: give one of them", got=f"{positional}, {option}")
     return option if positional is None else positional
+
+
+class _Printable:
+    """What a renderable draws, without what else a terminal would obey: it may show names from any file."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment._replace(text=text)
+
+
+def encoding_of(stream: Any) -> str | None:
+    """Of a standard stream; None if it does not say."""
+    return getattr(stream, "encoding", None)
 
 
 def jsonable(value: Any) -> Any:

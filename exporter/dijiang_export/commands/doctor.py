@@ -10,6 +10,7 @@ from dijiang_export.commands.common import Output, output_options
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.text import Text
 
     from dijiang_engines.doctor import Diagnosis
     from dijiang_engines.machine import Machine
@@ -81,6 +82,7 @@ def _plugin(plugin: PluginStatus) -> Group:
     from rich.table import Table
     from rich.text import Text
 
+    title = Text("Kernels and TensorRT plugin", style="italic")
     facts = Table.grid(padding=(0, 2))
     if plugin.known_architectures:
         known = " ".join(str(number) for number in plugin.known_architectures)
@@ -93,19 +95,21 @@ def _plugin(plugin: PluginStatus) -> Group:
         facts.add_row("next", Text(plugin.hint))
     if not plugin.built:
         facts.add_row("built", "nothing yet")
-        return Group("[italic]Kernels and TensorRT plugin[/]", facts)
+        return Group(title, facts)
     table = Table(title="Built", title_justify="left")
     for column in ("state", "TensorRT", "for", "CUDA", "where"):
         table.add_column(column)
     for built in plugin.built:
-        state = f"[{'green' if built.state == 'current' else 'red'}]{built.state}[/]"
+        state = Text(built.state, style="green" if built.state == "current" else "red")
         names = Text(" ".join(built.architectures))
         table.add_row(state, built.tensorrt or "-", names, built.cuda, Text(built.folder))
-    return Group("[italic]Kernels and TensorRT plugin[/]", facts, table)
+    return Group(title, facts, table)
 
 
-def _mark(works: bool) -> str:
-    return "[green]yes[/]" if works else "[red]no[/]"
+def _mark(works: bool) -> Text:
+    from rich.text import Text
+
+    return Text("yes", style="green") if works else Text("no", style="red")
 
 
 def _machine_rows(version: str, machine: Machine) -> list[tuple[str, str]]:

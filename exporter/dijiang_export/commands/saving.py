@@ -10,9 +10,20 @@ import click
 
 from dijiang_export.commands.common import Output, jsonable
 
+
+def _writable(_ctx: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Find out before minutes of measuring that the result cannot be kept."""
+    if value is not None:
+        from dijiang_engines.atomic_file import check_output_file
+
+        check_output_file(value)
+    return value
+
+
 save_option = click.option(
-    "--save", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result as JSON to a file."
-)
+    "--save", type=click.Path(path_type=Path), callback=_writable,
+    help="Also write the result as JSON to a file.",
+)  # fmt: skip
 
 
 def finish(output: Output, result: dict[str, Any], save: Path | None, table: Any) -> None:
@@ -24,14 +35,13 @@ def finish(output: Output, result: dict[str, Any], save: Path | None, table: Any
 
 
 def save_json(result: dict[str, Any], path: Path) -> None:
-    """Write a result as JSON.
+    """Write a result as JSON: the whole file or none, an older one stays until then.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    from dijiang_engines.errors import OutputError
+    from dijiang_engines.atomic_file import output_file
 
-    try:
-        path.write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written", got=error.strerror) from error
+    text = json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n"
+    with output_file(path) as file:
+        file.write(text.encode())

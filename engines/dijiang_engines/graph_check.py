@@ -1,0 +1,97 @@
+"""May a bundle's graph be given to a runtime: the operators it uses, and the memory it asks for."""
+
+from __future__ import annotations
+
+from dijiang_engines import io_names
+from dijiang_engines.errors import BundleError
+from dijiang_engines.manifest import graph_io
+from dijiang_engines.onnx_graph import (
+    LINEAR_ATTENTION,
+    PLUGIN,
+    Graph,
+    Operator,
+    check_operators,
+    read_graph,
+)
+from dijiang_engines.onnx_shapes import infer_shapes
+from dijiang_engines.spec import ModelSpec
+
+PREFILLS = ((1, 1), (2, 300))
+STEPS = ((1, 1), (3, 1))
+"""(rows, tokens of each) of the calls that a graph is walked for: 300 tokens are several chunks."""
+
+CAST_TYPES = (1, 6, 7, 9, 10, 11, 16)  # TensorProto.DataType: floats, int32, int64 and bool; no text
+
+_CHUNK = 128  # the longest that the exporter makes (docs/mathematics.md)
+_SLACK = 4
+_LEAST = 1 << 16
+
+
+def check_graph(model: bytes, file: str, spec: ModelSpec, *, step: bool, all_logits: bool) -> None:
+    """Check a graph whose external data has been checked.
+
+    Args:
+        model: a serialised ModelProto.
+        file: its file's name, for the operators that only one runtime has.
+        spec: of the model.
+        step: a graph for one token of each row.
+        all_logits: it returns logits of every token.
+
+    Raises:
+        BundleError: it is malformed, uses what bundles' graphs do not, makes larger values than a model of
+            this geometry has use for, or returns others than the contract says.
+    """
+    graph = read_graph(model)
+    check_operators(graph, file, spec.num_layers)
+    _check_attributes(graph, spec)
+    infos = graph_io(spec, step=step, all_logits=all_logits)
+    for batch, length in STEPS if step else PREFILLS:
+        sizes = {io_names.BATCH_DIM: batch, io_names.SEQUENCE_DIM: length}
+        inputs, outputs = (
+            {t.name: tuple(sizes[n] if isinstance(n, str) else n for n in t.shape) for t in side}
+            for side in infos
+        )
+        if set(graph.outputs) != set(outputs):
+            raise BundleError("a graph has other outputs than the manifest says")
+        shapes = infer_shapes(graph, inputs, most_elements(spec, batch, length))
+        for name, shape in outputs.items():
+            if shapes.get(name) != shape:
+                raise BundleError(
+                    f"the output {name!r} of a graph has another shape than the manifest says",
+                    got=shapes.get(name), expected=shape,
+                )  # fmt: skip
+
+
+def _check_attributes(graph: Graph, spec: ModelSpec) -> None:
+    """Sizes and types that attributes say, and no input's shape."""
+    heads = spec.num_heads
+    sizes: dict[Operator, dict[str, int]] = {
+        PLUGIN: {
+            "num_heads": heads, "num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim,
+            "rotary_dim": spec.rotary_dim,
+        },
+        LINEAR_ATTENTION: {"q_num_heads": heads, "kv_num_heads": heads},
+    }  # fmt: skip
+    for node in graph.nodes:
+        for name, expected in sizes.get(node.operator, {}).items():
+            if node.attributes.get(name) != expected:
+                raise BundleError(
+                    f"the attribute {name} of {node} is not the model's",
+                    got=node.attributes.get(name), expected=expected,
+                )  # fmt: skip
+        if node.operator == ("", "Cast") and node.attributes.get("to") not in CAST_TYPES:
+            raise BundleError(f"{node} makes a type that models have no use for")
+
+
+def most_elements(spec: ModelSpec, batch: int, length: int) -> int:
+    """Elements that the largest value of a call may have: the sum of what an exporter's layer makes, times 4.
+
+    Activations of every token, scores of each chunk against itself, a state for each chunk, and the weights
+    of the chunks' states.
+    """
+    heads, d = spec.num_heads, spec.head_dim
+    padded, chunks = length + _CHUNK, length // 64 + 2
+    token = spec.vocab_size + spec.hidden_size + spec.embedding_size + spec.intermediate_size
+    token += spec.qkv_size + spec.attention_size + heads * _CHUNK
+    states = heads * chunks * (d * d + chunks)
+    return _SLACK * (batch * (padded * token + states) + d * d) + _LEAST
