@@ -381,9 +381,13 @@ def _add_plugin(trt: Any, network: Any, inputs: list[Any], values: dict[str, Any
             f"the plugin {_NAME} is not registered",
             hint="build the plugin again: `dijiang-export build-plugin`",
         )
-    phase = (trt.TensorRTPhase.BUILD,) if modern else ()
-    plugin = creator.create_plugin(_NAME, collection, *phase)
+    plugin = _create_v3(trt, creator, collection) if modern else creator.create_plugin(_NAME, collection)
     if plugin is None:
         raise RunnerError(f"the plugin {_NAME} refuses a layer; the builder's log says why")
     done.kept.append(plugin)
     return network.add_plugin_v3(inputs, [], plugin) if modern else network.add_plugin_v2(inputs, plugin)
+
+
+def _create_v3(trt: Any, creator: Any, collection: Any) -> Any:
+    """From 10 on a creator is told what the plugin is for."""
+    return creator.create_plugin(_NAME, collection, trt.TensorRTPhase.BUILD)
