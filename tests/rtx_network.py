@@ -1,19 +1,23 @@
-"""Parse an ONNX graph with TensorRT for RTX and write what its parser made: `rtx_network.py SITE GRAPH.onnx OUT.json`.
+"""Parse an ONNX graph with TensorRT for RTX, which needs no GPU: `rtx_network.py SITE GRAPH.onnx OUT.json`.
 
-SITE holds the unpacked wheels tensorrt_rtx_cu13_bindings and tensorrt_rtx_cu13_libs; no GPU is needed. The
-plugin DijiangAttention is stood in for by one that knows its fields and its shapes. A process of its own: the
-parser opens libtensorrt_rtx.so by that name, which the wheel does not have, when it meets a plugin, and ends the
-process if it cannot (`environment`).
+OUT gets what the parser made, and with `--products` also what step_products.py finds in it. SITE holds the
+unpacked wheels tensorrt_rtx_cu13_bindings and tensorrt_rtx_cu13_libs. The plugin DijiangAttention is stood in
+for by one that knows its fields and its shapes. A process of its own: when the parser meets a plugin it opens
+libtensorrt_rtx.so by that name, which the wheel does not have, and ends the process if it cannot
+(`environment`).
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -24,8 +28,8 @@ SMALL = 8
 _CLASSES = {
     "ACTIVATION": "IActivationLayer", "CONSTANT": "IConstantLayer", "CAST": "ICastLayer",
     "CONCATENATION": "IConcatenationLayer", "ELEMENTWISE": "IElementWiseLayer", "GATHER": "IGatherLayer",
-    "MATRIX_MULTIPLY": "IMatrixMultiplyLayer", "NORMALIZATION": "INormalizationLayer", "REDUCE": "IReduceLayer",
-    "SHUFFLE": "IShuffleLayer", "SLICE": "ISliceLayer", "UNARY": "IUnaryLayer",
+    "MATRIX_MULTIPLY": "IMatrixMultiplyLayer", "NORMALIZATION": "INormalizationLayer",
+    "REDUCE": "IReduceLayer", "SHUFFLE": "IShuffleLayer", "SLICE": "ISliceLayer", "UNARY": "IUnaryLayer",
 }  # fmt: skip
 _ATTRIBUTES = {
     "ACTIVATION": ("type",), "CAST": ("to_type",), "CONCATENATION": ("axis",), "ELEMENTWISE": ("op",),
@@ -59,12 +63,10 @@ def register(trt: Any) -> list[Any]:
     interfaces = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
     class Attention(*interfaces):  # type: ignore[misc]
-        num_outputs = 2
-
         def __init__(self, fields: dict[str, Any]) -> None:
             for interface in interfaces:
                 interface.__init__(self)
-            self.fields = fields
+            self.fields, self.num_outputs = fields, 2
             self.plugin_name, self.plugin_version, self.plugin_namespace = "DijiangAttention", "1", "dijiang"
 
         def get_capability_interface(self, kind: Any) -> Any:
@@ -74,7 +76,8 @@ def register(trt: Any) -> list[Any]:
             return [inputs[0], inputs[2]]
 
         def get_output_shapes(self, inputs: list[Any], shape_inputs: Any, expressions: Any) -> list[Any]:
-            output = trt.DimsExprs(inputs[0])
+            output = trt.DimsExprs(3)
+            output[0], output[1] = inputs[0][0], inputs[0][1]
             output[2] = expressions.constant(self.fields["num_heads"] * self.fields["head_dim"])
             return [output, trt.DimsExprs(inputs[2])]
 
@@ -96,7 +99,10 @@ def register(trt: Any) -> list[Any]:
             kinds = dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "rotary_dim"), "INT32")
             fields = (kinds | {"epsilon": "FLOAT32"}).items()
             self.field_names = trt.PluginFieldCollection(
-                [trt.PluginField(name, np.array([]), getattr(trt.PluginFieldType, kind)) for name, kind in fields]
+                [
+                    trt.PluginField(name, np.array([]), getattr(trt.PluginFieldType, kind))
+                    for name, kind in fields
+                ]
             )
             self.made: list[Any] = []
 
@@ -171,11 +177,76 @@ def write(document: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(rest)[:-1] + ',\n"layers": [\n' + lines + "\n]}\n", encoding="utf-8")
 
 
+# -- products --------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """An added plugin's."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self.name, self.outputs = "", outputs
+
+    def get_output(self, index: int) -> Any:
+        return self.outputs[index]
+
+
+class WithPlugins:
+    """The network with the method that TensorRT for RTX's bindings lack.
+
+    What the plugin would give is stood in for by constants of its shape: so layers of the real network get new
+    inputs, and refuse those that do not fit.
+    """
+
+    def __init__(self, trt: Any, network: Any) -> None:
+        self.trt, self.network = trt, network
+        self.launches: list[dict[str, Any]] = []
+        self.kept: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+    def add_plugin_v3(self, inputs: list[Any], shape_inputs: list[Any], fields: dict[str, Any]) -> Any:
+        self.launches.append({name: value.tolist() for name, value in fields.items()})
+        place, widths = 0, {}
+        for output, bias in zip(fields["term_output"], fields["term_bias"], strict=True):
+            widths[int(output)] = inputs[place + 1].shape[0]
+            place += 2 + int(bias)
+        return Layer([self.stand_in(widths[o]) for o in sorted(widths)])
+
+    def stand_in(self, width: int) -> Any:
+        array = np.zeros((1, 1, width), np.float16)
+        self.kept.append(array)
+        return self.network.add_constant(array.shape, self.trt.Weights(array)).get_output(0)
+
+
+def products(trt: Any, network: Any) -> dict[str, Any]:
+    """What `step_products.rewrite` did to a really parsed network."""
+    from dijiang_engines.step_products import rewrite
+
+    changed = WithPlugins(trt, network)
+    creator = SimpleNamespace(
+        create_plugin=lambda name, fields, phase: {f.name: np.array(f.data) for f in fields}
+    )
+    registry = SimpleNamespace(get_creator=lambda name, version, namespace: creator)
+    with mock.patch.object(trt, "get_plugin_registry", return_value=registry):
+        done = rewrite(trt, changed, "float16")
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    return done.to_json() | {"fields": changed.launches, "outputs": [_tensor(t) for t in outputs]}
+
+
 def main() -> int:
-    site, graph, out = map(Path, sys.argv[1:4])
-    trt = load(site)
-    network, kept = parse(trt, graph)
-    write(describe(trt, network), out)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(",")[0])
+    parser.add_argument("site", type=Path)
+    parser.add_argument("graph", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--products", action="store_true")
+    options = parser.parse_args()
+    trt = load(options.site)
+    network, kept = parse(trt, options.graph)
+    document = describe(trt, network)
+    if options.products:
+        document["products"] = products(trt, network)
+    write(document, options.out)
     del network, kept
     return 0
 

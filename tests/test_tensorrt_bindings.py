@@ -216,7 +216,7 @@ MUTATIONS = [
     ("step_products.py", "add_plugin_v3(inputs, [], plugin)", "add_plugin_v3(inputs, plugin)", NEW),
     ("step_products.py", "else registry.get_plugin_creator", "else registry.get_creator", OLD),
     ("step_products.py", "else network.add_plugin_v2(inputs, ", "else network.add_plugin(inputs, ", OLD),
-    ("build_worker.py", '"builder_optimization_level": int', '"optimization_level": int', ANY),
+    ("build_worker.py", '"builder_optimization_level": req', '"optimization_level": req', ANY),
     ("build_worker.py", "strongly_typed=dialect", "typed=dialect", ANY),
 ]  # fmt: skip
 

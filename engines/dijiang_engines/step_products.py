@@ -107,8 +107,7 @@ def rewrite(trt: Any, network: Any, dtype: str) -> Rewritten:
                 done.left += 1
             else:
                 found.append(product)
-    # A network lists layers after what they read: in the order of their inputs, so come the launches.
-    order = {tensor.name: index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
+    order = graph.order()  # a launch reads the results of those before it
     launches = list(_launches(list(_outputs(graph, found))))
     launches.sort(key=lambda launch: max(order.get(t.name, -1) for o in launch for t in _reads(o)))
     now: dict[str, Any] = {}
