@@ -193,8 +193,8 @@ class Layer:
 class WithPlugins:
     """The network with the method that TensorRT for RTX's bindings lack.
 
-    What the plugin would give is stood in for by constants of its shape: so layers of the real network get new
-    inputs, and refuse those that do not fit.
+    What the plugin would give is stood in for by constants of its shape: so layers of the real network get
+    new inputs, and refuse those that do not fit.
     """
 
     def __init__(self, trt: Any, network: Any) -> None:

@@ -1,6 +1,6 @@
 """Our step graphs through the parser of a real TensorRT: TensorRT for RTX, whose wheel needs no GPU to parse.
 
-`make bindings` fetches it. Its API is that of TensorRT 10 and 11; of what 8.6's parser makes only the record of
+`make bindings` fetches it. Its API is that of TensorRT 10 and 11. What 8.6's parser makes, only the record of
 runs on a GPU tells (docs/evidence/engines-linear-h200.txt: all 26 products of the sample were found).
 """
 
