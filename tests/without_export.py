@@ -1,12 +1,15 @@
 """Tests where what only an export needs is not installed: on a device, and in `make test-pythons`.
 
-A test, fixture or file that imports an absent one of these packages is skipped, and says which. Where all are
-installed nothing of this has an effect. Hooks for conftest.py.
+A test, fixture or file that imports an absent one of these packages, or starts a process that does, is
+skipped, and says which. An import on the engines' side is a failure all the same. Where all are installed
+nothing of this has an effect. Hooks for conftest.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import traceback
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,38 @@ from typing import Any
 import pytest
 
 PACKAGES = ("torch", "transformers", "onnxscript", "scipy")
+ENGINES = "/dijiang_engines/"
 ABSENT = tuple(name for name in PACKAGES if importlib.util.find_spec(name) is None)
 
 
 def absent(error: BaseException | None) -> str | None:
-    """The package of ABSENT that an import failed for, or None."""
+    """The package of ABSENT that an import failed for, or None.
+
+    None too if it is the engines' side that imports it: that must run without.
+    """
     while error is not None:
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in ABSENT:
-            return (error.name or "").split(".")[0]
+        name = (getattr(error, "name", None) or "").split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and name in ABSENT:
+            frames = traceback.extract_tb(error.__traceback__)
+            return None if any(ENGINES in frame.filename for frame in frames[-1:]) else name
         error = error.__cause__ or error.__context__
     return None
+
+
+def absent_in(text: str) -> str | None:
+    """The same of a process that the test started, from what it printed."""
+    for name in ABSENT:
+        if (found := re.search(rf"No module named '{name}[.']", text)) is not None:
+            files = re.findall(r'File "([^"]+)"', text[: found.start()])
+            return None if any(ENGINES in file for file in files[-1:]) else name
+    return None
+
+
+def _imports(error: BaseException | None) -> bool:
+    """Is an import among what led to this?"""
+    while error is not None and not isinstance(error, ImportError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class Module(pytest.Module):
@@ -49,8 +74,12 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What failed for want of a package was not tested."""
     report = yield
+    if not report.failed or not ABSENT:
+        return report
     error = None if call.excinfo is None else call.excinfo.value
-    if report.failed and (name := absent(error)) is not None:
+    printed = "\n".join([report.longreprtext, *(text for _, text in report.sections)])
+    name = absent(error) if _imports(error) else absent_in(printed)
+    if name is not None:
         report.outcome = "skipped"
         report.longrepr = (str(item.path), 0, f"Skipped: {name} is not installed")
     return report
