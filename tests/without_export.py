@@ -38,7 +38,8 @@ def absent(error: BaseException | None) -> str | None:
 def absent_in(text: str) -> str | None:
     """The same of a process that the test started, from what it printed."""
     for name in ABSENT:
-        if (found := re.search(rf"No module named '{name}[.']", text)) is not None:
+        said = rf"No module named '{name}[.']|needs the Python package {name}, which is not here"
+        if (found := re.search(said, text)) is not None:
             files = re.findall(r'File "([^"]+)"', text[: found.start()])
             return None if any(ENGINES in file for file in files[-1:]) else name
     return None
