@@ -11,6 +11,7 @@
 # ENGINE_PYTHON  the Python that has TensorRT, for `make engine-test`          default: that of .venv
 # ENGINE_TEST  more options of tests/gpu/engine_test.py                      e.g. ENGINE_TEST="--dtypes float16"
 # KERNELS      more options of `make bench-kernels`                          e.g. KERNELS="--shape 32x128"
+# PYTHONS      versions for `make test-pythons`                               default: 3.10 3.12 3.13
 # SHAPES       what `make bench-export` exports                              default: 410M, 1B and 2.8B
 
 SHELL := /bin/bash
@@ -26,6 +27,7 @@ ARCHITECTURES ?=
 JOBS ?= $(shell nproc)
 TRT_INCLUDE ?=
 KERNELS ?=
+PYTHONS ?= 3.10 3.12 3.13
 SHAPES ?= pythia-410m pythia-1b pythia-2.8b
 
 BIN := $(VENV)/bin
@@ -39,7 +41,7 @@ PROMPT := def read_file(path):
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup demo test lint format plugin plugin-headers registry-test engine-test bench bench-export bench-kernels clean distclean
+.PHONY: help setup demo test test-pythons lint format plugin plugin-headers bindings registry-test engine-test bench bench-export bench-kernels clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +71,11 @@ $(BUNDLE)/manifest.json: $(EXPORT_SOURCES) | $(INSTALLED)
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-pythons: $(BUNDLE)/manifest.json ## the tests that need no PyTorch, on the other PYTHONS that are here
+	rm -rf build/wheel
+	$(BIN)/python -m hatchling build -t wheel -d build/wheel
+	$(BIN)/python .ci/test_pythons.py --wheel build/wheel/*.whl --bundle $(BUNDLE) --least 600 $(if $(CI),--require) $(PYTHONS)
+
 lint: $(INSTALLED) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,6 +91,9 @@ plugin: ## compile the CUDA kernels for every architecture into build/plugin
 
 plugin-headers: $(INSTALLED) ## compile the TensorRT plugin against the headers in each of TRT_INCLUDE
 	env -u MAKEFLAGS -u MAKELEVEL $(BIN)/python .ci/plugin_headers.py --jobs $(JOBS) "$(TRT_INCLUDE)"
+
+bindings: $(INSTALLED) ## fetch TensorRT's Python bindings and TensorRT for RTX for the tests (150 MB)
+	$(BIN)/python .ci/fetch_wheels.py build/tensorrt-wheels
 
 registry-test: $(INSTALLED) ## drive the plugin through the registries of TensorRT's lean runtimes (fetches 90 MB)
 	$(BIN)/python plugins/tests/fetch_lean.py build/tensorrt-lean

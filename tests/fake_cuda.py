@@ -3,6 +3,7 @@
 Work on a stream runs as late as it may: when somebody waits for it. So a host array that is changed or read
 too early is seen, as is memory that was freed while something still needed it. New memory is full of NaNs.
 Capture records work; waiting or allocating while recording is an error, as in CUDA.
+It proves orchestration only.
 
 Which GPU there is stands in the environment, FAKE_GPU, as JSON (fake_tensorrt.FakeMachine writes it).
 """

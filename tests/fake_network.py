@@ -1,7 +1,9 @@
 """TensorRT's network API as far as step_products.py uses it, in NumPy.
 
-Networks as 8.6's parser makes them of ONNX, plugins that only remember their fields, and an evaluation in
-float64 by the definitions of the layers.
+Nothing here is invented about what TensorRT's parser makes of a graph: `replay` follows a description of a
+network that TensorRT for RTX parsed (tests/data/networks; tests/rtx_network.py wrote it, and
+tests/test_rtx_network.py compares it with a new one). Plugins only remember their fields, and networks are
+evaluated in float64 by the definitions of their layers.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 
 class Enum:
@@ -72,7 +73,7 @@ class IActivationLayer(ILayer):
 
 
 class INormalizationLayer(ILayer):
-    axes = 1 << 2
+    axes = property(lambda self: self.own["axes"])
     epsilon = property(lambda self: self.own["epsilon"])
 
 
@@ -84,7 +85,10 @@ class Registry:
         assert (name, version, namespace) == ("DijiangLinear", "1", "dijiang")
         return self if self.found else None
 
-    def create_plugin(self, name: str, fields: list[Any]) -> Any:
+    get_creator = get_plugin_creator
+
+    def create_plugin(self, name: str, fields: list[Any], *phase: str) -> Any:
+        assert phase in ((), ("TensorRTPhase.BUILD",))
         return {field[0]: field[1] for field in fields} if self.accepts else None
 
 
@@ -93,6 +97,7 @@ class Trt:
 
     LayerType = Enum("LayerType")
     PluginFieldType = Enum("PluginFieldType")
+    TensorRTPhase = Enum("TensorRTPhase")
     IConstantLayer, IMatrixMultiplyLayer, IElementWiseLayer = (
         IConstantLayer,
         IMatrixMultiplyLayer,
@@ -115,18 +120,16 @@ class Trt:
         return name, data, kind
 
 
-_ELEMENTWISE = {"Add": "SUM", "Mul": "PROD", "Sub": "SUB", "Div": "DIV", "Pow": "POW"}
-_UNARY = {"Erf": "ERF", "Sqrt": "SQRT", "Neg": "NEG", "Exp": "EXP"}
-_ACTIVATION = {"Relu": "RELU", "Sigmoid": "SIGMOID", "Tanh": "TANH"}
 _POINTWISE: dict[str, Callable[..., Any]] = {
     "SUM": np.add, "PROD": np.multiply, "SUB": np.subtract, "DIV": np.divide, "POW": np.power,
+    "MAX": np.maximum, "MIN": np.minimum, "FLOOR_DIV": np.floor_divide, "RECIP": np.reciprocal,
     "ERF": np.vectorize(math.erf, otypes=[float]), "SQRT": np.sqrt, "NEG": np.negative, "EXP": np.exp,
     "RELU": lambda x: np.maximum(x, 0), "SIGMOID": lambda x: 1 / (1 + np.exp(-x)), "TANH": np.tanh,
 }  # fmt: skip
 
 
 class Network:
-    """INetworkDefinition of a step graph."""
+    """INetworkDefinition of a step graph, of TensorRT 8.6."""
 
     def __init__(self) -> None:
         self.layers: list[ILayer] = []
@@ -148,7 +151,8 @@ class Network:
         self, kind: str, inputs: list[Any], shapes: list[tuple[int, ...]], names: list[str], **own: Any
     ) -> ILayer:
         label = f"(Unnamed Layer* {len(self.layers)}) [{kind}]"
-        outputs = [Tensor(n or f"{label}_output", s) for n, s in zip(names, shapes, strict=True)]
+        named = [(n or f"{label}_output", s) for n, s in zip(names, shapes, strict=True)]
+        outputs = [self.tensors.get(n) or Tensor(n, s) for n, s in named]
         self.layers.append(ILayer(kind, label, inputs, outputs))
         self.layers[-1].own = own
         self.tensors |= {tensor.name: tensor for tensor in outputs}
@@ -192,11 +196,21 @@ class Network:
         return [value(tensor) for tensor in self.outputs]
 
 
+class ModernNetwork(Network):
+    """Of TensorRT 10 and 11."""
+
+    def add_plugin_v3(
+        self, inputs: list[Tensor], shape_inputs: list[Tensor], plugin: dict[str, Any]
+    ) -> ILayer:
+        assert shape_inputs == []
+        return self.add_plugin_v2(inputs, plugin)
+
+
 def _run(layer: ILayer, values: list[Any]) -> list[Any]:
     own = layer.own
     if "weights" in own:
         return [own["weights"]]
-    if layer.kind == "SHUFFLE":
+    if layer.kind == "SHUFFLE" and "function" not in own:
         return [values[0].reshape(layer.outputs[0].shape)]
     if "op" in own:
         return [_POINTWISE[own["op"]](*(np.asarray(v, np.float64) for v in values))]
@@ -252,89 +266,95 @@ def _activated(activation: int, sums: list[Any]) -> Any:
     return {0: x, 1: np.maximum(x, 0), 4: silu, 5: silu * sums[-1]}[activation]
 
 
-# -- from ONNX ---------------------------------------------------------------------------------------
+# -- as a parser made it -----------------------------------------------------------------------------
 
 
-def parse(model: ir.Model) -> Network:
-    """As TensorRT 8.6's parser does: constants are shuffled to the rank of what they meet."""
-    network = Network()
-    arrays = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
-    ranks: dict[str, int] = {}
-    for value in model.graph.inputs:
-        network.tensors[str(value.name)] = Tensor(str(value.name))
-    for name, array in arrays.items():
-        network.constant(array, str(name))
-    for node in model.graph:
-        inputs = [None if v is None else network.tensors[str(v.name)] for v in node.inputs]
-        names = [str(v.name) for v in node.outputs]
-        kind = node.op_type
-        shapes = [tuple(d if isinstance(d, int) else -1 for d in (v.shape or ())) for v in node.outputs]
-        ranks.update(zip(names, map(len, shapes), strict=True))
+def replay(document: dict[str, Any], arrays: dict[str, Any]) -> Network:
+    """The network that tests/rtx_network.py described, layer by layer.
 
-        def met(tensor: Any, rank: int) -> Any:
-            if tensor.name not in arrays or len(tensor.shape) >= rank:
-                return tensor
-            return network.shuffled(tensor, (1,) * (rank - len(tensor.shape)) + tensor.shape)
-
-        rank = max([len(s) for s in shapes] + [len(t.shape) for t in inputs if t is not None])
-        if kind == "MatMul":
-            network.add("MATRIX_MULTIPLY", [met(t, rank) for t in inputs], shapes, names)
-        elif kind == "Gemm":  # of a tied head: the second matrix is transposed
-            assert len(inputs) == 2 and node.attributes["transB"].as_int() == 1
-            network.add("MATRIX_MULTIPLY", inputs, shapes, names, transposed=True)
-        elif kind in _ELEMENTWISE:
-            network.add("ELEMENTWISE", [met(t, rank) for t in inputs], shapes, names, op=_ELEMENTWISE[kind])
-        elif kind in _UNARY:
-            network.add("UNARY", inputs, shapes, names, op=_UNARY[kind])
-        elif kind in _ACTIVATION:
-            network.add("ACTIVATION", inputs, shapes, names, op=_ACTIVATION[kind])
-        elif kind == "LayerNormalization":
-            epsilon = node.attributes["epsilon"].as_float()
-            network.add(
-                "NORMALIZATION", [inputs[0], *(met(t, 3) for t in inputs[1:])], shapes, names, epsilon=epsilon
-            )
-        else:
-            network.add(kind.upper(), inputs, shapes, names, function=_other(node))
-    network.outputs = [network.tensors[str(v.name)] for v in model.graph.outputs]
+    Args:
+        document: of a graph that TensorRT for RTX parsed.
+        arrays: the graph's initializers, by their names, which the parser gives to its constants.
+    """
+    network = ModernNetwork()
+    made = [tensor for layer in document["layers"] for tensor in layer["outputs"]]
+    for tensor in [*document["inputs"], *made]:  # first, because some layers come before what they read
+        network.tensors[tensor["name"]] = Tensor(tensor["name"], tuple(tensor["shape"]))
+    for layer in document["layers"]:
+        inputs = [None if name is None else network.tensors[name] for name in layer["inputs"]]
+        names = [tensor["name"] for tensor in layer["outputs"]]
+        shapes = [tuple(tensor["shape"]) for tensor in layer["outputs"]]
+        network.add(layer["kind"], inputs, shapes, names, **_own(layer, arrays)).name = layer["name"]
+    network.outputs = [network.tensors[name] for name in document["outputs"]]
     return network
 
 
-def _other(node: ir.Node) -> Callable[..., list[Any]]:
-    kind = node.op_type
-    if kind == "Gather":
-        return lambda table, ids: [np.asarray(table, np.float64)[np.asarray(ids, np.int64)]]
-    if kind == "Cast":
-        return lambda x: [x]
-    if kind == "ReduceMean":
-        return lambda x, *_: [np.asarray(x, np.float64).mean(-1, keepdims=True)]
-    simple: dict[str, Callable[..., Any]] = {
-        "Unsqueeze": lambda x, axes: np.expand_dims(x, tuple(int(a) for a in axes)),
-        "Squeeze": lambda x, *axes: np.squeeze(x),
-        "Reshape": lambda x, shape: x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)]),
-        "Shape": lambda x: np.array(x.shape)[_part(node)],
-        "Range": lambda first, end, step: np.arange(int(first), int(end), int(step)),
-        "Clip": lambda x, least, *most: np.clip(x, least, *(most or [None])),
-        "Concat": lambda *parts: np.concatenate([np.atleast_1d(part) for part in parts]),
-        "Reciprocal": lambda x: 1 / np.asarray(x, np.float64),
-    }
-    if kind in simple:
-        return lambda *values: [simple[kind](*values)]
-    if kind == "DijiangAttention":  # any function of all that may change
-        heads, d = (node.attributes[n].as_int() for n in ("num_heads", "head_dim"))
-
-        def attention(qkv: Any, gate: Any, past: Any, *_: Any) -> list[Any]:
-            q = np.asarray(qkv, np.float64)[..., : heads * d]
-            return [np.tanh(q) * gate + qkv.mean(-1, keepdims=True), past + q.mean()]
-
-        return attention
-
-    def missing(*_: Any) -> list[Any]:
-        raise NotImplementedError(kind)
-
-    return missing
+def _own(layer: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+    """What the layer holds, and what it computes if that is not in `_run`."""
+    kind = layer["kind"]
+    if kind == "CONSTANT":
+        return {"weights": _constant(layer, arrays)}
+    if kind == "MATRIX_MULTIPLY":
+        assert (layer["op0"], layer["op1"]) in (("NONE", "NONE"), ("NONE", "TRANSPOSE"))
+        return {} if layer["op1"] == "NONE" else {"transposed": True}
+    if kind == "NORMALIZATION":
+        return {"epsilon": layer["epsilon"], "axes": layer["axes"]}
+    if kind == "ACTIVATION":
+        return {"op": layer["type"]}
+    if kind in ("ELEMENTWISE", "UNARY"):
+        return {"op": layer["op"]}
+    return {"function": _FUNCTIONS[kind](layer)}
 
 
-def _part(node: ir.Node) -> slice:
-    """Which dimensions a Shape node gives."""
-    start, end = (node.attributes.get(name) for name in ("start", "end"))
-    return slice(start.as_int() if start else None, end.as_int() if end else None)
+def _constant(layer: dict[str, Any], arrays: dict[str, Any]) -> Any:
+    (tensor,) = layer["outputs"]
+    kind = {"HALF": np.float16, "FLOAT": np.float32, "INT64": np.int64, "INT32": np.int32}[tensor["dtype"]]
+    if layer["name"] in arrays:
+        array = arrays[layer["name"]]
+        assert array.dtype == kind, (
+            f"{layer['name']}: TensorRT has {tensor['dtype']}, the graph {array.dtype}"
+        )
+    else:
+        array = np.array(layer["values"], kind)
+    return array.reshape(tensor["shape"])
+
+
+def _attention(layer: dict[str, Any]) -> Callable[..., list[Any]]:
+    """Any function of all that may change."""
+    width = layer["outputs"][0]["shape"][-1]
+
+    def attention(qkv: Any, gate: Any, past: Any, *_: Any) -> list[Any]:
+        q = np.asarray(qkv, np.float64)[..., :width]
+        return [np.tanh(q) * gate + qkv.mean(-1, keepdims=True), past + q.mean()]
+
+    return attention
+
+
+def _reduced(layer: dict[str, Any]) -> Callable[..., list[Any]]:
+    assert (layer["op"], layer["keep_dims"]) == ("AVG", True)
+    axes = tuple(axis for axis in range(8) if layer["axes"] >> axis & 1)
+    return lambda x: [np.asarray(x, np.float64).mean(axes, keepdims=True)]
+
+
+def _sliced(layer: dict[str, Any]) -> Callable[..., list[Any]]:
+    (start,), (size,), (stride,) = layer["start"], layer["shape"], layer["stride"]
+    return lambda x: [x[start : start + size * stride : stride]]
+
+
+def _reshaped(layer: dict[str, Any]) -> Callable[..., list[Any]]:
+    unmoved = list(range(8))
+    assert layer["first_transpose"] == layer["second_transpose"] == unmoved
+    given = layer["reshape_dims"]
+    return lambda x, *shape: [np.reshape(x, [int(n) for n in shape[0]] if shape else given)]
+
+
+_FUNCTIONS: dict[str, Callable[[dict[str, Any]], Callable[..., list[Any]]]] = {
+    "PLUGIN_V3": _attention, "REDUCE": _reduced, "SLICE": _sliced, "SHUFFLE": _reshaped,
+    "CAST": lambda layer: lambda x: [x],
+    "SHAPE": lambda layer: lambda x: [np.array(x.shape)],
+    "SQUEEZE": lambda layer: lambda x, *_: [np.squeeze(x)],
+    "UNSQUEEZE": lambda layer: lambda x, axes: [np.expand_dims(x, tuple(int(a) for a in axes))],
+    "CONCATENATION": lambda layer: lambda *parts: [np.concatenate(parts, layer["axis"])],
+    "FILL": lambda layer: lambda size, start, step: [start + step * np.arange(int(size[0]))],
+    "GATHER": lambda layer: lambda table, ids: [np.take(table, np.asarray(ids, np.int64), layer["axis"])],
+}  # fmt: skip

@@ -2,7 +2,9 @@
 
 It parses, notes what it was asked for, and writes a plan that names the bundle's standard graph.
 
-Parameters are those of Polygraphy 0.49 to 0.53 that are used; one that is not there is a TypeError.
+Parameters are those of Polygraphy 0.49 to 0.53 that are used; one that is not there is a TypeError. Proves
+orchestration only: what the real one takes is tests/test_tensorrt_bindings.py's to show, and what a parser
+makes of a graph tests/test_rtx_network.py's.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 The builder (fake_polygraphy.py) builds nothing: its plan names the bundle's standard graph and what was asked
 for. The runtime here runs that graph with ONNX Runtime on fake_cuda's memory, and refuses what TensorRT
 refuses: other versions' plans, sizes outside the profile, contexts that lack memory, addresses or shapes. So
-numbers are right only if everything was bound as it must be. No kernel is tested by it, and no speed.
+numbers are right only if everything was bound as it must be. Everything here proves orchestration only: the
+product's own code and ONNX Runtime stand on the other side, no TensorRT, no kernel and no speed.
 
 What a version has and lacks follows NvInfer.h of release/8.6, v10.3.0, v10.13.3, v10.16 and v11.1.
 """

@@ -1,45 +1,41 @@
 """Runs what this project does with TensorRT against the real bindings: `tensorrt_probe.py REQUEST.json`.
 
 A process of its own, so that the stub libraries are on its path (tests/tensorrt_strict.py) and two versions
-do not meet. The request names a file and what stands in for the plugin. Writes one JSON object: the version,
+do not meet. The request names a file and what stands in for the plugin, and says whether the first failure is
+enough. Writes one JSON object: the version,
 what was used of which class, what the builder was asked for, and what failed.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
+from tensorrt_probe_network import Parsed, profiles
 from tensorrt_strict import Calls, Strict
+from tensorrt_uses import check_names
 
 trt: Any = importlib.import_module("tensorrt_bindings")
 sys.modules["tensorrt"] = trt  # the package tensorrt is this under another name
 
 from dijiang_engines import build_worker, io_names, tensorrt_library, typed_network  # noqa: E402
 from dijiang_engines import tensorrt_versions as versions  # noqa: E402
+from dijiang_engines.build_request import BuildRequest, read_request  # noqa: E402
 from dijiang_engines.manifest import graph_io  # noqa: E402
 from dijiang_engines.runners import tensorrt as runner_module  # noqa: E402
 from dijiang_engines.runners import tensorrt_checks  # noqa: E402
 
 SPEC: Any = SimpleNamespace(num_layers=2, state_shape=(2, 16, 16), vocab_size=100)
-PROFILES = [
-    {
-        io_names.INPUT_IDS: [[1, 1], [2, n // 2], [4, n]],
-        io_names.POSITIONS: [[1], [2], [4]],
-        io_names.SEQ_LENS: [[1], [2], [4]],
-        **{io_names.past_state(i): [[b, 2, 16, 16] for b in (1, 2, 4)] for i in range(2)},
-    }
-    for n in (64, 2)
-]
+PROFILES = profiles()
 CALLS = Calls()
 VERSION = tensorrt_library.tensorrt_version(trt)
 DIALECT = versions.dialect_of(VERSION)
@@ -57,7 +53,9 @@ def creator() -> Any:
 def registry() -> Any:
     lists = [n for n in ("plugin_creator_list", "all_creators") if hasattr(trt.IPluginRegistry, n)]
     newest = lists[-1]
-    return strict("IPluginRegistry", **{name: [creator()] if name == newest else [] for name in lists})
+    values: dict[str, Any] = {name: [creator()] if name == newest else [] for name in lists}
+    finders = [n for n in ("get_creator", "get_plugin_creator") if hasattr(trt.IPluginRegistry, n)]
+    return strict("IPluginRegistry", **values, **{name: lambda *_: creator() for name in finders})
 
 
 class HostMemory(bytes):
@@ -74,44 +72,10 @@ class HostMemory(bytes):
 
 
 def names_in_the_source(engines: Path) -> None:
-    """Every `trt.A.B` that the code names is there, unless it asks first or is for another version."""
-    files = ["build_worker", "tensorrt_library", "tensorrt_versions", "build", "runners/tensorrt"]
-    files += ["runners/tensorrt_checks", "runners/tensorrt_decoder"]
-    if not DIALECT.strongly_typed:
-        files.append("typed_network")
-    missing = []
-    for file in files:
-        tree = ast.parse((engines / f"{file}.py").read_text(encoding="utf-8"))
-        asked = {
-            node.args[1].value
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-            and node.func.id in ("hasattr", "getattr") and isinstance(node.args[1], ast.Constant)
-        }  # fmt: skip
-        bases = {
-            ast.unparse(base): {f.name for f in node.body if isinstance(f, ast.FunctionDef)}
-            for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases
-        }  # fmt: skip
-        for chain in sorted({ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}):
-            parts = chain.removeprefix("self.tensorrt.").removeprefix("self.").split(".")
-            if parts[0] != "trt" or not all(part.isidentifier() for part in parts):
-                continue
-            found: Any = trt
-            for part in parts[1:]:
-                found = getattr(found, part, None)
-                if found is None:
-                    break
-            if found is None and parts[1] in asked:
-                continue  # the code asks first
-            if found is None:
-                missing.append(f"{file}: {'.'.join(parts)}")
-                continue
-            if len(parts) > 1:
-                CALLS.used.add(".".join(parts[1:]))
-            for method in bases.get(chain, ()):
-                if not method.startswith("_") and not hasattr(found, method):
-                    missing.append(f"{file}: {chain} calls no {method}")
-    assert not missing, f"TensorRT {trt.__version__} lacks {missing}"
+    """Every name of TensorRT's that a module has is there."""
+    found = check_names(trt, engines, DIALECT.name)
+    CALLS.used |= found.used
+    assert not found.missing, f"TensorRT {trt.__version__} lacks {found.missing}"
 
 
 def library(request: dict[str, Any]) -> None:
@@ -193,43 +157,14 @@ def runner(request: dict[str, Any]) -> None:
     assert ["input_ids", "(2, 5)"] in CALLS.arguments("IExecutionContext.set_input_shape")
 
 
-def network() -> Any:
-    """What the parser made: inputs, an output, and layers of several kinds."""
-    kind = trt.DataType.FLOAT
-
-    def tensor(name: str, shape: tuple[int, ...] = (-1,)) -> Any:
-        return strict("ITensor", name=name, dtype=kind, shape=shape, is_shape_tensor=False)
-
-    def layer(name: str, type_name: str) -> Any:
-        output = tensor(name + "_out")
-        values = {"precision": kind, "precision_is_set": False, "get_output_type": kind}
-        kept = {n: v for n, v in values.items() if hasattr(trt.ILayer, n)}
-        return strict(
-            "ILayer", name=name, type=getattr(trt.LayerType, type_name), num_outputs=1, num_inputs=0,
-            get_output=lambda index: output, **kept,
-        )  # fmt: skip
-
-    shapes = {name: tuple(-1 for _ in best) for name, (_, best, _) in PROFILES[0].items()}
-    shapes[io_names.past_state(0)] = shapes[io_names.past_state(1)] = (-1, 2, 16, 16)
-    inputs = [tensor(name, shape) for name, shape in shapes.items()]
-    kinds = {"/a/MatMul": "MATRIX_MULTIPLY", "/norm/Sub": "ELEMENTWISE", "/dijiang": "PLUGIN_V2"}
-    layers = [layer(name, kind) for name, kind in kinds.items()]
-    layers.append(layer("logits", "MATRIX_MULTIPLY"))
-    out = layers[-1].get_output(0)
-    return strict(
-        "INetworkDefinition", num_inputs=len(inputs), num_outputs=1, num_layers=len(layers), name="graph",
-        get_input=lambda index: inputs[index], get_output=lambda index: out,
-        get_layer=lambda index: layers[index],
-    )  # fmt: skip
-
-
-def builder(request: dict[str, Any], dtype: str) -> dict[str, Any]:
+def builder(request: dict[str, Any], dtype: str, products: bool) -> dict[str, Any]:
     """The whole worker with the real Polygraphy; what it asked the builder for."""
     CALLS.made.clear()
     cache = Path(request["folder"]) / f"{dtype}.cache"
     cache.write_bytes(b"old")  # so that it is loaded too
-    plan = Path(request["folder"]) / f"{dtype}.plan"
-    parsed = network()
+    plan = Path(request["folder"]) / f"{dtype} {products}.plan"
+    network = Parsed(trt, CALLS)
+    parsed = network.network()
     flags: set[str] = {"TF32"}
 
     def set_flag(flag: Any) -> None:
@@ -269,17 +204,16 @@ def builder(request: dict[str, Any], dtype: str) -> dict[str, Any]:
         mock.patch.object(build_worker, "Cuda", mock.MagicMock()),
         mock.patch.object(build_worker, "PeakMemory", return_value=mock.Mock(finish=lambda: 5)),
     ):
-        build_worker.build(
-            {
-                "onnx": request["onnx"], "plan": str(plan), "plugin": request["plugin"], "dtype": dtype,
-                "profiles": PROFILES, "workspace": 256 << 20, "optimization_level": 3,
-                "timing_cache": str(cache), "device": 0,
-            },
-            events,
+        asked = BuildRequest(
+            onnx=Path(request["onnx"]), plan=plan, plugin=Path(request["plugin"]), dtype=dtype,
+            profiles=PROFILES, workspace=256 << 20, optimization_level=3, timing_cache=cache, device=0,
+            plugin_products=products,
         )  # fmt: skip
+        asked.write(Path(request["folder"]) / "request.json")
+        build_worker.build(read_request(Path(request["folder"]) / "request.json"), events)
     assert plan.read_bytes() == b"a plan" and cache.read_bytes() == b"new"
     done = said[-1]
-    assert done["event"] == "done" and done["layers"] == 4
+    assert done["event"] == "done" and done["layers"] == network.parsed
     if DIALECT.progress_monitor:
         monitor = build_worker._monitor(trt, events)
         monitor.phase_start("Build", None, 3)
@@ -301,6 +235,9 @@ def builder(request: dict[str, Any], dtype: str) -> dict[str, Any]:
         "caches": CALLS.arguments("IBuilderConfig.create_timing_cache"),
         "precisions": CALLS.arguments("ILayer.precision"),
         "static": CALLS.arguments("ITensor.shape"),
+        "products": done["plugin_products"],
+        "plugins": [len(CALLS.arguments(f"INetworkDefinition.add_plugin_v{n}")) for n in (2, 3)],
+        "moved": [arguments[0] for name, arguments in CALLS.made if name.endswith(".set_input")],
     }
 
 
@@ -308,7 +245,9 @@ def typed(request: dict[str, Any]) -> None:
     """8.6: layers are held to types."""
     if not DIALECT.strongly_typed:
         for held in typed_network.HELD:
-            assert typed_network.type_network(trt, network(), held) == {"float16": 1, "float32": 2}
+            half = {"products": 2, "arithmetic": 5}[held]
+            parsed = Parsed(trt, CALLS).network()
+            assert typed_network.type_network(trt, parsed, held) == {"float16": half, "float32": 2}
 
 
 def main() -> int:
@@ -317,22 +256,22 @@ def main() -> int:
     failures: dict[str, str] = {}
 
     def attempt(name: str, check: Callable[[], Any]) -> None:
+        if failures and request["first"]:
+            return
         try:
             found[name] = check()
         except BaseException as error:  # noqa: BLE001 - Polygraphy's failures too
             failures[name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
 
-    attempt("names", lambda: names_in_the_source(Path(build_worker.__file__).parent))
+    attempt("names", lambda: names_in_the_source(Path(build_worker.__file__).parents[1]))
     attempt("library", lambda: library(request))
     attempt("runner", lambda: runner(request))
     attempt("typed", lambda: typed(request))
-    if request["polygraphy"]:
-        import polygraphy
-
-        found["polygraphy"] = polygraphy.__version__
-        for dtype in DIALECT.dtypes:
-            attempt(f"builder {dtype}", lambda dtype=dtype: builder(request, dtype))  # type: ignore[misc]
+    found["polygraphy"] = importlib.import_module("polygraphy").__version__
+    for dtype in DIALECT.dtypes:
+        attempt(f"builder {dtype}", partial(builder, request, dtype, False))
+    attempt("builder float16 products", partial(builder, request, "float16", True))
     used = sorted(CALLS.used)
     Path(request["result"]).write_text(json.dumps(found | {"used": used, "failures": failures}))
     return 1 if failures else 0

@@ -144,6 +144,8 @@ def _is_a(module: Any, value: Any, annotation: str) -> bool:
         return True  # an annotation that says too little
     if kind.__name__ in ("Dims", "Permutation"):  # made from any sequence of numbers
         return all(isinstance(size, (int, np.integer)) for size in value)
+    if kind.__name__ == "PluginFieldCollection_":  # made from the vector that is called without the line
+        return isinstance(value, module.PluginFieldCollection)
     return isinstance(value, kind)
 
 
@@ -174,13 +176,17 @@ class Strict:
         module: the bindings.
         kind: one of its classes.
         calls: told of every use.
-        values: attribute -> its value, or for a method what it gives (a function is called). Other properties
-            are None, other methods give True, 0, None or another Strict, as their signature says.
+        values: attribute -> its value, or for a method what it gives (a function is called). "Class.name" is
+            the name's value once the object is of that class. Other properties are None, other methods give
+            True, 0, None or another Strict, as their signature says.
+
+    Setting __class__ to a class above or below shows it as that, as the bindings' layers allow.
     """
 
     def __init__(self, module: Any, kind: Any, calls: Calls, **values: Any) -> None:
         for name in values:
-            assert hasattr(kind, name), f"{kind.__name__} has no {name}: the test is wrong"
+            known = "." in name or hasattr(kind, name)
+            assert known, f"{kind.__name__} has no {name}: the test is wrong"
         self.__dict__["_strict"] = (module, kind, calls, values)
 
     @property  # type: ignore[misc]
@@ -194,11 +200,17 @@ class Strict:
             raise AttributeError(f"{kind.__name__} of TensorRT {module.__version__} has no {name}")
         calls.used.add(f"{kind.__name__}.{name}")
         if isinstance(real, property) or not callable(getattr(kind, name)):
-            return values.get(name)
+            return values.get(f"{kind.__name__}.{name}", values.get(name))
         return self._method(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         module, kind, calls, values = self.__dict__["_strict"]
+        if name == "__class__":
+            if not issubclass(value, kind) and not issubclass(kind, value):
+                raise TypeError(f"a {kind.__name__} cannot be shown as a {value.__name__}")
+            calls.used.add(value.__name__)
+            self.__dict__["_strict"] = (module, value, calls, values)
+            return
         real = inspect.getattr_static(kind, name, None)
         if not isinstance(real, property) or real.fset is None:
             raise AttributeError(f"{kind.__name__} of TensorRT {module.__version__} has no {name} to set")
@@ -222,7 +234,7 @@ class Strict:
             calls.made.append((f"{kind.__name__}.{name}", texts))
             if name in values:
                 value = values[name]
-                return value(*arguments, **keywords) if inspect.isfunction(value) else value
+                return value(*arguments, **keywords) if inspect.isroutine(value) else value
             if not overloads:
                 return None
             returns = overloads[reasons.index(None)].returns

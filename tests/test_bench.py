@@ -489,6 +489,7 @@ def test_pytorch_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_pytorch_cannot_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
     from dijiang_export.bench_reference import measure_in_subprocess
 
     with pytest.raises(RunnerError, match="PyTorch"):

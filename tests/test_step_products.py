@@ -1,36 +1,27 @@
-"""A step's products given to the plugin: the same function before and after, in float64, on fake networks."""
+"""A step's products given to the plugin: the same function before and after, in float64.
+
+The networks of whole models are those that TensorRT for RTX really parsed, replayed on fake_network.py; the
+small ones are made by hand and show what no model of ours has. That a real TensorRT takes the layers is
+tests/test_tensorrt_bindings.py's and the GPU's to show.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from fake_network import Network, Registry, Tensor, Trt, parse
-from random_models import LLAMA, NEOX, give_weights, random_model, traced, with_heads
+from fake_network import Network, Registry, Tensor, Trt, replay
+from step_graphs import FAMILIES, PARALLEL, description, initializers, step_graph
 
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.step_products import rewrite
-from dijiang_export.graph import lower
-
-PARALLEL = with_heads(NEOX, 4, 4, 16, 4)
-SEQUENTIAL = dataclasses.replace(PARALLEL, parallel_residual=False)
-OPT = dataclasses.replace(
-    SEQUENTIAL, family="opt", rotary_dim=0, position_embeddings=512, position_offset=2, activation="relu"
-)
-FAMILIES = {"parallel": PARALLEL, "sequential": SEQUENTIAL, "opt": OPT, "llama": LLAMA}
 
 
-def step_network(spec: ModelSpec) -> Network:
-    """The step graph for TensorRT of a random model, with its float16 weights."""
-    model = random_model(spec, dtype=torch.float16)
-    graph = traced(spec, torch.float16, "step")
-    lower.lower_to_tensorrt(graph)
-    give_weights(graph, spec, model)
-    return parse(graph)
+def step_network(family: str) -> Network:
+    """The step network of a random model, with its float16 weights."""
+    return replay(description(family), initializers(step_graph(FAMILIES[family])))
 
 
 def call(spec: ModelSpec, rows: int = 3) -> dict[str, Any]:
@@ -57,7 +48,7 @@ def plugins(network: Network) -> list[Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rewritten_network_computes_the_same(family: str) -> None:
     spec = FAMILIES[family]
-    network, given = step_network(spec), call(spec)
+    network, given = step_network(family), call(spec)
     before = network.evaluate(given)
     done = rewrite(Trt(), network, "float16")
     # The graph's GELU has constants rounded to float16, the plugin's has not.
@@ -84,7 +75,7 @@ def needed_layers(network: Network) -> list[Any]:
 
 
 def test_what_is_fused() -> None:
-    network = step_network(PARALLEL)
+    network = step_network("parallel")
     rewrite(Trt(), network, "float16")
     first, second, *_, head = (layer.own["linear"] for layer in plugins(network))
     assert first["term_output"].tolist() == [0, 1, 2] and first["output_norm"].tolist() == [1, 1, 1]
@@ -93,13 +84,13 @@ def test_what_is_fused() -> None:
     assert second["term_output"].tolist() == [0, 0] and second["output_residual"].tolist() == [1]
     assert second["output_norm"].tolist() == [0]
     assert head["output_norm"].tolist() == [1] and head["output_residual"].tolist() == [0]
-    llama = step_network(LLAMA)
+    llama = step_network("llama")
     rewrite(Trt(), llama, "float16")
     assert [5] in [layer.own["linear"]["output_activation"].tolist() for layer in plugins(llama)]
 
 
 def test_weights_keep_their_bits() -> None:
-    network = step_network(PARALLEL)
+    network = step_network("parallel")
     weight = next(layer for layer in network.layers if "qkv.weight" in layer.outputs[0].name).own["weights"]
     rewrite(Trt(), network, "float16")
     packed = plugins(network)[0].inputs[1]
@@ -196,6 +187,20 @@ def test_three_products_in_one_sum() -> None:
     small.check(small.pointwise("SUM", small.pointwise("SUM", a, b), c))
 
 
+def test_a_layer_that_is_listed_before_what_it_reads() -> None:
+    """As TensorRT's parser does: the launches still follow each other, and none reads what was replaced."""
+    small = Small()
+    middle = small.pointwise("TANH", small.x)
+    small.check(small.product(small.product(middle, 64), 8))
+    again = Small()
+    middle = again.pointwise("TANH", again.x)
+    result = again.product(again.product(middle, 64), 8)
+    again.network.layers.append(again.network.layers.pop(0))
+    again.check(result)
+    for network in (small.network, again.network):
+        assert "MATRIX_MULTIPLY" not in [layer.kind for layer in needed_layers(network)]
+
+
 def test_an_output_of_the_network_keeps_its_name() -> None:
     small = Small()
     product = small.product(small.x, 8)
@@ -217,4 +222,4 @@ def test_more_outputs_than_a_launch_takes() -> None:
 )
 def test_a_plugin_that_is_missing_or_refuses(registry: Registry, what: str) -> None:
     with pytest.raises(RunnerError, match=what):
-        rewrite(Trt(registry), step_network(PARALLEL), "float16")
+        rewrite(Trt(registry), step_network("parallel"), "float16")

@@ -1,8 +1,7 @@
 """What this project uses of TensorRT is in the real Python bindings, with the arguments that it gives.
 
-DIJIANG_TENSORRT_BINDINGS  a folder with wheels of NVIDIA's bindings for this Python, packed or unpacked, from
-                           `pip download --no-deps -d bindings tensorrt_cu12_bindings==10.13.3.9` (1 MB each),
-                           and one of polygraphy unless that is installed
+`make bindings` fetches the wheels (1 MB each) and DIJIANG_TENSORRT_BINDINGS may name another folder of them
+(tests/tensorrt_wheels.py).
 
 The bindings are imported for real, over empty libraries (tests/tensorrt_strict.py). No TensorRT and no GPU is
 needed, and none is tested: what is, is that names, signatures and flags fit. Needs a C compiler and binutils.
@@ -10,53 +9,43 @@ needed, and none is tested: what is, is that names, signatures and flags fit. Ne
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorrt_strict import write_stubs
+from tensorrt_uses import users
+from tensorrt_wheels import REQUIRED, unpack, version_of, wheels, without
 
 ENGINES = Path(__file__).resolve().parents[1] / "engines"
 HERE = Path(__file__).resolve().parent
-VARIABLE = "DIJIANG_TENSORRT_BINDINGS"
-FOLDER = Path(os.environ.get(VARIABLE, ""))
 TOOLS = ("cc", "nm", "readelf")
-PYTHON_TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-
-
-def distributions() -> list[Path]:
-    """Wheels, and unpacked ones, in the folder."""
-    if not os.environ.get(VARIABLE):
-        return []
-    unpacked = [p.parent.parent for p in FOLDER.glob("*/tensorrt*bindings/tensorrt.so")]
-    return sorted([*FOLDER.glob("tensorrt*bindings-*.whl"), *unpacked])
-
-
-def name_of(path: Path) -> str:
-    """Such as "10.13.3.9"."""
-    found = re.search(r"-(\d[\d.]*\d)", path.name)
-    return found[1] if found else path.name
+BINDINGS = wheels("tensorrt_bindings") + wheels("tensorrt_cu1[23]_bindings")
 
 
 def cannot() -> str | None:
     """Why nothing can be tested here, or None."""
-    if not os.environ.get(VARIABLE):
-        return f"no {VARIABLE}: no bindings of TensorRT to test with"
-    if not distributions():
-        return f"there are no wheels of TensorRT's bindings in ${VARIABLE}"
+    if not BINDINGS:
+        return without("tensorrt_cu13_bindings") or without("tensorrt_bindings")
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"no {missing[0]} to write stub libraries with" if missing else None
+    return f"no {missing[0]} to write stub libraries with" if missing else without("polygraphy")
 
 
-pytestmark = pytest.mark.skipif(cannot() is not None, reason=cannot() or "")
+needs_bindings = pytest.mark.skipif(cannot() is not None and not REQUIRED, reason=cannot() or "")
+
+
+@needs_bindings
+def test_all_generations_are_here() -> None:
+    """A folder that was named has what is to be tested."""
+    assert cannot() is None
+    if REQUIRED and sys.version_info < (3, 12):  # newer Pythons have no bindings of 8.6
+        assert {version_of(path).partition(".")[0] for path in BINDINGS} == {"8", "10", "11"}
 
 
 class Probe:
@@ -66,16 +55,9 @@ class Probe:
         version: (major, minor, patch).
     """
 
-    def __init__(self, source: Path, polygraphy: Path | None, folder: Path) -> None:
-        self.site = source
-        if source.suffix == ".whl":
-            self.site = folder / "site"
-            with zipfile.ZipFile(source) as archive:
-                archive.extractall(self.site)
+    def __init__(self, source: Path, polygraphy: Path, folder: Path) -> None:
+        self.site = unpack(folder / "site", source)
         (self.module,) = self.site.glob("tensorrt*bindings/tensorrt.so")
-        tags = next(self.site.glob("tensorrt*.dist-info/WHEEL")).read_text()
-        if f"Tag: {PYTHON_TAG}-" not in tags:
-            pytest.skip(f"{source.name} is for another Python than {PYTHON_TAG}")
         text = (self.module.parent / "__init__.py").read_text()
         found = re.search(r'^__version__ = "(\d+)\.(\d+)\.(\d+)', text, re.MULTILINE)
         assert found is not None
@@ -88,8 +70,8 @@ class Probe:
         write_stubs(self.module, number, self.stubs)
         self.polygraphy, self.folder = polygraphy, folder
 
-    def run(self, engines: Path) -> tuple[dict[str, Any], str]:
-        """What the probe says about the sources in `engines`, and what it printed."""
+    def run(self, engines: Path, first: bool = False) -> tuple[dict[str, Any], str]:
+        """What the probe says about the sources in `engines`, one failure if `first`, and what it printed."""
         work = self.folder / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -97,10 +79,10 @@ class Probe:
         request = {
             "onnx": str(work / "model.onnx"), "folder": str(work), "result": str(work / "result.json"),
             "plugin": str(next(self.stubs.glob("libnvinfer_plugin.so.*"))),
-            "polygraphy": self.polygraphy is not None,
+            "first": first,
         }  # fmt: skip
         (work / "request.json").write_text(json.dumps(request))
-        path = [self.site, *([self.polygraphy] if self.polygraphy else []), engines, HERE]
+        path = [self.site, self.polygraphy, engines, HERE]
         done = subprocess.run(
             [sys.executable, str(HERE / "tensorrt_probe.py"), str(work / "request.json")],
             env=os.environ | {
@@ -115,28 +97,19 @@ class Probe:
 
 
 @pytest.fixture(scope="session")
-def polygraphy(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """A folder with the package, or None."""
-    wheels = sorted(FOLDER.glob("polygraphy-*.whl"))
-    if wheels:
-        folder = tmp_path_factory.mktemp("polygraphy")
-        with zipfile.ZipFile(wheels[-1]) as archive:
-            archive.extractall(folder)
-        return folder
-    unpacked = list(FOLDER.glob("*/polygraphy/__init__.py"))
-    if unpacked:
-        return unpacked[0].parent.parent
-    spec = importlib.util.find_spec("polygraphy")
-    return Path(spec.origin).parents[1] if spec and spec.origin else None
+def polygraphy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package."""
+    return unpack(tmp_path_factory.mktemp("polygraphy") / "site", wheels("polygraphy")[-1])
 
 
-@pytest.fixture(scope="module", params=distributions(), ids=name_of)
+@pytest.fixture(scope="module", params=BINDINGS, ids=version_of)
 def probe(
-    request: pytest.FixtureRequest, polygraphy: Path | None, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, polygraphy: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Probe:
-    return Probe(request.param, polygraphy, tmp_path_factory.mktemp(name_of(request.param)))
+    return Probe(request.param, polygraphy, tmp_path_factory.mktemp(version_of(request.param)))
 
 
+@needs_bindings
 def test_everything_that_is_used_exists(probe: Probe) -> None:
     """Logger, registry, plans, contexts, and the builder through the real Polygraphy."""
     found, text = probe.run(ENGINES)
@@ -146,18 +119,20 @@ def test_everything_that_is_used_exists(probe: Probe) -> None:
     builds = [name for name in found if name.startswith("builder ")]
     print(
         f"TensorRT {found['tensorrt']}: {len(found['used'])} names in {len(builds)} builds and one runner, "
-        f"Polygraphy {found.get('polygraphy', 'not here')}"
+        f"Polygraphy {found['polygraphy']}"
     )
-    if probe.polygraphy is None:
-        return
-    assert len(builds) == (2 if probe.version[0] < 10 else 3)
+    assert len(builds) == (3 if probe.version[0] < 10 else 4)
     for name in builds:
-        _check_build(found[name], name.removeprefix("builder "), probe.version)
+        _check_build(found[name], name.split()[1], name.endswith("products"), probe.version)
 
 
-def _check_build(asked: dict[str, Any], dtype: str, version: tuple[int, int, int]) -> None:
+def _check_build(asked: dict[str, Any], dtype: str, products: bool, version: tuple[int, int, int]) -> None:
     """What the builder was asked for, as its methods were called."""
     old = version[0] < 10
+    launches = 2 if products else 0
+    assert asked["plugins"] == ([launches, 0] if old else [0, launches])
+    assert asked["products"] == ({"launches": 2, "products": 2, "left": 0} if products else None)
+    assert asked["moved"] == (["0", "0"] if products else [])  # the second product, and the sum's reader
     assert "TF32" not in asked["flags"]
     assert (asked["profiles"], len(asked["shapes"])) == (2, 10)
     assert ["input_ids", "(1, 1)", "(2, 32)", "(4, 64)"] in asked["shapes"]
@@ -170,7 +145,8 @@ def _check_build(asked: dict[str, Any], dtype: str, version: tuple[int, int, int
     assert asked["flags"] == (["FP16", "OBEY_PRECISION_CONSTRAINTS"] if typed else [])
     assert asked["constraints"] == ("obey" if typed else "none")
     assert asked["contexts"] == (1 if typed else 0)  # whether the plan can be run is tried
-    assert asked["precisions"] == ([["DataType.HALF"], ["DataType.FLOAT"]] if typed else [])
+    precisions = [["DataType.HALF"], ["DataType.HALF"], ["DataType.FLOAT"]]
+    assert asked["precisions"] == (precisions if typed else [])
     chosen = [feature.partition(".")[2] for feature, on in asked["preview"] if on == "True"]
     assert chosen == (["FASTER_DYNAMIC_SHAPES_0805", "PROFILE_SHARING_0806"] if old else [])
     assert asked["tactics"] == ([["3"]] if old else [])  # cuBLAS and cuBLASLt are bits 0 and 1
@@ -229,31 +205,49 @@ MUTATIONS = [
     ("build_worker.py", "trt.IProgressMonitor)", "trt.IProgressMonitors)", NEW),
     ("build_worker.py", "def step_complete(", "def step_completed(", NEW),
     ("build_worker.py", 'getattr(layer, "precision", None)', "layer.precision", (11, 12)),
-]
-NEEDS_POLYGRAPHY = [
-    ("build_worker.py", '"builder_optimization_level": int', '"optimization_level": int', ANY),
+    ("step_graph.py", '"IMatrixMultiplyLayer"', '"IMatMulLayer"', ANY),
+    ("step_graph.py", "layer.get_input(i)", "layer.get_inputs(i)", ANY),
+    ("step_products.py", "node.layer.op1", "node.layer.transpose1", ANY),
+    ("step_products.py", "trt.PluginFieldType.INT32", "trt.PluginFieldType.INTEGER32", ANY),
+    ("step_products.py", "network.add_constant(array.shape, ", "network.add_constant(", ANY),
+    ("step_products.py", "node.layer.set_input(place, ", "node.layer.set_input(", ANY),
+    ("step_products.py", "registry.get_creator if", "registry.get_creators if", NEW),
+    ("step_products.py", "collection, trt.TensorRTPhase.BUILD", "collection", NEW),
+    ("step_products.py", "add_plugin_v3(inputs, [], plugin)", "add_plugin_v3(inputs, plugin)", NEW),
+    ("step_products.py", "else registry.get_plugin_creator", "else registry.get_creator", OLD),
+    ("step_products.py", "else network.add_plugin_v2(inputs, ", "else network.add_plugin(inputs, ", OLD),
+    ("build_worker.py", '"builder_optimization_level": req', '"optimization_level": req', ANY),
     ("build_worker.py", "strongly_typed=dialect", "typed=dialect", ANY),
 ]  # fmt: skip
 
 
+def newest(first: int, end: int) -> Path | None:
+    """The newest bindings of major versions from `first` to before `end`."""
+    return next((p for p in reversed(BINDINGS) if first <= int(version_of(p).split(".")[0]) < end), None)
+
+
 CASES = [
-    pytest.param(source, *mutation, id=f"{name_of(source)}-{mutation[0]}-{mutation[2]}")
-    for source in distributions()
-    for *mutation, (first, end) in MUTATIONS + NEEDS_POLYGRAPHY
-    if first <= int(name_of(source).split(".")[0]) < end
+    pytest.param(source, *mutation, id=f"{version_of(source)}-{mutation[0]}-{mutation[2]}")
+    for *mutation, (first, end) in MUTATIONS
+    if (source := newest(first, end)) is not None
 ]
-"""Of every version, those that it gets to."""
+"""Each with the newest version that gets to it."""
 
 
+def test_every_module_has_a_mutation() -> None:
+    """So a module that begins to use TensorRT is one whose use is tried."""
+    changed = {m[0].removesuffix(".py").replace("/", ".") for m in MUTATIONS}
+    assert users(ENGINES) <= changed
+
+
+@needs_bindings
 @pytest.mark.parametrize(("probe", "file", "old", "new"), CASES, indirect=["probe"])
 def test_a_wrong_name_is_seen(probe: Probe, file: str, old: str, new: str, tmp_path: Path) -> None:
     """The test above can fail: with one name changed, it does."""
-    if probe.polygraphy is None and file in ("build_worker.py", "typed_network.py"):
-        pytest.skip("no polygraphy")
     shutil.copytree(ENGINES, tmp_path / "engines", ignore=shutil.ignore_patterns("__pycache__"))
     path = tmp_path / "engines" / "dijiang_engines" / file
     text = path.read_text()
     assert old in text, f"{file} has no {old!r} any more: choose another mutation"
     path.write_text(text.replace(old, new))
-    found, printed = probe.run(tmp_path / "engines")
+    found, printed = probe.run(tmp_path / "engines", first=True)
     assert found["failures"], printed

@@ -18,6 +18,7 @@ from typing import Any
 from dijiang_engines import __version__, io_names
 from dijiang_engines.atomic import output_folder
 from dijiang_engines.build_memory import MemoryEstimate, check_memory, estimate_memory
+from dijiang_engines.build_request import BuildRequest, Profile
 from dijiang_engines.bundle import Bundle
 from dijiang_engines.cuda import Cuda, DeviceFacts
 from dijiang_engines.engine_folder import (
@@ -110,13 +111,12 @@ def build_engine(
     ):
         builds = []
         for file, graph, profiles in plans(bundle, recipe):
-            request = {
-                "onnx": str(bundle.graph_path(graph)), "plan": str(folder / file),
-                "plugin": str(tensorrt.plugin_library), "dtype": bundle.dtype, "profiles": profiles,
-                "workspace": recipe.workspace_mb << 20, "optimization_level": recipe.optimization_level,
-                "timing_cache": None if cache is None else str(cache), "device": device,
-                "plugin_products": file == LAYOUTS["two"][1] and plugin_multiplies(bundle, recipe),
-            }  # fmt: skip
+            request = BuildRequest(
+                onnx=bundle.graph_path(graph), plan=folder / file, plugin=tensorrt.plugin_library,
+                dtype=bundle.dtype, profiles=profiles, workspace=recipe.workspace_mb << 20,
+                optimization_level=recipe.optimization_level, timing_cache=cache, device=device,
+                plugin_products=file == LAYOUTS["two"][1] and plugin_multiplies(bundle, recipe),
+            )  # fmt: skip
             log(f"building {file}; this takes minutes for a large model")
             builds.append({"file": file} | _run_worker(request, folder, progress, f"Building {file}"))
         _copy_files(bundle, folder)
@@ -190,7 +190,7 @@ def _check_dialect(bundle: Bundle, recipe: Recipe, tensorrt: TensorRT, facts: De
         )
 
 
-def plans(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+def plans(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[str, str, list[Profile]]]:
     """(file, graph, profiles) of each plan."""
     context = profile_shapes(bundle, recipe.profiles, step=False)
     generation = profile_shapes(bundle, recipe.profiles, step=True)
@@ -211,12 +211,12 @@ def plugin_multiplies(bundle: Bundle, recipe: Recipe) -> bool:
     return recipe.max_batch * max(width, spec.hidden_size) * 2 <= MAX_INPUT_BYTES
 
 
-def profile_shapes(bundle: Bundle, sizes: Profiles, *, step: bool) -> dict[str, list[list[int]]]:
+def profile_shapes(bundle: Bundle, sizes: Profiles, *, step: bool) -> Profile:
     """Least, best and most shape of every input: for prefill any length, for steps one token."""
     lengths = (1, 1, 1) if step else (1, sizes.opt_length, sizes.max_length)
     batches = (1, sizes.opt_batch, sizes.max_batch)
     spec = bundle.spec
-    shapes: dict[str, list[list[int]]] = {
+    shapes: Profile = {
         io_names.INPUT_IDS: [[b, n] for b, n in zip(batches, lengths, strict=True)],
         io_names.POSITIONS: [[b] for b in batches],
         io_names.SEQ_LENS: [[b] for b in batches],
@@ -317,16 +317,14 @@ def _only_builder(output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _run_worker(
-    request: dict[str, Any], folder: Path, progress: ProgressFactory, title: str
-) -> dict[str, Any]:
+def _run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, title: str) -> dict[str, Any]:
     """Run `build_worker` to its end; what its "done" says.
 
     Raises:
         RunnerError: it failed or died. Whatever else ends the wait also ends the process.
     """
     note = folder / "request.json"
-    note.write_text(json.dumps(request), encoding="utf-8")
+    request.write(note)
     log_path = folder / "build.log"
     command = [sys.executable, "-m", "dijiang_engines.build_worker", str(note)]
     with log_path.open("w", encoding="utf-8") as log_file, progress(title, None, "items") as bar:

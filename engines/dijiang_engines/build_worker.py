@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from dijiang_engines.build_request import BuildRequest, read_request
 from dijiang_engines.cuda import Cuda
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.step_products import Rewritten, rewrite
@@ -66,23 +67,21 @@ class PeakMemory:
         return self._start - self._least
 
 
-def build(request: dict[str, Any], events: Events) -> None:
+def build(request: BuildRequest, events: Events) -> None:
     """Parse, configure, build, write the plan.
 
     Args:
-        request: onnx, plan, plugin: paths; dtype; profiles: list of {input: [min, opt, max shapes]};
-            workspace: bytes; optimization_level; timing_cache: path or null; device; plugin_products: are
-            matrix products to be the plugin's.
+        request: which, and how.
         events: told "phase", "step" and "done".
 
     Raises:
         RunnerError: TensorRT could not build it.
     """
-    cuda = Cuda(int(request["device"]))
+    cuda = Cuda(request.device)
     trt = tensorrt_module()
     version = tensorrt_version(trt)
     dialect = dialect_of(version)
-    load_plugin(trt, Path(request["plugin"]))
+    load_plugin(trt, request.plugin)
     poly = _polygraphy()
     poly.get_trt_logger()  # Polygraphy's, which prints to standard output: that is the log
     messages = _keep_messages()
@@ -92,13 +91,14 @@ def build(request: dict[str, Any], events: Events) -> None:
     plan: Any = None
     network: Any = None
     products: Rewritten | None = None  # also keeps the arrays that its constants point to
-    typed = not dialect.strongly_typed and request["dtype"] == "float16"
+    typed = not dialect.strongly_typed and request.dtype == "float16"
+    cache = None if request.timing_cache is None else str(request.timing_cache)
     attempts = ATTEMPTS if typed else (("nothing", "none"),)
     for held, constraints in attempts:
         network = _parse(poly, request, dialect, messages)
-        fix_sizes(network[1], request["profiles"])
-        if request["plugin_products"]:
-            products = rewrite(trt, network[1], request["dtype"])
+        fix_sizes(network[1], request.profiles)
+        if request.plugin_products:
+            products = rewrite(trt, network[1], request.dtype)
             print(f"products of the plugin: {products.to_json()}", file=sys.stderr)
         if typed:
             print(f"held to types: {held}, {type_network(trt, network[1], held)}", file=sys.stderr)
@@ -106,11 +106,9 @@ def build(request: dict[str, Any], events: Events) -> None:
         events.send("phase", name="Building", steps=None)
         config = _config(trt, poly, request, dialect, constraints, events)
         try:
-            plan = poly.engine_bytes_from_network(
-                network, config=config, save_timing_cache=request["timing_cache"]
-            )
+            plan = poly.engine_bytes_from_network(network, config=config, save_timing_cache=cache)
             if typed:
-                check_context(trt, plan, poly.get_trt_logger(), len(request["profiles"]), messages)
+                check_context(trt, plan, poly.get_trt_logger(), len(request.profiles), messages)
             break
         except MemoryError:
             raise
@@ -123,7 +121,7 @@ def build(request: dict[str, Any], events: Events) -> None:
             words = [*messages, str(error)]
             raise failure(f"TensorRT {version} could not build the engine", words) from error
     events.send("phase", name="Writing", steps=None)
-    with open(request["plan"], "xb") as file:
+    with open(request.plan, "xb") as file:
         file.write(memoryview(plan))
     events.send(
         "done",
@@ -161,11 +159,11 @@ def _polygraphy() -> Any:
         ) from error
 
 
-def _parse(poly: Any, request: dict[str, Any], dialect: Dialect, messages: list[str]) -> Any:
+def _parse(poly: Any, request: BuildRequest, dialect: Dialect, messages: list[str]) -> Any:
     try:
-        return poly.network_from_onnx_path(request["onnx"], strongly_typed=dialect.strongly_typed)
+        return poly.network_from_onnx_path(str(request.onnx), strongly_typed=dialect.strongly_typed)
     except Exception as error:
-        raise failure(f"TensorRT cannot parse {request['onnx']}", [*messages, str(error)]) from error
+        raise failure(f"TensorRT cannot parse {request.onnx}", [*messages, str(error)]) from error
 
 
 def _list_layers(network: Any) -> None:
@@ -178,11 +176,11 @@ def _list_layers(network: Any) -> None:
 
 
 def _config(
-    trt: Any, poly: Any, request: dict[str, Any], dialect: Dialect, constraints: str, events: Events
+    trt: Any, poly: Any, request: BuildRequest, dialect: Dialect, constraints: str, events: Events
 ) -> Any:
     """A callable for Polygraphy that makes the builder's configuration."""
     profiles = []
-    for shapes in request["profiles"]:
+    for shapes in request.profiles:
         profile = poly.Profile()
         for name, (least, best, most) in shapes.items():
             profile.add(name, min=tuple(least), opt=tuple(best), max=tuple(most))
@@ -190,12 +188,11 @@ def _config(
     options: dict[str, Any] = {
         "profiles": profiles,
         "tf32": False,  # on by default, and then a float32 engine is not float32 any more
-        "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: int(request["workspace"])},
-        "builder_optimization_level": int(request["optimization_level"]),
+        "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: request.workspace},
+        "builder_optimization_level": request.optimization_level,
     }
-    cache = request["timing_cache"]
-    if cache is not None and Path(cache).exists():
-        options["load_timing_cache"] = cache
+    if request.timing_cache is not None and request.timing_cache.exists():
+        options["load_timing_cache"] = str(request.timing_cache)
     if dialect.tactic_sources is not None:
         options["tactic_sources"] = [getattr(trt.TacticSource, n) for n in dialect.tactic_sources]
     if dialect.preview_features is not None:
@@ -254,8 +251,7 @@ def main() -> int:
     events = Events(os.dup(1))
     os.dup2(2, 1)
     try:
-        request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-        build(request, events)
+        build(read_request(Path(sys.argv[1])), events)
     except DijiangError as error:
         events.send("error", what=error.what, got=error.got, expected=error.expected, hint=error.hint)
         return 1

@@ -70,6 +70,25 @@ class Graph:
         """The layers that read it, and as which input."""
         return self.readers.get(tensor.name, [])
 
+    def order(self) -> dict[str, int]:
+        """A number for every tensor that a layer makes, above those of all tensors that it depends on.
+
+        TensorRT's parser lists some layers before what they read.
+        """
+        numbers: dict[str, int] = {}
+        waiting = list(reversed(self.nodes))
+        while waiting:
+            node = waiting[-1]
+            needed = [self.maker(tensor) for tensor in node.inputs if tensor is not None]
+            before = [n for n in needed if n is not None and n.outputs[0].name not in numbers]
+            if before:
+                waiting += before
+                continue
+            waiting.pop()
+            for tensor in node.outputs:
+                numbers.setdefault(tensor.name, len(numbers))
+        return numbers
+
     def constant(self, tensor: Any) -> Any:
         """The array of a constant tensor, in its own type and shape; None if it is not one NumPy can show."""
         node = self.maker(tensor)

@@ -107,8 +107,7 @@ def rewrite(trt: Any, network: Any, dtype: str) -> Rewritten:
                 done.left += 1
             else:
                 found.append(product)
-    # A network lists layers after what they read: in the order of their inputs, so come the launches.
-    order = {tensor.name: index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
+    order = graph.order()  # a launch reads the results of those before it
     launches = list(_launches(list(_outputs(graph, found))))
     launches.sort(key=lambda launch: max(order.get(t.name, -1) for o in launch for t in _reads(o)))
     now: dict[str, Any] = {}
@@ -381,9 +380,13 @@ def _add_plugin(trt: Any, network: Any, inputs: list[Any], values: dict[str, Any
             f"the plugin {_NAME} is not registered",
             hint="build the plugin again: `dijiang-export build-plugin`",
         )
-    phase = (trt.TensorRTPhase.BUILD,) if modern else ()
-    plugin = creator.create_plugin(_NAME, collection, *phase)
+    plugin = _create_v3(trt, creator, collection) if modern else creator.create_plugin(_NAME, collection)
     if plugin is None:
         raise RunnerError(f"the plugin {_NAME} refuses a layer; the builder's log says why")
     done.kept.append(plugin)
     return network.add_plugin_v3(inputs, [], plugin) if modern else network.add_plugin_v2(inputs, plugin)
+
+
+def _create_v3(trt: Any, creator: Any, collection: Any) -> Any:
+    """From 10 on a creator is told what the plugin is for."""
+    return creator.create_plugin(_NAME, collection, trt.TensorRTPhase.BUILD)

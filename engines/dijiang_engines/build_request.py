@@ -1,0 +1,126 @@
+"""What the process that builds a plan is asked for: written by `build`, read by `build_worker`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines.errors import RunnerError
+from dijiang_engines.safe_files import parse_json, read_bounded
+
+Profile = dict[str, list[list[int]]]
+"""Input -> its least, best and most shape."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+_PATHS = ("onnx", "plan", "plugin", "timing_cache")
+_MOST_BYTES = 16 << 20  # a thousand layers take 0.2 MB
+_MOST_LEVEL = 5  # NvInfer.h, setBuilderOptimizationLevel
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One plan to build.
+
+    Raises:
+        RunnerError: a field has a value that no build can have.
+    """
+
+    onnx: Path
+    """The graph, its weights beside it."""
+    plan: Path
+    """Is written; must not exist."""
+    plugin: Path
+    """Library of the plugin for this TensorRT."""
+    dtype: str
+    """Of the graph's activations: one of DTYPES."""
+    profiles: list[Profile]
+    """One or more, all with the same inputs."""
+    workspace: int
+    """Bytes of device memory that kernels may use while they run."""
+    optimization_level: int
+    """0 to 5."""
+    timing_cache: Path | None
+    """Read if it is there, and written; None: every kernel is measured anew."""
+    device: int
+    """Index of the GPU."""
+    plugin_products: bool
+    """Are matrix products to be the plugin's?"""
+
+    def __post_init__(self) -> None:
+        for name in _PATHS:
+            value = getattr(self, name)
+            if not isinstance(value, Path) and not (value is None and name == "timing_cache"):
+                raise _wrong(name, value, "a path")
+        if self.dtype not in DTYPES:
+            raise _wrong("dtype", self.dtype, " or ".join(DTYPES))
+        for name, least in (("workspace", 1), ("optimization_level", 0), ("device", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise _wrong(name, value, f"a whole number, {least} or more")
+        if self.optimization_level > _MOST_LEVEL:
+            raise _wrong("optimization_level", self.optimization_level, f"at most {_MOST_LEVEL}")
+        if type(self.plugin_products) is not bool:
+            raise _wrong("plugin_products", self.plugin_products, "true or false")
+        if not isinstance(self.profiles, list) or not self.profiles:
+            raise _wrong("profiles", self.profiles, "one or more")
+        for profile in self.profiles:
+            _check_profile(profile)
+        if any(profile.keys() != self.profiles[0].keys() for profile in self.profiles):
+            raise _wrong("profiles", [sorted(p) for p in self.profiles], "the same inputs in each")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the request file."""
+        values = asdict(self)
+        return values | {name: None if values[name] is None else str(values[name]) for name in _PATHS}
+
+    @classmethod
+    def from_json(cls, data: object) -> BuildRequest:
+        """What `to_json` gave.
+
+        Raises:
+            RunnerError: it is something else.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, Mapping) or data.keys() != names:
+            got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            raise _wrong("the request", got, ", ".join(sorted(names)))
+        paths = {name: Path(data[name]) if isinstance(data[name], str) else data[name] for name in _PATHS}
+        return cls(**(dict(data) | paths))
+
+    def write(self, path: Path) -> None:
+        """Into a file for the worker."""
+        path.write_text(json.dumps(self.to_json()), encoding="utf-8")
+
+
+def read_request(path: Path) -> BuildRequest:
+    """What `BuildRequest.write` wrote.
+
+    Raises:
+        RunnerError: the file is missing, or is something else.
+    """
+    data = read_bounded(path, _MOST_BYTES, error=RunnerError)
+    return BuildRequest.from_json(parse_json(data, str(path), error=RunnerError))
+
+
+def _check_profile(profile: object) -> None:
+    if not isinstance(profile, dict) or not profile:
+        raise _wrong("profiles", profile, "the shapes of every input")
+    for name, shapes in profile.items():
+        expected = "three shapes of one rank, each size at least 1 and none smaller than before"
+        if not isinstance(name, str) or not isinstance(shapes, list) or len(shapes) != 3:
+            raise _wrong(f"profile of {name}", shapes, expected)
+        sizes = [size for shape in shapes for size in (shape if isinstance(shape, list) else [None])]
+        whole = all(type(size) is int and size >= 1 for size in sizes)
+        if not whole or len({len(shape) for shape in shapes}) != 1:
+            raise _wrong(f"profile of {name}", shapes, expected)
+        if any(not least <= best <= most for least, best, most in zip(*shapes, strict=True)):
+            raise _wrong(f"profile of {name}", shapes, expected)
+
+
+def _wrong(what: str, got: object, expected: str) -> RunnerError:
+    return RunnerError(
+        f"the builder was asked for something odd: {what}", got=str(got)[:200], expected=expected
+    )

@@ -1,0 +1,68 @@
+"""What the builder's process is asked for: all of it arrives, and nothing else is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dijiang_engines.build_request import BuildRequest, read_request
+from dijiang_engines.errors import RunnerError
+
+PROFILE = {"input_ids": [[1, 1], [2, 32], [4, 64]], "positions": [[1], [2], [4]]}
+REQUEST = BuildRequest(
+    onnx=Path("/b/prefill.trt.onnx"), plan=Path("/e/model.plan"), plugin=Path("/p/lib.so"), dtype="float16",
+    profiles=[PROFILE], workspace=256 << 20, optimization_level=3, timing_cache=None, device=0,
+    plugin_products=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"timing_cache": Path("/c/t.cache"), "plugin_products": False}])
+def test_it_arrives_as_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
+    request = dataclasses.replace(REQUEST, **changes)
+    request.write(tmp_path / "request.json")
+    assert read_request(tmp_path / "request.json") == request
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(BuildRequest)])
+def test_every_field_is_needed(name: str) -> None:
+    data = REQUEST.to_json()
+    del data[name]
+    with pytest.raises(RunnerError, match="something odd"):
+        BuildRequest.from_json(data)
+
+
+WRONG: dict[str, list[Any]] = {
+    "onnx": [None, 3, ["a"]],
+    "timing_cache": [3, True],
+    "dtype": ["float64", None, 16],
+    "profiles": [
+        [], {}, None, [{}], [[]], [{"x": []}], [{"x": [[1], [2]]}], [{"x": [[1], [2], [3, 4]]}],
+        [{"x": [[2], [1], [3]]}], [{"x": [[1], [3], [2]]}], [{"x": [[0], [1], [1]]}],
+        [{"x": [[1.0], [1], [1]]}], [{"x": [[True], [1], [1]]}], [{"x": [1, 1, 1]}],
+        [PROFILE, {"input_ids": PROFILE["input_ids"]}],
+    ],
+    "workspace": [0, -1, 1.5, "1", True, None],
+    "optimization_level": [-1, 6, "3", None],
+    "device": [-1, 0.0, False, "0"],
+    "plugin_products": [0, 1, "yes", None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in WRONG.items() for v in values])
+def test_what_cannot_be_built_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(RunnerError, match="something odd") as caught:
+        BuildRequest.from_json(REQUEST.to_json() | {name: value})
+    assert len(str(caught.value.got)) <= 200
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", json.dumps(REQUEST.to_json() | {"more": 1}), "[" * 9999]
+)
+def test_a_file_that_is_something_else(text: str, tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text(text)
+    with pytest.raises(RunnerError):
+        read_request(tmp_path / "request.json")
