@@ -11,7 +11,8 @@ start at zero even where positions do not:
     c.state_marks  int64 [S]            indices into M
     c.state.{i}    float32 [B, S, H, d, d]   layer i's state after marks[b, state_marks[s]] tokens
 
-Metadata: format "dijiang-reference", version "1", cases (a JSON list), compute_dtype.
+Metadata: format "dijiang-reference", version "1", cases (a JSON list), compute_dtype; rounding_cost (JSON,
+`rounding_cost`) and embedding (the number of layers in `embedding_case`), both absent from older files.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
+from dijiang_engines.rounding_cost import KEY as COST_KEY
+from dijiang_engines.rounding_cost import RoundingCost, read_rounding_cost
 from dijiang_engines.safe_files import parse_json
 from dijiang_engines.spec import ModelSpec
 
@@ -86,6 +89,7 @@ class Reference:
         path: the file.
         cases: name -> ReferenceCase, in recorded order.
         compute_dtype: "float32" or "float64": what the reference computed in.
+        rounding_cost: what rounding to the bundle's type costs the model; None in older files.
     """
 
     def __init__(self, path: Path, spec: ModelSpec) -> None:
@@ -108,6 +112,9 @@ class Reference:
         self.compute_dtype: str = metadata.get("compute_dtype", "")
         if self.compute_dtype not in ("float32", "float64"):
             raise BundleError(f"{path} has a bad compute_dtype", got=repr(self.compute_dtype)[:80])
+        self.rounding_cost: RoundingCost | None = None
+        if COST_KEY in metadata:
+            self.rounding_cost = read_rounding_cost(metadata[COST_KEY], str(path), spec.num_layers)
         names = parse_json(metadata.get("cases", "").encode(), f"the list of cases in {path}")
         if not isinstance(names, list) or len(names) > MAX_CASES or len(set(map(str, names))) != len(names):
             raise BundleError(f"{path} has a bad list of cases")
