@@ -16,8 +16,8 @@ from safetensors import safe_open
 from dijiang_engines.progress import silent
 from dijiang_engines.reference_cases import Reference
 from dijiang_export import case_plans, streamed
-from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.case_plans import plan_cases
+from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.record import record_cases
 from dijiang_export.recorder import Recorder
 from dijiang_export.reference.model import ReferenceModel

@@ -1,4 +1,4 @@
-"""What a user of the graphs has to know of DijiangAttention beyond its inputs and outputs (docs/op-contract.md)."""
+"""What the graphs' users have to know of DijiangAttention beyond its inputs and outputs."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _summary(report: Report) -> str:
             worst.append(f"{name} {max(errors):.1e}, {max(errors) / bound:.2g} of the tolerance")
     if worst:
         lines.append(f"<p>Largest errors: {escape('; '.join(worst))}.</p>")
-    lines += [f'<p class="note">{escape(sentence)}</p>' for sentence in report.left_out]
+    lines += [f'<p class="note">{escape(sentence)}</p>' for sentence in (*report.coverage, *report.left_out)]
     return "\n".join(lines)
 
 

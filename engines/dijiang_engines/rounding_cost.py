@@ -1,8 +1,8 @@
 """What rounding to a bundle's type costs its model: measured when cases are recorded, kept with them.
 
-Two right runtimes differ by what their roundings make of the model, and models differ in that by far more than
-runtimes do: in float32 five layers with plain weights lose 3e-6, thirty layers with activations of some
-thousands a hundred times that. So `validate` judges by a multiple of what was measured (`tolerances`).
+Two right runtimes differ by what their roundings make of the model, and models differ in that by far more
+than runtimes do: in float32 five layers with plain weights lose 3e-6, thirty layers with activations of
+some thousands a hundred times that. So `validate` judges by a multiple of what was measured (`tolerances`).
 
 In the metadata of reference.safetensors, key `rounding_cost`, as JSON:
 

@@ -9,9 +9,10 @@ state    one layer's [H, d, d] of one row, against the recorded reference; error
 padding  logits or a state against the same runner's own result for the same tokens with another
          amount of padding, in the same units as above
 
-The numbers of a row hold for models whose rounding costs little: they are the floor. A deep model, or one with
-large activations, gets more: what rounding to its type was measured to cost it (`rounding_cost`) times a factor,
-up to a ceiling below what a mistake costs (`Scale`). Records without that measurement are judged by the rows.
+The numbers of a row hold for models whose rounding costs little: they are the floor. A deep model, or one
+with large activations, gets more: what rounding to its type was measured to cost it (`rounding_cost`) times
+a factor, up to a ceiling below what a mistake costs (`Scale`). Records without that measurement are judged
+by the rows.
 
 A finished row's state is not in this table: it must stay the same bit for bit.
 """
@@ -147,10 +148,10 @@ _SCALES: dict[str, Scale] = {
         cosine_distance=1e-5,
         max_kl=1e-4,
         reason=(
-            "measured is one float32 forward in PyTorch; another order of sums gives another sample of the same "
-            "size: ONNX Runtime had 0.7 to 2.7 times as much in models of 2 to 40 layers, an engine on an H200 "
-            "2.9 (logits) and 7.7 times (states, of a model far below the floor). A wrong weight, layer or "
-            "position gives 1e-2 and more"
+            "measured is one float32 forward in PyTorch; another order of sums gives another sample of "
+            "the same size: ONNX Runtime had 0.7 to 2.7 times as much in models of 2 to 40 layers, an "
+            "engine on an H200 2.9 (logits) and 7.7 times (states, of a model far below the floor). A "
+            "wrong weight, layer or position gives 1e-2 and more"
         ),
     ),
     "float16": Scale(
@@ -170,8 +171,8 @@ _SCALES: dict[str, Scale] = {
         cosine_distance=5e-2,
         max_kl=2e-1,
         reason=(
-            "as for float16, with 8 times its rounding. A wrong position or layer gives errors of the size of "
-            "the values themselves, and cosines far from 1"
+            "as for float16, with 8 times its rounding. A wrong position or layer gives errors of the size "
+            "of the values themselves, and cosines far from 1"
         ),
     ),
 }
@@ -229,8 +230,8 @@ class Bounds:
         scale = _SCALES[self.dtype]
         text = (
             f"Rounding to {self.dtype} costs this model {self.cost.logits.error:.1e} in logits and "
-            f"{max(cost.error for cost in self.cost.layers):.1e} in states; allowed is {scale.factor:g} times "
-            f"that, at least {tolerance(self.dtype, 'logits').max_error:g} and "
+            f"{max(cost.error for cost in self.cost.layers):.1e} in states; allowed is {scale.factor:g} "
+            f"times that, at least {tolerance(self.dtype, 'logits').max_error:g} and "
             f"{tolerance(self.dtype, 'state').max_error:g}, at most {scale.max_error:g}."
         )
         return text + (" It costs more than the most that is allowed." if self.at_ceiling else "")

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from dijiang_engines.drift import Drift, find_drift
 from dijiang_engines.errors import BundleError, UsageError, ValidationMismatch
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.reference_cases import Reference
+from dijiang_engines.reference_cases import EMBEDDING, EmbeddingCase, Reference, ReferenceCase
 from dijiang_engines.replay import REPLAYS
 from dijiang_engines.replay_check import Check
+from dijiang_engines.replay_embedding import EmbeddingReplayer
 from dijiang_engines.replay_rows import RowsReplayer
 from dijiang_engines.rounding_cost import RoundingCost
 from dijiang_engines.runners.base import Runner
+from dijiang_engines.seen_rows import SeenRows, Share
 from dijiang_engines.series import ReplayResult, Summary
 from dijiang_engines.tolerances import Bounds, Quantity, scale_of
 
@@ -52,6 +54,10 @@ class Report:
     """Replays that make no sense for a case."""
     rounding_cost: RoundingCost | None = None
     """What rounding costs the model, from which its tolerances follow; None for older records."""
+    embedding_rows: Share | None = None
+    """Rows of the tokens' embedding that the replayed cases read."""
+    position_rows: Share | None = None
+    """Rows of the positions' embedding that they read; None if the model has none."""
 
     @property
     def bounds(self) -> Bounds:
@@ -70,6 +76,18 @@ class Report:
         for one in self.skipped:
             ways.setdefault((one.case, one.reason), []).append(one.replay)
         return [f"{case}: no {', '.join(names)}: {reason}." for (case, reason), names in ways.items()]
+
+    @property
+    def coverage(self) -> list[str]:
+        """A sentence on the rows of the embeddings that were seen, and how to see all."""
+        if self.embedding_rows is None:
+            return []
+        text = f"Embedding rows seen: {self.embedding_rows.sentence}"
+        if self.position_rows is not None:
+            text += f"; of positions: {self.position_rows.sentence}"
+        if self.embedding_rows.seen < self.embedding_rows.total:
+            text += "; a bundle that was exported with `--cases full` shows all"
+        return [text + "."]
 
     @property
     def passed(self) -> bool:
@@ -109,6 +127,8 @@ class Report:
             "dtype": self.dtype,
             "tolerances": {q: asdict(self.bounds.widest(q)) for q in QUANTITIES},
             "tolerances_from": None if self.rounding_cost is None else self._tolerances_from(),
+            "embedding_rows": None if self.embedding_rows is None else asdict(self.embedding_rows),
+            "position_rows": None if self.position_rows is None else asdict(self.position_rows),
             "results": [asdict(result) | {"passed": result.passed} for result in self.results],
             "first_failure": None if first is None else first.to_json(),
             "failures": [check.to_json() for check in self.failures],
@@ -135,6 +155,7 @@ class Report:
             f"Errors are relative: logits in standard deviations of the case's (at most {bound:.2g}), "
             f"states in units of the head's largest value (at most {state_bound:.2g}).",
             self.bounds.sentence,
+            *self.coverage,
             *(found.sentence for found in self.drift),
             *self.left_out,
         ]
@@ -208,8 +229,16 @@ def validate(
                 failures.append(check)
         results.append(summary.result(time.perf_counter() - start))
 
+    seen = SeenRows(runner.spec)
     for name in names:
-        replayer = RowsReplayer(runner, reference.cases[name], bounds)
+        case: ReferenceCase | EmbeddingCase
+        replayer: RowsReplayer | EmbeddingReplayer
+        if name == EMBEDDING and reference.embedding is not None:
+            case = reference.embedding
+            replayer = EmbeddingReplayer(runner, case, bounds)
+        else:
+            case = reference.cases[name]
+            replayer = RowsReplayer(runner, case, bounds)
         bad = replayer.bad_record()
         if bad is not None:
             collect(Summary(name, "record"), [bad])
@@ -221,11 +250,21 @@ def validate(
                 continue
             with progress(f"Validating {name}, {way}", replayer.calls(way), "items") as bar:
                 collect(Summary(name, way), replayer.run(way, bar.advance))
-    return Report(runner.name, dtype, tuple(results), tuple(failures), tuple(skipped), cost)
+            seen.add(case)
+    return Report(
+        runner.name,
+        dtype,
+        tuple(results),
+        tuple(failures),
+        tuple(skipped),
+        cost,
+        seen.embedding,
+        seen.positions,
+    )
 
 
 def _cases(reference: Reference, names: Sequence[str] | None) -> tuple[str, ...]:
-    known = tuple(reference.cases)
+    known = (*reference.cases, *([EMBEDDING] if reference.embedding else []))
     if names is None:
         return known
     for name in names:

@@ -1,4 +1,4 @@
-"""Which cases are recorded: random tokens, lengths around the chunk size, far positions, one long sequence."""
+"""Which cases are recorded: random tokens, lengths around the chunk size, far positions, a long sequence."""
 
 from __future__ import annotations
 

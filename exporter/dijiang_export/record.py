@@ -15,6 +15,7 @@ from dijiang_engines import reference_cases, rounding_cost
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.case_plans import Cases, plan_cases
 from dijiang_export.checkpoint import Checkpoint
+from dijiang_export.record_embedding import record_embedding
 from dijiang_export.recorder import Recorder
 from dijiang_export.rounding import measure_rounding
 
@@ -47,6 +48,10 @@ def record_cases(
         "cases": json.dumps([plan.name for plan in plans]),
         "compute_dtype": "float64",
     }
+    if cases == "full":
+        more, note = record_embedding(checkpoint, dtype, progress)
+        tensors |= more
+        metadata |= note
     if cost is not None:
         metadata[rounding_cost.KEY] = json.dumps(cost.to_json())
     save_file(tensors, path, metadata=metadata)

@@ -1,8 +1,8 @@
 """The oracle of recorded cases: a checkpoint's forward in float64, layer by layer over all cases at once.
 
-Many tokens (`drift`) go through a layer in segments, with the state carried from one to the next. So peak memory
-grows with neither the model nor the length, but for the hidden vectors, one a token; every weight is read once
-a segment.
+Many tokens (`drift`) go through a layer in segments, with the state carried from one to the next. So peak
+memory grows with neither the model nor the length, but for the hidden vectors, one a token; every weight is
+read once a segment.
 """
 
 from __future__ import annotations

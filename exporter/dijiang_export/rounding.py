@@ -33,8 +33,8 @@ from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.rounding_cost import Cost, RoundingCost
 from dijiang_engines.sample import sample_checkpoint
 from dijiang_engines.tolerances import tolerance
-from dijiang_export.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.case_plans import CasePlan, Cases, first_tokens, plan_cases
+from dijiang_export.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.recorder import Recorder
 from dijiang_export.reference.model import MLP, AttentionOp, Block, ReferenceModel, RMSNorm
 
@@ -113,8 +113,8 @@ def measure_rounding(
 ) -> RoundingCost | None:
     """What computing in the bundle's type costs this model, over the first tokens of the recorded cases.
 
-    Computed as a runtime would: in float32, with every activation rounded to the bundle's type where the graph
-    has one.
+    Computed as a runtime would: in float32, with every activation rounded to the bundle's type where the
+    graph has one.
 
     Args:
         checkpoint: where weights come from.

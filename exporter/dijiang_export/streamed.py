@@ -1,8 +1,8 @@
 """A checkpoint's layers as PyTorch modules whose matrices stay on disk.
 
-A matrix is read in blocks of rows, which are rounded to the bundle's type, widened, multiplied with and dropped.
-So memory does not grow with the model, and what is computed is the arithmetic of an engine with the weights that
-it has, not the rounding of weights that it cannot avoid.
+A matrix is read in blocks of rows, which are rounded to the bundle's type, widened, multiplied with and
+dropped. So memory does not grow with the model, and what is computed is the arithmetic of an engine with
+the weights that it has, not the rounding of weights that it cannot avoid.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StreamedModel:
         self.checkpoint, self.dtype, self.work = checkpoint, dtype, work
         self.spec = checkpoint.spec
         self.names = set(checkpoint.names())
-        self._inv_freq = inverse_frequencies(self.spec)
+        self.inv_freq = inverse_frequencies(self.spec)
         self._positions: Tensor | None = None
         """OPT's table, once it was needed."""
 
@@ -74,7 +74,7 @@ class StreamedModel:
         """One layer, [B, n, h] -> [B, n, h]; `op` knows the rows' states, positions and lengths."""
         unused = torch.zeros(1)
         result: Tensor
-        result, _ = block(hidden, unused, unused, unused, self._inv_freq, op)
+        result, _ = block(hidden, unused, unused, unused, self.inv_freq, op)
         return result
 
     def load(self, module: nn.Module, prefix: str) -> None:
@@ -93,15 +93,16 @@ class StreamedModel:
 
     def embed(self, ids: npt.NDArray[np.int64], position: int) -> Tensor:
         """[n, h] for n tokens of one sequence, the first of them at `position`."""
-        rows = [self.checkpoint.rows("embed_tokens.weight", int(i), int(i) + 1) for i in ids]
-        x = round_to(torch.cat(rows), self.dtype, "embed_tokens.weight").to(self.work)
+        vectors = [self.checkpoint.rows("embed_tokens.weight", int(i), int(i) + 1) for i in ids]
+        x = round_to(torch.cat(vectors), self.dtype, "embed_tokens.weight").to(self.work)
         if self.spec.embedding_size != self.spec.hidden_size:
             x = StreamedLinear(self, "project_in.weight", None)(x)
         if self.spec.position_embeddings:
             if self._positions is None:
                 self._positions = self.tensor("embed_positions.weight")
             first = position + self.spec.position_offset
-            x = x + self._positions[first : first + len(ids)]
+            rows = torch.arange(first, first + len(ids)).clamp(max=len(self._positions) - 1)  # of padding
+            x = x + self._positions[rows]
         return x
 
     def head(self, model: ReferenceModel, hidden: Tensor) -> Tensor:
@@ -117,6 +118,7 @@ class StreamedLinear(nn.Module):
         self.model, self.name, self.bias = model, name, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
         parts = [x @ block.T for block in self.model.blocks(self.name)]
         y: Tensor = torch.cat(parts, dim=-1)
         return y if self.bias is None else y + self.bias

@@ -21,9 +21,9 @@ from dijiang_engines.errors import UsageError
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.safe_files import sha256_of
 from dijiang_engines.spec import ModelSpec
+from dijiang_export.case_plans import Cases
 from dijiang_export.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.graph import contract, opset, weights, write
-from dijiang_export.case_plans import Cases
 from dijiang_export.record import record_cases
 from dijiang_export.reference.rope import inverse_frequencies
 
