@@ -143,7 +143,7 @@ class Scale:
 
 _SCALES: dict[str, Scale] = {
     "float32": Scale(
-        factor=8,
+        factor=10,
         max_error=5e-3,
         cosine_distance=1e-5,
         max_kl=1e-4,
