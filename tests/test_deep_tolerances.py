@@ -1,7 +1,7 @@
 """A deep model whose rounding costs more than the table's rows allow: right runtimes pass, mistakes do not.
 
-The model is a GPT-NeoX of 32 layers with a large offset in all channels of the hidden state, as trained models
-have in some: LayerNorm takes it away again, but every sum before it is rounded at the offset's size.
+The model is a GPT-NeoX of 32 layers with a large offset in all channels of the hidden state; trained models
+have one in some. LayerNorm takes it away again, but every sum before it is rounded at the offset's size.
 """
 
 from __future__ import annotations
