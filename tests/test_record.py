@@ -15,9 +15,11 @@ from safetensors import safe_open
 
 from dijiang_engines.progress import silent
 from dijiang_engines.reference_cases import Reference
-from dijiang_export import record
+from dijiang_export import case_plans, streamed
+from dijiang_export.case_plans import plan_cases
 from dijiang_export.checkpoint import open_checkpoint
-from dijiang_export.record import plan_cases, record_cases
+from dijiang_export.record import record_cases
+from dijiang_export.recorder import Recorder
 from dijiang_export.reference.model import ReferenceModel
 
 CHECKPOINTS = {
@@ -37,7 +39,7 @@ def test_recorded_cases_are_the_reference_models(
     path = tmp_path / "reference.safetensors"
     with open_checkpoint(folder) as checkpoint:
         spec = checkpoint.spec
-        monkeypatch.setattr(record, "DRIFT_TOKENS", 300)
+        monkeypatch.setattr(case_plans, "DRIFT_TOKENS", 300)
         names = record_cases(checkpoint, dtype, path, "full")
         assert names == ["short", "far", "long", "drift"]
         rounded = ReferenceModel(spec, dtype=dtype)
@@ -75,14 +77,14 @@ def test_segments_do_not_change_what_is_recorded(
 ) -> None:
     """Cut inside rows, at their ends and at marks: the state goes on, and nothing is computed twice."""
     folder = write_checkpoint(tmp_path / "model", "llama", kv_heads=2)
-    monkeypatch.setattr(record, "DRIFT_TOKENS", 150)
+    monkeypatch.setattr(case_plans, "DRIFT_TOKENS", 150)
     results = []
     with open_checkpoint(folder) as checkpoint:
         plans = plan_cases(checkpoint.spec, "full")
         for least in (10_000, segment):
-            monkeypatch.setattr(record, "LEAST_SEGMENT", least)
-            monkeypatch.setattr(record, "SEGMENT_BYTES", 0)
-            recorder = record.Recorder(checkpoint, torch.float32, plans)
+            monkeypatch.setattr(streamed, "LEAST_SEGMENT", least)
+            monkeypatch.setattr(streamed, "SEGMENT_BYTES", 0)
+            recorder = Recorder(checkpoint, torch.float32, plans)
             assert (len(recorder._segments) > 1) == (least == segment)
             with torch.inference_mode():
                 results.append(recorder.run(silent))
@@ -171,10 +173,10 @@ def test_export_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 MEASURE_DRIFT = """
 import resource, sys, torch
 from pathlib import Path
-from dijiang_export import record
+from dijiang_export import case_plans, streamed
 from dijiang_export.checkpoint import open_checkpoint
-record.DRIFT_TOKENS = int(sys.argv[2])
-record.SEGMENT_BYTES = 8 << 20
+case_plans.DRIFT_TOKENS = int(sys.argv[2])
+streamed.SEGMENT_BYTES = 8 << 20
 with open_checkpoint(sys.argv[1]) as checkpoint:
     record.record_cases(checkpoint, torch.float32, Path(sys.argv[3]), "full")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import UsageError
+from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import FloatArray, Runner, WarmsUp
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest, Decodes
 from dijiang_engines.sampling import SamplingOptions, sample, uniform
@@ -23,8 +24,6 @@ from dijiang_engines.tokenizer import TextStream
 
 FinishReason = Literal["eos", "stop", "length"]
 
-_CHUNK = 64
-"""The prefill graph works in chunks of this many tokens; shorter pieces waste the rest of one."""
 _LOGITS_BYTES = 256 << 20
 """Most bytes of logits that one prefill call may return, for bundles with logits of every token."""
 
@@ -313,7 +312,8 @@ class Generation:
         piece = self._prefill_tokens // batch
         if self._runner.all_logits:
             piece = min(piece, _LOGITS_BYTES // (4 * spec.vocab_size * batch))
-        return max(1, piece // _CHUNK * _CHUNK if piece > _CHUNK else piece)
+        chunk = chunk_size(spec.head_dim)  # shorter pieces waste the rest of one
+        return max(1, piece // chunk * chunk if piece > chunk else piece)
 
     def _step(self) -> FloatArray:
         """Read the token that each unfinished row got last; returns logits [B, V]."""

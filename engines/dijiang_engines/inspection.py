@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dijiang_engines.bundle import MAX_GRAPH_BYTES, Bundle
 from dijiang_engines.manifest import WEIGHTS
 from dijiang_engines.onnx_external import external_tensors
+from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.safe_files import open_regular
 from dijiang_engines.sizes import ITEM_BYTES, part_sizes, weight_bytes
 from dijiang_engines.spec import ModelSpec
@@ -53,7 +54,7 @@ def working_bytes(spec: ModelSpec, dtype: str, tokens: int) -> int:
     chunk, three times. ONNX Runtime's arena was measured to take 1.1 to 1.7 times this on a CPU.
     """
     item = ITEM_BYTES[dtype]
-    chunk = min(64 if spec.head_dim < 256 else 128, tokens)
+    chunk = min(chunk_size(spec.head_dim), tokens)
     residual = 3 * tokens * spec.hidden_size * item
     attention = tokens * (spec.qkv_size + spec.attention_size) * item
     attention += 10 * 4 * tokens * spec.attention_size

@@ -11,7 +11,16 @@ start at zero even where positions do not:
     c.state_marks  int64 [S]            indices into M
     c.state.{i}    float32 [B, S, H, d, d]   layer i's state after marks[b, state_marks[s]] tokens
 
-Metadata: format "dijiang-reference", version "1", cases (a JSON list), compute_dtype.
+The case `embedding` is of another kind: rows of up to T tokens, each of the vocabulary's tokens once, and of
+the first N layers the state after each row, summed over its features:
+
+    embedding.input_ids   int64 [B, T]         right-padded with 0
+    embedding.seq_lens    int64 [B]
+    embedding.positions   int64 [B]
+    embedding.values.{i}  float32 [B, H, d]    i < N
+
+Metadata: format "dijiang-reference", version "1", cases (a JSON list), compute_dtype; rounding_cost (JSON,
+`rounding_cost`) and embedding (N), both absent from older files.
 """
 
 from __future__ import annotations
@@ -27,12 +36,16 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
+from dijiang_engines.rounding_cost import KEY as COST_KEY
+from dijiang_engines.rounding_cost import RoundingCost, read_rounding_cost
 from dijiang_engines.safe_files import parse_json
 from dijiang_engines.spec import ModelSpec
 
 FORMAT = "dijiang-reference"
 VERSION = "1"
 MAX_CASES = 1000
+EMBEDDING = "embedding"
+"""Name of the case that has every row of the embedding, and of the metadata that says it is there."""
 
 _CASE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -81,6 +94,25 @@ class ReferenceCase:
         return np.asarray(data, dtype=np.float32)
 
 
+@dataclass(frozen=True)
+class EmbeddingCase:
+    """The case `embedding`. Values are read when asked for."""
+
+    input_ids: npt.NDArray[np.int64]
+    """[B, T]"""
+    seq_lens: npt.NDArray[np.int64]
+    """[B]"""
+    positions: npt.NDArray[np.int64]
+    """[B]"""
+    layers: int
+    """Of how many layers there are values."""
+    _file: Any
+
+    def values(self, layer: int) -> npt.NDArray[np.float32]:
+        """[B, H, d]: one layer's states, summed over their features."""
+        return np.asarray(self._file.get_tensor(f"{EMBEDDING}.values.{layer}"), dtype=np.float32)
+
+
 class Reference:
     """An opened reference.safetensors whose names, types and shapes have been checked.
 
@@ -88,6 +120,8 @@ class Reference:
         path: the file.
         cases: name -> ReferenceCase, in recorded order.
         compute_dtype: "float32" or "float64": what the reference computed in.
+        rounding_cost: what rounding to the bundle's type costs the model; None in older files.
+        embedding: the case with every row of the embedding; None without `--cases full` and in older files.
     """
 
     def __init__(
@@ -127,10 +161,14 @@ class Reference:
         self.compute_dtype: str = metadata.get("compute_dtype", "")
         if self.compute_dtype not in ("float32", "float64"):
             raise BundleError(f"{path} has a bad compute_dtype", got=repr(self.compute_dtype)[:80])
+        self.rounding_cost: RoundingCost | None = None
+        if COST_KEY in metadata:
+            self.rounding_cost = read_rounding_cost(metadata[COST_KEY], str(path), spec.num_layers)
         names = parse_json(metadata.get("cases", "").encode(), f"the list of cases in {path}")
         if not isinstance(names, list) or len(names) > MAX_CASES or len(set(map(str, names))) != len(names):
             raise BundleError(f"{path} has a bad list of cases")
         self.cases: Mapping[str, ReferenceCase] = MappingProxyType({n: self._case(n) for n in names})
+        self.embedding = self._embedding(metadata[EMBEDDING]) if EMBEDDING in metadata else None
 
     def _case(self, name: Any) -> ReferenceCase:
         if not isinstance(name, str) or not _CASE_NAME.fullmatch(name):
@@ -167,6 +205,30 @@ class Reference:
         if not good:
             raise BundleError(f"case {name!r} in {self.path} has values out of range")
         return case
+
+    def _embedding(self, layers: str) -> EmbeddingCase:
+        spec = self._spec
+        wanted = [str(n) for n in range(1, min(spec.num_layers, 8) + 1)]
+        if layers not in wanted or EMBEDDING in self.cases:
+            raise BundleError(
+                f"{self.path} does not say rightly what its case {EMBEDDING!r} holds",
+                got=repr(layers)[:80],
+                expected=f"a number of layers from 1 to {wanted[-1]}, and no other case of that name",
+            )
+        batch, length = self._shape(EMBEDDING, "input_ids", "I64", (None, None))
+        self._shape(EMBEDDING, "seq_lens", "I64", (batch,))
+        self._shape(EMBEDDING, "positions", "I64", (batch,))
+        for layer in range(int(layers)):
+            self._shape(EMBEDDING, f"values.{layer}", "F32", (batch, spec.num_heads, spec.head_dim))
+        ids, lens, positions = (self._ints(EMBEDDING, f) for f in ("input_ids", "seq_lens", "positions"))
+        good = (
+            ((ids >= 0) & (ids < spec.vocab_size)).all()
+            and ((lens >= 1) & (lens <= length)).all()
+            and (positions >= 0).all()
+        )
+        if not good:
+            raise BundleError(f"case {EMBEDDING!r} in {self.path} has values out of range")
+        return EmbeddingCase(ids, lens, positions, int(layers), self._file)
 
     def _ints(self, case: str, field: str) -> npt.NDArray[np.int64]:
         return np.asarray(self._file.get_tensor(f"{case}.{field}"), dtype=np.int64)

@@ -21,15 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.compare import Comparison, compare_bits, compare_logits, compare_state
+from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.reference_cases import ReferenceCase
 from dijiang_engines.replay_check import Check, Quantity, bad_rows, trace_not_finite
 from dijiang_engines.runners.base import FloatArray, IntArray, Runner, State
-from dijiang_engines.tolerances import tolerance
+from dijiang_engines.tolerances import Bounds
 
 __all__ = ["REPLAYS", "Check", "Quantity", "Replayer"]
 
-EXTRA_PADDING = 67
-"""Columns added by `padding`: more than a chunk of 64, and not a multiple of anything."""
 RESUME_STEPS = 32
 """At most this many tokens of each row go through the step graph in `resume`."""
 PIECE_TOKENS = 512
@@ -50,17 +49,22 @@ class _Result:
     states: list[list[FloatArray]]
 
 
+def extra_padding(head_dim: int) -> int:
+    """Columns added by `padding`: a chunk, so that there is one more of them, and a bit of the next."""
+    return chunk_size(head_dim) + 3
+
+
 class Replayer:
     """One case on one runner. Each method in `REPLAYS` yields its checks, earliest layer and mark first."""
 
     def __init__(
-        self, runner: Runner, case: ReferenceCase, dtype: str, *, unit_of: ReferenceCase | None = None
+        self, runner: Runner, case: ReferenceCase, bounds: Bounds, *, unit_of: ReferenceCase | None = None
     ) -> None:
         """
         Args:
             runner: what is tested.
             case: what it is tested with.
-            dtype: the bundle's, which chooses the tolerances.
+            bounds: the tolerances.
             unit_of: the case whose recorded logits set the unit of errors; default `case`, of which it is
                 a part otherwise.
         """
@@ -68,9 +72,10 @@ class Replayer:
         self.case = case
         self._unit_of = unit_of
         self._on_call: Callable[[], None] = lambda: None
-        self._logits_tolerance = tolerance(dtype, "logits")
-        self._state_tolerance = tolerance(dtype, "state")
-        self._padding_tolerance = tolerance(dtype, "padding")
+        layers = range(runner.spec.num_layers)
+        self._logits_tolerance = bounds.logits
+        self._state_tolerances = [bounds.state(layer) for layer in layers]
+        self._padding_tolerances = {layer: bounds.padding(layer) for layer in (None, *layers)}
         self._state_index = {int(mark): s for s, mark in enumerate(case.state_marks)}
         self.length = int(case.input_ids.shape[1])
         self._logits = case.logits()
@@ -205,7 +210,7 @@ class Replayer:
         if whole is None:
             return
         state = runner.new_state(case.batch)
-        ids = self._padded_ids(EXTRA_PADDING)
+        ids = self._padded_ids(extra_padding(runner.spec.head_dim))
         logits = yield from self._call("padding", ids, case.positions, case.seq_lens, state)
         if logits is None:
             return
@@ -355,7 +360,7 @@ class Replayer:
         if at is not None and states is not None:
             for layer, recorded in enumerate(self._states):
                 got = states[layer][row if index is None else index]
-                result = compare_state(got, recorded[row, at], self._state_tolerance)
+                result = compare_state(got, recorded[row, at], self._state_tolerances[layer])
                 tokens = int(self.case.marks[row, mark])
                 yield Check(self.case.name, replay, "state", row, tokens, layer, result)
         if vector is not None:
@@ -371,9 +376,9 @@ class Replayer:
     ) -> Iterator[Check]:
         tokens = int(self.case.seq_lens[row])
         for layer, got in enumerate(states):
-            result = compare_state(got, whole.states[row][layer], self._padding_tolerance)
+            result = compare_state(got, whole.states[row][layer], self._padding_tolerances[layer])
             yield Check(self.case.name, replay, "padding", row, tokens, layer, result)
-        result = compare_logits(vector, whole.logits[row], self._padding_tolerance, scale=self._scale)
+        result = compare_logits(vector, whole.logits[row], self._padding_tolerances[None], scale=self._scale)
         yield Check(self.case.name, replay, "padding", row, tokens, None, result)
 
     def _check_kept(

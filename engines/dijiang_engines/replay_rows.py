@@ -13,6 +13,7 @@ from dijiang_engines.reference_cases import ReferenceCase
 from dijiang_engines.replay import Replayer
 from dijiang_engines.replay_check import Check
 from dijiang_engines.runners.base import LimitsBatch, Runner
+from dijiang_engines.tolerances import Bounds
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,19 @@ class RowsReplayer:
     Args:
         runner: what is tested.
         case: what it is tested with.
-        dtype: the bundle's, which chooses the tolerances.
+        bounds: the tolerances.
     """
 
-    def __init__(self, runner: Runner, case: ReferenceCase, dtype: str) -> None:
+    def __init__(self, runner: Runner, case: ReferenceCase, bounds: Bounds) -> None:
         most = runner.max_batch if isinstance(runner, LimitsBatch) else case.batch
-        self.whole = Replayer(runner, case, dtype)
+        self.whole = Replayer(runner, case, bounds)
         self.groups = [(0, self.whole)]
         if most < case.batch:
             self.groups = [
                 (
                     start,
                     Replayer(
-                        runner, _part(case, slice(start, min(start + most, case.batch))), dtype, unit_of=case
+                        runner, _part(case, slice(start, min(start + most, case.batch))), bounds, unit_of=case
                     ),
                 )
                 for start in range(0, case.batch, most)

@@ -12,13 +12,12 @@ from importlib.resources import files
 
 from dijiang_engines.series import ReplayResult
 from dijiang_engines.svg_plot import MOST_SERIES, Axis, Series, plot
-from dijiang_engines.tolerances import Quantity, Tolerance, tolerance
-from dijiang_engines.validate import Report
+from dijiang_engines.tolerances import Bounds, scale_of
+from dijiang_engines.validate import QUANTITIES, Report
 
 MARKER = '<meta name="generator" content="dijiang-export validate">'
 """By which an earlier report is recognised; near the beginning of the file."""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_QUANTITIES: tuple[Quantity, ...] = ("logits", "state", "padding")
 _UNITS = {
     "logits": "standard deviations of the case's recorded logits",
     "state": "the head's largest recorded absolute value",
@@ -41,7 +40,7 @@ def report_html(report: Report, facts: Sequence[tuple[str, str]]) -> str:
         _section("Errors", _plots(report)),
         _section("Drift", _drift(report)),
         _section("All cases and replays", _results(report)),
-        _section("Tolerances", _tolerances(report.dtype)),
+        _section("Tolerances", _tolerances(report.bounds)),
     ]
     style = files("dijiang_engines").joinpath("report.css").read_text(encoding="utf-8")
     return (
@@ -104,11 +103,11 @@ def _summary(report: Report) -> str:
     for quantity, name in (("logits_error", "logits"), ("state_error", "state")):
         errors = [e for r in report.results if (e := getattr(r, quantity)) is not None]
         if errors:
-            bound = tolerance(report.dtype, "logits" if name == "logits" else "state").max_error
+            bound = report.bounds.widest("logits" if name == "logits" else "state").max_error
             worst.append(f"{name} {max(errors):.1e}, {max(errors) / bound:.2g} of the tolerance")
     if worst:
         lines.append(f"<p>Largest errors: {escape('; '.join(worst))}.</p>")
-    lines += [f'<p class="note">{escape(sentence)}</p>' for sentence in report.left_out]
+    lines += [f'<p class="note">{escape(sentence)}</p>' for sentence in (*report.coverage, *report.left_out)]
     return "\n".join(lines)
 
 
@@ -129,7 +128,7 @@ def _failures(report: Report) -> str:
 
 def _plots(report: Report) -> str:
     by_case = _by_case(report.results)
-    logits, state = (tolerance(report.dtype, q).max_error for q in ("logits", "state"))
+    logits, state = report.bounds.logits.max_error, report.bounds.widest("state").max_error
     note = ""
     if len(by_case) > MOST_SERIES:
         note = f'<p class="note">The first {MOST_SERIES} of {len(by_case)} cases are drawn.</p>'
@@ -144,19 +143,19 @@ def _plots(report: Report) -> str:
             _figure(
                 "Error of the state, by layer",
                 "The largest over rows, positions and replays of a case.",
-                _layer_series(by_case), Axis("layer", whole=True), error, (state, f"tolerance {state:g}"),
+                _layer_series(by_case), Axis("layer", whole=True), error, (state, f"tolerance {state:.2g}"),
             ),
             _figure(
                 "Error of the logits, by position",
                 "The largest over rows and replays, wherever logits were recorded.",
                 _position_series(by_case, "logits"), tokens, error,
-                (logits, f"tolerance {logits:g}"),
+                (logits, f"tolerance {logits:.2g}"),
             ),
             _figure(
                 "Error of the state, by position",
                 "The largest over layers, rows and replays, wherever states were recorded.",
                 _position_series(by_case, "state"), tokens, error,
-                (state, f"tolerance {state:g}"),
+                (state, f"tolerance {state:.2g}"),
             ),
             _figure(
                 "Agreement on the next token, by position",
@@ -278,17 +277,35 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
 
-def _tolerances(dtype: str) -> str:
+def _tolerances(bounds: Bounds) -> str:
     rows = []
-    for quantity in _QUANTITIES:
-        t: Tolerance = tolerance(dtype, quantity)
+    for quantity in QUANTITIES:
+        t = bounds.widest(quantity)
         rows.append(
             (
-                quantity, f"{t.max_error:g}", _UNITS[quantity],
+                quantity, f"{t.max_error:.2g}", _UNITS[quantity],
                 "-" if t.min_cosine is None else f"{1 - t.min_cosine:.1g}",
-                "-" if t.max_kl is None else f"{t.max_kl:g}", t.reason,
+                "-" if t.max_kl is None else f"{t.max_kl:.1g}", t.reason,
             )
         )  # fmt: skip
     head = ("quantity", "largest error", "in units of", "1 - cosine at most", "KL at most", "why")
     note = "<p>A finished row's state must stay the same bit for bit, and every logit must be finite.</p>"
-    return _table(head, rows, (1, 3, 4)) + note
+    return f"<p>{escape(bounds.sentence)}</p>" + _table(head, rows, (1, 3, 4)) + note + _layers(bounds)
+
+
+def _layers(bounds: Bounds) -> str:
+    """What was measured of each layer, where it decides anything."""
+    if bounds.cost is None:
+        return ""
+    last = len(bounds.cost.layers) - 1
+    why = f"<p>The factor: {escape(scale_of(bounds.dtype).reason)}.</p>"
+    if bounds.state(last).max_error == bounds.state(0).max_error:
+        return why
+    allowed = [(float(i), bounds.state(i).max_error) for i in range(last + 1)]
+    measured = [(float(i), cost.error) for i, cost in enumerate(bounds.cost.layers)]
+    return why + _figure(
+        "Tolerance of the state, by layer",
+        "What rounding was measured to cost, and what is allowed.",
+        [Series("measured", measured), Series("allowed", allowed)],
+        Axis("layer", whole=True), Axis("relative error", log=True), None,
+    )  # fmt: skip

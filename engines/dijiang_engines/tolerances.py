@@ -9,15 +9,21 @@ state    one layer's [H, d, d] of one row, against the recorded reference; error
 padding  logits or a state against the same runner's own result for the same tokens with another
          amount of padding, in the same units as above
 
+The numbers of a row hold for models whose rounding costs little: they are the floor. A deep model, or one
+with large activations, gets more: what rounding to its type was measured to cost it (`rounding_cost`) times
+a factor, up to a ceiling below what a mistake costs (`Scale`). Records without that measurement are judged
+by the rows.
+
 A finished row's state is not in this table: it must stay the same bit for bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dijiang_engines.errors import UsageError
+from dijiang_engines.rounding_cost import DTYPES, Cost, RoundingCost
 
 Quantity = Literal["logits", "state", "padding"]
 
@@ -118,7 +124,143 @@ _TABLE: dict[tuple[str, str], Tolerance] = {
     ),
 }
 
-DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
+
+@dataclass(frozen=True)
+class Scale:
+    """How a measured rounding cost becomes a bound, for one type."""
+
+    factor: float
+    """Of errors; cosines and KL follow quadratically and get its square."""
+    max_error: float
+    """Ceiling of the bound on errors,"""
+    cosine_distance: float
+    """on 1 - cosine,"""
+    max_kl: float
+    """and on KL."""
+    reason: str
+    """Why these numbers."""
+
+
+_SCALES: dict[str, Scale] = {
+    "float32": Scale(
+        factor=10,
+        max_error=5e-3,
+        cosine_distance=1e-5,
+        max_kl=1e-4,
+        reason=(
+            "measured is one float32 forward in PyTorch; another order of sums gives another sample of "
+            "the same size: ONNX Runtime had 0.7 to 2.7 times as much in models of 2 to 40 layers, an "
+            "engine on an H200 2.9 (logits) and 7.7 times (states, of a model far below the floor). A "
+            "wrong weight, layer or position gives 1e-2 and more"
+        ),
+    ),
+    "float16": Scale(
+        factor=3,
+        max_error=1e-1,
+        cosine_distance=1e-2,
+        max_kl=2e-2,
+        reason=(
+            "measured is rounding at every operator of the graph; engines on an H200 had 1.6 to 2.1 times as "
+            "much with 5 and 24 layers (docs/evidence/), ONNX Runtime less than 0.5. The ceiling is twice "
+            "to three times the floor"
+        ),
+    ),
+    "bfloat16": Scale(
+        factor=3,
+        max_error=5e-1,
+        cosine_distance=5e-2,
+        max_kl=2e-1,
+        reason=(
+            "as for float16, with 8 times its rounding. A wrong position or layer gives errors of the size "
+            "of the values themselves, and cosines far from 1"
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The tolerances that one model is judged by."""
+
+    dtype: str
+    """The bundle's."""
+    cost: RoundingCost | None = None
+    """What rounding costs the model; None for records that do not say, for which the table's rows hold."""
+
+    @property
+    def logits(self) -> Tolerance:
+        """For logits against the record."""
+        return self._scaled("logits", None if self.cost is None else self.cost.logits)
+
+    def state(self, layer: int) -> Tolerance:
+        """For one layer's state against the record."""
+        return self._scaled("state", None if self.cost is None else self.cost.state(layer))
+
+    def padding(self, layer: int | None) -> Tolerance:
+        """For one layer's state, or the logits, against those with other padding."""
+        if self.cost is None:
+            return tolerance(self.dtype, "padding")
+        return self._scaled("padding", self.cost.logits if layer is None else self.cost.state(layer))
+
+    def widest(self, quantity: Quantity) -> Tolerance:
+        """The most that any layer is allowed."""
+        if quantity == "logits":
+            return self.logits
+        if self.cost is None:
+            return tolerance(self.dtype, quantity)
+        last = len(self.cost.layers) - 1
+        if quantity == "state":
+            return self.state(last)
+        return self._scaled("padding", self.cost.logits.at_least(self.cost.state(last)))
+
+    @property
+    def at_ceiling(self) -> bool:
+        """Whether rounding costs the model more than the table lets it have."""
+        if self.cost is None:
+            return False
+        scale = _SCALES[self.dtype]
+        worst = max(self.cost.logits.error, *(cost.error for cost in self.cost.layers))
+        return scale.factor * worst > scale.max_error
+
+    @property
+    def sentence(self) -> str:
+        """Where the bounds come from, in words."""
+        if self.cost is None:
+            return "The record does not say what rounding costs this model: the tolerances are the table's."
+        scale = _SCALES[self.dtype]
+        text = (
+            f"Rounding to {self.dtype} costs this model {self.cost.logits.error:.1e} in logits and "
+            f"{max(cost.error for cost in self.cost.layers):.1e} in states; allowed is {scale.factor:g} "
+            f"times that, at least {tolerance(self.dtype, 'logits').max_error:g} and "
+            f"{tolerance(self.dtype, 'state').max_error:g}, at most {scale.max_error:g}."
+        )
+        return text + (" It costs more than the most that is allowed." if self.at_ceiling else "")
+
+    def _scaled(self, quantity: Quantity, cost: Cost | None) -> Tolerance:
+        floor = tolerance(self.dtype, quantity)
+        if cost is None:
+            return floor
+        scale = _SCALES[self.dtype]
+        square = scale.factor**2
+        error = min(scale.factor * cost.error, scale.max_error)
+        distance = min(square * cost.cosine_distance, scale.cosine_distance)
+        kl = min(square * cost.kl, scale.max_kl) if cost.kl is not None else 0.0
+        return replace(
+            floor,
+            max_error=max(floor.max_error, error),
+            min_cosine=None if floor.min_cosine is None else min(floor.min_cosine, 1 - distance),
+            max_kl=None if floor.max_kl is None else max(floor.max_kl, kl),
+        )
+
+
+def scale_of(dtype: str) -> Scale:
+    """How measured costs are scaled for a bundle of `dtype`.
+
+    Raises:
+        UsageError: the table has no such row.
+    """
+    tolerance(dtype, "logits")
+    return _SCALES[dtype]
 
 
 def tolerance(dtype: str, quantity: Quantity) -> Tolerance:

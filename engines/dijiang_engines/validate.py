@@ -8,21 +8,25 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dijiang_engines.drift import Drift, find_drift
-from dijiang_engines.errors import UsageError, ValidationMismatch
+from dijiang_engines.errors import BundleError, UsageError, ValidationMismatch
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.reference_cases import Reference
+from dijiang_engines.reference_cases import EMBEDDING, EmbeddingCase, Reference, ReferenceCase
 from dijiang_engines.replay import REPLAYS
 from dijiang_engines.replay_check import Check
+from dijiang_engines.replay_embedding import EmbeddingReplayer
 from dijiang_engines.replay_rows import RowsReplayer
+from dijiang_engines.rounding_cost import RoundingCost
 from dijiang_engines.runners.base import Runner
+from dijiang_engines.seen_rows import SeenRows, Share
 from dijiang_engines.series import ReplayResult, Summary
-from dijiang_engines.tolerances import tolerance
+from dijiang_engines.tolerances import Bounds, Quantity, scale_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["MAX_FAILURES", "ReplayResult", "Report", "Skipped", "validate"]
 
+QUANTITIES: tuple[Quantity, ...] = ("logits", "state", "padding")
 MAX_FAILURES = 100
 """Failed checks that a report keeps in full; it counts all of them."""
 
@@ -48,6 +52,17 @@ class Report:
     """Failed checks in the order in which they were found, at most `MAX_FAILURES`."""
     skipped: tuple[Skipped, ...] = ()
     """Replays that make no sense for a case."""
+    rounding_cost: RoundingCost | None = None
+    """What rounding costs the model, from which its tolerances follow; None for older records."""
+    embedding_rows: Share | None = None
+    """Rows of the tokens' embedding that the replayed cases read."""
+    position_rows: Share | None = None
+    """Rows of the positions' embedding that they read; None if the model has none."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """What everything was judged by."""
+        return Bounds(self.dtype, self.rounding_cost)
 
     @property
     def drift(self) -> tuple[Drift, ...]:
@@ -61,6 +76,18 @@ class Report:
         for one in self.skipped:
             ways.setdefault((one.case, one.reason), []).append(one.replay)
         return [f"{case}: no {', '.join(names)}: {reason}." for (case, reason), names in ways.items()]
+
+    @property
+    def coverage(self) -> list[str]:
+        """A sentence on the rows of the embeddings that were seen, and how to see all."""
+        if self.embedding_rows is None:
+            return []
+        text = f"Embedding rows seen: {self.embedding_rows.sentence}"
+        if self.position_rows is not None:
+            text += f"; of positions: {self.position_rows.sentence}"
+        if self.embedding_rows.seen < self.embedding_rows.total:
+            text += "; a bundle that was exported with `--cases full` shows all"
+        return [text + "."]
 
     @property
     def passed(self) -> bool:
@@ -98,7 +125,10 @@ class Report:
             "passed": self.passed,
             "runner": self.runner,
             "dtype": self.dtype,
-            "tolerances": {q: asdict(tolerance(self.dtype, q)) for q in ("logits", "state", "padding")},
+            "tolerances": {q: asdict(self.bounds.widest(q)) for q in QUANTITIES},
+            "tolerances_from": None if self.rounding_cost is None else self._tolerances_from(),
+            "embedding_rows": None if self.embedding_rows is None else asdict(self.embedding_rows),
+            "position_rows": None if self.position_rows is None else asdict(self.position_rows),
             "results": [asdict(result) | {"passed": result.passed} for result in self.results],
             "first_failure": None if first is None else first.to_json(),
             "failures": [check.to_json() for check in self.failures],
@@ -106,16 +136,27 @@ class Report:
             "drift": [asdict(found) | {"sentence": found.sentence} for found in self.drift],
         }
 
+    def _tolerances_from(self) -> dict[str, Any]:
+        assert self.rounding_cost is not None
+        layers = range(len(self.rounding_cost.layers))
+        return {
+            "rounding_cost": self.rounding_cost.to_json(),
+            "scale": asdict(scale_of(self.dtype)),
+            "at_ceiling": self.bounds.at_ceiling,
+            "state_max_error": [self.bounds.state(layer).max_error for layer in layers],
+        }
+
     def table(self) -> Table:
         """For people: one line for each case and replay."""
         from rich.table import Table
         from rich.text import Text
 
-        bound = tolerance(self.dtype, "logits").max_error
-        state_bound = tolerance(self.dtype, "state").max_error
+        bound, state_bound = (self.bounds.widest(q).max_error for q in ("logits", "state"))
         caption = [
-            f"Errors are relative: logits in standard deviations of the case's (at most {bound:g}), "
-            f"states in units of the head's largest value (at most {state_bound:g}).",
+            f"Errors are relative: logits in standard deviations of the case's (at most {bound:.2g}), "
+            f"states in units of the head's largest value (at most {state_bound:.2g}).",
+            self.bounds.sentence,
+            *self.coverage,
             *(found.sentence for found in self.drift),
             *self.left_out,
         ]
@@ -163,11 +204,20 @@ def validate(
 
     Raises:
         UsageError: an unknown case or replay.
-        BundleError: the record contradicts itself.
+        BundleError: the record contradicts itself, or was made for another type.
         RunnerError: the runner cannot run the model at all.
     """
     chosen = _replays(replays)
     names = _cases(reference, cases)
+    cost = reference.rounding_cost
+    if cost is not None and cost.dtype != dtype:
+        raise BundleError(
+            f"the rounding cost in {reference.path} was measured for another type than the bundle's",
+            got=cost.dtype,
+            expected=dtype,
+            hint="export the checkpoint again",
+        )
+    bounds = Bounds(dtype, cost)
     results: list[ReplayResult] = []
     failures: list[Check] = []
     skipped: list[Skipped] = []
@@ -180,8 +230,16 @@ def validate(
                 failures.append(check)
         results.append(summary.result(time.perf_counter() - start))
 
+    seen = SeenRows(runner.spec)
     for name in names:
-        replayer = RowsReplayer(runner, reference.cases[name], dtype)
+        case: ReferenceCase | EmbeddingCase
+        replayer: RowsReplayer | EmbeddingReplayer
+        if name == EMBEDDING and reference.embedding is not None:
+            case = reference.embedding
+            replayer = EmbeddingReplayer(runner, case, bounds)
+        else:
+            case = reference.cases[name]
+            replayer = RowsReplayer(runner, case, bounds)
         bad = replayer.bad_record()
         if bad is not None:
             collect(Summary(name, "record"), [bad])
@@ -193,11 +251,21 @@ def validate(
                 continue
             with progress(f"Validating {name}, {way}", replayer.calls(way), "items") as bar:
                 collect(Summary(name, way), replayer.run(way, bar.advance))
-    return Report(runner.name, dtype, tuple(results), tuple(failures), tuple(skipped))
+            seen.add(case)
+    return Report(
+        runner.name,
+        dtype,
+        tuple(results),
+        tuple(failures),
+        tuple(skipped),
+        cost,
+        seen.embedding,
+        seen.positions,
+    )
 
 
 def _cases(reference: Reference, names: Sequence[str] | None) -> tuple[str, ...]:
-    known = tuple(reference.cases)
+    known = (*reference.cases, *([EMBEDDING] if reference.embedding else []))
     if names is None:
         return known
     for name in names:

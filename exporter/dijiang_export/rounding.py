@@ -1,4 +1,6 @@
-"""What rounding activations costs by itself: the scale that the tolerances are set by.
+"""What rounding costs a model: the scale that its tolerances are set by.
+
+`measure_rounding` measures it for a bundle's record. By itself, with exact sums, it is shown by
 
     python -m dijiang_export.rounding CHECKPOINT [--cases full]
 
@@ -13,24 +15,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dijiang_engines.compare import Comparison, compare_logits, compare_state
+from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_engines.rounding_cost import Cost, RoundingCost
 from dijiang_engines.sample import sample_checkpoint
 from dijiang_engines.tolerances import tolerance
+from dijiang_export.case_plans import CasePlan, Cases, first_tokens, plan_cases
 from dijiang_export.checkpoint import Checkpoint, open_checkpoint
-from dijiang_export.record import CasePlan, Cases, Recorder, plan_cases
+from dijiang_export.recorder import Recorder
 from dijiang_export.reference.model import MLP, AttentionOp, Block, ReferenceModel, RMSNorm
 
+MEASURED_TOKENS = 1000
+"""Of each sequence, when a bundle's rounding cost is measured: errors do not grow with the position
+(docs/validation.md), and 10,000 tokens would make `--cases full` half as long again."""
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -71,9 +81,11 @@ def rounding_errors(checkpoint: Checkpoint, dtype: str, cases: Cases = "full") -
         rounded = RoundingRecorder(checkpoint, TYPES[dtype], plans).run()
     found = []
     for plan in plans:
+        layers = range(checkpoint.spec.num_layers)
+        states = [one for layer in layers for one in _states(plan, exact, rounded, dtype, layer)]
         for quantity, compared in (
             ("logits", _logits(plan, exact, rounded, dtype)),
-            ("state", _states(plan, exact, rounded, dtype, checkpoint.spec.num_layers)),
+            ("state", states),
         ):
             by_tokens: dict[int, float] = {}
             for tokens, one in compared:
@@ -92,7 +104,57 @@ def rounding_errors(checkpoint: Checkpoint, dtype: str, cases: Cases = "full") -
     return found
 
 
-def _logits(plan: CasePlan, exact: Any, rounded: Any, dtype: str) -> list[tuple[int, Comparison]]:
+def measure_rounding(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    plans: list[CasePlan],
+    exact: Mapping[str, Any],
+    progress: ProgressFactory = silent,
+) -> RoundingCost | None:
+    """What computing in the bundle's type costs this model, over the first tokens of the recorded cases.
+
+    Computed as a runtime would: in float32, with every activation rounded to the bundle's type where the
+    graph has one.
+
+    Args:
+        checkpoint: where weights come from.
+        dtype: the bundle's.
+        plans: the cases; of long ones `MEASURED_TOKENS` are used.
+        exact: what was recorded of them, as `Recorder.run` returns it.
+        progress: for the layers.
+
+    Returns:
+        None if the type cannot hold the activations.
+    """
+    name = next(key for key, value in TYPES.items() if value == dtype)
+    layers = checkpoint.spec.num_layers
+    short = [first_tokens(plan, MEASURED_TOKENS) for plan in plans]
+    with torch.inference_mode():
+        rounded = RoundingRecorder(checkpoint, dtype, short, torch.float32).run(
+            progress, "Measuring rounding"
+        )
+    if not all(np.isfinite(value).all() for value in rounded.values()):
+        return None
+    logits = [_cost(one) for plan in short for _, one in _logits(plan, exact, rounded, name)]
+    states = [
+        [_cost(one) for plan in short for _, one in _states(plan, exact, rounded, name, layer)]
+        for layer in range(layers)
+    ]
+    return RoundingCost(
+        name,
+        functools.reduce(Cost.at_least, logits),
+        tuple(functools.reduce(Cost.at_least, costs) for costs in states),
+    )
+
+
+def _cost(compared: Comparison) -> Cost:
+    distance = 0.0 if compared.cosine is None else max(1 - compared.cosine, 0.0)
+    return Cost(compared.relative_error or 0.0, distance, compared.kl)
+
+
+def _logits(
+    plan: CasePlan, exact: Mapping[str, Any], rounded: Mapping[str, Any], dtype: str
+) -> list[tuple[int, Comparison]]:
     key = f"{plan.name}.logits"
     scale = float(exact[key].astype("float64").std())
     limit = tolerance(dtype, "logits")
@@ -104,19 +166,12 @@ def _logits(plan: CasePlan, exact: Any, rounded: Any, dtype: str) -> list[tuple[
 
 
 def _states(
-    plan: CasePlan, exact: Any, rounded: Any, dtype: str, layers: int
+    plan: CasePlan, exact: Mapping[str, Any], rounded: Mapping[str, Any], dtype: str, layer: int
 ) -> list[tuple[int, Comparison]]:
     limit = tolerance(dtype, "state")
+    key = f"{plan.name}.state.{layer}"
     return [
-        (
-            int(plan.marks[row, mark]),
-            compare_state(
-                rounded[f"{plan.name}.state.{layer}"][row, s],
-                exact[f"{plan.name}.state.{layer}"][row, s],
-                limit,
-            ),
-        )
-        for layer in range(layers)
+        (int(plan.marks[row, mark]), compare_state(rounded[key][row, s], exact[key][row, s], limit))
         for row in range(len(plan.input_ids))
         for s, mark in enumerate(plan.state_marks)
     ]
@@ -125,38 +180,58 @@ def _states(
 class RoundingRecorder(Recorder):
     """A `Recorder` that rounds activations to its dtype at the borders of the graph's operators."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, plans: list[CasePlan]) -> None:
-        super().__init__(checkpoint, dtype, plans)
-        self._mode = _Rounding(dtype)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        plans: list[CasePlan],
+        work: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__(checkpoint, dtype, plans, work)
+        self._mode = _Rounding(dtype, work)
 
-    def _embed(self) -> Tensor:
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """As the `Recorder`'s: weights are rounded already."""
+        found = super().blocks(name)
+        while True:
+            with self._mode.paused():
+                block = next(found, None)
+            if block is None:
+                return
+            yield block
+
+    def embed(self, ids: npt.NDArray[np.int64], position: int) -> Tensor:
+        """As the `Recorder`'s, rounded."""
         with self._mode:
-            return super()._embed()
+            return super().embed(ids, position)
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
-        super()._load(module, prefix)
+    def load(self, module: nn.Module, prefix: str) -> None:
+        """As the `Recorder`'s, with the graph's operators."""
+        super().load(module, prefix)
         as_in_the_graph(module, self.spec.activation, self._mode)
 
-    def _block(self, block: Block, hidden: Tensor, op: AttentionOp) -> Tensor:
+    def run_layer(self, block: Block, hidden: Tensor, op: AttentionOp) -> Tensor:
+        """As the `Recorder`'s, rounded."""
         with self._mode:
-            return super()._block(block, hidden, functools.partial(self._whole, op))
+            return super().run_layer(block, hidden, functools.partial(self._whole, op))
+
+    def head(self, model: ReferenceModel, hidden: Tensor) -> Tensor:
+        """As the `Recorder`'s, rounded."""
+        with self._mode:
+            return super().head(model, hidden)
 
     def _whole(self, op: AttentionOp, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         with self._mode.paused():
             output, state = op(*tensors, **options)
         return self._mode.round(output), state
 
-    def _head(self, model: ReferenceModel, hidden: Tensor) -> Tensor:
-        with self._mode:
-            return super()._head(model, hidden)
-
 
 class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every operator's float64 results go through `dtype`, except where it is paused."""
+    """Every operator's results in `work` go through `dtype`, except where it is paused."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, work: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.dtype = dtype
+        self.dtype, self.work = dtype, work
         self._paused = False
 
     def __torch_dispatch__(
@@ -169,8 +244,8 @@ class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.round(result) if isinstance(result, Tensor) else result
 
     def round(self, x: Tensor) -> Tensor:
-        """Float64 values that `dtype` has; other tensors as they are."""
-        return x.to(self.dtype).to(x.dtype) if x.dtype == torch.float64 else x
+        """Values that `dtype` has, in `work`; tensors of other types as they are."""
+        return x.to(self.dtype).to(x.dtype) if x.dtype == self.work else x
 
     @contextmanager
     def paused(self) -> Iterator[None]:

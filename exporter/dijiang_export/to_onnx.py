@@ -21,10 +21,11 @@ from dijiang_engines.graph_check import check_graph
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.safe_files import sha256_of
 from dijiang_engines.spec import ModelSpec
+from dijiang_export.case_plans import Cases
 from dijiang_export.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.checkpoint_files import copy_file
 from dijiang_export.graph import contract, opset, weights, write
-from dijiang_export.record import Cases, record_cases
+from dijiang_export.record import record_cases
 from dijiang_export.reference.rope import inverse_frequencies
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from dijiang_engines.op_contract import chunk_size
 from dijiang_export.graph.body_common import (
     DOUBLE,
     FLOAT,
@@ -34,11 +35,6 @@ from dijiang_export.graph.body_common import (
 from dijiang_export.graph.builder import Builder
 
 INT64 = ir.DataType.INT64.value
-
-
-def chunk_size(head_dim: int) -> int:
-    """C: 64 measured best on CPUs up to d = 128, and 128 at d = 256 (docs/performance.md)."""
-    return 128 if head_dim >= 256 else 64
 
 
 @dataclass(frozen=True)
