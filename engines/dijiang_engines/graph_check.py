@@ -14,6 +14,7 @@ from dijiang_engines.onnx_graph import (
     read_graph,
 )
 from dijiang_engines.onnx_shapes import infer_shapes
+from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.spec import ModelSpec
 
 PREFILLS = ((1, 1), (2, 300))
@@ -22,7 +23,7 @@ STEPS = ((1, 1), (3, 1))
 
 CAST_TYPES = (1, 6, 7, 9, 10, 11, 16)  # TensorProto.DataType: floats, int32, int64 and bool; no text
 
-_CHUNK = 128  # the longest that the exporter makes (docs/mathematics.md)
+_CHUNK = chunk_size(256)  # the longest
 _SLACK = 4
 _LEAST = 1 << 16
 
