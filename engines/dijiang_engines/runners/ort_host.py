@@ -19,7 +19,7 @@ def spinning_choice(given: str | None) -> Spinning:
 
     Threads that spin are there at once when the next operator needs them, and take the cores from whatever
     else wants them meanwhile: other processes, or the other threads of a shared machine, which then also
-    make every step wait. docs/performance.md has figures.
+    make every step wait.
 
     Args:
         given: "on", "off", or "auto", which leaves it to ONNX Runtime: it spins. None: what the environment
