@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -327,3 +329,27 @@ def test_threads_take_turns_on_the_gpu(
     assert most == 1
     for other in others:
         assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_what_threads_print_is_not_lost_while_libraries_are_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """ONNX Runtime's loader prints what it misses: other threads' output must not vanish with that."""
+    module = types.ModuleType("ort")
+    exec(
+        "import time\n"
+        "def set_default_logger_severity(level): pass\n"
+        "def preload_dlls():\n"
+        "    print('Failed to load libcudnn')\n"
+        "    time.sleep(0.02)\n",
+        module.__dict__,
+    )
+    stdout = sys.stdout
+    with ThreadPoolExecutor(8) as pool:
+        loading = [pool.submit(ort_cuda.find_cuda_libraries, module) for _ in range(16)]
+        for number in range(100):
+            print(number)
+            time.sleep(0.002)
+    assert all(future.result() is None for future in loading)
+    assert sys.stdout is stdout
+    assert capsys.readouterr().out.split() == [str(number) for number in range(100)]

@@ -236,7 +236,15 @@ def test_other_files_are_kept_unless_forced_and_reports_replaced(tmp_path: Path)
     report_file.write_report(path, f"{MARKER}new")
     assert path.read_text() == f"{MARKER}new"
     assert os.listdir(tmp_path) == ["notes.html"]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_new_report_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        report_file.write_report(tmp_path / "r.html", MARKER)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "r.html").stat().st_mode & 0o777 == 0o600
 
 
 def test_the_marker_is_where_it_is_looked_for(reference: Reference, tmp_path: Path) -> None:
@@ -252,7 +260,7 @@ def test_places_that_cannot_be_written_to_are_refused(tmp_path: Path) -> None:
     for name in ("folder", "pipe", "nowhere/r.html", "file/r.html", "x" * 300 + "/r.html"):
         with pytest.raises(OutputError):
             report_file.check_target(tmp_path / name, MARKER, force=True)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot write the output"):
         report_file.check_target(Path("/proc/report.html"), MARKER)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe"]
 
@@ -276,8 +284,8 @@ def test_a_full_disk_leaves_the_old_report(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(report_file.os, name, full)
-    with pytest.raises(OutputError, match="cannot be written") as info:
+    monkeypatch.setattr(os, name, full)
+    with pytest.raises(OutputError, match="no space left to write") as info:
         report_file.write_report(path, "new")
     assert "No space left" in str(info.value)
     assert path.read_text() == "old"

@@ -82,11 +82,15 @@ def check_output_file(path: str | Path, *, force: bool = True) -> Path:
             f"the output {path} already exists", hint="choose another name, or replace it with --force"
         )
     if not target.parent.is_dir():
-        raise OutputError(f"there is no folder {Path(path).parent} to write {target.name} to")
+        raise OutputError(f"there is no folder {Path(path).parent} to write {path} to")
     if not os.access(target.parent, os.W_OK):
         raise OutputError(f"the folder {Path(path).parent} is read-only", hint="choose another folder")
     if found is not None and not os.access(target, os.W_OK):
         raise OutputError(f"the output {path} is read-only", hint="choose another name, or remove it")
+    if found is None:  # permissions do not tell everything: /proc, a full quota
+        probe = target.parent / temporary_name(target, "tmp")
+        _made(probe, target).close()
+        probe.unlink()
     return target
 
 

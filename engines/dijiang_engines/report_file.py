@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
+from dijiang_engines.atomic_file import check_output_file, output_file
 from dijiang_engines.errors import OutputError
+from dijiang_engines.safe_files import open_regular
 
 _HEAD_BYTES = 400
 
@@ -23,26 +22,12 @@ def check_target(path: Path, marker: str, *, force: bool = False) -> None:
     Raises:
         OutputError: the folder is missing or cannot be written to, or something else is there.
     """
-    try:
-        _check(path, _resolve(path), marker, force)
-    except OSError as error:
-        raise _cannot(path, error) from error
-
-
-def _check(path: Path, target: Path, marker: str, force: bool) -> None:
-    if target.is_dir():
-        raise OutputError(f"{path} is a folder", expected="the name of a file for the report")
-    if os.path.lexists(target) and not target.is_file():
-        raise OutputError(f"{path} exists and is not an ordinary file", hint="choose another name")
+    target = check_output_file(path)
     if target.exists() and not force and not _is_report(target, marker):
         raise OutputError(
             f"{path} exists and is not a report of this program",
             hint="choose another name, or replace it with --force",
         )
-    if not target.parent.is_dir():
-        raise OutputError(f"{path} cannot be written", got=f"there is no folder {target.parent}")
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".dijiang-report-"):
-        pass
 
 
 def write_report(path: Path, text: str) -> None:
@@ -53,39 +38,10 @@ def write_report(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    target = _resolve(path)
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".dijiang-report-")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes private files
-        os.replace(temporary, target)
-        temporary = None
-    except OSError as error:
-        raise _cannot(path, error) from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-
-
-def _resolve(path: Path) -> Path:
-    """Where the file really is: a symbolic link stays, and what it leads to is replaced."""
-    return Path(os.path.realpath(path))
+    with output_file(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def _is_report(path: Path, marker: str) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path, links=True, error=OutputError) as file:
         return marker.encode() in file.read(_HEAD_BYTES)
-
-
-def _cannot(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path} cannot be written",
-        got=error.strerror or str(error),
-        hint="choose a name in a folder that you may write to",
-    )

@@ -55,5 +55,4 @@ def record_cases(
     if cost is not None:
         metadata[rounding_cost.KEY] = json.dumps(cost.to_json())
     save_file(tensors, path, metadata=metadata)
-    path.chmod(0o644)  # safetensors makes private files; a bundle is readable as a whole
     return [plan.name for plan in plans]

@@ -14,10 +14,9 @@ different inputs and pasts what a plain run did, or steps go on without graphs.
 from __future__ import annotations
 
 import ctypes
-import io
 import threading
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -45,6 +44,7 @@ _SAME = 0.01
 chosen anew may round differently; a graph with a stale address is off by the size of the values."""
 
 
+_LOADING = threading.Lock()
 GPU_LOCK = threading.RLock()
 """ONNX Runtime captures in CUDA's global mode: while one thread captures, a copy or a wait in any other
 thread of the process fails and spoils the capture (CUDA error 900). So runners call ONNX Runtime on CUDA one
@@ -75,9 +75,20 @@ def find_cuda_libraries(ort: Any) -> None:
     """
     ort.set_default_logger_severity(3)
     preload = getattr(ort, "preload_dlls", None)  # since 1.21
-    if preload is not None:
-        with suppress(Exception), redirect_stdout(io.StringIO()):
-            preload()
+    if preload is None:
+        return
+    with _LOADING:
+        # It prints what it misses. Only that module is kept quiet: another thread may be printing.
+        ort.print = _say_nothing
+        try:
+            with suppress(Exception):
+                preload()
+        finally:
+            del ort.print
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    pass
 
 
 def zero_device_memory(spans: list[tuple[int, int]], device: int) -> bool:
