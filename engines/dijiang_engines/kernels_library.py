@@ -41,12 +41,13 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path = path
         hint = "`dijiang-export build-plugin` makes one that fits"
-        with open_regular(path, most=LIMITS["library"], links=True, error=KernelError):
-            pass  # dlopen would wait on a pipe
         try:
+            with open_regular(path, most=LIMITS["library"], links=True, error=KernelError):
+                pass  # dlopen would wait on a pipe
             self._library = ctypes.CDLL(str(path.absolute()))
-        except OSError as error:
-            raise KernelError(f"cannot load the CUDA kernels from {path}", got=error, hint=hint) from error
+        except (OSError, KernelError) as error:
+            why = error.what if isinstance(error, KernelError) else error
+            raise KernelError(f"cannot load the CUDA kernels from {path}", got=why, hint=hint) from error
         try:
             version = self._library.dijiang_abi_version()  # returns an int, ctypes' default
             if version == abi.ABI_VERSION:
