@@ -68,8 +68,8 @@ $(BUNDLE)/manifest.json: $(EXPORT_SOURCES) | $(INSTALLED)
 	@mkdir -p $(dir $(BUNDLE))
 	$(CLI) to-onnx samples/tiny-stdlib $(BUNDLE) --force
 
-test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## all tests, on all cores
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-pythons: $(BUNDLE)/manifest.json ## the tests that need no PyTorch, on the other PYTHONS that are here
 	rm -rf build/wheel

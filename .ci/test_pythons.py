@@ -125,7 +125,7 @@ def count(results: Path, outcome: Outcome) -> None:
 
 
 def main() -> int:
-    """All versions, two at a time; 1 if one fails, or is required and not there."""
+    """All versions, side by side; 1 if one fails, or is required and not there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("versions", nargs="+", help="such as 3.12")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/pythons")
@@ -140,7 +140,7 @@ def main() -> int:
     absent = [version for version, python in found.items() if python is None]
     for version in absent:
         print(f"there is no Python {version} here: not tested", flush=True)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(len(found)) as pool:
         jobs = [pool.submit(test, version, python, options) for version, python in found.items() if python]
         outcomes = [job.result() for job in jobs]
     for outcome in outcomes:

@@ -24,6 +24,7 @@ from dijiang_engines.engine_folder import open_engine
 from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.tensorrt import TensorRTRunner
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are to be as wide as in a file
 # Elsewhere hypothesis looks for new examples each time; CI must say the same about the same commit.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
