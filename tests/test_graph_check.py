@@ -130,6 +130,10 @@ LARGE: dict[str, Callable[[], onnx.ModelProto]] = {
         helper.make_node("Expand", ["hundredth", "long"], ["y"]),
         size=np.array([1 << 24]),
     ),
+    "expand, by a power of the length": lambda: with_nodes(
+        helper.make_node("Concat", ["length"] * 3, ["cube"], axis=0),
+        helper.make_node("Expand", ["hundredth", "cube"], ["y"]),
+    ),
     "range": lambda: with_nodes(
         helper.make_node("Range", ["zero", "size", "one"], ["y"]), size=np.int64(BIG)
     ),
@@ -184,6 +188,13 @@ BY_DATA = {
 def test_a_shape_that_cannot_be_told_is_refused(kind: str) -> None:
     with pytest.raises(BundleError, match=r"cannot be told|not there yet|there already"):
         check(with_nodes(BY_DATA[kind], twice=np.array([0, 0])))
+
+
+def test_an_input_that_is_a_constant_too_is_refused() -> None:
+    """The walk would take the constant's value, a runtime the one that it is given."""
+    expand = helper.make_node("Expand", ["hundredth", "positions"], ["y"])
+    with pytest.raises(BundleError, match="a constant too"):
+        check(with_nodes(expand, positions=np.array([1])))
 
 
 def test_sizes_and_types_in_attributes_are_the_model_s() -> None:
