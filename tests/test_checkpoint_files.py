@@ -171,7 +171,7 @@ def test_files_beyond_their_limit(name: str, tmp_path: Path) -> None:
 def test_json_of_millions_of_values(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(b'{"model": {"vocab": {}}, "a": [' + b"[]," * 5_000_000 + b"[]]}")
-    with pytest.raises(CheckpointError, match="absurdly long"):
+    with pytest.raises(CheckpointError, match="too many values"):
         read_json(path)
     for content, match in (
         (b"[" * 100_000, "not a JSON object"),

@@ -19,8 +19,8 @@ from dijiang_engines.spec import ModelSpec
 
 PREFILLS = ((1, 1), (2, 300), (3, 20_000))
 STEPS = ((1, 1), (3, 1), (5000, 1))
-"""(rows, tokens of each) of the calls that a graph is walked for: 300 tokens are several chunks; of many, what
-grows with a power of their number is beyond `most_elements`."""
+"""(rows, tokens of each) of the calls that a graph is walked for: 300 tokens are several chunks; of
+many, what grows with a power of their number is beyond `most_elements`."""
 
 CAST_TYPES = (1, 6, 7, 9, 10, 11, 16)  # TensorProto.DataType: floats, int32, int64 and bool; no text
 
