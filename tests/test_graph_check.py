@@ -20,7 +20,7 @@ from toy_bundle import SPEC, external_tensor, make_bundle, toy_graph, write_mani
 
 from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import BundleError
-from dijiang_engines.graph_check import check_graph, most_elements
+from dijiang_engines.graph_check import PREFILLS, STEPS, check_graph, most_elements
 from dijiang_engines.manifest import graph_io
 from dijiang_engines.onnx_graph import OPERATORS, read_graph
 from dijiang_engines.onnx_shapes import infer_shapes
@@ -308,7 +308,7 @@ def test_the_list_is_what_the_exporter_writes() -> None:
         weights = {
             value.name: tuple(value.shape) for value in list(model.graph.inputs)[3 + spec.num_layers :]
         }
-        for batch, length in ((1, 1), (5, 1)) if step else ((1, 1), (3, 200), (2, 1000)):
+        for batch, length in (*STEPS, (5, 1)) if step else (*PREFILLS, (3, 200), (2, 1000)):
             infos, outputs = graph_io(spec, step=step, all_logits=False)
             sizes = {"batch": batch, "sequence": length}
             shapes = {t.name: tuple(sizes.get(n, n) for n in t.shape) for t in infos}
