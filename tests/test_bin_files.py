@@ -254,6 +254,10 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "an empty pickle": (b"", "corrupt"),
     "a lone stop": (b".", "corrupt"),
     "a state for text": (b"X\x01\0\0\0a}b.", "a state for something"),
+    "the same pairs again and again": (
+        b"ccollections\nOrderedDict\nq\0]q\x01("
+        + b"".join(b"J" + struct.pack("<i", i) + b"N\x86" for i in range(100_000))
+        + b"e\x85q\x02" + b"h\0h\x02R" * 400_000 + b".", "more than 200000 pairs"),
     "pairs that are none": (b"ccollections\nOrderedDict\n]K\x01a\x85R.", "other than pairs"),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from toy_bundle import SPEC, external_tensor, make_bundle, toy_graph, write_mani
 
 from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import BundleError
-from dijiang_engines.graph_check import check_graph, most_elements
+from dijiang_engines.graph_check import PREFILLS, STEPS, check_graph, most_elements
 from dijiang_engines.manifest import graph_io
 from dijiang_engines.onnx_graph import OPERATORS, read_graph
 from dijiang_engines.onnx_shapes import infer_shapes
@@ -130,6 +130,10 @@ LARGE: dict[str, Callable[[], onnx.ModelProto]] = {
         helper.make_node("Expand", ["hundredth", "long"], ["y"]),
         size=np.array([1 << 24]),
     ),
+    "expand, by a power of the length": lambda: with_nodes(
+        helper.make_node("Concat", ["length"] * 3, ["cube"], axis=0),
+        helper.make_node("Expand", ["hundredth", "cube"], ["y"]),
+    ),
     "range": lambda: with_nodes(
         helper.make_node("Range", ["zero", "size", "one"], ["y"]), size=np.int64(BIG)
     ),
@@ -184,6 +188,13 @@ BY_DATA = {
 def test_a_shape_that_cannot_be_told_is_refused(kind: str) -> None:
     with pytest.raises(BundleError, match=r"cannot be told|not there yet|there already"):
         check(with_nodes(BY_DATA[kind], twice=np.array([0, 0])))
+
+
+def test_an_input_that_is_a_constant_too_is_refused() -> None:
+    """The walk would take the constant's value, a runtime the one that it is given."""
+    expand = helper.make_node("Expand", ["hundredth", "positions"], ["y"])
+    with pytest.raises(BundleError, match="a constant too"):
+        check(with_nodes(expand, positions=np.array([1])))
 
 
 def test_sizes_and_types_in_attributes_are_the_model_s() -> None:
@@ -297,7 +308,7 @@ def test_the_list_is_what_the_exporter_writes() -> None:
         weights = {
             value.name: tuple(value.shape) for value in list(model.graph.inputs)[3 + spec.num_layers :]
         }
-        for batch, length in ((1, 1), (5, 1)) if step else ((1, 1), (3, 200), (2, 1000)):
+        for batch, length in (*STEPS, (5, 1)) if step else (*PREFILLS, (3, 200), (2, 1000)):
             infos, outputs = graph_io(spec, step=step, all_logits=False)
             sizes = {"batch": batch, "sequence": length}
             shapes = {t.name: tuple(sizes.get(n, n) for n in t.shape) for t in infos}

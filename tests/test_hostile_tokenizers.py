@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
@@ -222,3 +223,97 @@ def test_pieces_that_would_take_gigabytes(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text(json.dumps({"version": "1.0", "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab}}))
     with pytest.raises(DijiangError, match="pieces are too long"):
         Tokenizer(path)
+
+
+# -- loading ---------------------------------------------------------------------------------------------
+
+
+def with_added_token(content: str, normalizer: Any) -> dict[str, Any]:
+    """A tokenizer.json whose added token the library normalizes while it loads the file."""
+    document: dict[str, Any] = json.loads(Backend(models.BPE(LETTERS, [])).to_str())
+    kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    document["added_tokens"] = [{"id": len(LETTERS), "content": content, **kind}]
+    document["normalizer"] = json.loads(normalizer.__getstate__())
+    return document
+
+
+@pytest.mark.usefixtures("two_seconds")
+@pytest.mark.parametrize(
+    ("content", "stage"),
+    [
+        ("aab", normalizers.Sequence(DOUBLING)),
+        (BACKTRACKING, normalizers.Replace(Regex(r"(a|a)*$"), "")),
+    ],
+    ids=["doubled", "backtracking"],
+)
+@pytest.mark.parametrize("place", ["first", "last", "spelt out"])
+def test_loading_ends_with_a_sentence(
+    tmp_path: Path, content: str, stage: Any, place: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    document = with_added_token(content, stage)
+    if place != "first":
+        document["normalizer"] = document.pop("normalizer")  # behind the vocabulary
+    text = json.dumps(document)
+    if place == "spelt out":
+        text = text.replace('"normalizer"', r'"\u006eormalizer"')
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(BundleError, match=r"tokenizer tokenizer\.json (fails|takes too|needs too)"):
+        Tokenizer(tmp_path / "tokenizer.json")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_key_twice_is_refused(tmp_path: Path) -> None:
+    """The library would keep the first normalizer, other readers the last."""
+    document = with_added_token("aab", normalizers.Sequence(DOUBLING))
+    text = json.dumps(document)
+    for twice in (f'{{"normalizer":null,{text[1:]}', f'{text[:-1]},"normalizer":null}}'):
+        (tmp_path / "tokenizer.json").write_text(twice)
+        with pytest.raises(BundleError, match="the key 'normalizer' twice"):
+            Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_normalizer_that_is_apart_works_as_ever(tmp_path: Path) -> None:
+    document = with_added_token("xay", normalizers.Replace(Regex("[aeiou]+"), "_"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert not tokenizer._encodes_here
+    backend = Backend.from_str(json.dumps(document))
+    for text in ("", "xaybeautiful", "x_y xeey\u00e9"):
+        ids = tokenizer.encode(text)
+        assert ids == backend.encode(text).ids
+        assert tokenizer.decode(ids) == backend.decode(ids)
+
+
+MANY: dict[str, Callable[[], dict[str, Any]]] = {
+    "before a text": lambda: {"normalizer": {"type": "Prepend", "prepend": "x" * 200_000}},
+    "one special token": lambda: {
+        "post_processor": {
+            "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "single": [{"SpecialToken": {"id": "z", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"z": {"id": "z", "ids": [1] * 200_000, "tokens": ["z"] * 200_000}},
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_many_tokens_of_a_short_text(tmp_path: Path, kind: str) -> None:
+    document = json.loads(Backend(models.BPE(LETTERS, [])).to_str()) | MANY[kind]()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match="too many tokens"):
+        Tokenizer(tmp_path / "tokenizer.json").encode("ab")
+
+
+@pytest.mark.parametrize(("size", "here"), [(33, True), (10_000, False)])
+def test_what_sentencepiece_makes_of_a_character(size: int, here: bool) -> None:
+    """Its table may turn a character into a text of any length."""
+
+    class Stub:
+        normalizer = normalizers.Lowercase()
+
+        def __init__(self) -> None:
+            table = (4).to_bytes(4, "little") + bytes(4) + b"x" * size + b"\0"
+            state = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+            self.normalizer.__setstate__(json.dumps(state).encode())
+
+    assert tokenizer_work.normalizing_is_bounded(Stub()) is here

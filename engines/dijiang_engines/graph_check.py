@@ -17,9 +17,10 @@ from dijiang_engines.onnx_shapes import infer_shapes
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.spec import ModelSpec
 
-PREFILLS = ((1, 1), (2, 300))
-STEPS = ((1, 1), (3, 1))
-"""(rows, tokens of each) of the calls that a graph is walked for: 300 tokens are several chunks."""
+PREFILLS = ((1, 1), (2, 300), (3, 20_000))
+STEPS = ((1, 1), (3, 1), (5000, 1))
+"""(rows, tokens of each) of the calls that a graph is walked for: 300 tokens are several chunks; of
+many, what grows with a power of their number is beyond `most_elements`."""
 
 CAST_TYPES = (1, 6, 7, 9, 10, 11, 16)  # TensorProto.DataType: floats, int32, int64 and bool; no text
 
@@ -52,6 +53,9 @@ def check_graph(model: bytes, file: str, spec: ModelSpec, *, step: bool, all_log
             {t.name: tuple(sizes[n] if isinstance(n, str) else n for n in t.shape) for t in side}
             for side in infos
         )
+        if shadowed := (inputs.keys() | set(graph.inputs)) & graph.constants.keys():
+            # The walk would take the constant's shape and values, a runtime those that a call gives.
+            raise BundleError("an input of a graph is a constant too", got=repr(min(shadowed)[:80]))
         if set(graph.outputs) != set(outputs):
             raise BundleError("a graph has other outputs than the manifest says")
         shapes = infer_shapes(graph, inputs, most_elements(spec, batch, length))

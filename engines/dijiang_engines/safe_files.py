@@ -152,7 +152,12 @@ def sha256_of(file: BinaryIO, on_bytes: Callable[[int], None] | None = None) -> 
 
 
 def parse_json(
-    data: bytes, what: str, *, error: type[DijiangError] = BundleError, lenient: bool = False
+    data: bytes,
+    what: str,
+    *,
+    error: type[DijiangError] = BundleError,
+    lenient: bool = False,
+    most_values: int = MAX_JSON_VALUES,
 ) -> Any:
     """JSON as an untrusted file may hold it: UTF-8, bounded nesting and count, numbers of bounded length.
 
@@ -162,6 +167,7 @@ def parse_json(
         error: the class that is raised.
         lenient: take what other tools write into files of checkpoints: a byte order mark, NaN and Infinity,
             a repeated key (the last one counts). What reads the values must refuse such numbers.
+        most_values: that it may hold.
 
     Raises:
         DijiangError: of class `error`: anything else.
@@ -170,8 +176,8 @@ def parse_json(
         text = data.decode("utf-8-sig" if lenient else "utf-8")
     except UnicodeDecodeError as failure:
         raise error(f"{what} is not UTF-8", got=f"bad byte at offset {failure.start}") from failure
-    if sum(map(data.count, (b",", b"[", b"{"))) >= MAX_JSON_VALUES:  # each but the first value follows one
-        raise error(f"{what} holds too many values", expected=f"at most {MAX_JSON_VALUES}")
+    if sum(map(data.count, (b",", b"[", b"{"))) >= most_values:  # each but the first value follows one
+        raise error(f"{what} holds too many values", expected=f"at most {most_values}")
     try:
         value = json.loads(
             text,

@@ -18,7 +18,13 @@ from dijiang_engines.errors import BundleError, PromptError
 from dijiang_engines.safe_files import LIMITS, read_bounded
 from dijiang_engines.text_stream import TextStream
 from dijiang_engines.tokenizer_apart import TokenizerApart
-from dijiang_engines.tokenizer_work import check_vocabulary, decoding_is_bounded, encoding_is_bounded
+from dijiang_engines.tokenizer_file import only_normalizer
+from dijiang_engines.tokenizer_work import (
+    check_vocabulary,
+    decoding_is_bounded,
+    encoding_is_bounded,
+    normalizing_is_bounded,
+)
 
 __all__ = ["MAX_TOKENIZER_BYTES", "TextStream", "Tokenizer"]
 
@@ -41,7 +47,11 @@ class Tokenizer:
 
         data = read_bounded(path, MAX_TOKENIZER_BYTES, links=True)
         check_vocabulary(data)
+        apart = TokenizerApart(data, path.name)
+        normalizer = only_normalizer(data, str(path))
         with library_call(f"{path} is not a tokenizer"):
+            if not normalizing_is_bounded(Backend.from_str(normalizer)):
+                apart.load()  # the library normalizes added tokens; what it can do there it can do here
             self._backend: Any = Backend.from_buffer(data)
             # A file saved after training may still cut or pad its inputs; a generator must do neither.
             self._backend.no_truncation()
@@ -49,9 +59,7 @@ class Tokenizer:
         self._path = path
         self._encodes_here = encoding_is_bounded(self._backend)
         self._decodes_here = decoding_is_bounded(self._backend)
-        self._apart = (
-            TokenizerApart(data, path.name) if not (self._encodes_here and self._decodes_here) else None
-        )
+        self._apart = None if self._encodes_here and self._decodes_here else apart
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:

@@ -30,6 +30,7 @@ SECONDS_PER_MEGABYTE = 20
 BYTES = 1 << 30
 BYTES_PER_BYTE = 600
 """The library takes up to 290 bytes for a byte of text, when every character is a token."""
+_TOKENS, _TOKENS_PER_BYTE = 1 << 17, 16
 _LOADING_BYTES_PER_BYTE = 64
 _FRAME = struct.Struct("<cQ")
 
@@ -47,14 +48,29 @@ class TokenizerApart:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
+    def load(self) -> None:
+        """Start, if it has not: then the library can load the file within the limits.
+
+        Raises:
+            BundleError: it cannot, or fails.
+        """
+        self._ask(b"", b"")
+
     def encode(self, text: str, special_tokens: bool) -> list[int]:
         """Token ids of a text.
 
         Raises:
             BundleError: it takes too long, or too much memory, or the library fails.
         """
-        answer = self._ask(b"S" if special_tokens else b"E", text.encode())
-        return array.array("I", answer).tolist()
+        data = text.encode()
+        ids = array.array("I", self._ask(b"S" if special_tokens else b"E", data))
+        most = _TOKENS + _TOKENS_PER_BYTE * len(data)
+        if len(ids) > most:
+            raise BundleError(
+                f"the tokenizer {self._name} makes too many tokens of a text",
+                got=f"{len(ids)} tokens of {len(data)} bytes", expected=f"at most {most}",
+            )  # fmt: skip
+        return ids.tolist()
 
     def decode(self, tokens: Sequence[str]) -> str:
         """The text of tokens.
@@ -68,10 +84,12 @@ class TokenizerApart:
         with self._lock:
             try:
                 if self._process is None:
+                    at_work = len(self._data)
                     self._start()
-                return self._call(kind, data)
+                at_work = len(data)
+                return self._call(kind, data) if kind else b""
             except (OSError, EOFError):
-                raise self._failed(len(data)) from None
+                raise self._failed(at_work) from None
 
     def _start(self) -> None:
         self._process = subprocess.Popen(

@@ -7,6 +7,7 @@ known here, and whatever else a file holds runs in a process of its own, within 
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -18,6 +19,8 @@ _UNIGRAM_WORTH_COUNTING = 8 << 20
 
 _MOST_GROWTH = 64
 """How many bytes a byte of the text may become."""
+_LONGEST_RESULT = 64
+"""Of a character that SentencePiece normalizes. Unicode's longest, of U+FDFA, has 33 bytes."""
 _LONGEST_WORD = 1000
 """WordPiece tries all pieces of a word: work grows with its square. The library's default is 100."""
 _LONGEST_PIECE = 512
@@ -36,8 +39,7 @@ _KNOWN_PATTERNS = {
 """Every alternative is one run of one class, next to nothing that could be part of it: no backtracking."""
 
 _NORMALIZERS = {
-    "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend", "Strip",
-    "StripAccents",
+    "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents",
 }  # fmt: skip
 _PRE_TOKENIZERS = {
     "BertPreTokenizer", "CharDelimiterSplit", "Delimiter", "Digits", "FixedLength", "Metaspace",
@@ -70,9 +72,7 @@ def check_vocabulary(data: bytes) -> None:
 def encoding_is_bounded(backend: Any) -> bool:
     """Whether everything that encoding does is known to take work in proportion to the text."""
     growth = _Growth()
-    for step in _steps(backend.normalizer, "normalizers"):
-        if step["type"] not in _NORMALIZERS:
-            growth.replace(step)
+    growth.normalize(backend)
     for step in _steps(backend.pre_tokenizer, "pretokenizers"):
         if step["type"] == "ByteLevel":
             growth.factor *= 2  # a byte becomes a character of one or two
@@ -83,6 +83,13 @@ def encoding_is_bounded(backend: Any) -> bool:
     for step in _steps(backend.post_processor, "processors"):
         growth.add_template(step)
     return growth.bounded and _model_is_bounded(backend)
+
+
+def normalizing_is_bounded(backend: Any) -> bool:
+    """The same of the normalizer alone."""
+    growth = _Growth()
+    growth.normalize(backend)
+    return growth.bounded
 
 
 def decoding_is_bounded(backend: Any) -> bool:
@@ -105,6 +112,16 @@ class _Growth:
     def bounded(self) -> bool:
         return self.known and self.factor <= _MOST_GROWTH
 
+    def normalize(self, backend: Any) -> None:
+        """All steps of the normalizer."""
+        for step in _steps(backend.normalizer, "normalizers"):
+            if step["type"] == "Prepend":  # before each piece of a text between two added tokens
+                self.factor *= 1 + len(step["prepend"].encode())
+            elif step["type"] == "Precompiled":
+                self.known = self.known and _longest_result(step) <= _LONGEST_RESULT
+            elif step["type"] not in _NORMALIZERS:
+                self.replace(step)
+
     def replace(self, step: dict[str, Any]) -> None:
         """Replace and ByteLevel; anything else is not known."""
         if step["type"] == "ByteLevel":
@@ -118,8 +135,11 @@ class _Growth:
     def add_template(self, step: dict[str, Any]) -> None:
         """What is put around a text, and how often the text itself."""
         if step["type"] == "TemplateProcessing":
-            parts = step["single"]
-            self.factor *= max(1, sum("Sequence" in part for part in parts))
+            parts, special = step["single"], step["special_tokens"]
+            sizes = [
+                len(special[p["SpecialToken"]["id"]]["ids"]) if "SpecialToken" in p else 1 for p in parts
+            ]
+            self.factor *= max(1, sum(sizes))
             self.known = self.known and len(parts) <= _MOST_STEPS
         elif step["type"] not in ("BertProcessing", "ByteLevel", "RobertaProcessing"):
             self.known = False
@@ -133,6 +153,14 @@ def _steps(component: Any, name: str) -> list[dict[str, Any]]:
     while any(step["type"] == "Sequence" for step in steps):
         steps = [inner for step in steps for inner in (step[name] if step["type"] == "Sequence" else [step])]
     return steps if len(steps) <= _MOST_STEPS else [{"type": "too many steps"}]
+
+
+def _longest_result(step: dict[str, Any]) -> int:
+    """Bytes that a SentencePiece normalizer may make of a character, at most: a size, a trie of that size,
+    then the results, each with a NUL behind it (the `spm_precompiled` crate, v0.1.4, from_precompiled)."""
+    data = base64.b64decode(step["precompiled_charsmap"])
+    trie = int.from_bytes(data[:4], "little")
+    return max(map(len, data[4 + trie :].split(b"\0")))
 
 
 def _is_known(pattern: dict[str, str]) -> bool:

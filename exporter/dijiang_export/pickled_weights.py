@@ -22,6 +22,7 @@ MOST_OPERATIONS = 2_000_000
 """About 30 make a tensor, so that this is enough for 60,000 of them."""
 
 _MOST_MARKS = 1000  # open at once: containers in containers
+_MOST_PAIRS = 200_000
 
 STORAGE_TYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -97,6 +98,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # stacks under each mark
         self.memo: dict[int, Any] = {}
+        self.copied = 0  # pairs given to OrderedDict: one list can be given to it again and again
 
     def run(self) -> tuple[Any, int]:
         try:
@@ -169,6 +171,10 @@ class _Machine:
         handler = _CALLS.get(function.name)
         if handler is None:
             raise ForeignPickle(function.name)
+        if arguments and type(arguments[0]) is list:
+            self.copied += len(arguments[0])
+            if self.copied > _MOST_PAIRS:
+                raise BrokenPickle(f"more than {_MOST_PAIRS} pairs for OrderedDict")
         self.stack.append(handler(arguments))
 
     def build(self) -> None:
