@@ -28,7 +28,7 @@ from dijiang_engines.errors import DijiangError, PromptError, UsageError
 from dijiang_engines.generate import Generator, SamplingOptions
 from dijiang_engines.model import open_model
 from dijiang_engines.runners import Runner, open_runner
-from dijiang_engines.runners.checks import position_error
+from dijiang_engines.runners.checks import last_position, position_error
 from dijiang_engines.sampling import sample, uniform
 from dijiang_engines.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ class BatchLoop:
 
         Raises:
             PromptError: no prompt, nothing to generate, or a token id that the model does not have.
-            PositionError: prompt and max_tokens together run past the model's last position.
+            PositionError: prompt and max_tokens together run past the last position that the runner knows.
         """
         spec = self.runner.spec
         if not request.prompt or request.max_tokens < 1:
@@ -98,8 +98,9 @@ class BatchLoop:
             raise PromptError("a prompt holds a token id that the model does not have")
         # The last token is never read, so it needs no position.
         longest = len(request.prompt) + request.max_tokens - 1
-        if spec.max_positions is not None and longest > spec.max_positions:
-            raise position_error(spec, request.number, longest)
+        most = last_position(self.runner)
+        if longest > most:
+            raise position_error(spec, request.number, longest, most=most)
         self.waiting.append(request)
 
     @property

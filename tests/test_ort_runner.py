@@ -225,6 +225,24 @@ def test_a_graph_that_onnx_runtime_cannot_load(toy: Toy) -> None:
     assert "Mul" in str(caught.value)
 
 
+def test_a_graph_that_fails_is_reported_once(toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime's own log would print the names of a stranger's graph as they are."""
+    model = onnx.load(toy[0] / "step.onnx", load_external_data=False)
+    gather = next(node for node in model.graph.node if node.op_type == "Gather")
+    far = onnx.numpy_helper.from_array(np.int64(10**6), "a_million")
+    model.graph.initializer.append(far)
+    add = onnx.helper.make_node("Add", [gather.input[1], far.name], ["beyond"])
+    model.graph.node.insert(list(model.graph.node).index(gather), add)
+    gather.input[1], gather.name = "beyond", "\x1b[2Jgather"
+    (toy[0] / "step.onnx").write_bytes(model.SerializeToString())
+    write_manifest(toy[0], SPEC)
+    runner = runner_of(toy[0])
+    with pytest.raises(RunnerError, match="failed while running") as caught:
+        runner.step(A([[1]]), A([0]), A([1]), runner.new_state(1))
+    assert "gather" in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
 # -- which runner ----------------------------------------------------------------------------------------
 
 

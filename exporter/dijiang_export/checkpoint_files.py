@@ -18,17 +18,21 @@ from dijiang_engines.safe_files import LIMITS, open_regular, parse_json, read_bo
 CONFIG = "config.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+SLOW_TOKENIZERS = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+)
+"""Vocabularies of tokenizers that are not tokenizer.json, as transformers' classes name them."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *SLOW_TOKENIZERS,
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",

@@ -9,6 +9,7 @@ from typing import Any
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import Activation, ModelSpec, is_positive
+from dijiang_export.checkpoint_files import SLOW_TOKENIZERS
 from dijiang_export.families import FAMILIES, NEUTRAL, REQUIRED, Family, Key
 from dijiang_export.rope_config import read_rope
 from dijiang_export.weights_io import read_json
@@ -27,16 +28,6 @@ ACTIVATIONS: dict[str, Activation] = {
 
 GROUP_NORM_EPSILON = 1e-5
 """torch.nn.GroupNorm's default, which the official code leaves (@3459531:111)."""
-
-SLOW_TOKENIZERS = (
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-"""Vocabularies of tokenizers that are not tokenizer.json, as transformers' classes name them."""
 
 _SOME = 5  # names in a message
 

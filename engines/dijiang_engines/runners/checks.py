@@ -12,13 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import PositionError, RunnerError, UsageError
+from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import MAX_POSITIONS, IntArray, LimitsPositions, Runner
 from dijiang_engines.runners.decoding import DecodeRequest
 from dijiang_engines.spec import ModelSpec
-
-SHORTEST_CHUNK, LONGEST_CHUNK = 64, 128
-"""A prefill graph pads a call of more tokens than a chunk to whole chunks, which are as wide as the head size
-makes them (graph/body_prefill.py, `chunk_size`): these are the extremes."""
 
 
 def check_call(
@@ -79,7 +76,7 @@ def check_call(
             hint="the tokenizer belongs to another model",
         )
     _check_ends(runner, starts, lens)
-    _check_padding(starts, ids.shape[1])
+    _check_padding(starts, ids.shape[1], chunk_size(runner.spec.head_dim))
     return ids, starts, lens
 
 
@@ -207,9 +204,12 @@ def _check_ends(runner: Runner, starts: IntArray, lens: IntArray) -> None:
         raise position_error(runner.spec, row, int(starts[row]) + int(lens[row]), most=most)
 
 
-def _check_padding(starts: IntArray, length: int) -> None:
-    """Padding has positions too, which a graph casts to int32: past its end they would be negative."""
-    width = length if length <= SHORTEST_CHUNK else -(-length // LONGEST_CHUNK) * LONGEST_CHUNK
+def _check_padding(starts: IntArray, length: int, chunk: int) -> None:
+    """Padding has positions too, which a graph casts to int32: past its end they would be negative.
+
+    A prefill graph pads a call of more tokens than a chunk to whole chunks.
+    """
+    width = length if length <= chunk else -(-length // chunk) * chunk
     row = int(starts.argmax())
     if int(starts[row]) + width > 2**31:
         raise PositionError(

@@ -349,7 +349,8 @@ class OrtRunner:
 
     def _load(self, path: Path, name: str, cuda_graph: bool) -> Any:
         options = self._ort.SessionOptions()
-        options.log_severity_level = 3  # errors only: what matters is raised, and stderr is the user's
+        # Fatal errors only: all others are raised too, and its log prints a stranger's names as they are.
+        options.log_severity_level = 4
         options.intra_op_num_threads = self._threads
         if self.spinning != "auto":
             for pool in ("intra", "inter"):
