@@ -173,7 +173,7 @@ def test_export_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 MEASURE_DRIFT = """
 import resource, sys, torch
 from pathlib import Path
-from dijiang_export import case_plans, streamed
+from dijiang_export import case_plans, record, streamed
 from dijiang_export.checkpoint import open_checkpoint
 case_plans.DRIFT_TOKENS = int(sys.argv[2])
 streamed.SEGMENT_BYTES = 8 << 20
