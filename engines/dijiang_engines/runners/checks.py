@@ -5,6 +5,7 @@ A runner hands over its own state class; what is in a state is its own business.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import MAX_POSITIONS, IntArray, LimitsPositions, Runner
 from dijiang_engines.runners.decoding import DecodeRequest
 from dijiang_engines.spec import ModelSpec
+
+_LIMITS: weakref.WeakKeyDictionary[Runner, int] = weakref.WeakKeyDictionary()
+"""What `last_position` found: asking a protocol takes longer than all other checks of a step."""
 
 
 def check_call(
@@ -157,12 +161,15 @@ def check_layers(spec: ModelSpec, layers: Sequence[Any]) -> list[npt.NDArray[np.
 
 def last_position(runner: Runner) -> int:
     """Most tokens that a sequence may hold: by the model, and by what the runner computes right."""
-    limits = [MAX_POSITIONS]
-    if runner.spec.max_positions is not None:
-        limits.append(runner.spec.max_positions)
-    if isinstance(runner, LimitsPositions):
-        limits.append(runner.max_positions)
-    return min(limits)
+    known = _LIMITS.get(runner)
+    if known is None:
+        limits = [MAX_POSITIONS]
+        if runner.spec.max_positions is not None:
+            limits.append(runner.spec.max_positions)
+        if isinstance(runner, LimitsPositions):
+            limits.append(runner.max_positions)
+        known = _LIMITS[runner] = min(limits)
+    return known
 
 
 def position_error(
