@@ -161,15 +161,22 @@ def check_layers(spec: ModelSpec, layers: Sequence[Any]) -> list[npt.NDArray[np.
 
 def last_position(runner: Runner) -> int:
     """Most tokens that a sequence may hold: by the model, and by what the runner computes right."""
-    known = _LIMITS.get(runner)
-    if known is None:
-        limits = [MAX_POSITIONS]
-        if runner.spec.max_positions is not None:
-            limits.append(runner.spec.max_positions)
-        if isinstance(runner, LimitsPositions):
-            limits.append(runner.max_positions)
-        known = _LIMITS[runner] = min(limits)
-    return known
+    try:
+        return _LIMITS[runner]
+    except KeyError:
+        most = _LIMITS[runner] = _limit(runner)
+        return most
+    except TypeError:  # a runner that cannot be a key
+        return _limit(runner)
+
+
+def _limit(runner: Runner) -> int:
+    limits = [MAX_POSITIONS]
+    if runner.spec.max_positions is not None:
+        limits.append(runner.spec.max_positions)
+    if isinstance(runner, LimitsPositions):
+        limits.append(runner.max_positions)
+    return min(limits)
 
 
 def position_error(
