@@ -30,7 +30,7 @@ from dijiang_engines.model import open_model
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.checks import last_position, position_error
 from dijiang_engines.sampling import sample, uniform
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass

@@ -18,7 +18,7 @@ from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.model import open_model
 from dijiang_engines.runners import open_runner
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 
 def generate(path: str, prompts: Sequence[str], options: GenerateOptions) -> tuple[list[str], str]:

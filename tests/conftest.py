@@ -71,7 +71,7 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     if ABSENT and "DIJIANG_SAMPLE_BUNDLE" in os.environ:
         return Path(os.environ["DIJIANG_SAMPLE_BUNDLE"])
-    from dijiang_engines.sample import sample_checkpoint
+    from dijiang_engines.shipped_sample import sample_checkpoint
     from dijiang_export.to_onnx import export_bundle
 
     return export_bundle(sample_checkpoint(), tmp_path_factory.mktemp("sample") / "tiny-stdlib.bundle").path
@@ -80,7 +80,7 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped sample with the graphs for ONNX Runtime on CUDA too. Read-only by convention."""
-    from dijiang_engines.sample import sample_checkpoint
+    from dijiang_engines.shipped_sample import sample_checkpoint
     from dijiang_export.to_onnx import export_bundle
 
     folder = tmp_path_factory.mktemp("variants") / "b"

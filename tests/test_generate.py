@@ -21,7 +21,7 @@ from dijiang_engines.runners import open_runner
 from dijiang_engines.sampling import sample, uniform
 from dijiang_engines.session import load_session, save_session
 from dijiang_engines.stop import StopMatcher
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Toy = tuple[Path, ToyModel]
 SAMPLED = SamplingOptions(temperature=1.5, top_k=50, top_p=0.95)
@@ -398,7 +398,7 @@ def test_stats_count_and_time(generator: Generator) -> None:
 
 def test_the_sample_says_what_the_recurrence_in_numpy_says(sample_bundle: Path) -> None:
     """Text in, text out, over everything that is shipped: checkpoint, export, graphs, runtime, tokenizer."""
-    from dijiang_engines.sample import sample_checkpoint
+    from dijiang_engines.shipped_sample import sample_checkpoint
     from dijiang_export.checkpoint import open_checkpoint
 
     bundle = open_bundle(sample_bundle)

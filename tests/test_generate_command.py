@@ -18,7 +18,7 @@ from toy_bundle import ToyModel, make_bundle
 from dijiang_engines.bundle import open_bundle
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.cli import main
 
 Toy = tuple[Path, ToyModel]

@@ -27,7 +27,7 @@ from dijiang_engines.generate import GenerateOptions, Generation, Generator
 from dijiang_engines.prompts import read_prompt
 from dijiang_engines.session import load_session, save_session
 from dijiang_engines.stop import StopMatcher
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.cli import main
 
 TOKENS = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁cat", "a"]

@@ -16,9 +16,10 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Backend
 from toy_bundle import write_byte_tokenizer
 
-from dijiang_engines import tokenizer_apart, tokenizer_work
 from dijiang_engines.errors import BundleError, DijiangError, PromptError
-from dijiang_engines.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
+from dijiang_engines.tokenizer import apart as tokenizer_apart
+from dijiang_engines.tokenizer import work as tokenizer_work
+from dijiang_engines.tokenizer.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 
 LETTERS = {chr(i): i - 32 for i in range(32, 127)}
 LLAMA_3 = (

@@ -77,7 +77,7 @@ def test_the_operator_carries_the_recurrence_unless_heads_are_too_wide(
 
 @pytest.fixture(scope="module", params=["sample-float32", "sample-float16", "tables"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from dijiang_engines.sample import sample_checkpoint
+    from dijiang_engines.shipped_sample import sample_checkpoint
 
     folder = tmp_path_factory.mktemp("variants")
     kind, _, dtype = request.param.partition("-")

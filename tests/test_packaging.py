@@ -69,7 +69,7 @@ def test_it_brings_the_sample_model(wheel: Path, names: set[str], tmp_path: Path
     assert wheel.stat().st_size < 12e6
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    code = "from dijiang_engines.sample import sample_checkpoint as s; print(s())"
+    code = "from dijiang_engines.shipped_sample import sample_checkpoint as s; print(s())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )

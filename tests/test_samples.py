@@ -23,7 +23,7 @@ from dijiang_engines.errors import PositionError, PromptError, RunnerError, Usag
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.registry import cuda_devices
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "samples"

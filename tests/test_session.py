@@ -23,7 +23,7 @@ from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.session import Session, load_session, save_session
 from dijiang_engines.temporary_names import machine
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Toy = tuple[Path, ToyModel]
 

@@ -15,9 +15,9 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from dijiang_engines.decoder_stages import Pipeline, pipeline_for
 from dijiang_engines.stop import StopMatcher
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.decoder_stages import Pipeline, pipeline_for
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 WORDS = [
     "the", " cat", "naïve", "日", "한", "日本語", "😀", "👩‍👩‍👧", "é", " ", "  ", "\n", "'s",
@@ -279,7 +279,8 @@ def test_a_decoder_that_is_not_as_expected_waits(tmp_path: Path, monkeypatch: py
         def finish(self) -> list[str]:
             return []
 
-    monkeypatch.setattr("dijiang_engines.decoder_stages.pipeline_for", lambda _: Pipeline([Other()]))
+    other = Pipeline([Other()])
+    monkeypatch.setattr("dijiang_engines.tokenizer.decoder_stages.pipeline_for", lambda _: other)
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     ids = ids_of(tokenizer, "▁the", "▁a", "</s>", "日")
     stream = tokenizer.stream()

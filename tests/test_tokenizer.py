@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toy_bundle import write_byte_tokenizer
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import BundleError, CheckpointError, PromptError
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.cli import cli
 from dijiang_export.to_onnx import export_bundle

@@ -24,7 +24,7 @@ from dijiang_engines.inspection import step_bytes
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners.base import CountsMemory, IntArray, Runner, State, TimesSteps
 from dijiang_engines.sizes import weight_bytes
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 PREFILL_LENGTHS = (128, 512, 2048)
 BATCHES = (1, 2, 4, 8)

@@ -14,7 +14,7 @@ import numpy as np
 from dijiang_engines.generate import GenerateOptions, Generator
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.session import Session
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 LOOP_STEPS = 64
 """Steps of one generation. Its first comes on top and is not timed: it also loads and reads the text."""

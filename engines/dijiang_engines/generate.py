@@ -24,7 +24,7 @@ from dijiang_engines.runners.checks import last_position, position_error
 from dijiang_engines.sampling import SamplingOptions
 from dijiang_engines.session import Session
 from dijiang_engines.stop import StopMatcher
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "Completion", "GenerateOptions", "Generation", "Generator", "SamplingOptions", "Stats", "TokenEvent",

@@ -20,7 +20,7 @@ from dijiang_engines.runners.decoding import Decoder, DecodeRequest, Decodes
 from dijiang_engines.sampling import SamplingOptions, sample, uniform
 from dijiang_engines.session import Session
 from dijiang_engines.stop import StopMatcher
-from dijiang_engines.tokenizer import TextStream
+from dijiang_engines.tokenizer.tokenizer import TextStream
 
 FinishReason = Literal["eos", "stop", "length"]
 

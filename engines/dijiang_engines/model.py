@@ -7,7 +7,7 @@ from pathlib import Path
 from dijiang_engines.bundle import Bundle, open_bundle
 from dijiang_engines.engine_folder import ENGINE_MANIFEST, EngineFolder, open_engine
 from dijiang_engines.manifest import TOKENIZER
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Model = Bundle | EngineFolder
 """Both have path, name, spec, dtype, logits, all_logits, identity, tokenizer_path, reference_path, cases,

@@ -17,7 +17,7 @@ import numpy as np
 
 from dijiang_engines.generate import GenerateOptions, Generator
 from dijiang_engines.model import Model
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Check = tuple[str, Callable[[], str]]
 """A name, and what checks it: returns what it found in words, raises if it is wrong."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dijiang_engines.tokenizer import Tokenizer
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.bench_reference import _load
 
 PROMPTS = ("def main():", "import os\n", "class Reader:\n    def", "    return", "if __name__ == ")

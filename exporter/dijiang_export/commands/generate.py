@@ -82,7 +82,7 @@ def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
     from dijiang_engines.model import load_tokenizer, open_model
     from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.session import check_session_target, load_session
-    from dijiang_engines.tokenizer import Tokenizer
+    from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
     bundle_path, prompts = _inputs(paths, given)
     options = _options(given)

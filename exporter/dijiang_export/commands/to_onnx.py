@@ -75,7 +75,7 @@ def to_onnx(
     plugin, one file of weights, recorded reference cases and the tokenizer. Without CHECKPOINT, exports
     the trained sample model to ./tiny-stdlib.bundle.
     """
-    from dijiang_engines.sample import sample_checkpoint
+    from dijiang_engines.shipped_sample import sample_checkpoint
     from dijiang_export.to_onnx import export_bundle
 
     bundle = one_output(bundle, named_output, "BUNDLE")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dijiang_engines.decoder_stages import Pipeline, common_length
+from dijiang_engines.tokenizer.decoder_stages import Pipeline, common_length
 
 _BLOCK = 1 << 16
 """Tokens of the context that are worked on at once."""

@@ -13,13 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.decoder_stages import Pipeline, agrees, guarded, library_call, pipeline_for, whole
 from dijiang_engines.errors import BundleError, PromptError
 from dijiang_engines.safe_files import LIMITS, read_bounded
-from dijiang_engines.text_stream import TextStream
-from dijiang_engines.tokenizer_apart import TokenizerApart
-from dijiang_engines.tokenizer_file import only_normalizer
-from dijiang_engines.tokenizer_work import (
+from dijiang_engines.tokenizer.apart import TokenizerApart
+from dijiang_engines.tokenizer.decoder_stages import (
+    Pipeline,
+    agrees,
+    guarded,
+    library_call,
+    pipeline_for,
+    whole,
+)
+from dijiang_engines.tokenizer.file import only_normalizer
+from dijiang_engines.tokenizer.text_stream import TextStream
+from dijiang_engines.tokenizer.work import (
     check_vocabulary,
     decoding_is_bounded,
     encoding_is_bounded,

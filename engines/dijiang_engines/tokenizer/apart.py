@@ -93,7 +93,7 @@ class TokenizerApart:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dijiang_engines.tokenizer_apart", str(SECONDS)],
+            [sys.executable, "-m", "dijiang_engines.tokenizer.apart", str(SECONDS)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=os.environ | {
                 "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false",
