@@ -79,7 +79,8 @@ class FakeMachine:
         """A build of the plugin as `build-plugin` leaves it: any library that can be opened stands for it."""
         from importlib.util import find_spec
 
-        from dijiang_engines import __version__, plugin
+        from dijiang_engines import plugin
+        from dijiang_engines.version import __version__
 
         version = self.settings["tensorrt"]
         shutil.rmtree(self.plugin, ignore_errors=True)

@@ -109,7 +109,7 @@ def test_help_imports_no_command_and_nothing_heavy() -> None:
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    from dijiang_engines import __version__
+    from dijiang_engines.version import __version__
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"dijiang-export {__version__}\n"

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from dijiang_engines import __version__, plugin
+from dijiang_engines import plugin
 from dijiang_engines.errors import KernelError, PluginError
 from dijiang_engines.kernels_library import Library
 from dijiang_engines.plugin import KERNELS, find_kernels_library, find_tensorrt_library, runs_on
+from dijiang_engines.version import __version__
 
 
 def make_build(cache: Path, name: str, **changes: Any) -> Path:

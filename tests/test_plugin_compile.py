@@ -18,11 +18,12 @@ import pytest
 from fake_toolchain import write_headers
 from plugin_builds import ROOT, needs_nvcc
 
-from dijiang_engines import __version__, plugin_plan, toolchain
+from dijiang_engines import plugin_plan, toolchain
 from dijiang_engines.errors import PluginError
 from dijiang_engines.plugin import KERNELS, find_kernels_library
 from dijiang_engines.plugin_build import build
 from dijiang_engines.plugin_plan import plan_build
+from dijiang_engines.version import __version__
 
 # Kernels for one of the tuned head sizes have it among their template's arguments. They spill nothing, but
 # for what is written here: pattern of name and architecture -> bytes (stores and loads), with a reason.

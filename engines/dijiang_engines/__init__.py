@@ -1,3 +1,5 @@
 """From bundle to tokens: readers, runners, generation and validation. Never imports torch."""
 
-__version__ = "0.1.0"
+from dijiang_engines.version import __version__
+
+__all__ = ["__version__"]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines import __version__, io_names
+from dijiang_engines import io_names
 from dijiang_engines.atomic import output_folder
 from dijiang_engines.build_memory import MemoryEstimate, check_memory, estimate_memory
 from dijiang_engines.build_request import BuildRequest, Profile
@@ -36,6 +36,7 @@ from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.recipes import Recipe
 from dijiang_engines.step_products import MAX_BATCH, MAX_INPUT_BYTES
 from dijiang_engines.tensorrt_library import TensorRT
+from dijiang_engines.version import __version__
 
 _GRACE_SECONDS = 5
 

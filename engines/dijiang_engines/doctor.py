@@ -92,7 +92,7 @@ def diagnose(probe: Probe | None = None, machine: Machine | None = None) -> Diag
         probe: tries a runtime; default: in a process of its own.
         machine: default: this one.
     """
-    from dijiang_engines import __version__
+    from dijiang_engines.version import __version__
 
     probe = probe or probe_in_subprocess
     machine = machine or describe_machine()

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines import __version__
 from dijiang_engines.errors import PluginError
 from dijiang_engines.safe_files import (
     LIMITS,
@@ -29,6 +28,7 @@ from dijiang_engines.safe_files import (
     read_bounded,
     sha256_of,
 )
+from dijiang_engines.version import __version__
 
 MANIFEST = "plugin.json"
 FORMAT = 1

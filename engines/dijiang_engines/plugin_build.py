@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dijiang_engines import __version__
 from dijiang_engines.atomic import output_folder
 from dijiang_engines.compiling import Step, run_step
 from dijiang_engines.errors import OutputError, PluginError
@@ -34,6 +33,7 @@ from dijiang_engines.plugin import (
 )
 from dijiang_engines.plugin_plan import BuildPlan
 from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_engines.version import __version__
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines import __version__
 from dijiang_engines.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
 from dijiang_engines.bench import BATCHES, FAR, NEAR, PREFILL_LENGTHS, Effort, bench_runner
 from dijiang_engines.bundle import Bundle
@@ -31,6 +30,7 @@ from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.base import HasSettings
 from dijiang_engines.sizes import part_sizes
 from dijiang_engines.validate import validate
+from dijiang_engines.version import __version__
 from dijiang_export.bench_export import memory
 
 KIND = "bench"

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dijiang_engines import __version__
 from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.printable import json_text
+from dijiang_engines.version import __version__
 from dijiang_export.commands.common import Output, encoding_of, group_output_options
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 # The project's version, said once, in Python: beside these sources in a checkout, around them in a wheel.
 if(NOT DIJIANG_VERSION)
     foreach(place ../../engines/dijiang_engines ../..)
-        set(file "${CMAKE_CURRENT_LIST_DIR}/${place}/__init__.py")
+        set(file "${CMAKE_CURRENT_LIST_DIR}/${place}/version.py")
         if(EXISTS "${file}")
             file(STRINGS "${file}" line REGEX "^__version__ = ")
             if(line MATCHES "\"([0-9]+\\.[0-9]+\\.[0-9]+)")

@@ -187,8 +187,8 @@ def _plugin_of(engine: Path) -> str | None:
 
 def summary(facts: dict[str, Any], parts: Sequence[Part], plugin: str) -> str:
     """One block of text about machine and results."""
-    from dijiang_engines import __version__
     from dijiang_engines.machine import describe_machine
+    from dijiang_engines.version import __version__
 
     machine = describe_machine()
     driver = next((gpu.driver for gpu in machine.gpus if gpu.driver), "unknown")

@@ -11,8 +11,8 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from dijiang_engines import __version__
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.version import __version__
 from dijiang_export.graph import body_ort, contract, lower, opset, trace, weights
 
 Target = Literal["standard", "trt", "ort", "capture"]
