@@ -20,7 +20,7 @@ from without_export import (  # noqa: F401 - hooks
     pytest_runtest_makereport,
 )
 
-from dijiang_engines.engine_folder import open_engine
+from dijiang_engines.formats.engine import open_engine
 from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.tensorrt import TensorRTRunner
 

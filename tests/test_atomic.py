@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dijiang_engines import atomic
-from dijiang_engines.atomic import output_folder, remove_stale
 from dijiang_engines.errors import CheckpointError, OutputError
-from dijiang_engines.temporary_names import machine as this_machine
+from dijiang_engines.formats import atomic
+from dijiang_engines.formats.atomic import output_folder, remove_stale
+from dijiang_engines.formats.temporary_names import machine as this_machine
 
 
 def fill(target: Path, body: Callable[[Path], object], *, force: bool = False) -> None:
@@ -189,7 +189,7 @@ def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> N
 CHILD = """
 import sys, time
 from pathlib import Path
-from dijiang_engines.atomic import output_folder
+from dijiang_engines.formats.atomic import output_folder
 with output_folder(sys.argv[1]) as temporary:
     (temporary / "weights.data").write_bytes(b"x" * 1000)
     print("ready", flush=True)
@@ -305,7 +305,7 @@ def test_files_get_the_permissions_that_the_umask_leaves(umask: int, hard_wired:
 MOUNTED = """
 import sys
 from pathlib import Path
-from dijiang_engines.atomic import output_folder
+from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.errors import OutputError
 for force in (False, True):
     try:

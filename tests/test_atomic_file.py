@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dijiang_engines.atomic_file import check_output_file, output_file
 from dijiang_engines.errors import OutputError, SessionError
+from dijiang_engines.formats.atomic_file import check_output_file, output_file
 
 WRITER = """
 import sys, time
-from dijiang_engines.atomic_file import output_file
+from dijiang_engines.formats.atomic_file import output_file
 with output_file(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()
@@ -79,7 +79,7 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
 def test_a_full_disk_really(tmp_path: Path) -> None:
     """The limit on file sizes stands in for a full disk."""
     code = (
-        "import resource, signal, sys\nfrom dijiang_engines.atomic_file import output_file\n"
+        "import resource, signal, sys\nfrom dijiang_engines.formats.atomic_file import output_file\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "with output_file(sys.argv[1]) as file:\n    file.write(bytes(5000))\n"

@@ -19,9 +19,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import BundleError
-from dijiang_engines.onnx_external import ExternalTensor, external_tensors
+from dijiang_engines.formats.bundle import open_bundle
+from dijiang_engines.formats.onnx_external import ExternalTensor, external_tensors
 from dijiang_export.cli import main
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"

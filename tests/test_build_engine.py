@@ -17,13 +17,13 @@ from fake_tensorrt import FakeMachine
 from toy_bundle import make_bundle
 
 from dijiang_engines.build import build_engine, plugin_multiplies, profile_shapes
-from dijiang_engines.bundle import open_bundle
-from dijiang_engines.engine_folder import Profiles, open_engine
 from dijiang_engines.errors import (
     BundleError,
     RunnerError,
     UsageError,
 )  # fmt: skip
+from dijiang_engines.formats.bundle import open_bundle
+from dijiang_engines.formats.engine import Profiles, open_engine
 from dijiang_engines.recipes import load_recipe
 from dijiang_export.cli import main
 

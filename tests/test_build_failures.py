@@ -21,15 +21,15 @@ from toy_bundle import make_bundle
 
 from dijiang_engines import build as build_module
 from dijiang_engines.build_memory import HOST_BASE, check_memory, estimate_memory
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.cuda import DeviceFacts
-from dijiang_engines.engine_folder import open_engine
 from dijiang_engines.errors import (
     OutputError,
     PluginError,
     RunnerError,
     ValidationMismatch,
 )  # fmt: skip
+from dijiang_engines.formats.bundle import open_bundle
+from dijiang_engines.formats.engine import open_engine
 from dijiang_engines.recipes import load_recipe
 
 Export = Callable[..., tuple[Path, Any]]

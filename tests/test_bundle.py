@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import save_file
 from toy_bundle import SPEC, ToyModel, make_bundle, write_manifest
 
-from dijiang_engines.bundle import Bundle, open_bundle
 from dijiang_engines.errors import BundleError
-from dijiang_engines.manifest import MAX_MANIFEST_BYTES
+from dijiang_engines.formats.bundle import Bundle, open_bundle
+from dijiang_engines.formats.manifest import MAX_MANIFEST_BYTES
 
 Toy = tuple[Path, ToyModel]
 

@@ -16,7 +16,7 @@ from checkpoints import load_tensors, save_tensors, write_checkpoint
 from numpy_runner import NumpyRunner
 from safetensors.numpy import load_file, save_file
 
-from dijiang_engines.reference_cases import Reference
+from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validate import Report, validate
 from dijiang_export.checkpoint import open_checkpoint

@@ -13,7 +13,7 @@ from numpy_runner import NumpyRunner
 from safetensors.numpy import load_file, save_file
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.reference_cases import EMBEDDING, Reference
+from dijiang_engines.formats.reference_cases import EMBEDDING, Reference
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validate import Report, validate
 from dijiang_export import case_plans

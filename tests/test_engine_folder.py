@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from toy_bundle import SPEC, ToyModel
 from toy_runner import toy_case, write_reference
 
-from dijiang_engines.engine_folder import (
+from dijiang_engines.errors import BundleError, DijiangError
+from dijiang_engines.formats.engine import (
     ENGINE_MANIFEST,
     EngineFolder,
     Profiles,
     open_engine,
     write_engine_manifest,
 )  # fmt: skip
-from dijiang_engines.errors import BundleError, DijiangError
-from dijiang_engines.model import open_model
+from dijiang_engines.formats.open import open_model
 from dijiang_export.cli import main
 
 

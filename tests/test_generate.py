@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy_runner import NumpyRunner, random_parameters
 from toy_bundle import SPEC, ToyModel, make_bundle, write_byte_tokenizer
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import BundleError, PositionError, PromptError, RunnerError, UsageError
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.generate import GenerateOptions, Generation, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.sampling import sample, uniform

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 from toy_bundle import SPEC, make_bundle
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import PromptError
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.generate import GenerateOptions, Generation, Generator
 from dijiang_engines.prompts import read_prompt
 from dijiang_engines.session import load_session, save_session

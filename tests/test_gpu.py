@@ -15,7 +15,7 @@ import random_models as rm
 import torch
 from checkpoints import write_checkpoint
 
-from dijiang_engines.bundle import open_bundle
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners.registry import open_runner
 from dijiang_engines.validate import validate
 from dijiang_export.to_onnx import export_bundle

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from toy_bundle import SPEC, external_tensor, make_bundle, toy_graph, write_manifest
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import BundleError
-from dijiang_engines.graph_check import PREFILLS, STEPS, check_graph, most_elements
-from dijiang_engines.manifest import graph_io
-from dijiang_engines.onnx_graph import OPERATORS, read_graph
-from dijiang_engines.onnx_shapes import infer_shapes
+from dijiang_engines.formats.bundle import open_bundle
+from dijiang_engines.formats.graph_check import PREFILLS, STEPS, check_graph, most_elements
+from dijiang_engines.formats.manifest import graph_io
+from dijiang_engines.formats.onnx_graph import OPERATORS, read_graph
+from dijiang_engines.formats.onnx_shapes import infer_shapes
 from dijiang_engines.spec import ModelSpec
 
 PLACES = {"table": (0, np.zeros((260, 32), np.float32)), "head": (40960, np.zeros((32, 260), np.float32))}

@@ -14,7 +14,7 @@ import pytest
 from random_models import LLAMA, NEOX, OPT_350M, with_tables
 from toy_bundle import make_bundle
 
-from dijiang_engines.bundle import open_bundle
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.inspection import (
     break_even_tokens,
     inspect_bundle,

@@ -14,11 +14,11 @@ from engine_folders import write_engine
 from record_mutants import mutants
 from toy_bundle import SPEC, make_bundle, write_manifest
 
-from dijiang_engines.bundle import open_bundle
-from dijiang_engines.engine_folder import open_engine
 from dijiang_engines.errors import BundleError
+from dijiang_engines.formats.bundle import open_bundle
+from dijiang_engines.formats.engine import open_engine
+from dijiang_engines.formats.manifest import graph_io, read_manifest
 from dijiang_engines.inspection import inspect_bundle
-from dijiang_engines.manifest import graph_io, read_manifest
 from dijiang_engines.sizes import weight_bytes
 from dijiang_engines.spec import ModelSpec
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from toy_bundle import SPEC, external_tensor, toy_graph
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.onnx_external import MAX_DEPTH, check_external_data, external_tensors
+from dijiang_engines.formats.onnx_external import MAX_DEPTH, check_external_data, external_tensors
 
 ARRAY = np.zeros((2, 3), np.float32)
 

@@ -16,14 +16,14 @@ from engine_folders import write_engine
 from toy_bundle import SPEC, ToyModel, make_bundle, write_manifest
 from toy_runner import toy_case, write_reference
 
-from dijiang_engines import opened_files
-from dijiang_engines.atomic import _exchange, output_folder
-from dijiang_engines.bundle import Bundle, open_bundle
-from dijiang_engines.engine_folder import open_engine
 from dijiang_engines.errors import BundleError
+from dijiang_engines.formats import opened_files
+from dijiang_engines.formats.atomic import _exchange, output_folder
+from dijiang_engines.formats.bundle import Bundle, open_bundle
+from dijiang_engines.formats.engine import open_engine
+from dijiang_engines.formats.open import load_tokenizer, open_model
+from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.inspection import inspect_bundle
-from dijiang_engines.model import load_tokenizer, open_model
-from dijiang_engines.opened_files import OpenedFiles
 from dijiang_engines.runners.ort import OrtRunner
 
 A = np.array

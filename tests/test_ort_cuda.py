@@ -21,8 +21,8 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import RunnerError, UsageError
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.replay import REPLAYS
 from dijiang_engines.runners import ort_cuda
 from dijiang_engines.runners.ort import CUDA, OrtRunner

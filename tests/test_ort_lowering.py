@@ -13,8 +13,8 @@ import torch
 from checkpoints import write_checkpoint
 from test_graph import GEOMETRIES, compare
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import UsageError
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners import open_runner
 from dijiang_engines.validate import validate
 from dijiang_export.graph import body_ort, lower

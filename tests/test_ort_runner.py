@@ -15,8 +15,8 @@ import pytest
 from numpy_runner import NumpyRunner
 from toy_bundle import SPEC, ToyModel, make_bundle, write_manifest
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import PositionError, RunnerError, UsageError
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners import open_runner, registry
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.runners.ort import OrtRunner, available_memory, container_threads

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from test_ort_cuda import FakeCuda, GraphSession
 
-from dijiang_engines.bundle import Bundle, open_bundle
+from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.runners.ort import CUDA
 
 SCRIPTS = Path(__file__).parent / "gpu"

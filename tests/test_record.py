@@ -13,8 +13,8 @@ from checkpoints import write_checkpoint
 from numpy_runner import NumpyRunner
 from safetensors import safe_open
 
+from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.progress import silent
-from dijiang_engines.reference_cases import Reference
 from dijiang_export import case_plans, streamed
 from dijiang_export.case_plans import plan_cases
 from dijiang_export.checkpoint import open_checkpoint

@@ -17,7 +17,7 @@ from toy_runner import ToyRunner, toy_case, write_reference
 
 from dijiang_engines import report_file
 from dijiang_engines.errors import OutputError
-from dijiang_engines.reference_cases import Reference
+from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.report_html import MARKER, report_html
 from dijiang_engines.svg_plot import HEIGHT, MOST_SERIES, TOP, Axis, Series, plot
 from dijiang_engines.tolerances import tolerance
@@ -335,7 +335,7 @@ def test_a_report_that_cannot_be_written_stops_before_the_work(
     def long_work(*_: object, **__: object) -> None:
         raise AssertionError("began")
 
-    monkeypatch.setattr("dijiang_engines.model.open_model", long_work)
+    monkeypatch.setattr("dijiang_engines.formats.open.open_model", long_work)
     notes = toy_with_cases.parent / "notes.txt"
     notes.write_text("mine")
     for target in (notes, toy_with_cases.parent / "nowhere" / "r.html"):

@@ -18,9 +18,9 @@ from toy_bundle import SPEC, ToyModel
 from toy_runner import ToyRunner, toy_case, write_reference
 
 from dijiang_engines.errors import BundleError, UsageError
-from dijiang_engines.reference_cases import Reference
+from dijiang_engines.formats.reference_cases import Reference
+from dijiang_engines.formats.rounding_cost import KEY, Cost, RoundingCost
 from dijiang_engines.report_html import report_html
-from dijiang_engines.rounding_cost import KEY, Cost, RoundingCost
 from dijiang_engines.tolerances import DTYPES, Bounds, scale_of, tolerance
 from dijiang_engines.validate import validate
 from dijiang_export.case_plans import first_tokens, plan_cases

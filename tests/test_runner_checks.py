@@ -13,8 +13,8 @@ from numpy_runner import NumpyRunner, random_parameters
 from toy_bundle import SPEC, ToyModel
 from toy_runner import ToyRunner
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import PositionError, RunnerError, UsageError
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.generate import GenerateOptions, Generator
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.base import (

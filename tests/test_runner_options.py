@@ -11,9 +11,9 @@ from engine_folders import facts, write_engine
 from toy_bundle import ToyModel
 from toy_runner import toy_case, write_reference
 
-from dijiang_engines.bundle import open_bundle
-from dijiang_engines.engine_folder import open_engine, write_engine_manifest
 from dijiang_engines.errors import UsageError
+from dijiang_engines.formats.bundle import open_bundle
+from dijiang_engines.formats.engine import open_engine, write_engine_manifest
 from dijiang_engines.runners import open_runner, registry
 from dijiang_engines.runners.ort import CPU, OrtRunner
 from dijiang_engines.runners.ort_host import spinning_choice

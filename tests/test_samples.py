@@ -18,8 +18,8 @@ from numpy_runner import NumpyRunner, random_parameters
 from toy_bundle import SPEC, make_bundle
 from toy_runner import ToyRunner
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import PositionError, PromptError, RunnerError, UsageError
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.registry import cuda_devices

@@ -26,9 +26,9 @@ from cpp_sample import (
     run,
 )
 
-from dijiang_engines.engine_folder import open_engine
 from dijiang_engines.errors import BundleError
-from dijiang_engines.safe_files import parse_json
+from dijiang_engines.formats.engine import open_engine
+from dijiang_engines.formats.safe_files import parse_json
 
 pytestmark = needs_compiler
 

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 from toy_bundle import ToyModel, make_bundle
 
-from dijiang_engines.bundle import Bundle, open_bundle
 from dijiang_engines.errors import OutputError, PositionError, SessionError, UsageError
+from dijiang_engines.formats.bundle import Bundle, open_bundle
+from dijiang_engines.formats.temporary_names import machine
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.session import Session, load_session, save_session
-from dijiang_engines.temporary_names import machine
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Toy = tuple[Path, ToyModel]

@@ -21,8 +21,8 @@ from fake_tensorrt import MAGIC, FakeMachine
 from numpy_runner import NumpyRunner
 
 from dijiang_engines import io_names
-from dijiang_engines.engine_folder import open_engine, spec_sha256, write_engine_manifest
 from dijiang_engines.errors import BundleError, PluginError, PositionError, RunnerError, UsageError
+from dijiang_engines.formats.engine import open_engine, spec_sha256, write_engine_manifest
 from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.runners.tensorrt import KEPT_CONTEXTS
@@ -297,7 +297,7 @@ def test_no_gpu(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_run_on_tensorrt_and_bundles_do_not(
     engine: Path, exported: Callable[..., tuple[Path, NumpyRunner]]
 ) -> None:
-    from dijiang_engines.bundle import open_bundle
+    from dijiang_engines.formats.bundle import open_bundle
 
     with pytest.raises(UsageError, match="runs on TensorRT only") as info:
         open_runner(open_engine(engine), "cpu")

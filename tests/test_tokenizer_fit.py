@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.errors import BundleError, CheckpointError, PromptError
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.tokenizer.tokenizer import Tokenizer

@@ -15,8 +15,8 @@ import pytest
 from test_plugin_cache import make_build
 
 from dijiang_engines.build import profile_shapes
-from dijiang_engines.bundle import Bundle, open_bundle
 from dijiang_engines.errors import DijiangError, RunnerError, UsageError
+from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.plugin import cache_folder
 from dijiang_engines.recipes import load_recipe
 from dijiang_engines.trtexec import TrtexecCommands, trtexec_commands

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dijiang_engines.manifest import graph_io
+from dijiang_engines.formats.manifest import graph_io
 from dijiang_engines.spec import ModelSpec
 
 SPEC = ModelSpec(

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines import io_names
-from dijiang_engines.atomic import output_folder
 from dijiang_engines.build_memory import MemoryEstimate, check_memory, estimate_memory
 from dijiang_engines.build_request import BuildRequest, Profile
-from dijiang_engines.bundle import Bundle
 from dijiang_engines.cuda import Cuda, DeviceFacts
-from dijiang_engines.engine_folder import (
+from dijiang_engines.errors import OutputError, RunnerError, UsageError
+from dijiang_engines.formats.atomic import output_folder
+from dijiang_engines.formats.bundle import Bundle
+from dijiang_engines.formats.engine import (
     ENGINE_MANIFEST,
     LAYOUTS,
     EngineFolder,
@@ -29,8 +30,7 @@ from dijiang_engines.engine_folder import (
     open_engine,
     write_engine_manifest,
 )  # fmt: skip
-from dijiang_engines.errors import OutputError, RunnerError, UsageError
-from dijiang_engines.manifest import MANIFEST, REFERENCE, WEIGHTS
+from dijiang_engines.formats.manifest import MANIFEST, REFERENCE, WEIGHTS
 from dijiang_engines.plugin import cache_folder
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.recipes import Recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import RunnerError
-from dijiang_engines.safe_files import parse_json, read_bounded
+from dijiang_engines.formats.safe_files import parse_json, read_bounded
 
 Profile = dict[str, list[list[int]]]
 """Input -> its least, best and most shape."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.bundle import MAX_GRAPH_BYTES, Bundle
-from dijiang_engines.manifest import WEIGHTS
-from dijiang_engines.onnx_external import external_tensors
+from dijiang_engines.formats.bundle import MAX_GRAPH_BYTES, Bundle
+from dijiang_engines.formats.manifest import WEIGHTS
+from dijiang_engines.formats.onnx_external import external_tensors
+from dijiang_engines.formats.safe_files import open_regular
 from dijiang_engines.op_contract import chunk_size
-from dijiang_engines.safe_files import open_regular
 from dijiang_engines.sizes import ITEM_BYTES, part_sizes, weight_bytes
 from dijiang_engines.spec import ModelSpec
 

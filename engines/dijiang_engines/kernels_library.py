@@ -9,7 +9,7 @@ from typing import Any
 
 from dijiang_engines import kernels_abi as abi
 from dijiang_engines.errors import KernelError
-from dijiang_engines.safe_files import LIMITS, open_regular
+from dijiang_engines.formats.safe_files import LIMITS, open_regular
 
 
 @dataclass(frozen=True)

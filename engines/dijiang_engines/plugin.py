@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import PluginError
-from dijiang_engines.safe_files import (
+from dijiang_engines.formats.safe_files import (
     LIMITS,
     is_plain_name,
     open_regular,

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dijiang_engines.atomic import output_folder
 from dijiang_engines.compiling import Step, run_step
 from dijiang_engines.errors import OutputError, PluginError
+from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.machine import usable_cpus
 from dijiang_engines.plugin import (
     MANIFEST,

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines.engine_folder import LAYOUTS, Profiles
 from dijiang_engines.errors import UsageError
-from dijiang_engines.manifest import DTYPES
-from dijiang_engines.safe_files import LIMITS, parse_toml, read_bounded
+from dijiang_engines.formats.engine import LAYOUTS, Profiles
+from dijiang_engines.formats.manifest import DTYPES
+from dijiang_engines.formats.safe_files import LIMITS, parse_toml, read_bounded
 
 FOLDER = Path(__file__).parent / "recipes"
 STEP_PRODUCTS = ("plugin", "tensorrt")

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.compare import Comparison, compare_bits, compare_logits, compare_state
+from dijiang_engines.formats.reference_cases import ReferenceCase
 from dijiang_engines.op_contract import chunk_size
-from dijiang_engines.reference_cases import ReferenceCase
 from dijiang_engines.replay_check import Check, Quantity, bad_rows, trace_not_finite
 from dijiang_engines.runners.base import FloatArray, IntArray, Runner, State
 from dijiang_engines.tolerances import Bounds

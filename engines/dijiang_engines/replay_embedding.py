@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.compare import Comparison, compare_state
-from dijiang_engines.reference_cases import EMBEDDING, EmbeddingCase
+from dijiang_engines.formats.reference_cases import EMBEDDING, EmbeddingCase
 from dijiang_engines.replay_check import Check, bad_rows, trace_not_finite
 from dijiang_engines.runners.base import FloatArray, Runner, State
 from dijiang_engines.tolerances import Bounds

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.reference_cases import ReferenceCase
+from dijiang_engines.formats.reference_cases import ReferenceCase
 from dijiang_engines.replay import Replayer
 from dijiang_engines.replay_check import Check
 from dijiang_engines.runners.base import LimitsBatch, Runner

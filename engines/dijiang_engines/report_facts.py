@@ -6,9 +6,9 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
+from dijiang_engines.formats.open import Model
+from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.machine import describe_machine, package_versions
-from dijiang_engines.model import Model
-from dijiang_engines.reference_cases import Reference
 from dijiang_engines.runners.base import HasSettings, Runner
 from dijiang_engines.version import __version__
 

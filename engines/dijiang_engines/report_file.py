@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dijiang_engines.atomic_file import check_output_file, output_file
 from dijiang_engines.errors import OutputError
-from dijiang_engines.safe_files import open_regular
+from dijiang_engines.formats.atomic_file import check_output_file, output_file
+from dijiang_engines.formats.safe_files import open_regular
 
 _HEAD_BYTES = 400
 

@@ -31,11 +31,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.atomic_file import check_output_file, output_file
 from dijiang_engines.errors import OutputError, SessionError
-from dijiang_engines.model import Model
+from dijiang_engines.formats.atomic_file import check_output_file, output_file
+from dijiang_engines.formats.open import Model
+from dijiang_engines.formats.safe_files import open_regular, parse_json
 from dijiang_engines.runners.base import FloatArray
-from dijiang_engines.safe_files import open_regular, parse_json
 from dijiang_engines.spec import ModelSpec
 
 FORMAT = "dijiang-session"

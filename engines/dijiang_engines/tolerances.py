@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dijiang_engines.errors import UsageError
-from dijiang_engines.rounding_cost import DTYPES, Cost, RoundingCost
+from dijiang_engines.formats.rounding_cost import DTYPES, Cost, RoundingCost
 
 Quantity = Literal["logits", "state", "padding"]
 

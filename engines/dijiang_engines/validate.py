@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from dijiang_engines.drift import Drift, find_drift
 from dijiang_engines.errors import BundleError, UsageError, ValidationMismatch
+from dijiang_engines.formats.reference_cases import EMBEDDING, EmbeddingCase, Reference, ReferenceCase
+from dijiang_engines.formats.rounding_cost import RoundingCost
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.reference_cases import EMBEDDING, EmbeddingCase, Reference, ReferenceCase
 from dijiang_engines.replay import REPLAYS
 from dijiang_engines.replay_check import Check
 from dijiang_engines.replay_embedding import EmbeddingReplayer
 from dijiang_engines.replay_rows import RowsReplayer
-from dijiang_engines.rounding_cost import RoundingCost
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.seen_rows import SeenRows, Share
 from dijiang_engines.series import ReplayResult, Summary

@@ -21,10 +21,10 @@ from typing import Any
 
 from dijiang_engines.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
 from dijiang_engines.bench import BATCHES, FAR, NEAR, PREFILL_LENGTHS, Effort, bench_runner
-from dijiang_engines.bundle import Bundle
 from dijiang_engines.errors import DijiangError
+from dijiang_engines.formats.bundle import Bundle
+from dijiang_engines.formats.open import Model, load_tokenizer, open_model
 from dijiang_engines.machine import describe_machine, package_versions, usable_cpus
-from dijiang_engines.model import Model, load_tokenizer, open_model
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.base import HasSettings

@@ -9,8 +9,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines.atomic_file import check_output_file, output_file
 from dijiang_engines.errors import OutputError, UsageError
+from dijiang_engines.formats.atomic_file import check_output_file, output_file
 from dijiang_export.bench_kernels import medians
 from dijiang_export.bench_kernels_draw import contestants
 

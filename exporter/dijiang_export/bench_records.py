@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import DijiangError
-from dijiang_engines.safe_files import LIMITS, parse_json, read_bounded
+from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 
 Record = dict[str, Any]
 Rule = Callable[[Any, str], None]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from dijiang_engines.atomic_file import check_output_file, output_file
 from dijiang_engines.errors import UsageError
+from dijiang_engines.formats.atomic_file import check_output_file, output_file
 from dijiang_export.bench_report import Point, Report
 
 WIDTH, HEIGHT = 900, 520

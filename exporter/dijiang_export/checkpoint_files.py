@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_engines.safe_files import LIMITS, open_regular, parse_json, read_bounded
+from dijiang_engines.formats.safe_files import LIMITS, open_regular, parse_json, read_bounded
 
 CONFIG = "config.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

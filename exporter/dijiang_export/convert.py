@@ -27,8 +27,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dijiang_engines.atomic import output_folder
 from dijiang_engines.errors import CheckpointError, UsageError
+from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.progress import Progress, ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.checkpoint import open_checkpoint

@@ -1,6 +1,6 @@
 """Record reference cases: what PyTorch computes in float64, for validation anywhere without PyTorch.
 
-The file is described in `dijiang_engines.reference_cases` and docs/bundle-format.md.
+The file is described in `dijiang_engines.formats.reference_cases` and docs/bundle-format.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.numpy import save_file
 
-from dijiang_engines import reference_cases, rounding_cost
+from dijiang_engines.formats import reference_cases, rounding_cost
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.case_plans import Cases, plan_cases
 from dijiang_export.checkpoint import Checkpoint

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dijiang_engines.formats.reference_cases import EMBEDDING
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.reference_cases import EMBEDDING
 from dijiang_export.checkpoint import Checkpoint
 from dijiang_export.reference.attention import dijiang_attention
 from dijiang_export.reference.model import Block

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_engines.safe_files import parse_json
+from dijiang_engines.formats.safe_files import parse_json
 from dijiang_export.weights_io import FLOAT_DTYPES, MOST_DIMENSIONS, MOST_NAME, StoredTensor, WeightFile
 
 LARGEST_HEADER = 8 << 20

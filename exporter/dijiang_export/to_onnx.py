@@ -14,12 +14,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from dijiang_engines import manifest
-from dijiang_engines.atomic import output_folder
 from dijiang_engines.errors import UsageError
-from dijiang_engines.graph_check import check_graph
+from dijiang_engines.formats import manifest
+from dijiang_engines.formats.atomic import output_folder
+from dijiang_engines.formats.graph_check import check_graph
+from dijiang_engines.formats.safe_files import sha256_of
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.safe_files import sha256_of
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
 from dijiang_export.case_plans import Cases

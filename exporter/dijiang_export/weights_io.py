@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_engines.safe_files import open_regular
+from dijiang_engines.formats.safe_files import open_regular
 from dijiang_export.checkpoint_files import INDEX_FILES, SINGLE_FILES, check_link, find_file
 from dijiang_export.checkpoint_files import read_json as read_json  # config_io takes it from here
 

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dijiang_engines.manifest import MANIFEST, REFERENCE, WEIGHTS
-from dijiang_engines.safe_files import sha256_of
+from dijiang_engines.formats.manifest import MANIFEST, REFERENCE, WEIGHTS
+from dijiang_engines.formats.safe_files import sha256_of
 from dijiang_export.case_plans import Cases
 from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.graph import weights

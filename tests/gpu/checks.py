@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from dijiang_engines.formats.open import Model
 from dijiang_engines.generate import GenerateOptions, Generator
-from dijiang_engines.model import Model
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Check = tuple[str, Callable[[], str]]

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from checks import LENGTHS, POSITIONS, RunnerChecks, run_checks
 
-from dijiang_engines.engine_folder import open_engine
 from dijiang_engines.errors import RunnerError
+from dijiang_engines.formats.engine import open_engine
 from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners.tensorrt import TensorRTRunner
 

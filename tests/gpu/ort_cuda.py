@@ -28,8 +28,8 @@ import numpy as np
 from checks import LENGTHS, Check, RunnerChecks, run_checks
 from ort_times import OrtTimes
 
-from dijiang_engines.bundle import open_bundle
 from dijiang_engines.compare import compare_logits, compare_state
+from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.replay import REPLAYS
 from dijiang_engines.runners.ort import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
 from dijiang_engines.runners.ort_cuda import CAPTURABLE, MAX_CAPTURES

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.bundle import Bundle, open_bundle
+from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.runners.ort import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
 from dijiang_engines.runners.ort_cuda import CAPTURABLE
 

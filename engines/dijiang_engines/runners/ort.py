@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines import io_names
-from dijiang_engines.bundle import Bundle
 from dijiang_engines.errors import RunnerError, UsageError
-from dijiang_engines.manifest import WEIGHTS
+from dijiang_engines.formats.bundle import Bundle
+from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.runners.base import FloatArray, IntArray
 from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_owner, check_rows
 from dijiang_engines.runners.ort_cuda import (

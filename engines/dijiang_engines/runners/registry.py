@@ -8,9 +8,9 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
-from dijiang_engines.engine_folder import EngineFolder
 from dijiang_engines.errors import UsageError
-from dijiang_engines.model import Model
+from dijiang_engines.formats.engine import EngineFolder
+from dijiang_engines.formats.open import Model
 from dijiang_engines.runners.base import Runner
 
 RUNNERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")

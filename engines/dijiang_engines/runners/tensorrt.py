@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from dijiang_engines import io_names
 from dijiang_engines.cuda import Buffer, Cuda, Graph, Pinned
-from dijiang_engines.engine_folder import EngineFolder, PlanPlace
 from dijiang_engines.errors import RunnerError
+from dijiang_engines.formats.engine import EngineFolder, PlanPlace
 from dijiang_engines.runners.base import MAX_POSITIONS, FloatArray, IntArray
 from dijiang_engines.runners.checks import (
     check_batch,

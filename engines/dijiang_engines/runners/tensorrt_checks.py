@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dijiang_engines.engine_folder import ENGINE_MANIFEST, REBUILD, EngineFolder, PlanPlace
 from dijiang_engines.errors import BundleError, RunnerError
-from dijiang_engines.manifest import graph_io
+from dijiang_engines.formats.engine import ENGINE_MANIFEST, REBUILD, EngineFolder, PlanPlace
+from dijiang_engines.formats.manifest import graph_io
 from dijiang_engines.tensorrt_library import TensorRT
 
 

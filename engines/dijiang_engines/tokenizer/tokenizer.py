@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError, PromptError
-from dijiang_engines.safe_files import LIMITS, read_bounded
+from dijiang_engines.formats.safe_files import LIMITS, read_bounded
 from dijiang_engines.tokenizer.apart import TokenizerApart
 from dijiang_engines.tokenizer.decoder_stages import (
     Pipeline,

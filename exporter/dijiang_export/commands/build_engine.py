@@ -69,8 +69,8 @@ def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any
     are compared with those recorded from PyTorch first.
     """
     from dijiang_engines.build import build_engine as build
-    from dijiang_engines.bundle import open_bundle
     from dijiang_engines.errors import UsageError
+    from dijiang_engines.formats.bundle import open_bundle
     from dijiang_engines.recipes import load_recipe
 
     if given["tensorrt"] is not None and not given["print_trtexec"]:

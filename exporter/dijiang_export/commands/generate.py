@@ -12,8 +12,8 @@ import click
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options, runner_options
 
 if TYPE_CHECKING:
+    from dijiang_engines.formats.open import Model
     from dijiang_engines.generate import Completion, GenerateOptions, Generator, Stats
-    from dijiang_engines.model import Model
     from dijiang_engines.session import Session
 
 STDIN = "-"
@@ -78,8 +78,8 @@ def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
     beginning-of-text token. Without sampling options the result is the same on every run.
     """
     from dijiang_engines.errors import BundleError
+    from dijiang_engines.formats.open import load_tokenizer, open_model
     from dijiang_engines.generate import Generator
-    from dijiang_engines.model import load_tokenizer, open_model
     from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.session import check_session_target, load_session
     from dijiang_engines.tokenizer.tokenizer import Tokenizer

@@ -27,7 +27,7 @@ def inspect(output: Output, path: Path, verify: bool) -> None:
     that the same model would need with softmax attention, and what running it takes. A bundle needs no
     PyTorch for this. PATH defaults to ./tiny-stdlib.bundle.
     """
-    from dijiang_engines.bundle import open_bundle
+    from dijiang_engines.formats.bundle import open_bundle
     from dijiang_engines.inspection import inspect_bundle
 
     if (path / "config.json").is_file() and not (path / "manifest.json").exists():

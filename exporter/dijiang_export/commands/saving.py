@@ -14,7 +14,7 @@ from dijiang_export.commands.common import Output, jsonable
 def _writable(_ctx: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
     """Find out before minutes of measuring that the result cannot be kept."""
     if value is not None:
-        from dijiang_engines.atomic_file import check_output_file
+        from dijiang_engines.formats.atomic_file import check_output_file
 
         check_output_file(value)
     return value
@@ -40,7 +40,7 @@ def save_json(result: dict[str, Any], path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    from dijiang_engines.atomic_file import output_file
+    from dijiang_engines.formats.atomic_file import output_file
 
     text = json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n"
     with output_file(path) as file:

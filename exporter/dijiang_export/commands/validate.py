@@ -50,7 +50,7 @@ def validate(
     folder of a bundle or an engine, by default ./tiny-stdlib.bundle.
     """
     from dijiang_engines import report_file
-    from dijiang_engines.model import open_model
+    from dijiang_engines.formats.open import open_model
     from dijiang_engines.report_facts import describe_run
     from dijiang_engines.report_html import MARKER, report_html
     from dijiang_engines.runners.registry import open_runner

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from dijiang_engines import io_names
-from dijiang_engines.manifest import graph_io
+from dijiang_engines.formats.manifest import graph_io
 from dijiang_engines.spec import ModelSpec
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"

@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import Any
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.safe_files import parse_json
+from dijiang_engines.formats.safe_files import parse_json
 
 KEY = "rounding_cost"
 VERSION = 1

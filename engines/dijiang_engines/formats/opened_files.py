@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dijiang_engines.errors import BundleError, DijiangError
-from dijiang_engines.manifest import FileInfo
-from dijiang_engines.safe_files import open_regular, sha256_of
+from dijiang_engines.formats.manifest import FileInfo
+from dijiang_engines.formats.safe_files import open_regular, sha256_of
 
 
 @dataclass(frozen=True)

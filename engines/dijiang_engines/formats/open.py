@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dijiang_engines.bundle import Bundle, open_bundle
-from dijiang_engines.engine_folder import ENGINE_MANIFEST, EngineFolder, open_engine
-from dijiang_engines.manifest import TOKENIZER
+from dijiang_engines.formats.bundle import Bundle, open_bundle
+from dijiang_engines.formats.engine import ENGINE_MANIFEST, EngineFolder, open_engine
+from dijiang_engines.formats.manifest import TOKENIZER
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Model = Bundle | EngineFolder

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.onnx_external import ITEM_BYTES, MAX_RANK
-from dijiang_engines.onnx_wire import VARINT, as_bytes, as_int, fields, packed
+from dijiang_engines.formats.onnx_external import ITEM_BYTES, MAX_RANK
+from dijiang_engines.formats.onnx_wire import VARINT, as_bytes, as_int, fields, packed
 
 Operator = tuple[str, str]
 """(domain, type); ONNX's own domain is empty."""

@@ -36,9 +36,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.rounding_cost import KEY as COST_KEY
-from dijiang_engines.rounding_cost import RoundingCost, read_rounding_cost
-from dijiang_engines.safe_files import parse_json
+from dijiang_engines.formats.rounding_cost import KEY as COST_KEY
+from dijiang_engines.formats.rounding_cost import RoundingCost, read_rounding_cost
+from dijiang_engines.formats.safe_files import parse_json
 from dijiang_engines.spec import ModelSpec
 
 FORMAT = "dijiang-reference"

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from dijiang_engines.atomic import cannot_write, flush, remove_stale, write_error
 from dijiang_engines.errors import OutputError
-from dijiang_engines.temporary_names import temporary_name
+from dijiang_engines.formats.atomic import cannot_write, flush, remove_stale, write_error
+from dijiang_engines.formats.temporary_names import temporary_name
 
 
 @contextmanager

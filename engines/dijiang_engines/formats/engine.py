@@ -21,9 +21,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dijiang_engines.bundle import ModelIdentity
 from dijiang_engines.errors import BundleError
-from dijiang_engines.manifest import (
+from dijiang_engines.formats.bundle import ModelIdentity
+from dijiang_engines.formats.manifest import (
     CONFIG,
     DTYPES,
     MAX_MANIFEST_BYTES,
@@ -32,9 +32,9 @@ from dijiang_engines.manifest import (
     FileInfo,
     file_table,
 )  # fmt: skip
-from dijiang_engines.opened_files import OpenedFiles
-from dijiang_engines.reference_cases import Reference
-from dijiang_engines.safe_files import parse_json, read_bounded, sha256_of
+from dijiang_engines.formats.opened_files import OpenedFiles
+from dijiang_engines.formats.reference_cases import Reference
+from dijiang_engines.formats.safe_files import parse_json, read_bounded, sha256_of
 from dijiang_engines.spec import ModelSpec
 
 ENGINE_MANIFEST = "engine.json"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.onnx_wire import VARINT, as_bytes, as_int, fields, packed
+from dijiang_engines.formats.onnx_wire import VARINT, as_bytes, as_int, fields, packed
 
 MAX_DEPTH = 64
 """Nesting of messages; a graph in a node in a graph counts three. Real exports reach about 10."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
-from dijiang_engines.safe_files import is_plain_name, parse_json, read_bounded
+from dijiang_engines.formats.safe_files import is_plain_name, parse_json, read_bounded
 from dijiang_engines.sizes import weight_bytes
 from dijiang_engines.spec import ModelSpec
 

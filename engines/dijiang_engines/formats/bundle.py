@@ -24,8 +24,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.graph_check import check_graph
-from dijiang_engines.manifest import (
+from dijiang_engines.formats.graph_check import check_graph
+from dijiang_engines.formats.manifest import (
     CONFIG,
     MANIFEST,
     REFERENCE,
@@ -39,9 +39,9 @@ from dijiang_engines.manifest import (
     graph_io,
     read_manifest,
 )
-from dijiang_engines.onnx_external import check_external_data
-from dijiang_engines.opened_files import OpenedFiles
-from dijiang_engines.reference_cases import Reference
+from dijiang_engines.formats.onnx_external import check_external_data
+from dijiang_engines.formats.opened_files import OpenedFiles
+from dijiang_engines.formats.reference_cases import Reference
 
 __all__ = [
     "Bundle", "FileInfo", "GraphInfo", "ModelIdentity", "TensorInfo", "graph_io", "open_bundle",

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dijiang_engines.errors import OutputError
-from dijiang_engines.temporary_names import maker_of, temporary_name
+from dijiang_engines.formats.temporary_names import maker_of, temporary_name
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.onnx_external import MAX_RANK
-from dijiang_engines.onnx_graph import KEPT_VALUES, LINEAR_ATTENTION, PLUGIN, Graph, Node
+from dijiang_engines.formats.onnx_external import MAX_RANK
+from dijiang_engines.formats.onnx_graph import KEPT_VALUES, LINEAR_ATTENTION, PLUGIN, Graph, Node
 
 Shape = tuple[int, ...]
 Integers = npt.NDArray[np.int64]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
-from dijiang_engines.manifest import graph_io
-from dijiang_engines.onnx_graph import (
+from dijiang_engines.formats.manifest import graph_io
+from dijiang_engines.formats.onnx_graph import (
     LINEAR_ATTENTION,
     PLUGIN,
     Graph,
@@ -13,7 +13,7 @@ from dijiang_engines.onnx_graph import (
     check_operators,
     read_graph,
 )
-from dijiang_engines.onnx_shapes import infer_shapes
+from dijiang_engines.formats.onnx_shapes import infer_shapes
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.spec import ModelSpec
 
