@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dijiang_engines.compiling import first_errors
-from dijiang_engines.toolchain import Headers, read_headers
+from dijiang_engines.plugin.compiling import first_errors
+from dijiang_engines.plugin.toolchain import Headers, read_headers
 
 ROOT = Path(__file__).resolve().parents[1]
 HINT = "make plugin-headers TRT_INCLUDE=/path/to/TensorRT-8.6/include:/path/to/TensorRT-11.1/include"

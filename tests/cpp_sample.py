@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from dijiang_engines import toolchain
 from dijiang_engines.formats.engine import open_engine, spec_sha256, write_engine_manifest
+from dijiang_engines.plugin import toolchain
 from dijiang_engines.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -79,7 +79,7 @@ class FakeMachine:
         """A build of the plugin as `build-plugin` leaves it: any library that can be opened stands for it."""
         from importlib.util import find_spec
 
-        from dijiang_engines import plugin
+        from dijiang_engines.plugin import cache as plugin_cache
         from dijiang_engines.version import __version__
 
         version = self.settings["tensorrt"]
@@ -87,15 +87,15 @@ class FakeMachine:
         self.plugin.mkdir(parents=True)
         spec = find_spec("numpy.random._bounded_integers")
         assert spec is not None and spec.origin is not None
-        libraries = [plugin.KERNELS, plugin.tensorrt_name(numbers(version)[0])]
+        libraries = [plugin_cache.KERNELS, plugin_cache.tensorrt_name(numbers(version)[0])]
         for name in libraries:
             shutil.copyfile(spec.origin, self.plugin / name)
         facts = {
-            "sources": plugin.source_hash(), "version": __version__, "cuda": "12.6",
+            "sources": plugin_cache.source_hash(), "version": __version__, "cuda": "12.6",
             "architectures": ["sm_87", "sm_90", "compute_90"], "tensorrt": version,
             "machine": os.uname().machine, "made": "2026-01-01T00:00:00+00:00",
         }  # fmt: skip
-        plugin.write_manifest(self.plugin, facts | changes, libraries)
+        plugin_cache.write_manifest(self.plugin, facts | changes, libraries)
 
     @property
     def environment(self) -> dict[str, str]:

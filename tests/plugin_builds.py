@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def missing_tool() -> str | None:
     """Why nothing can be compiled here, or None."""
-    from dijiang_engines import toolchain
+    from dijiang_engines.plugin import toolchain
 
     if os.environ.get("DIJIANG_TEST_COMPILE") == "0":
         return "DIJIANG_TEST_COMPILE is 0"

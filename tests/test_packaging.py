@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from plugin_builds import needs_nvcc
 
-from dijiang_engines.plugin import plugin_sources, source_files, source_hash
+from dijiang_engines.plugin.cache import plugin_sources, source_files, source_hash
 from dijiang_engines.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from fake_toolchain import FakeToolchain, without_tools, write_headers
 
-from dijiang_engines import plugin_plan, toolchain
 from dijiang_engines.errors import DijiangError, OutputError, PluginError, UsageError
-from dijiang_engines.plugin import KERNELS, find_tensorrt_library, library_hash, read_manifest
-from dijiang_engines.plugin_build import build, copy_build
-from dijiang_engines.plugin_plan import BuildPlan, parse_architecture, plan_build
+from dijiang_engines.plugin import requirements, toolchain
+from dijiang_engines.plugin.build import build, copy_build
+from dijiang_engines.plugin.cache import KERNELS, find_tensorrt_library, library_hash, read_manifest
+from dijiang_engines.plugin.requirements import BuildPlan, parse_architecture, plan_build
 from dijiang_export.cli import main
 
 
@@ -260,7 +260,7 @@ def test_changed_sources_make_another_build(
     sources = tmp_path / "plugins"
     (sources / "kernels").mkdir(parents=True)
     (sources / "CMakeLists.txt").write_text("")
-    monkeypatch.setattr(plugin_plan, "plugin_sources", lambda: sources)
+    monkeypatch.setattr(requirements, "plugin_sources", lambda: sources)
     keys = [plan(tools).key]
     for name in ("a.cu", "notes.md", "a.cu.o"):
         (sources / "kernels" / name).write_text("x")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from dijiang_engines import plugin
 from dijiang_engines.errors import KernelError, PluginError
 from dijiang_engines.kernels_library import Library
-from dijiang_engines.plugin import KERNELS, find_kernels_library, find_tensorrt_library, runs_on
+from dijiang_engines.plugin import cache as plugin_cache
+from dijiang_engines.plugin.cache import KERNELS, find_kernels_library, find_tensorrt_library, runs_on
 from dijiang_engines.version import __version__
 
 
@@ -22,14 +22,14 @@ def make_build(cache: Path, name: str, **changes: Any) -> Path:
     folder = cache / name
     folder.mkdir(parents=True)
     tensorrt = changes.get("tensorrt", "10.13.3")
-    libraries = [KERNELS] + ([plugin.tensorrt_name(int(tensorrt.split(".")[0]))] if tensorrt else [])
+    libraries = [KERNELS] + ([plugin_cache.tensorrt_name(int(tensorrt.split(".")[0]))] if tensorrt else [])
     for library in libraries:
         (folder / library).write_text(f"{name} {library}")
     facts = {
-        "version": __version__, "sources": plugin.source_hash(), "cuda": "13.0", "machine": "x86_64",
+        "version": __version__, "sources": plugin_cache.source_hash(), "cuda": "13.0", "machine": "x86_64",
         "architectures": ["sm_90", "compute_90"], "tensorrt": tensorrt, "made": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
-    plugin.write_manifest(folder, facts | changes, libraries)
+    plugin_cache.write_manifest(folder, facts | changes, libraries)
     return folder
 
 
@@ -47,11 +47,11 @@ def refusal(major: int | None = None, cache: Path | None = None, architecture: i
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert plugin.cache_folder() == tmp_path / "dijiang-export/plugin"
+    assert plugin_cache.cache_folder() == tmp_path / "dijiang-export/plugin"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for value in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert plugin.cache_folder() == tmp_path / "home/.cache/dijiang-export/plugin"
+        assert plugin_cache.cache_folder() == tmp_path / "home/.cache/dijiang-export/plugin"
 
 
 def test_nothing_is_built(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(which: str, tmp_path: 
 def test_a_folder_of_another_user_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_build(tmp_path, "a")
     owner = tmp_path.stat().st_uid
-    monkeypatch.setattr(plugin.os, "getuid", lambda: owner + 1)
+    monkeypatch.setattr(plugin_cache.os, "getuid", lambda: owner + 1)
     if owner == 0:  # root's folders are always trusted
         assert find_kernels_library(cache=tmp_path).exists()
     else:
@@ -139,24 +139,24 @@ def test_a_folder_of_another_user_is_not_trusted(tmp_path: Path, monkeypatch: py
 )  # fmt: skip
 def test_a_manifest_that_is_not_ours_is_passed_over(change: dict[str, Any], tmp_path: Path) -> None:
     folder = make_build(tmp_path, "a")
-    path = folder / plugin.MANIFEST
+    path = folder / plugin_cache.MANIFEST
     data = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
     with pytest.raises(PluginError, match="does not describe a build"):
-        plugin.read_manifest(folder)
+        plugin_cache.read_manifest(folder)
     assert "not built" in refusal(cache=tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
 def test_a_broken_manifest_is_passed_over(content: bytes, tmp_path: Path) -> None:
     folder = make_build(tmp_path, "a")
-    (folder / plugin.MANIFEST).write_bytes(content)
-    assert plugin.built_plugins(tmp_path) == []
+    (folder / plugin_cache.MANIFEST).write_bytes(content)
+    assert plugin_cache.built_plugins(tmp_path) == []
 
 
 def test_any_value_of_a_manifest_may_be_anything(tmp_path: Path) -> None:
     """Each value in turn replaced by others: refused, or a build that can be asked everything."""
-    path = make_build(tmp_path, "a") / plugin.MANIFEST
+    path = make_build(tmp_path, "a") / plugin_cache.MANIFEST
     whole = json.loads(path.read_text())
     odd: list[Any] = [None, True, 0, -1, 1e308, 10**39, "", "²", "\x1b[31m", "x" * 100_000]
     odd += [[], [1], {}, {"a": 1}, ["sm_²"], ...]
@@ -173,13 +173,13 @@ def test_any_value_of_a_manifest_may_be_anything(tmp_path: Path) -> None:
             else:
                 inner[where[-1]] = value
             path.write_text(json.dumps(data))
-            for build in plugin.built_plugins(tmp_path):
+            for build in plugin_cache.built_plugins(tmp_path):
                 assert build.is_current() in (True, False)
                 assert runs_on(build.architectures, 90) in (True, False)
                 assert build.tensorrt_major is None or build.tensorrt_major >= 0
             for major, architecture in ((None, None), (None, 90), (10, 90)):
                 with suppress(PluginError):
-                    plugin._find(KERNELS, major, architecture, tmp_path)
+                    plugin_cache._find(KERNELS, major, architecture, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -189,13 +189,13 @@ def test_any_value_of_a_manifest_may_be_anything(tmp_path: Path) -> None:
 )
 def test_a_hostile_manifest_is_passed_over(content: bytes, tmp_path: Path) -> None:
     folder = make_build(tmp_path, "a")
-    (folder / plugin.MANIFEST).write_bytes(content)
-    assert plugin.built_plugins(tmp_path) == []
+    (folder / plugin_cache.MANIFEST).write_bytes(content)
+    assert plugin_cache.built_plugins(tmp_path) == []
 
 
 def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     folder = make_build(tmp_path, "a")
-    for name in (KERNELS, plugin.MANIFEST):
+    for name in (KERNELS, plugin_cache.MANIFEST):
         (folder / name).unlink()
         os.mkfifo(folder / name)
         assert ("not an ordinary file" if name == KERNELS else "not built") in refusal(cache=tmp_path)
@@ -208,7 +208,7 @@ def test_the_hash_is_of_what_is_compiled(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        return plugin.source_hash(tmp_path)
+        return plugin_cache.source_hash(tmp_path)
 
     seen = [write("CMakeLists.txt", "a"), write("kernels/decode/a.cu", "x"), write("kernels/b.cu", "x")]
     seen += [write("kernels/b.cu", "y"), write("include/dijiang/kernels.h", ""), write("exports/k.map", "")]
@@ -216,11 +216,11 @@ def test_the_hash_is_of_what_is_compiled(tmp_path: Path) -> None:
     same = {write("tests/driver.cpp", "x"), write("kernels/a.o", "x"), write("README.md", "x"), seen[-1]}
     assert len(same) == 1
     (tmp_path / "kernels/b.cu").rename(tmp_path / "kernels/c.cu")
-    assert plugin.source_hash(tmp_path) not in seen
+    assert plugin_cache.source_hash(tmp_path) not in seen
 
 
 def test_this_checkout_has_sources() -> None:
-    sources = plugin.plugin_sources()
-    names = {path.relative_to(sources).as_posix() for path in plugin.source_files()}
+    sources = plugin_cache.plugin_sources()
+    names = {path.relative_to(sources).as_posix() for path in plugin_cache.source_files()}
     assert {"CMakeLists.txt", "cmake/Compile.cmake", "include/dijiang/kernels.h"} <= names
     assert not [name for name in names if name.startswith("tests/")]

@@ -18,11 +18,11 @@ import pytest
 from fake_toolchain import write_headers
 from plugin_builds import ROOT, needs_nvcc
 
-from dijiang_engines import plugin_plan, toolchain
 from dijiang_engines.errors import PluginError
-from dijiang_engines.plugin import KERNELS, find_kernels_library
-from dijiang_engines.plugin_build import build
-from dijiang_engines.plugin_plan import plan_build
+from dijiang_engines.plugin import requirements, toolchain
+from dijiang_engines.plugin.build import build
+from dijiang_engines.plugin.cache import KERNELS, find_kernels_library
+from dijiang_engines.plugin.requirements import plan_build
 from dijiang_engines.version import __version__
 
 # Kernels for one of the tuned head sizes have it among their template's arguments. They spill nothing, but
@@ -179,8 +179,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         'extern "C" DIJIANG_API void dijiang_one(float* x) { one<<<1, 32>>>(x); }\n'
         'extern "C" __attribute__((visibility("default"))) int other(void) { return 1; }\n'
     )
-    monkeypatch.setattr(plugin_plan, "plugin_sources", lambda: sources)
-    monkeypatch.setattr("dijiang_engines.plugin.plugin_sources", lambda: sources)
+    monkeypatch.setattr(requirements, "plugin_sources", lambda: sources)
+    monkeypatch.setattr("dijiang_engines.plugin.cache.plugin_sources", lambda: sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return sources
 

@@ -11,9 +11,10 @@ from fake_toolchain import FakeToolchain, without_tools
 from test_doctor import GPU, HERE, works
 from test_plugin_cache import make_build
 
-from dijiang_engines import doctor, toolchain
-from dijiang_engines.plugin import KERNELS, cache_folder
-from dijiang_engines.plugin_status import plugin_needs, plugin_status
+from dijiang_engines import doctor
+from dijiang_engines.plugin import toolchain
+from dijiang_engines.plugin.cache import KERNELS, cache_folder
+from dijiang_engines.plugin.status import plugin_needs, plugin_status
 from dijiang_export.cli import main
 
 

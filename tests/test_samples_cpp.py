@@ -26,7 +26,7 @@ from cpp_sample import (
     words,
 )
 
-from dijiang_engines import toolchain
+from dijiang_engines.plugin import toolchain
 
 pytestmark = needs_compiler
 

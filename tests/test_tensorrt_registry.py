@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from plugin_builds import ROOT, missing_tool, needs_nvcc, run
 
-from dijiang_engines.toolchain import read_headers
+from dijiang_engines.plugin.toolchain import read_headers
 from dijiang_export.graph.contract import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, OP_VERSION, OUTPUTS
 
 SHELLS = ROOT / "plugins/tensorrt"

@@ -31,7 +31,7 @@ from dijiang_engines.formats.engine import (
     write_engine_manifest,
 )  # fmt: skip
 from dijiang_engines.formats.manifest import MANIFEST, REFERENCE, WEIGHTS
-from dijiang_engines.plugin import cache_folder
+from dijiang_engines.plugin.cache import cache_folder
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.recipes import Recipe
 from dijiang_engines.step_products import MAX_BATCH, MAX_INPUT_BYTES

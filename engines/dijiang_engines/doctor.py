@@ -19,7 +19,7 @@ from typing import Any
 
 from dijiang_engines.errors import UsageError
 from dijiang_engines.machine import Machine, describe_machine, package_version
-from dijiang_engines.plugin_status import PackageStatus, PluginStatus, plugin_needs, plugin_status
+from dijiang_engines.plugin.status import PackageStatus, PluginStatus, plugin_needs, plugin_status
 from dijiang_engines.runners.ort_host import SPINNING_ENVIRONMENT, spinning_choice
 
 PROBE_SECONDS = 120

@@ -26,7 +26,7 @@ from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels_library import Device, device_argument
 from dijiang_engines.kernels_linear import LinearKernels
 from dijiang_engines.kernels_sampling import SamplingKernels
-from dijiang_engines.plugin import find_kernels_library
+from dijiang_engines.plugin.cache import find_kernels_library
 
 ENVIRONMENT = "DIJIANG_KERNELS"
 """The environment variable that names another library than the one in the cache."""

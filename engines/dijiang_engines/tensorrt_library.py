@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import PluginError, RunnerError
-from dijiang_engines.plugin import (
+from dijiang_engines.plugin.cache import (
     KERNELS,
     BuiltPlugin,
     find_tensorrt_library,

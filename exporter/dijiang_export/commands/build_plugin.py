@@ -44,8 +44,8 @@ def build_plugin(
     Needs the CUDA toolkit (12.0 or newer), a C++ compiler, CMake, and TensorRT's headers. The result is kept
     in a cache, from which the other commands load it, and is used again as long as nothing changes.
     """
-    from dijiang_engines.plugin_build import build, copy_build
-    from dijiang_engines.plugin_plan import plan_build
+    from dijiang_engines.plugin.build import build, copy_build
+    from dijiang_engines.plugin.requirements import plan_build
 
     plan = plan_build(
         architectures=architectures, kernels_only=kernels_only, tensorrt_include=tensorrt_include

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dijiang_engines.doctor import Diagnosis
     from dijiang_engines.machine import Machine
-    from dijiang_engines.plugin_status import PluginStatus
+    from dijiang_engines.plugin.status import PluginStatus
 
 
 @click.command("doctor", epilog="Example: dijiang-export doctor --json")

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dijiang_engines import toolchain
 from dijiang_engines.errors import PluginError, UsageError
-from dijiang_engines.plugin import KERNELS, plugin_sources, source_hash, tensorrt_name
+from dijiang_engines.plugin import toolchain
+from dijiang_engines.plugin.cache import KERNELS, plugin_sources, source_hash, tensorrt_name
 from dijiang_engines.version import __version__
 
 GET_HEADERS = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dijiang_engines import toolchain
 from dijiang_engines.errors import PluginError
 from dijiang_engines.machine import Machine
-from dijiang_engines.plugin import built_plugins, runs_on, source_hash
-from dijiang_engines.plugin_plan import GET_CUDA
+from dijiang_engines.plugin import toolchain
+from dijiang_engines.plugin.cache import built_plugins, runs_on, source_hash
+from dijiang_engines.plugin.requirements import GET_CUDA
 from dijiang_engines.version import __version__
 
 SHORT_HEADERS = "JetPack or TensorRT's development package, or build-plugin --tensorrt-include FOLDER"

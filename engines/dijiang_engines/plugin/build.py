@@ -19,11 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dijiang_engines.compiling import Step, run_step
 from dijiang_engines.errors import OutputError, PluginError
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.machine import usable_cpus
-from dijiang_engines.plugin import (
+from dijiang_engines.plugin.cache import (
     MANIFEST,
     BuiltPlugin,
     cache_folder,
@@ -31,7 +30,8 @@ from dijiang_engines.plugin import (
     source_hash,
     write_manifest,
 )
-from dijiang_engines.plugin_plan import BuildPlan
+from dijiang_engines.plugin.compiling import Step, run_step
+from dijiang_engines.plugin.requirements import BuildPlan
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.version import __version__
 

@@ -224,13 +224,13 @@ def plugin_sources() -> Path:
     Raises:
         PluginError: neither is there.
     """
-    here = Path(__file__).resolve().parent
-    for folder in (here / "plugin_sources", here.parents[1] / "plugins"):
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "plugin_sources", package.parents[1] / "plugins"):
         if (folder / "CMakeLists.txt").is_file():
             return folder
     raise PluginError(
         "the sources of the plugin are missing from this installation",
-        got=f"nothing in {here / 'plugin_sources'}",
+        got=f"nothing in {package / 'plugin_sources'}",
         hint="pip install --force-reinstall --no-deps dijiang-export",
     )
 

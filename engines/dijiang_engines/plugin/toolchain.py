@@ -217,9 +217,8 @@ def print_capabilities() -> None:
 
 
 def _ask_driver() -> list[int]:
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from dijiang_engines.toolchain import print_capabilities; "
-    )
+    code = f"import sys; sys.path[:] = {sys.path!r}; "
+    code += "from dijiang_engines.plugin.toolchain import print_capabilities; "
     try:
         done = subprocess.run(
             [sys.executable, "-c", code + "print_capabilities()"],
