@@ -1,4 +1,4 @@
-"""cuda.bindings.runtime on host memory: what `dijiang_engines.cuda` calls, as strict as CUDA may be.
+"""cuda.bindings.runtime on host memory: what `dijiang_engines.nvidia.cuda` calls, as strict as CUDA may be.
 
 Work on a stream runs as late as it may: when somebody waits for it. So a host array that is changed or read
 too early is seen, as is memory that was freed while something still needed it. New memory is full of NaNs.

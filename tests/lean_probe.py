@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines import tensorrt_library as library
 from dijiang_engines.errors import PluginError
-from dijiang_engines.tensorrt_versions import dialect_of
+from dijiang_engines.nvidia import tensorrt_library as library
+from dijiang_engines.nvidia.tensorrt_versions import dialect_of
 
 sys.path.insert(0, sys.argv[1])
 trt: Any = importlib.import_module("tensorrt_lean_bindings")

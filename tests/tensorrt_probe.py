@@ -27,10 +27,11 @@ from tensorrt_uses import check_names
 trt: Any = importlib.import_module("tensorrt_bindings")
 sys.modules["tensorrt"] = trt  # the package tensorrt is this under another name
 
-from dijiang_engines import build_worker, io_names, tensorrt_library, typed_network  # noqa: E402
-from dijiang_engines import tensorrt_versions as versions  # noqa: E402
+from dijiang_engines import build_worker, io_names, typed_network  # noqa: E402
 from dijiang_engines.build_request import BuildRequest, read_request  # noqa: E402
 from dijiang_engines.formats.manifest import graph_io  # noqa: E402
+from dijiang_engines.nvidia import tensorrt_library  # noqa: E402
+from dijiang_engines.nvidia import tensorrt_versions as versions  # noqa: E402
 from dijiang_engines.runners import tensorrt as runner_module  # noqa: E402
 from dijiang_engines.runners import tensorrt_checks  # noqa: E402
 

@@ -21,7 +21,6 @@ from toy_bundle import make_bundle
 
 from dijiang_engines import build as build_module
 from dijiang_engines.build_memory import HOST_BASE, check_memory, estimate_memory
-from dijiang_engines.cuda import DeviceFacts
 from dijiang_engines.errors import (
     OutputError,
     PluginError,
@@ -30,6 +29,7 @@ from dijiang_engines.errors import (
 )  # fmt: skip
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import open_engine
+from dijiang_engines.nvidia.cuda import DeviceFacts
 from dijiang_engines.recipes import load_recipe
 
 Export = Callable[..., tuple[Path, Any]]

@@ -11,11 +11,11 @@ import fake_cuda
 import pytest
 from fake_tensorrt import FakeMachine
 
-from dijiang_engines import tensorrt_library
-from dijiang_engines.cuda import Cuda
 from dijiang_engines.errors import PluginError, RunnerError
-from dijiang_engines.tensorrt_library import TensorRT, failure, tensorrt_module
-from dijiang_engines.tensorrt_versions import (
+from dijiang_engines.nvidia import tensorrt_library
+from dijiang_engines.nvidia.cuda import Cuda
+from dijiang_engines.nvidia.tensorrt_library import TensorRT, failure, tensorrt_module
+from dijiang_engines.nvidia.tensorrt_versions import (
     activation_bytes,
     context_without_memory,
     dialect_of,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from dijiang_engines.cuda import Cuda
+    from dijiang_engines.nvidia.cuda import Cuda
 
 BUFFER_BYTES = 256 << 20
 """A thread's share: larger than any cache that it could come from."""

@@ -18,7 +18,6 @@ from typing import Any
 from dijiang_engines import io_names
 from dijiang_engines.build_memory import MemoryEstimate, check_memory, estimate_memory
 from dijiang_engines.build_request import BuildRequest, Profile
-from dijiang_engines.cuda import Cuda, DeviceFacts
 from dijiang_engines.errors import OutputError, RunnerError, UsageError
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.formats.bundle import Bundle
@@ -31,11 +30,12 @@ from dijiang_engines.formats.engine import (
     write_engine_manifest,
 )  # fmt: skip
 from dijiang_engines.formats.manifest import MANIFEST, REFERENCE, WEIGHTS
+from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
+from dijiang_engines.nvidia.tensorrt_library import TensorRT
 from dijiang_engines.plugin.cache import cache_folder
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.recipes import Recipe
 from dijiang_engines.step_products import MAX_BATCH, MAX_INPUT_BYTES
-from dijiang_engines.tensorrt_library import TensorRT
 from dijiang_engines.version import __version__
 
 _GRACE_SECONDS = 5

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dijiang_engines.cuda import DeviceFacts
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
+from dijiang_engines.nvidia.cuda import DeviceFacts
 from dijiang_engines.recipes import Recipe
 from dijiang_engines.runners.ort import available_memory
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dijiang_engines.build_request import BuildRequest, read_request
-from dijiang_engines.cuda import Cuda
 from dijiang_engines.errors import DijiangError, RunnerError
+from dijiang_engines.nvidia.cuda import Cuda
+from dijiang_engines.nvidia.tensorrt_library import failure, load_plugin, tensorrt_module, tensorrt_version
+from dijiang_engines.nvidia.tensorrt_versions import Dialect, context_without_memory, dialect_of
 from dijiang_engines.step_products import Rewritten, rewrite
-from dijiang_engines.tensorrt_library import failure, load_plugin, tensorrt_module, tensorrt_version
-from dijiang_engines.tensorrt_versions import Dialect, context_without_memory, dialect_of
 from dijiang_engines.typed_network import ATTEMPTS, fix_sizes, type_network
 
 POLL_SECONDS = 0.1

@@ -17,10 +17,10 @@ from typing import Any
 from dijiang_engines.build import check_fit, plans
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
+from dijiang_engines.nvidia.tensorrt_library import ENVIRONMENT
+from dijiang_engines.nvidia.tensorrt_versions import Dialect, dialect_of
 from dijiang_engines.plugin.cache import BuiltPlugin, built_plugins, read_manifest, tensorrt_name
 from dijiang_engines.recipes import Recipe
-from dijiang_engines.tensorrt_library import ENVIRONMENT
-from dijiang_engines.tensorrt_versions import Dialect, dialect_of
 
 DEFAULT_VERSION = "10.3"
 _SEVERAL_PROFILES = (10, 0)

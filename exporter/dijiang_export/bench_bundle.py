@@ -152,7 +152,7 @@ def _bandwidth(on_cpu: bool, threads: int) -> Bandwidth | None:
     if on_cpu:
         return measure_bandwidth(threads)
     try:
-        from dijiang_engines.cuda import Cuda
+        from dijiang_engines.nvidia.cuda import Cuda
 
         return measure_gpu_bandwidth(CudaCopy(Cuda()))
     except DijiangError:  # no cuda-bindings, or the model leaves no room: `bench peers` measures it too

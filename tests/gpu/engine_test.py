@@ -32,11 +32,11 @@ FACTS_SECONDS = 300
 # Runs in the Python with TensorRT. One JSON object on the last line, either facts or why there are none.
 FACTS = """
 import json, platform
-from dijiang_engines.cuda import Cuda
+from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.machine import package_version
-from dijiang_engines.tensorrt_library import tensorrt_module, tensorrt_version
-from dijiang_engines.tensorrt_versions import dialect_of
+from dijiang_engines.nvidia.tensorrt_library import tensorrt_module, tensorrt_version
+from dijiang_engines.nvidia.tensorrt_versions import dialect_of
 try:
     trt = tensorrt_module()
     facts = Cuda().facts()

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from dijiang_engines.bandwidth import GPU_ROUNDS, CudaCopy, measure_gpu_bandwidth
-from dijiang_engines.cuda import Cuda
 from dijiang_engines.errors import RunnerError
+from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_export.bench_memory import TorchCopy
 
 MIB = 1 << 20

@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines import io_names
-from dijiang_engines.cuda import Buffer, Cuda, Graph, Pinned
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.engine import EngineFolder, PlanPlace
+from dijiang_engines.nvidia.cuda import Buffer, Cuda, Graph, Pinned
+from dijiang_engines.nvidia.tensorrt_library import TensorRT
+from dijiang_engines.nvidia.tensorrt_versions import activation_bytes, context_without_memory, give_memory
 from dijiang_engines.runners.base import MAX_POSITIONS, FloatArray, IntArray
 from dijiang_engines.runners.checks import (
     check_batch,
@@ -33,8 +35,6 @@ from dijiang_engines.runners.checks import (
 )
 from dijiang_engines.runners.decoding import DecodeRequest
 from dijiang_engines.runners.tensorrt_checks import check_made_for, check_tensors
-from dijiang_engines.tensorrt_library import TensorRT
-from dijiang_engines.tensorrt_versions import activation_bytes, context_without_memory, give_memory
 
 NAME = "tensorrt"
 KEPT_CONTEXTS = 4

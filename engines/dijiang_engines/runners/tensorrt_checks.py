@@ -7,7 +7,7 @@ from typing import Any
 from dijiang_engines.errors import BundleError, RunnerError
 from dijiang_engines.formats.engine import ENGINE_MANIFEST, REBUILD, EngineFolder, PlanPlace
 from dijiang_engines.formats.manifest import graph_io
-from dijiang_engines.tensorrt_library import TensorRT
+from dijiang_engines.nvidia.tensorrt_library import TensorRT
 
 
 def check_made_for(engine: EngineFolder, tensorrt: TensorRT, gpu: str, capability: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import PluginError, RunnerError
+from dijiang_engines.nvidia.tensorrt_versions import Dialect, dialect_of, library_version
 from dijiang_engines.plugin.cache import (
     KERNELS,
     BuiltPlugin,
@@ -21,7 +22,6 @@ from dijiang_engines.plugin.cache import (
     tensorrt_name,
 )  # fmt: skip
 from dijiang_engines.printable import printable
-from dijiang_engines.tensorrt_versions import Dialect, dialect_of, library_version
 
 ENVIRONMENT = "DIJIANG_PLUGIN"
 """Names a folder that `build-plugin --output` filled, to use instead of the cache."""
