@@ -15,7 +15,7 @@ from dijiang_engines.sampling import SamplingOptions, sample, uniform
 
 
 class FakeKernels:
-    """`dijiang_engines.kernels.Kernels`, as far as a decode loop uses it."""
+    """`dijiang_engines.kernels.attention.Kernels`, as far as a decode loop uses it."""
 
     def sample(
         self, options: SamplingOptions, *, logits: Any, tokens: Any, row_status: Any, seed: int = 0,

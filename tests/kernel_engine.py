@@ -55,7 +55,7 @@ def find_library() -> tuple[Path | None, str]:
     named = os.environ.get("DIJIANG_KERNELS")
     if named:
         return Path(named), ""
-    from dijiang_engines import kernels
+    from dijiang_engines.kernels import attention as kernels
 
     try:
         kernels.load_kernels()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dijiang_engines.errors import DijiangError
-from dijiang_engines.kernels import Geometry
+from dijiang_engines.kernels.attention import Geometry
 from dijiang_export import bench_kernels_ours
 from dijiang_export.bench_kernels_inputs import make_calls, make_layer, within
 from dijiang_export.bench_kernels_ours import Ours
@@ -21,7 +21,7 @@ CELLS = [Cell("decode", Shape(3, 16), 2, 1), Cell("prefill", Shape(2, 32), 2, 70
 
 
 class StandIn:
-    """The methods of `dijiang_engines.kernels.Kernels` that are used, over the reference."""
+    """The methods of `dijiang_engines.kernels.attention.Kernels` that are used, over the reference."""
 
     version, architectures = "0.1.0", "sm_00"
 

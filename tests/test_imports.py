@@ -90,7 +90,10 @@ def test_engines_are_opened_without_tensorrt_and_say_what_is_missing(tmp_path: P
     from engine_folders import write_engine
 
     engine = write_engine(tmp_path / "toy.engine")
-    code = "from dijiang_engines.formats.open import open_model as o\nprint(open_model(sys.argv[1]).profiles.max_batch)"
+    code = (
+        "from dijiang_engines.formats.open import open_model\n"
+        "print(open_model(sys.argv[1]).profiles.max_batch)"
+    )
     done = run_without(EXPORT_ONLY + RUNTIMES, code, str(engine))
     assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
     done = run_without(EXPORT_ONLY + RUNTIMES, MAIN, "bench", str(engine))

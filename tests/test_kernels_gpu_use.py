@@ -16,8 +16,8 @@ from kernel_bounds import TOLERANCES, compare, exact, same_bits
 from kernel_cases import DTYPES, Call, Case, make_call
 from kernel_engine import Buffers, CudaEngine, Geometry, StatusError, find_library
 
-from dijiang_engines.kernels import Geometry as KernelGeometry
-from dijiang_engines.kernels import load_kernels
+from dijiang_engines.kernels.attention import Geometry as KernelGeometry
+from dijiang_engines.kernels.attention import load_kernels
 from dijiang_engines.tolerances import tolerance
 from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.reference.attention import Decay

@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dijiang_engines import kernels_abi as abi
-from dijiang_engines.device_arrays import device_array
 from dijiang_engines.errors import KernelError
-from dijiang_engines.kernels import AttentionBuffers, Geometry, Kernels, load_kernels
-from dijiang_engines.kernels_library import Device
+from dijiang_engines.kernels import abi
+from dijiang_engines.kernels.attention import AttentionBuffers, Geometry, Kernels, load_kernels
+from dijiang_engines.kernels.device_arrays import device_array
+from dijiang_engines.kernels.library import Device
 from dijiang_engines.sampling import SamplingOptions
 
 INCLUDE = Path(__file__).resolve().parents[1] / "plugins" / "include"

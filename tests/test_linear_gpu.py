@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from dijiang_engines.errors import PluginError
-from dijiang_engines.kernels import Kernels, load_kernels
-from dijiang_engines.kernels_linear import LinearOutput, LinearTerm
+from dijiang_engines.kernels.attention import Kernels, load_kernels
+from dijiang_engines.kernels.linear import LinearOutput, LinearTerm
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():

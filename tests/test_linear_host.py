@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dijiang_engines.errors import KernelError
-from dijiang_engines.kernels import Kernels, load_kernels
-from dijiang_engines.kernels_library import Device
-from dijiang_engines.kernels_linear import LinearOutput, LinearTerm
+from dijiang_engines.kernels.attention import Kernels, load_kernels
+from dijiang_engines.kernels.library import Device
+from dijiang_engines.kernels.linear import LinearOutput, LinearTerm
 
 GIB = 1 << 30
 H200, ORIN, L4 = Device(90, 132, 232448), Device(87, 16, 166912), Device(89, 58, 101376)

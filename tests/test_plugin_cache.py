@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dijiang_engines.errors import KernelError, PluginError
-from dijiang_engines.kernels_library import Library
+from dijiang_engines.kernels.library import Library
 from dijiang_engines.plugin import cache as plugin_cache
 from dijiang_engines.plugin.cache import KERNELS, find_kernels_library, find_tensorrt_library, runs_on
 from dijiang_engines.version import __version__

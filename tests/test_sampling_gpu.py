@@ -16,7 +16,7 @@ import pytest
 
 from dijiang_engines import sampling
 from dijiang_engines.errors import KernelError, PluginError
-from dijiang_engines.kernels import Kernels, load_kernels
+from dijiang_engines.kernels.attention import Kernels, load_kernels
 from dijiang_engines.sampling import SamplingOptions, uniform
 
 torch = pytest.importorskip("torch")

@@ -49,7 +49,7 @@ def test_the_gpu_s_loop_is_the_host_s(
 ) -> None:
     """Same tokens, same end, and the same state to go on from."""
     runner, _ = opened(version)
-    monkeypatch.setattr("dijiang_engines.kernels.load_kernels", lambda path: FakeKernels())
+    monkeypatch.setattr("dijiang_engines.kernels.attention.load_kernels", lambda path: FakeKernels())
     prompts = [[5, 6, 7], [200, 1], list(range(30, 41))]
     results = []
     for way in (runner, OnHost(runner)):
@@ -66,7 +66,7 @@ def test_the_gpu_s_loop_is_the_host_s(
 
 def test_rows_that_end_by_a_token_end_on_the_gpu(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, _ = opened()
-    monkeypatch.setattr("dijiang_engines.kernels.load_kernels", lambda path: FakeKernels())
+    monkeypatch.setattr("dijiang_engines.kernels.attention.load_kernels", lambda path: FakeKernels())
     endless = GenerateOptions(max_tokens=12, ignore_eos=True)
     free = Generator(OnHost(runner), None).start([[5, 6], [9]], endless)
     list(free)
@@ -124,7 +124,7 @@ def test_rows_end_by_their_own_number_of_tokens(
 ) -> None:
     """A row that has ended keeps its state to the bit, however long the others go on."""
     runner, _ = opened(version)
-    monkeypatch.setattr("dijiang_engines.kernels.load_kernels", lambda path: FakeKernels())
+    monkeypatch.setattr("dijiang_engines.kernels.attention.load_kernels", lambda path: FakeKernels())
     zeros = np.zeros(4, np.int64)
     request = DecodeRequest(
         A([5, 6, 7, 8]), A([4, 2, 3, 1]), A([9, 3, 0, 1]), SamplingOptions(), 0, zeros, zeros, ahead=ahead
@@ -141,7 +141,7 @@ def test_rows_end_by_their_own_number_of_tokens(
 
 def test_logits_that_are_not_finite_end_the_loop(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, _ = opened()
-    monkeypatch.setattr("dijiang_engines.kernels.load_kernels", lambda path: FakeKernels())
+    monkeypatch.setattr("dijiang_engines.kernels.attention.load_kernels", lambda path: FakeKernels())
     spoil(monkeypatch, layer=1, row=1, after=3)
     generation = Generator(runner, None).start([[5], [6]], GenerateOptions(max_tokens=20, ignore_eos=True))
     with pytest.raises(RunnerError, match="logits of row 1 cannot be sampled from") as info:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dijiang_engines import kernels_abi as abi
 from dijiang_engines.errors import RunnerError
+from dijiang_engines.kernels import abi
 from dijiang_engines.step_graph import POINTWISE, Floats, Graph, Node, read_graph
 
 MAX_BATCH = 8

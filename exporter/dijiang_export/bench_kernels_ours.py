@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dijiang_engines.kernels import Geometry, Kernels, load_kernels
+from dijiang_engines.kernels.attention import Geometry, Kernels, load_kernels
 from dijiang_engines.plugin.cache import library_hash
 from dijiang_export.bench_kernels_inputs import Call, Layer, exact_op
 from dijiang_export.bench_kernels_peers import Prepared

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from dijiang_engines.kernels import Geometry, Kernels, load_kernels
-from dijiang_engines.kernels_linear import LinearOutput, LinearTerm
+from dijiang_engines.kernels.attention import Geometry, Kernels, load_kernels
+from dijiang_engines.kernels.linear import LinearOutput, LinearTerm
 from dijiang_export.bench_memory import memory_rate
 
 SHAPES = {  # layers, hidden, MLP, heads, head size, vocabulary

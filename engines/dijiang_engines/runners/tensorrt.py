@@ -232,7 +232,7 @@ class TensorRTRunner:
 
     def start_decoding(self, state: TensorRTState, request: DecodeRequest) -> Any:
         """Choose tokens on the GPU from here on; see `decoding.Decoder`."""
-        from dijiang_engines.kernels import load_kernels
+        from dijiang_engines.kernels.attention import load_kernels
         from dijiang_engines.runners.tensorrt_decoder import TensorRTDecoder
 
         check_owner(self, state, TensorRTState)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import RunnerError
-from dijiang_engines.kernels_abi import ROW_STATUS
+from dijiang_engines.kernels.abi import ROW_STATUS
 from dijiang_engines.nvidia.cuda import Event, Pinned
 from dijiang_engines.runners.base import IntArray
 from dijiang_engines.runners.decoding import DecodeRequest

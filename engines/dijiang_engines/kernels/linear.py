@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dijiang_engines import kernels_abi as abi
-from dijiang_engines.device_arrays import DeviceArray, device_array
 from dijiang_engines.errors import KernelError
-from dijiang_engines.kernels_library import Device, Library, device_argument
+from dijiang_engines.kernels import abi
+from dijiang_engines.kernels.device_arrays import DeviceArray, device_array
+from dijiang_engines.kernels.library import Device, Library, device_argument
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "swiglu"]
 Norm = Literal["norm_none", "layer_norm", "rms_norm"]
@@ -49,7 +49,7 @@ class LinearOutput:
 
 
 class LinearKernels(Library):
-    """Products of few rows. See `dijiang_engines.kernels`."""
+    """Products of few rows. See `dijiang_engines.kernels.attention`."""
 
     def linear(
         self, outputs: Sequence[LinearOutput], *, constant_weights: bool = False, stream: int = 0

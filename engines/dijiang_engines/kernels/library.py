@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines import kernels_abi as abi
 from dijiang_engines.errors import KernelError
 from dijiang_engines.formats.safe_files import LIMITS, open_regular
+from dijiang_engines.kernels import abi
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dijiang_engines import kernels_abi as abi
-from dijiang_engines.device_arrays import device_array
 from dijiang_engines.errors import KernelError
-from dijiang_engines.kernels_library import Device, device_argument
-from dijiang_engines.kernels_linear import LinearKernels
-from dijiang_engines.kernels_sampling import SamplingKernels
+from dijiang_engines.kernels import abi
+from dijiang_engines.kernels.device_arrays import device_array
+from dijiang_engines.kernels.library import Device, device_argument
+from dijiang_engines.kernels.linear import LinearKernels
+from dijiang_engines.kernels.sampling import SamplingKernels
 from dijiang_engines.plugin.cache import find_kernels_library
 
 ENVIRONMENT = "DIJIANG_KERNELS"

@@ -6,14 +6,14 @@ import ctypes
 from dataclasses import asdict
 from typing import Any
 
-from dijiang_engines import kernels_abi as abi
-from dijiang_engines.device_arrays import DeviceArray, device_array
-from dijiang_engines.kernels_library import Device, Library, device_argument
+from dijiang_engines.kernels import abi
+from dijiang_engines.kernels.device_arrays import DeviceArray, device_array
+from dijiang_engines.kernels.library import Device, Library, device_argument
 from dijiang_engines.sampling import SamplingOptions
 
 
 class SamplingKernels(Library):
-    """What a decode loop needs beside the model. See `dijiang_engines.kernels`."""
+    """What a decode loop needs beside the model. See `dijiang_engines.kernels.attention`."""
 
     def sample_plan(self, batch: int, vocabulary: int, device: Device | None = None) -> str:
         """One line that says how `sample` cuts the work.

@@ -1,0 +1,1 @@
+"""The CUDA kernels from Python, over their C ABI."""
