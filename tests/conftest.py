@@ -22,7 +22,7 @@ from without_export import (  # noqa: F401 - hooks
 
 from dijiang_engines.formats.engine import open_engine
 from dijiang_engines.runners import open_runner
-from dijiang_engines.runners.tensorrt import TensorRTRunner
+from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are to be as wide as in a file
 # Elsewhere hypothesis looks for new examples each time; CI must say the same about the same commit.

@@ -20,7 +20,7 @@ from dijiang_engines.build import BuildResult, build_engine
 from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.formats.engine import LAYOUTS, spec_sha256, write_engine_manifest
 from dijiang_engines.recipes import load_recipe
-from dijiang_engines.runners.tensorrt import TensorRTRunner
+from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
 SMALL = {"max_batch": 6, "max_length": 8}
 

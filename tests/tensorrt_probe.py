@@ -32,8 +32,8 @@ from dijiang_engines.build_request import BuildRequest, read_request  # noqa: E4
 from dijiang_engines.formats.manifest import graph_io  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_library  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_versions as versions  # noqa: E402
-from dijiang_engines.runners import tensorrt as runner_module  # noqa: E402
-from dijiang_engines.runners import tensorrt_checks  # noqa: E402
+from dijiang_engines.runners.tensorrt import checks as tensorrt_checks  # noqa: E402
+from dijiang_engines.runners.tensorrt import runner as runner_module  # noqa: E402
 
 SPEC: Any = SimpleNamespace(num_layers=2, state_shape=(2, 16, 16), vocab_size=100)
 PROFILES = profiles()

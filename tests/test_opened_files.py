@@ -24,7 +24,7 @@ from dijiang_engines.formats.engine import open_engine
 from dijiang_engines.formats.open import load_tokenizer, open_model
 from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.inspection import inspect_bundle
-from dijiang_engines.runners.ort import OrtRunner
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 
 A = np.array
 REPLACED = "was replaced or changed while it was open"

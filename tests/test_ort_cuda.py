@@ -24,8 +24,8 @@ import pytest
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.replay import REPLAYS
-from dijiang_engines.runners import ort_cuda
-from dijiang_engines.runners.ort import CUDA, OrtRunner
+from dijiang_engines.runners.onnxruntime import cuda as ort_cuda
+from dijiang_engines.runners.onnxruntime.runner import CUDA, OrtRunner
 from dijiang_engines.validate import validate
 
 A = np.array
@@ -253,7 +253,8 @@ def test_rows_are_zeroed_through_the_host_if_the_driver_cannot(
     tokens(runner, 3, 2, state)
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(
-        "dijiang_engines.runners.ort.zero_device_memory", lambda spans, device: bool(asked.extend(spans))
+        "dijiang_engines.runners.onnxruntime.runner.zero_device_memory",
+        lambda spans, device: bool(asked.extend(spans)),
     )
     runner._device = "cuda"
     runner.reset_rows(state, [2])

@@ -19,7 +19,7 @@ from dijiang_engines.errors import PositionError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners import open_runner, registry
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.runners.ort import OrtRunner, available_memory, container_threads
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner, available_memory, container_threads
 
 Toy = tuple[Path, ToyModel]
 A = np.array
@@ -308,7 +308,7 @@ def test_bad_options(toy: Toy) -> None:
 
 def test_prepacking_yields_to_scarce_memory(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     assert runner_of(toy[0]).prepack == "step"
-    monkeypatch.setattr("dijiang_engines.runners.ort.available_memory", lambda: 1000.0)
+    monkeypatch.setattr("dijiang_engines.runners.onnxruntime.runner.available_memory", lambda: 1000.0)
     assert runner_of(toy[0]).prepack == "none"
     assert runner_of(toy[0], prepack="step").prepack == "step"
 

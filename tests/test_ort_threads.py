@@ -18,7 +18,7 @@ import pytest
 from test_ort_cuda import FakeCuda, GraphSession
 
 from dijiang_engines.formats.bundle import Bundle, open_bundle
-from dijiang_engines.runners.ort import CUDA
+from dijiang_engines.runners.onnxruntime.runner import CUDA
 
 SCRIPTS = Path(__file__).parent / "gpu"
 sys.path.insert(0, str(SCRIPTS))

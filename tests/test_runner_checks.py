@@ -32,8 +32,8 @@ from dijiang_engines.runners.checks import (
     last_position,
 )
 from dijiang_engines.runners.decoding import DecodeRequest, Decodes
-from dijiang_engines.runners.ort import OrtRunner
-from dijiang_engines.runners.tensorrt import KERNEL_POSITIONS, TensorRTRunner
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+from dijiang_engines.runners.tensorrt.runner import KERNEL_POSITIONS, TensorRTRunner
 from dijiang_engines.sampling import SamplingOptions
 from dijiang_export.graph.body_prefill import chunk_size
 

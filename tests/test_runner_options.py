@@ -15,7 +15,7 @@ from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import open_engine, write_engine_manifest
 from dijiang_engines.runners import open_runner, registry
-from dijiang_engines.runners.ort import CPU, OrtRunner
+from dijiang_engines.runners.onnxruntime.runner import CPU, OrtRunner
 from dijiang_engines.runners.ort_host import spinning_choice
 from dijiang_export.cli import main
 
@@ -61,7 +61,7 @@ def test_every_option_is_one_of_its_runner() -> None:
     """The table says what the classes take."""
     import inspect
 
-    from dijiang_engines.runners.tensorrt import TensorRTRunner
+    from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
     taken = {
         kind: {p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY}

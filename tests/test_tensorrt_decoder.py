@@ -14,7 +14,7 @@ from dijiang_engines.errors import RunnerError
 from dijiang_engines.generate import Generator
 from dijiang_engines.generation import GenerateOptions
 from dijiang_engines.runners.decoding import DecodeRequest
-from dijiang_engines.runners.tensorrt import TensorRTRunner
+from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 from dijiang_engines.sampling import SamplingOptions, sample
 from dijiang_engines.spec import ModelSpec
 

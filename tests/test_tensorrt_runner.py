@@ -25,7 +25,7 @@ from dijiang_engines.errors import BundleError, PluginError, PositionError, Runn
 from dijiang_engines.formats.engine import open_engine, spec_sha256, write_engine_manifest
 from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.runners.tensorrt import KEPT_CONTEXTS
+from dijiang_engines.runners.tensorrt.runner import KEPT_CONTEXTS
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validate import validate
 

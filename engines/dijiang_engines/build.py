@@ -272,7 +272,7 @@ def _facts(
 
 
 def _validate(folder: Path, device: int, progress: ProgressFactory) -> Any:
-    from dijiang_engines.runners.tensorrt import TensorRTRunner
+    from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
     from dijiang_engines.validate import validate
 
     engine = open_engine(folder)

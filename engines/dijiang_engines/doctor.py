@@ -138,7 +138,7 @@ def _ort_cuda(probe: Probe, machine: Machine) -> RunnerStatus:
 
 def _tensorrt(machine: Machine) -> RunnerStatus:
     name, version = "tensorrt", package_version("tensorrt")
-    if importlib.util.find_spec("dijiang_engines.runners.tensorrt") is None:
+    if importlib.util.find_spec("dijiang_engines.runners.tensorrt.runner") is None:
         found = f"tensorrt {version} is installed, but " if version else ""
         return RunnerStatus(name, False, version, f"{found}this version has no TensorRT runner yet")
     if version is None:

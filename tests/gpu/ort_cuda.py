@@ -31,8 +31,8 @@ from ort_times import OrtTimes
 from dijiang_engines.compare import compare_logits, compare_state
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.replay import REPLAYS
-from dijiang_engines.runners.ort import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
-from dijiang_engines.runners.ort_cuda import CAPTURABLE, MAX_CAPTURES
+from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, MAX_CAPTURES
+from dijiang_engines.runners.onnxruntime.runner import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
 from dijiang_engines.tolerances import tolerance
 from dijiang_engines.validate import validate
 

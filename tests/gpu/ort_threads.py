@@ -33,8 +33,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.formats.bundle import Bundle, open_bundle
-from dijiang_engines.runners.ort import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
-from dijiang_engines.runners.ort_cuda import CAPTURABLE
+from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE
+from dijiang_engines.runners.onnxruntime.runner import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
 
 Arrays = list[npt.NDArray[np.float32]]
 MakeRunner = Callable[[str], OrtRunner]

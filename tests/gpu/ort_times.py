@@ -15,8 +15,8 @@ from checks import POSITIONS
 
 from dijiang_engines.bench import Effort, Timing, _step_timings, until_done
 from dijiang_engines.generate import PREFILL_TOKENS
-from dijiang_engines.runners.ort import LOWERINGS, OrtRunner
-from dijiang_engines.runners.ort_cuda import CAPTURABLE, GRAPH_ID, MAX_CAPTURES, NO_GRAPH
+from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, GRAPH_ID, MAX_CAPTURES, NO_GRAPH
+from dijiang_engines.runners.onnxruntime.runner import LOWERINGS, OrtRunner
 
 if TYPE_CHECKING:
     from ort_cuda import Checks

@@ -52,7 +52,7 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
                 "an engine runs on TensorRT only", got=name, hint="give the bundle that it was built from"
             )
         check_options("tensorrt", given)
-        from dijiang_engines.runners.tensorrt import TensorRTRunner
+        from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
         return TensorRTRunner(model, **given)
     if wanted == "tensorrt":
@@ -63,7 +63,7 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
         )
     chosen = _best() if wanted == "auto" else wanted
     check_options(chosen, given)
-    from dijiang_engines.runners.ort import OrtRunner
+    from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 
     return OrtRunner(model, chosen, **given)
 
@@ -89,7 +89,7 @@ def check_options(runner: str, given: Mapping[str, Any]) -> None:
 
 
 def _best() -> str:
-    from dijiang_engines.runners.ort import onnxruntime_module
+    from dijiang_engines.runners.onnxruntime.runner import onnxruntime_module
 
     offered = onnxruntime_module().get_available_providers()
     if "CUDAExecutionProvider" in offered and cuda_devices() > 0:

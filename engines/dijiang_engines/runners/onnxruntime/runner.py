@@ -31,7 +31,7 @@ from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.runners.base import FloatArray, IntArray
 from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_owner, check_rows
-from dijiang_engines.runners.ort_cuda import (
+from dijiang_engines.runners.onnxruntime.cuda import (
     CAPTURABLE,
     GPU_LOCK,
     CudaGraphs,
@@ -39,13 +39,13 @@ from dijiang_engines.runners.ort_cuda import (
     one_at_a_time,
     zero_device_memory,
 )
+from dijiang_engines.runners.onnxruntime.state import IntInput, OrtState, Slots, Step
 from dijiang_engines.runners.ort_host import (
     Spinning,
     available_memory,
     container_threads,
     spinning_choice,
 )
-from dijiang_engines.runners.ort_state import IntInput, OrtState, Slots, Step
 
 __all__ = ["CPU", "CUDA", "LOWERINGS", "OrtRunner", "OrtState", "available_memory", "container_threads"]
 

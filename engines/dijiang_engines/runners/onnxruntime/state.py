@@ -10,10 +10,10 @@ import numpy as np
 
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.runners.base import FloatArray, IntArray
-from dijiang_engines.runners.ort_cuda import GRAPH_ID, NO_GRAPH, capture
+from dijiang_engines.runners.onnxruntime.cuda import GRAPH_ID, NO_GRAPH, capture
 
 if TYPE_CHECKING:
-    from dijiang_engines.runners.ort import OrtRunner
+    from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 
 MAX_IDLE = 4
 """Slots that wait for a new state of their size."""

@@ -34,7 +34,7 @@ from dijiang_engines.runners.checks import (
     check_rows,
 )
 from dijiang_engines.runners.decoding import DecodeRequest
-from dijiang_engines.runners.tensorrt_checks import check_made_for, check_tensors
+from dijiang_engines.runners.tensorrt.checks import check_made_for, check_tensors
 
 NAME = "tensorrt"
 KEPT_CONTEXTS = 4
@@ -233,7 +233,7 @@ class TensorRTRunner:
     def start_decoding(self, state: TensorRTState, request: DecodeRequest) -> Any:
         """Choose tokens on the GPU from here on; see `decoding.Decoder`."""
         from dijiang_engines.kernels.attention import load_kernels
-        from dijiang_engines.runners.tensorrt_decoder import TensorRTDecoder
+        from dijiang_engines.runners.tensorrt.decoder import TensorRTDecoder
 
         check_owner(self, state, TensorRTState)
         check_decoding(self, request, state.batch)

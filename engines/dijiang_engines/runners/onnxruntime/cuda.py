@@ -27,8 +27,8 @@ import numpy.typing as npt
 from dijiang_engines.errors import RunnerError
 
 if TYPE_CHECKING:
-    from dijiang_engines.runners.ort import OrtRunner
-    from dijiang_engines.runners.ort_state import Slot, Step
+    from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+    from dijiang_engines.runners.onnxruntime.state import Slot, Step
 
 CAPTURABLE = ("step_ort", "step_capture")
 """Graphs that the exporter lowers so that a CUDA graph can hold them."""

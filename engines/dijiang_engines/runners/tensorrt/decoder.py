@@ -21,7 +21,7 @@ from dijiang_engines.runners.base import IntArray
 from dijiang_engines.runners.decoding import DecodeRequest
 
 if TYPE_CHECKING:
-    from dijiang_engines.runners.tensorrt import TensorRTRunner, TensorRTState
+    from dijiang_engines.runners.tensorrt.runner import TensorRTRunner, TensorRTState
 
 SLOTS = 3
 """Results on their way to the host: one being read, one being written, one to spare."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime behind the Runner protocol, on CPUs and on CUDA."""
