@@ -26,7 +26,7 @@ import numpy as np
 
 from dijiang_engines.errors import DijiangError, PromptError, UsageError
 from dijiang_engines.formats.open import open_model
-from dijiang_engines.generate import Generator, SamplingOptions
+from dijiang_engines.generation.generator import Generator, SamplingOptions
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.checks import last_position, position_error
 from dijiang_engines.sampling import sample, uniform

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
+from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 

@@ -16,11 +16,11 @@ from toy_bundle import SPEC, ToyModel, make_bundle, write_byte_tokenizer
 
 from dijiang_engines.errors import BundleError, PositionError, PromptError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.generate import GenerateOptions, Generation, Generator, SamplingOptions
+from dijiang_engines.generation.generator import GenerateOptions, Generation, Generator, SamplingOptions
+from dijiang_engines.generation.session import load_session, save_session
+from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.runners import open_runner
 from dijiang_engines.sampling import sample, uniform
-from dijiang_engines.session import load_session, save_session
-from dijiang_engines.stop import StopMatcher
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Toy = tuple[Path, ToyModel]

@@ -16,7 +16,7 @@ import pytest
 from toy_bundle import ToyModel, make_bundle
 
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
+from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.cli import main

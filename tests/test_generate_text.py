@@ -23,10 +23,10 @@ from toy_bundle import SPEC, make_bundle
 
 from dijiang_engines.errors import PromptError
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.generate import GenerateOptions, Generation, Generator
-from dijiang_engines.prompts import read_prompt
-from dijiang_engines.session import load_session, save_session
-from dijiang_engines.stop import StopMatcher
+from dijiang_engines.generation.generator import GenerateOptions, Generation, Generator
+from dijiang_engines.generation.prompts import read_prompt
+from dijiang_engines.generation.session import load_session, save_session
+from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.cli import main
 
@@ -199,7 +199,7 @@ def test_a_prompt_may_be_a_pipe(tmp_path: Path) -> None:
 
 
 def test_standard_input_that_is_closed() -> None:
-    code = "from dijiang_engines.prompts import read_prompt\nread_prompt('-')"
+    code = "from dijiang_engines.generation.prompts import read_prompt\nread_prompt('-')"
     done = subprocess.run(
         ["sh", "-c", 'exec "$0" -c "$1" <&-', sys.executable, code],
         capture_output=True,

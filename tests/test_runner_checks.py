@@ -15,7 +15,7 @@ from toy_runner import ToyRunner
 
 from dijiang_engines.errors import PositionError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.generate import GenerateOptions, Generator
+from dijiang_engines.generation.generator import GenerateOptions, Generator
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.base import (
     MAX_POSITIONS,

@@ -20,7 +20,7 @@ from toy_runner import ToyRunner
 
 from dijiang_engines.errors import PositionError, PromptError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
+from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.registry import cuda_devices
 from dijiang_engines.tokenizer.tokenizer import Tokenizer

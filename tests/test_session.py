@@ -20,9 +20,9 @@ from toy_bundle import ToyModel, make_bundle
 from dijiang_engines.errors import OutputError, PositionError, SessionError, UsageError
 from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.formats.temporary_names import machine
-from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
+from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
+from dijiang_engines.generation.session import Session, load_session, save_session
 from dijiang_engines.runners import open_runner
-from dijiang_engines.session import Session, load_session, save_session
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Toy = tuple[Path, ToyModel]

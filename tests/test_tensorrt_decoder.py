@@ -11,8 +11,8 @@ from engine_folders import Open, spoil, tokens
 from fake_kernels import FakeKernels
 
 from dijiang_engines.errors import RunnerError
-from dijiang_engines.generate import Generator
-from dijiang_engines.generation import GenerateOptions
+from dijiang_engines.generation.generator import Generator
+from dijiang_engines.generation.loop import GenerateOptions
 from dijiang_engines.runners.decoding import DecodeRequest
 from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 from dijiang_engines.sampling import SamplingOptions, sample

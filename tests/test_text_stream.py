@@ -15,7 +15,7 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from dijiang_engines.stop import StopMatcher
+from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.tokenizer.decoder_stages import Pipeline, pipeline_for
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 

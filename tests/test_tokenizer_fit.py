@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from dijiang_engines.errors import BundleError, CheckpointError, PromptError
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
+from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.checkpoint import open_checkpoint

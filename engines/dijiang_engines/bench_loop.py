@@ -11,9 +11,9 @@ import time
 
 import numpy as np
 
-from dijiang_engines.generate import GenerateOptions, Generator
+from dijiang_engines.generation.generator import GenerateOptions, Generator
+from dijiang_engines.generation.session import Session
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.session import Session
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 LOOP_STEPS = 64

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dijiang_engines.formats.open import Model
-from dijiang_engines.generate import GenerateOptions, Generator
+from dijiang_engines.generation.generator import GenerateOptions, Generator
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Check = tuple[str, Callable[[], str]]

@@ -22,7 +22,7 @@ from checks import LENGTHS, POSITIONS, RunnerChecks, run_checks
 
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.engine import open_engine
-from dijiang_engines.generate import GenerateOptions, Generator, SamplingOptions
+from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
 

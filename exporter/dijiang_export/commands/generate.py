@@ -13,8 +13,8 @@ from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_option
 
 if TYPE_CHECKING:
     from dijiang_engines.formats.open import Model
-    from dijiang_engines.generate import Completion, GenerateOptions, Generator, Stats
-    from dijiang_engines.session import Session
+    from dijiang_engines.generation.generator import Completion, GenerateOptions, Generator, Stats
+    from dijiang_engines.generation.session import Session
 
 STDIN = "-"
 DEFAULT_BATCH = 8
@@ -79,9 +79,9 @@ def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
     """
     from dijiang_engines.errors import BundleError
     from dijiang_engines.formats.open import load_tokenizer, open_model
-    from dijiang_engines.generate import Generator
+    from dijiang_engines.generation.generator import Generator
+    from dijiang_engines.generation.session import check_session_target, load_session
     from dijiang_engines.runners.registry import open_runner
-    from dijiang_engines.session import check_session_target, load_session
     from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
     bundle_path, prompts = _inputs(paths, given)
@@ -102,7 +102,7 @@ def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
 def _inputs(paths: tuple[str, ...], given: dict[str, Any]) -> tuple[Path, list[str]]:
     """The bundle's path and the prompts, in the order: --prompt, --prompt-file, standard input."""
     from dijiang_engines.errors import UsageError
-    from dijiang_engines.prompts import check_argument, read_prompt
+    from dijiang_engines.generation.prompts import check_argument, read_prompt
 
     bundles = [path for path in paths if path != STDIN]
     files = [*given["files"], *(path for path in paths if path == STDIN)]
@@ -121,8 +121,8 @@ def _inputs(paths: tuple[str, ...], given: dict[str, Any]) -> tuple[Path, list[s
 
 def _options(given: dict[str, Any]) -> GenerateOptions:
     from dijiang_engines.errors import UsageError
-    from dijiang_engines.generate import GenerateOptions, SamplingOptions
-    from dijiang_engines.prompts import check_argument
+    from dijiang_engines.generation.generator import GenerateOptions, SamplingOptions
+    from dijiang_engines.generation.prompts import check_argument
 
     filters = {name: given[name] for name in ("top_k", "top_p", "min_p") if given[name] is not None}
     temperature = given["temperature"]
@@ -155,7 +155,7 @@ class _Run:
         session: Session | None,
         given: dict[str, Any],
     ) -> None:
-        from dijiang_engines.generate import Stats
+        from dijiang_engines.generation.generator import Stats
 
         self.output, self.bundle, self.generator, self.options = output, bundle, generator, options
         self.session, self.echo, self.save_to = session, given["echo"], given["save_session"]
@@ -168,7 +168,7 @@ class _Run:
         self.completions: list[Completion] = []
 
     def run(self) -> None:
-        from dijiang_engines.session import save_session
+        from dijiang_engines.generation.session import save_session
 
         streamed = len(self.prompts) == 1 and not self.output.json
         for first in self.groups:

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import PromptError, UsageError
-from dijiang_engines.generation import Completion, GenerateOptions, Generation, Row, Stats, TokenEvent
+from dijiang_engines.generation.loop import Completion, GenerateOptions, Generation, Row, Stats, TokenEvent
+from dijiang_engines.generation.session import Session
+from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.runners.checks import last_position, position_error
 from dijiang_engines.sampling import SamplingOptions
-from dijiang_engines.session import Session
-from dijiang_engines.stop import StopMatcher
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The decode loop: what was asked for, what comes out, and how rows of unequal length go through a runner.
 
-`dijiang_engines.generate` is the way in.
+`dijiang_engines.generation.generator` is the way in.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import UsageError
+from dijiang_engines.generation.session import Session
+from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import FloatArray, Runner, WarmsUp
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest, Decodes
 from dijiang_engines.sampling import SamplingOptions, sample, uniform
-from dijiang_engines.session import Session
-from dijiang_engines.stop import StopMatcher
 from dijiang_engines.tokenizer.tokenizer import TextStream
 
 FinishReason = Literal["eos", "stop", "length"]

@@ -1,0 +1,1 @@
+"""From prompts to text: the decode loop, sessions, stop strings."""
