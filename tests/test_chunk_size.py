@@ -12,8 +12,8 @@ from toy_runner import ToyRunner, toy_case, write_reference
 from dijiang_engines import inspection
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.op_contract import chunk_size
-from dijiang_engines.replay import extra_padding
-from dijiang_engines.validate import validate
+from dijiang_engines.validation.replay import extra_padding
+from dijiang_engines.validation.validate import validate
 from dijiang_export.graph import body_prefill
 
 

@@ -8,15 +8,15 @@ import math
 import numpy as np
 import pytest
 
-from dijiang_engines.compare import (
+from dijiang_engines.errors import UsageError
+from dijiang_engines.validation.compare import (
     compare_bits,
     compare_logits,
     compare_state,
     kl_divergence,
     log_softmax,
 )
-from dijiang_engines.errors import UsageError
-from dijiang_engines.tolerances import DTYPES, Tolerance, all_tolerances, tolerance
+from dijiang_engines.validation.tolerances import DTYPES, Tolerance, all_tolerances, tolerance
 
 LOOSE = Tolerance(max_error=1e9, min_cosine=None, max_kl=None, reason="test")
 TIGHT = tolerance("float32", "logits")

@@ -23,10 +23,10 @@ import pytest
 
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.replay import REPLAYS
 from dijiang_engines.runners.onnxruntime import cuda as ort_cuda
 from dijiang_engines.runners.onnxruntime.runner import CUDA, OrtRunner
-from dijiang_engines.validate import validate
+from dijiang_engines.validation.replay import REPLAYS
+from dijiang_engines.validation.validate import validate
 
 A = np.array
 

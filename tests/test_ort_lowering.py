@@ -16,7 +16,7 @@ from test_graph import GEOMETRIES, compare
 from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners import open_runner
-from dijiang_engines.validate import validate
+from dijiang_engines.validation.validate import validate
 from dijiang_export.graph import body_ort, lower
 from dijiang_export.to_onnx import export_bundle
 

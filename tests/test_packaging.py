@@ -81,7 +81,7 @@ def test_it_brings_recipes_and_the_report_s_style(wheel: Path, names: set[str], 
     package = ROOT / "engines/dijiang_engines"
     wanted = {path.relative_to(package.parent).as_posix() for path in package.glob("recipes/*.toml")}
     assert len(wanted) >= 4
-    assert wanted | {"dijiang_engines/report.css"} <= names
+    assert wanted | {"dijiang_engines/validation/report/report.css"} <= names
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = (

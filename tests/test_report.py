@@ -15,13 +15,13 @@ import pytest
 from toy_bundle import SPEC, ToyModel, make_bundle, write_manifest
 from toy_runner import ToyRunner, toy_case, write_reference
 
-from dijiang_engines import report_file
 from dijiang_engines.errors import OutputError
 from dijiang_engines.formats.reference_cases import Reference
-from dijiang_engines.report_html import MARKER, report_html
 from dijiang_engines.svg_plot import HEIGHT, MOST_SERIES, TOP, Axis, Series, plot
-from dijiang_engines.tolerances import tolerance
-from dijiang_engines.validate import Report, validate
+from dijiang_engines.validation.report import file as report_file
+from dijiang_engines.validation.report.page import MARKER, report_html
+from dijiang_engines.validation.tolerances import tolerance
+from dijiang_engines.validation.validate import Report, validate
 from dijiang_export.cli import main
 
 MODEL = ToyModel.random(SPEC)

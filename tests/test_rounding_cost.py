@@ -20,9 +20,9 @@ from toy_runner import ToyRunner, toy_case, write_reference
 from dijiang_engines.errors import BundleError, UsageError
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.formats.rounding_cost import KEY, Cost, RoundingCost
-from dijiang_engines.report_html import report_html
-from dijiang_engines.tolerances import DTYPES, Bounds, scale_of, tolerance
-from dijiang_engines.validate import validate
+from dijiang_engines.validation.report.page import report_html
+from dijiang_engines.validation.tolerances import DTYPES, Bounds, scale_of, tolerance
+from dijiang_engines.validation.validate import validate
 from dijiang_export.case_plans import first_tokens, plan_cases
 from dijiang_export.checkpoint import open_checkpoint
 from dijiang_export.record import record_cases

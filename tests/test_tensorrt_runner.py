@@ -27,7 +27,7 @@ from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.runners.tensorrt.runner import KEPT_CONTEXTS
 from dijiang_engines.spec import ModelSpec
-from dijiang_engines.validate import validate
+from dijiang_engines.validation.validate import validate
 
 A = np.array
 VERSIONS = ["8.6.0", "10.3.0", "10.13.3", "11.1.0"]

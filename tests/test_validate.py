@@ -12,13 +12,13 @@ from numpy_runner import NumpyRunner
 from toy_bundle import SPEC, ToyModel
 from toy_runner import ToyRunner, toy_case, write_reference
 
-from dijiang_engines import replay
 from dijiang_engines.errors import UsageError, ValidationMismatch
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.reference_cases import Reference
-from dijiang_engines.replay import REPLAYS
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.validate import MAX_FAILURES, Report, validate
+from dijiang_engines.validation import replay
+from dijiang_engines.validation.replay import REPLAYS
+from dijiang_engines.validation.validate import MAX_FAILURES, Report, validate
 
 MODEL = ToyModel.random(SPEC)
 ALL = tuple(REPLAYS)

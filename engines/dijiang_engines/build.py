@@ -273,7 +273,7 @@ def _facts(
 
 def _validate(folder: Path, device: int, progress: ProgressFactory) -> Any:
     from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
-    from dijiang_engines.validate import validate
+    from dijiang_engines.validation.validate import validate
 
     engine = open_engine(folder)
     runner = TensorRTRunner(engine, device=device)

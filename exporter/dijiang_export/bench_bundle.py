@@ -29,7 +29,7 @@ from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.base import HasSettings
 from dijiang_engines.sizes import part_sizes
-from dijiang_engines.validate import validate
+from dijiang_engines.validation.validate import validate
 from dijiang_engines.version import __version__
 from dijiang_export.bench_export import memory
 

@@ -289,6 +289,6 @@ def wrong(error: float, dtype: str) -> bool:
     The bound is that of a bundle times ROUNDINGS: here both sides are rounded, through dozens of random
     layers. A cache that is one token off, or stale, is off by several standard deviations.
     """
-    from dijiang_engines.tolerances import tolerance
+    from dijiang_engines.validation.tolerances import tolerance
 
     return not (math.isfinite(error) and error <= ROUNDINGS * tolerance(dtype, "logits").max_error)

@@ -6,7 +6,7 @@ what was before it, and each begins with an empty state. Of a state, only the su
 a feature map sums to one, so that is the decayed sum of the values, H·d numbers in place of H·d·d. Two
 layers are enough: the first normalises the embedding, and so does not see its length; the second sees it.
 That makes the case cheap to record, a pass through one layer and a third of all V tokens.
-`dijiang_engines.replay_embedding` replays it.
+`dijiang_engines.validation.replay_embedding` replays it.
 """
 
 from __future__ import annotations

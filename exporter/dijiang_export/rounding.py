@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dijiang_engines.compare import Comparison, compare_logits, compare_state
 from dijiang_engines.formats.rounding_cost import Cost, RoundingCost
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.shipped_sample import sample_checkpoint
-from dijiang_engines.tolerances import tolerance
+from dijiang_engines.validation.compare import Comparison, compare_logits, compare_state
+from dijiang_engines.validation.tolerances import tolerance
 from dijiang_export.case_plans import CasePlan, Cases, first_tokens, plan_cases
 from dijiang_export.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.recorder import Recorder

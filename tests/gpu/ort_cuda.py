@@ -28,13 +28,13 @@ import numpy as np
 from checks import LENGTHS, Check, RunnerChecks, run_checks
 from ort_times import OrtTimes
 
-from dijiang_engines.compare import compare_logits, compare_state
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.replay import REPLAYS
 from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, MAX_CAPTURES
 from dijiang_engines.runners.onnxruntime.runner import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
-from dijiang_engines.tolerances import tolerance
-from dijiang_engines.validate import validate
+from dijiang_engines.validation.compare import compare_logits, compare_state
+from dijiang_engines.validation.replay import REPLAYS
+from dijiang_engines.validation.tolerances import tolerance
+from dijiang_engines.validation.validate import validate
 
 DRIFT = "drift"
 """The case of 10,000 tokens, which takes as long as all others together many times over."""

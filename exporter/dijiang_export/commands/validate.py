@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dijiang_engines.replay import REPLAYS
+from dijiang_engines.validation.replay import REPLAYS
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options, runner_options
 
 
@@ -49,12 +49,12 @@ def validate(
     by token. Exits with 1 if anything differs by more than the tolerance for the bundle's type. PATH is the
     folder of a bundle or an engine, by default ./tiny-stdlib.bundle.
     """
-    from dijiang_engines import report_file
     from dijiang_engines.formats.open import open_model
-    from dijiang_engines.report_facts import describe_run
-    from dijiang_engines.report_html import MARKER, report_html
     from dijiang_engines.runners.registry import open_runner
-    from dijiang_engines.validate import validate as run
+    from dijiang_engines.validation.report import file as report_file
+    from dijiang_engines.validation.report.facts import describe_run
+    from dijiang_engines.validation.report.page import MARKER, report_html
+    from dijiang_engines.validation.validate import validate as run
 
     if report_path is not None:
         report_file.check_target(report_path, MARKER, force=force)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.tolerances import Tolerance
+from dijiang_engines.validation.tolerances import Tolerance
 
 Array = npt.NDArray[Any]
 

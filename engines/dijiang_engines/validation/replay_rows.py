@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.formats.reference_cases import ReferenceCase
-from dijiang_engines.replay import Replayer
-from dijiang_engines.replay_check import Check
 from dijiang_engines.runners.base import LimitsBatch, Runner
-from dijiang_engines.tolerances import Bounds
+from dijiang_engines.validation.check import Check
+from dijiang_engines.validation.replay import Replayer
+from dijiang_engines.validation.tolerances import Bounds
 
 
 @dataclass(frozen=True)

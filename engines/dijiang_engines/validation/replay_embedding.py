@@ -18,11 +18,11 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.compare import Comparison, compare_state
 from dijiang_engines.formats.reference_cases import EMBEDDING, EmbeddingCase
-from dijiang_engines.replay_check import Check, bad_rows, trace_not_finite
 from dijiang_engines.runners.base import FloatArray, Runner, State
-from dijiang_engines.tolerances import Bounds
+from dijiang_engines.validation.check import Check, bad_rows, trace_not_finite
+from dijiang_engines.validation.compare import Comparison, compare_state
+from dijiang_engines.validation.tolerances import Bounds
 
 STATE_BYTES = 64 << 20
 """Most bytes of states, all layers together, of the rows that run at a time."""

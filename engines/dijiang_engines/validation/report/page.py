@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
-from dijiang_engines.series import ReplayResult
 from dijiang_engines.svg_plot import MOST_SERIES, Axis, Series, plot
-from dijiang_engines.tolerances import Bounds, scale_of
-from dijiang_engines.validate import QUANTITIES, Report
+from dijiang_engines.validation.series import ReplayResult
+from dijiang_engines.validation.tolerances import Bounds, scale_of
+from dijiang_engines.validation.validate import QUANTITIES, Report
 
 MARKER = '<meta name="generator" content="dijiang-export validate">'
 """By which an earlier report is recognised; near the beginning of the file."""
@@ -42,7 +42,7 @@ def report_html(report: Report, facts: Sequence[tuple[str, str]]) -> str:
         _section("All cases and replays", _results(report)),
         _section("Tolerances", _tolerances(report.bounds)),
     ]
-    style = files("dijiang_engines").joinpath("report.css").read_text(encoding="utf-8")
+    style = files("dijiang_engines.validation.report").joinpath("report.css").read_text(encoding="utf-8")
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{MARKER}\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.compare import Comparison
 from dijiang_engines.runners.base import FloatArray
+from dijiang_engines.validation.compare import Comparison
 
 Quantity = Literal["reference", "state", "logits", "finite", "kept", "padding"]
 

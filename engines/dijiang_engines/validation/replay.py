@@ -20,12 +20,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.compare import Comparison, compare_bits, compare_logits, compare_state
 from dijiang_engines.formats.reference_cases import ReferenceCase
 from dijiang_engines.op_contract import chunk_size
-from dijiang_engines.replay_check import Check, Quantity, bad_rows, trace_not_finite
 from dijiang_engines.runners.base import FloatArray, IntArray, Runner, State
-from dijiang_engines.tolerances import Bounds
+from dijiang_engines.validation.check import Check, Quantity, bad_rows, trace_not_finite
+from dijiang_engines.validation.compare import Comparison, compare_bits, compare_logits, compare_state
+from dijiang_engines.validation.tolerances import Bounds
 
 __all__ = ["REPLAYS", "Check", "Quantity", "Replayer"]
 

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dijiang_engines.drift import Drift, find_drift
 from dijiang_engines.errors import BundleError, UsageError, ValidationMismatch
 from dijiang_engines.formats.reference_cases import EMBEDDING, EmbeddingCase, Reference, ReferenceCase
 from dijiang_engines.formats.rounding_cost import RoundingCost
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.replay import REPLAYS
-from dijiang_engines.replay_check import Check
-from dijiang_engines.replay_embedding import EmbeddingReplayer
-from dijiang_engines.replay_rows import RowsReplayer
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.seen_rows import SeenRows, Share
-from dijiang_engines.series import ReplayResult, Summary
-from dijiang_engines.tolerances import Bounds, Quantity, scale_of
+from dijiang_engines.validation.check import Check
+from dijiang_engines.validation.drift import Drift, find_drift
+from dijiang_engines.validation.replay import REPLAYS
+from dijiang_engines.validation.replay_embedding import EmbeddingReplayer
+from dijiang_engines.validation.replay_rows import RowsReplayer
+from dijiang_engines.validation.seen_rows import SeenRows, Share
+from dijiang_engines.validation.series import ReplayResult, Summary
+from dijiang_engines.validation.tolerances import Bounds, Quantity, scale_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -199,7 +199,7 @@ def validate(
         reference: `Bundle.reference()`.
         dtype: the bundle's, which chooses the tolerances.
         cases: names of recorded cases; default all.
-        replays: names from `dijiang_engines.replay.REPLAYS`; default all that make sense for a case.
+        replays: names from `replay.REPLAYS`; default all that make sense for a case.
         progress: for the runner's calls.
 
     Raises:

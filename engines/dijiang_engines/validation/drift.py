@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from dijiang_engines.series import ReplayResult
+from dijiang_engines.validation.series import ReplayResult
 
 LEAST_TOKENS = 1000
 """A shorter replay says nothing about drift."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dijiang_engines.replay_check import Check
+from dijiang_engines.validation.check import Check
 
 
 @dataclass(frozen=True)

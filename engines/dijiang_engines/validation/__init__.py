@@ -1,0 +1,1 @@
+"""Replaying recorded cases on a runner, and judging what comes out."""
