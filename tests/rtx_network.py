@@ -221,7 +221,7 @@ class WithPlugins:
 
 def products(trt: Any, network: Any) -> dict[str, Any]:
     """What `step_products.rewrite` did to a really parsed network."""
-    from dijiang_engines.step_products import rewrite
+    from dijiang_engines.building.step_products import rewrite
 
     changed = WithPlugins(trt, network)
     creator = SimpleNamespace(

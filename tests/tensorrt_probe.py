@@ -27,8 +27,10 @@ from tensorrt_uses import check_names
 trt: Any = importlib.import_module("tensorrt_bindings")
 sys.modules["tensorrt"] = trt  # the package tensorrt is this under another name
 
-from dijiang_engines import build_worker, io_names, typed_network  # noqa: E402
-from dijiang_engines.build_request import BuildRequest, read_request  # noqa: E402
+from dijiang_engines import io_names  # noqa: E402
+from dijiang_engines.building import typed_network  # noqa: E402
+from dijiang_engines.building import worker as build_worker  # noqa: E402
+from dijiang_engines.building.request import BuildRequest, read_request  # noqa: E402
 from dijiang_engines.formats.manifest import graph_io  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_library  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_versions as versions  # noqa: E402

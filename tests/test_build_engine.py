@@ -16,7 +16,8 @@ from engine_folders import build, visible
 from fake_tensorrt import FakeMachine
 from toy_bundle import make_bundle
 
-from dijiang_engines.build import build_engine, plugin_multiplies, profile_shapes
+from dijiang_engines.building.build import build_engine, plugin_multiplies, profile_shapes
+from dijiang_engines.building.recipes import load_recipe
 from dijiang_engines.errors import (
     BundleError,
     RunnerError,
@@ -24,7 +25,6 @@ from dijiang_engines.errors import (
 )  # fmt: skip
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import Profiles, open_engine
-from dijiang_engines.recipes import load_recipe
 from dijiang_export.cli import main
 
 VERSIONS = ["8.6.0", "10.3.0", "10.13.3", "11.1.0"]
@@ -281,7 +281,7 @@ def test_a_bundle_without_the_plugin_s_graphs(tmp_path: Path) -> None:
 
 def test_the_command(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     machine = FakeMachine(tmp_path / "machine", capability=[8, 7], integrated=True).enter(monkeypatch)
-    monkeypatch.setattr("dijiang_engines.build_memory.available_memory", lambda: 64 << 30)
+    monkeypatch.setattr("dijiang_engines.building.memory.available_memory", lambda: 64 << 30)
     arguments = ["--recipe", "jetson-orin", "--max-length", "64", "--layout", "two", "--precision", "float16"]
     assert main(["build-engine", str(half), "-o", str(tmp_path / "e"), *arguments]) == 0
     out, err = capfd.readouterr()

@@ -19,8 +19,9 @@ from engine_folders import build, visible
 from fake_tensorrt import FakeMachine
 from toy_bundle import make_bundle
 
-from dijiang_engines import build as build_module
-from dijiang_engines.build_memory import HOST_BASE, check_memory, estimate_memory
+from dijiang_engines.building import build as build_module
+from dijiang_engines.building.memory import HOST_BASE, check_memory, estimate_memory
+from dijiang_engines.building.recipes import load_recipe
 from dijiang_engines.errors import (
     OutputError,
     PluginError,
@@ -30,7 +31,6 @@ from dijiang_engines.errors import (
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import open_engine
 from dijiang_engines.nvidia.cuda import DeviceFacts
-from dijiang_engines.recipes import load_recipe
 
 Export = Callable[..., tuple[Path, Any]]
 
@@ -130,7 +130,7 @@ def test_a_gpu_that_is_too_small(bundle: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_a_host_that_is_too_small(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = estimate_memory(open_bundle(bundle), load_recipe("datacenter"))
-    monkeypatch.setattr("dijiang_engines.build_memory.available_memory", lambda: 1 << 30)
+    monkeypatch.setattr("dijiang_engines.building.memory.available_memory", lambda: 1 << 30)
     with pytest.raises(RunnerError, match="the host has too little free memory") as info:
         check_memory(estimate, facts())
     assert "swap" in str(info.value.hint)
@@ -141,9 +141,9 @@ def test_a_board_shares_its_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch
     estimate = estimate_memory(open_bundle(bundle), load_recipe("jetson-orin"))
     need = estimate.device + estimate.host - HOST_BASE
     board = facts(integrated=True, free_bytes=1)
-    monkeypatch.setattr("dijiang_engines.build_memory.available_memory", lambda: need)
+    monkeypatch.setattr("dijiang_engines.building.memory.available_memory", lambda: need)
     check_memory(estimate, board)
-    monkeypatch.setattr("dijiang_engines.build_memory.available_memory", lambda: need - 1)
+    monkeypatch.setattr("dijiang_engines.building.memory.available_memory", lambda: need - 1)
     with pytest.raises(RunnerError, match="this board has too little free memory") as info:
         check_memory(estimate, board)
     assert "swap" in str(info.value.hint) and "--max-length" in str(info.value.hint)

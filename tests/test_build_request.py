@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dijiang_engines.build_request import BuildRequest, read_request
+from dijiang_engines.building.request import BuildRequest, read_request
 from dijiang_engines.errors import RunnerError
 
 PROFILE = {"input_ids": [[1, 1], [2, 32], [4, 64]], "positions": [[1], [2], [4]]}

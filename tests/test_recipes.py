@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dijiang_engines.building.recipes import FOLDER, Recipe, load_recipe, recipe_names
 from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.engine import Profiles
 from dijiang_engines.formats.safe_files import LIMITS
-from dijiang_engines.recipes import FOLDER, Recipe, load_recipe, recipe_names
 from dijiang_export.cli import main
 from dijiang_export.commands.build_engine import build_engine
 

@@ -19,7 +19,7 @@ from rtx_network import environment
 from step_graphs import FAMILIES, NETWORKS, description, initializers, step_graph
 from tensorrt_wheels import FOLDER, REQUIRED, unpack, version_of, wheels, without
 
-from dijiang_engines.step_products import rewrite
+from dijiang_engines.building.step_products import rewrite
 
 WHEELS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs")
 MISSING = without(*WHEELS)

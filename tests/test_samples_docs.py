@@ -116,7 +116,7 @@ def test_recipes_and_architectures_are_those_of_the_package() -> None:
         values = (ROOT / f"engines/dijiang_engines/recipes/{recipe}.toml").read_text(encoding="utf-8")
         assert str(number) in values
         assert f"| sm_{number} | `{recipe}` |" in page
-    orin = (ROOT / "engines/dijiang_engines/recipes/jetson-orin.toml").read_text(encoding="utf-8")
+    orin = (ROOT / "engines/dijiang_engines/building/recipes/jetson-orin.toml").read_text(encoding="utf-8")
     length = re.search(r"max_length = (\d+)", orin)
     assert length is not None
     assert "max_batch = 1\n" in orin  # "one sequence, and prompts in pieces of ..."

@@ -14,9 +14,9 @@ import pytest
 from fake_network import Network, Registry, Tensor, Trt, replay
 from step_graphs import FAMILIES, PARALLEL, description, initializers, step_graph
 
+from dijiang_engines.building.step_products import rewrite
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.spec import ModelSpec
-from dijiang_engines.step_products import rewrite
 
 
 def step_network(family: str) -> Network:

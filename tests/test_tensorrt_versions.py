@@ -11,6 +11,7 @@ import fake_cuda
 import pytest
 from fake_tensorrt import FakeMachine
 
+from dijiang_engines.building.typed_network import fix_sizes, type_network
 from dijiang_engines.errors import PluginError, RunnerError
 from dijiang_engines.nvidia import tensorrt_library
 from dijiang_engines.nvidia.cuda import Cuda
@@ -22,7 +23,6 @@ from dijiang_engines.nvidia.tensorrt_versions import (
     give_memory,
     library_version,
 )  # fmt: skip
-from dijiang_engines.typed_network import fix_sizes, type_network
 
 # The table
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from test_plugin_cache import make_build
 
-from dijiang_engines.build import profile_shapes
+from dijiang_engines.building.build import profile_shapes
+from dijiang_engines.building.recipes import load_recipe
+from dijiang_engines.building.trtexec import TrtexecCommands, trtexec_commands
 from dijiang_engines.errors import DijiangError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.plugin.cache import cache_folder
-from dijiang_engines.recipes import load_recipe
-from dijiang_engines.trtexec import TrtexecCommands, trtexec_commands
 from dijiang_export.cli import main
 from dijiang_export.commands.build_engine import build_engine
 

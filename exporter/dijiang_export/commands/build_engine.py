@@ -68,10 +68,10 @@ def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any
     TensorRT version that it was built with. Nothing is written unless everything worked: the engine's results
     are compared with those recorded from PyTorch first.
     """
-    from dijiang_engines.build import build_engine as build
+    from dijiang_engines.building.build import build_engine as build
+    from dijiang_engines.building.recipes import load_recipe
     from dijiang_engines.errors import UsageError
     from dijiang_engines.formats.bundle import open_bundle
-    from dijiang_engines.recipes import load_recipe
 
     if given["tensorrt"] is not None and not given["print_trtexec"]:
         raise UsageError(
@@ -129,7 +129,7 @@ def build_engine(output: Output, bundle: Path, engine: Path | None, **given: Any
 
 
 def _print_trtexec(output: Output, bundle: Any, recipe: Any, folder: Path, given: dict[str, Any]) -> None:
-    from dijiang_engines.trtexec import trtexec_commands
+    from dijiang_engines.building.trtexec import trtexec_commands
 
     made = trtexec_commands(
         bundle, folder, recipe,

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines.build import check_fit, plans
+from dijiang_engines.building.build import check_fit, plans
+from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.nvidia.tensorrt_library import ENVIRONMENT
 from dijiang_engines.nvidia.tensorrt_versions import Dialect, dialect_of
 from dijiang_engines.plugin.cache import BuiltPlugin, built_plugins, read_manifest, tensorrt_name
-from dijiang_engines.recipes import Recipe
 
 DEFAULT_VERSION = "10.3"
 _SEVERAL_PROFILES = (10, 0)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from dijiang_engines.building.step_graph import POINTWISE, Floats, Graph, Node, read_graph
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.kernels import abi
-from dijiang_engines.step_graph import POINTWISE, Floats, Graph, Node, read_graph
 
 MAX_BATCH = 8
 """Rows of a step above which TensorRT's products are used: more do not share one reading of the weights."""

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines import io_names
-from dijiang_engines.build_memory import MemoryEstimate, check_memory, estimate_memory
-from dijiang_engines.build_request import BuildRequest, Profile
+from dijiang_engines.building.memory import MemoryEstimate, check_memory, estimate_memory
+from dijiang_engines.building.recipes import Recipe
+from dijiang_engines.building.request import BuildRequest, Profile
+from dijiang_engines.building.step_products import MAX_BATCH, MAX_INPUT_BYTES
 from dijiang_engines.errors import OutputError, RunnerError, UsageError
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.formats.bundle import Bundle
@@ -34,8 +36,6 @@ from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
 from dijiang_engines.nvidia.tensorrt_library import TensorRT
 from dijiang_engines.plugin.cache import cache_folder
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_engines.recipes import Recipe
-from dijiang_engines.step_products import MAX_BATCH, MAX_INPUT_BYTES
 from dijiang_engines.version import __version__
 
 _GRACE_SECONDS = 5
@@ -327,7 +327,7 @@ def _run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, 
     note = folder / "request.json"
     request.write(note)
     log_path = folder / "build.log"
-    command = [sys.executable, "-m", "dijiang_engines.build_worker", str(note)]
+    command = [sys.executable, "-m", "dijiang_engines.building.worker", str(note)]
     with log_path.open("w", encoding="utf-8") as log_file, progress(title, None, "items") as bar:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file, text=True,

@@ -1,4 +1,4 @@
-"""Builds one plan in a process of its own: `python -m dijiang_engines.build_worker REQUEST.json`.
+"""Builds one plan in a process of its own: `python -m dijiang_engines.building.worker REQUEST.json`.
 
 A process of its own, because the builder cannot be interrupted in TensorRT 8.6, takes several times the
 model's memory and gives little of it back, and ends the whole process if it crashes. What it has to say goes
@@ -19,13 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from dijiang_engines.build_request import BuildRequest, read_request
+from dijiang_engines.building.request import BuildRequest, read_request
+from dijiang_engines.building.step_products import Rewritten, rewrite
+from dijiang_engines.building.typed_network import ATTEMPTS, fix_sizes, type_network
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.nvidia.tensorrt_library import failure, load_plugin, tensorrt_module, tensorrt_version
 from dijiang_engines.nvidia.tensorrt_versions import Dialect, context_without_memory, dialect_of
-from dijiang_engines.step_products import Rewritten, rewrite
-from dijiang_engines.typed_network import ATTEMPTS, fix_sizes, type_network
 
 POLL_SECONDS = 0.1
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.nvidia.cuda import DeviceFacts
-from dijiang_engines.recipes import Recipe
 from dijiang_engines.runners.onnxruntime.runner import available_memory
 
 # Multiples of the weights and constant parts; docs/engines.md says what was measured.

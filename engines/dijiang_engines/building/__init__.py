@@ -1,0 +1,1 @@
+"""Engines: TensorRT plans built from a bundle."""
