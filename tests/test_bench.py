@@ -14,9 +14,10 @@ import pytest
 from toy_bundle import SPEC, ToyModel, make_bundle, write_manifest
 from toy_runner import ToyRunner, toy_case, write_reference
 
-from dijiang_engines import bench
-from dijiang_engines.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
-from dijiang_engines.bench import (
+from dijiang_engines.bench import runner as bench
+from dijiang_engines.bench.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
+from dijiang_engines.bench.loop import LOOP_STEPS, Loop, loop_start, loop_steps
+from dijiang_engines.bench.runner import (
     BenchReport,
     Effort,
     LoopTime,
@@ -26,7 +27,6 @@ from dijiang_engines.bench import (
     bench_runner,
     until_done,
 )
-from dijiang_engines.bench_loop import LOOP_STEPS, Loop, loop_start, loop_steps
 from dijiang_engines.errors import OutputError, RunnerError, UsageError
 from dijiang_engines.inspection import step_bytes
 from dijiang_engines.sizes import weight_bytes
@@ -235,7 +235,7 @@ def test_a_token_of_the_loop_is_the_time_between_the_first_and_the_last(
         now[0] += 1.0
 
     runner.tamper = tick
-    monkeypatch.setattr("dijiang_engines.bench_loop.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dijiang_engines.bench.loop.time.perf_counter", lambda: now[0])
     for batch in (1, 3):
         assert Loop(runner, batch, 50, None).seconds_per_step() == pytest.approx(1.0)
 
@@ -424,7 +424,7 @@ def test_no_bundle(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_engines_side_imports_no_torch() -> None:
-    code = "import sys, dijiang_engines.bench; print('torch' in sys.modules)"
+    code = "import sys, dijiang_engines.bench.runner; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dijiang_engines.bench import Timing
+from dijiang_engines.bench.runner import Timing
 from dijiang_engines.errors import OutputError, UsageError
 from dijiang_export import bench_kernels, bench_kernels_plot, bench_kernels_warm
 from dijiang_export import bench_kernels_plan as plan

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from record_mutants import mutants
 
-from dijiang_engines.bandwidth import Bandwidth
-from dijiang_engines.bench import BenchReport, LoopTime, Prefill, Step, Timing
+from dijiang_engines.bench.bandwidth import Bandwidth
+from dijiang_engines.bench.runner import BenchReport, LoopTime, Prefill, Step, Timing
 from dijiang_engines.errors import OutputError, UsageError
 from dijiang_export.bench_peers import PeerResult, Plan, neox_spec, peers_document, step_floor_bytes
 from dijiang_export.bench_records import RecordError

@@ -14,7 +14,7 @@ import pytest
 import torch
 from gpu_scripts import load
 
-from dijiang_engines.bandwidth import Bandwidth, CudaCopy, measure_gpu_bandwidth
+from dijiang_engines.bench.bandwidth import Bandwidth, CudaCopy, measure_gpu_bandwidth
 from dijiang_engines.errors import RunnerError
 from dijiang_export import bench_kernels_cuda, bench_memory, bench_peers_run
 from dijiang_export.bench_memory import TorchCopy, memory_rate

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import torch
 
-from dijiang_engines.bandwidth import measure_gpu_bandwidth
-from dijiang_engines.bench import Timing
+from dijiang_engines.bench.bandwidth import measure_gpu_bandwidth
+from dijiang_engines.bench.runner import Timing
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_export.bench_kernels_inputs import Call, Layer, make_calls, make_layer, within
 from dijiang_export.bench_kernels_peers import Contestant, Prepared

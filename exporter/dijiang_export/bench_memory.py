@@ -1,15 +1,20 @@
-"""The rate of a device's memory: dijiang_engines.bandwidth with PyTorch's tensors and events."""
+"""The rate of a device's memory: dijiang_engines.bench.bandwidth with PyTorch's tensors and events."""
 
 from __future__ import annotations
 
 import torch
 
-from dijiang_engines.bandwidth import GPU_COPY_BYTES, Bandwidth, measure_bandwidth, measure_gpu_bandwidth
+from dijiang_engines.bench.bandwidth import (
+    GPU_COPY_BYTES,
+    Bandwidth,
+    measure_bandwidth,
+    measure_gpu_bandwidth,
+)
 from dijiang_engines.errors import RunnerError
 
 
 class TorchCopy:
-    """A copy on the current stream, as `dijiang_engines.bandwidth.GpuCopy` wants it.
+    """A copy on the current stream, as `dijiang_engines.bench.bandwidth.GpuCopy` wants it.
 
     Args:
         device: a CUDA device.

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dijiang_engines.bench import Effort, Timing, until_done
+from dijiang_engines.bench.runner import Effort, Timing, until_done
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.machine import package_versions
 from dijiang_export.bench_memory import memory_rate

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dijiang_engines.bench import NEAR, WARM_UP_STEPS, Effort, Timing, until_done
+from dijiang_engines.bench.runner import NEAR, WARM_UP_STEPS, Effort, Timing, until_done
 from dijiang_engines.errors import RunnerError
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@
 
 A step is a CUDA graph over as many layers as the model has, each with weights of its own, so that none stays
 in the cache; times are medians of replays between two events. The floor is the weights' bytes over the
-memory's rate as every benchmark measures it (dijiang_engines/bandwidth.py), before the first and after the
-last shape, the better of both. torch.matmul (cuBLAS) on the same weights is measured too.
+memory's rate as every benchmark measures it (dijiang_engines/bench/bandwidth.py), before the first and after
+the last shape, the better of both. torch.matmul (cuBLAS) on the same weights is measured too.
 """
 
 from __future__ import annotations

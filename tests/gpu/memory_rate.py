@@ -5,7 +5,7 @@
 For each size of the source in MiB, GB/s of bytes read and written, the best of 20 after one that does not
 count:
 
-    stream    a copy on a stream, as dijiang_engines.bandwidth measures it for every benchmark
+    stream    a copy on a stream, as dijiang_engines.bench.bandwidth measures it for every benchmark
     graph     the same copy, captured in a CUDA graph and replayed
     kernel    a kernel that reads and writes as much (bitwise not, 64-bit), on a stream
     kernel, graph   the same kernel, captured
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dijiang_engines.bandwidth import GPU_ROUNDS, CudaCopy, measure_gpu_bandwidth
+from dijiang_engines.bench.bandwidth import GPU_ROUNDS, CudaCopy, measure_gpu_bandwidth
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_export.bench_memory import TorchCopy

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from checks import POSITIONS
 
-from dijiang_engines.bench import Effort, Timing, _step_timings, until_done
+from dijiang_engines.bench.runner import Effort, Timing, _step_timings, until_done
 from dijiang_engines.generation.generator import PREFILL_TOKENS
 from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, GRAPH_ID, MAX_CAPTURES, NO_GRAPH
 from dijiang_engines.runners.onnxruntime.runner import LOWERINGS, OrtRunner

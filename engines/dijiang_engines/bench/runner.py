@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dijiang_engines.bandwidth import Bandwidth
-from dijiang_engines.bench_loop import Loop, loop_start, loop_steps
+from dijiang_engines.bench.bandwidth import Bandwidth
+from dijiang_engines.bench.loop import Loop, loop_start, loop_steps
 from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.inspection import step_bytes
 from dijiang_engines.progress import ProgressFactory, silent
