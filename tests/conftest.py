@@ -48,7 +48,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         if key not in made:
             from checkpoints import write_checkpoint
 
-            from dijiang_export.checkpoint import open_checkpoint
+            from dijiang_export.checkpoint.checkpoint import open_checkpoint
             from dijiang_export.to_onnx import export_bundle
 
             folder = tmp_path_factory.mktemp("exported")

@@ -18,7 +18,7 @@ import torch
 from checkpoints import official_gammas, trained_tables
 from torch import Tensor
 
-from dijiang_export.decay import stable_tables
+from dijiang_export.checkpoint.decay import stable_tables
 from dijiang_export.reference.attention import Decay, Geometry
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -449,7 +449,7 @@ def test_a_python_without_torch_measures_too(recorded: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_random_checkpoint_is_a_good_checkpoint(tmp_path: Path, dtype: str) -> None:
-    from dijiang_export.checkpoint import open_checkpoint
+    from dijiang_export.checkpoint.checkpoint import open_checkpoint
 
     path = write_random_checkpoint(tmp_path / "c", TINY, dtype=dtype)  # type: ignore[arg-type]
     with open_checkpoint(path.parent) as checkpoint:

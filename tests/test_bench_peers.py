@@ -55,7 +55,7 @@ def test_what_is_asked_of_every_peer() -> None:
 
 
 def test_the_spec_is_that_of_a_checkpoint_of_the_shape(tmp_path: Path) -> None:
-    from dijiang_export.checkpoint import open_checkpoint
+    from dijiang_export.checkpoint.checkpoint import open_checkpoint
 
     with open_checkpoint(write_random_checkpoint(tmp_path / "c", TINY).parent) as checkpoint:
         assert checkpoint.spec == neox_spec(TINY)

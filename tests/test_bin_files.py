@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.bin_io import read_bin_table
-from dijiang_export.pickled_weights import BrokenPickle, read_pickle
-from dijiang_export.weights_io import StoredTensor, WeightFile
+from dijiang_export.checkpoint.bin_file import read_bin_table
+from dijiang_export.checkpoint.pickled_weights import BrokenPickle, read_pickle
+from dijiang_export.checkpoint.stored import StoredTensor, WeightFile
 
 
 def table_of(path: Path) -> dict[str, StoredTensor]:
@@ -280,9 +280,9 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.bin_io import read_bin_table
-from dijiang_export.safetensors_io import read_safetensors_table
-from dijiang_export.weights_io import WeightFile
+from dijiang_export.checkpoint.bin_file import read_bin_table
+from dijiang_export.checkpoint.safetensors_file import read_safetensors_table
+from dijiang_export.checkpoint.stored import WeightFile
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     try:
@@ -531,7 +531,7 @@ def test_flipped_bytes(archived: bool, tmp_path: Path) -> None:
 
 def test_random_pickles() -> None:
     """Random operations, most of them known ones: never anything but BrokenPickle and ForeignPickle."""
-    from dijiang_export.pickled_weights import _OPERATIONS, ForeignPickle
+    from dijiang_export.checkpoint.pickled_weights import _OPERATIONS, ForeignPickle
 
     rng = random.Random(2)
     codes = bytes([*_OPERATIONS, *_OPERATIONS, ord("."), ord("0"), 0, 1, 2, 3])

@@ -16,8 +16,8 @@ from checkpoints import DTYPES, load_tensors, write_checkpoint
 from official_oracle import inverse_frequencies, official_forward, rope
 
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.checkpoint import open_checkpoint
-from dijiang_export.decay import geometric_tables
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.decay import geometric_tables
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 97, 9, 3, 2, 38, 46, 26, 43]])
@@ -397,7 +397,7 @@ def test_reading_keeps_no_file_pages_and_needs_little_memory(tmp_path: Path) -> 
     code = """
 import resource, sys
 import torch
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 with open_checkpoint(sys.argv[1]) as checkpoint:

@@ -18,9 +18,9 @@ import torch
 from checkpoints import load_tensors, save_tensors, write_checkpoint, write_tokenizer
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.bin_io import read_bin_table
-from dijiang_export.checkpoint import Checkpoint, open_checkpoint
-from dijiang_export.weights_io import WeightFile
+from dijiang_export.checkpoint.bin_file import read_bin_table
+from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.checkpoint.stored import WeightFile
 
 
 def fails(folder: Path, match: str, **options: Any) -> str:

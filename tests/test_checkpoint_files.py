@@ -13,8 +13,8 @@ import pytest
 from checkpoints import write_checkpoint
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.checkpoint import open_checkpoint
-from dijiang_export.checkpoint_files import TOKENIZER_FILES, read_json
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.files import TOKENIZER_FILES, read_json
 from dijiang_export.convert import convert_checkpoint
 from dijiang_export.to_onnx import export_bundle
 

@@ -17,9 +17,9 @@ from transformers.activations import ACT2FN
 
 from dijiang_engines.errors import BundleError, CheckpointError
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.checkpoint import open_checkpoint
-from dijiang_export.config_io import ACTIVATIONS, build_spec
-from dijiang_export.families import FAMILIES, NEUTRAL
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.config import ACTIVATIONS, build_spec
+from dijiang_export.checkpoint.families import FAMILIES, NEUTRAL
 from dijiang_export.reference import model as reference
 
 FAMILY_NAMES = ("gpt_neox", "llama", "opt")

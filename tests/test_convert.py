@@ -26,7 +26,7 @@ from scipy.fft import dct
 from scipy.special import ndtr
 
 from dijiang_engines.errors import CheckpointError, OutputError, UsageError
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.commands.common import Output
 from dijiang_export.commands.convert import convert
 from dijiang_export.convert import convert_checkpoint, projection

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.decay import (
+from dijiang_export.checkpoint.decay import (
     Geometric,
     Tables,
     classify,

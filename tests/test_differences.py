@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dijiang_engines.errors import PositionError
 from dijiang_engines.runners.checks import position_error
-from dijiang_export.checkpoint import open_checkpoint
-from dijiang_export.decay import official_gammas
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import Decay, chunked, recurrent, token_terms
 from dijiang_export.reference.model import ReferenceModel
 from dijiang_export.reference.rope import rotation

@@ -322,7 +322,7 @@ def test_the_manifest_is_described(models: Path) -> None:
 
 def test_the_weights_are_described() -> None:
     from dijiang_engines.inspection import ModelSpec
-    from dijiang_export.checkpoint import open_checkpoint
+    from dijiang_export.checkpoint.checkpoint import open_checkpoint
     from dijiang_export.reference.model import ReferenceModel
 
     described: set[str] = set()

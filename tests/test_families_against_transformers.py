@@ -17,7 +17,7 @@ from checkpoints import load_tensors, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig
 
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.reference.model import ReferenceModel
 
 CONFIGS = {"gpt_neox": GPTNeoXConfig, "llama": LlamaConfig, "opt": OPTConfig}

@@ -399,7 +399,7 @@ def test_stats_count_and_time(generator: Generator) -> None:
 def test_the_sample_says_what_the_recurrence_in_numpy_says(sample_bundle: Path) -> None:
     """Text in, text out, over everything that is shipped: checkpoint, export, graphs, runtime, tokenizer."""
     from dijiang_engines.shipped_sample import sample_checkpoint
-    from dijiang_export.checkpoint import open_checkpoint
+    from dijiang_export.checkpoint.checkpoint import open_checkpoint
 
     bundle = open_bundle(sample_bundle)
     assert bundle.tokenizer_path is not None

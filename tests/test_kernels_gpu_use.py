@@ -19,7 +19,7 @@ from kernel_engine import Buffers, CudaEngine, Geometry, StatusError, find_libra
 from dijiang_engines.kernels.attention import Geometry as KernelGeometry
 from dijiang_engines.kernels.attention import load_kernels
 from dijiang_engines.validation.tolerances import tolerance
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.reference.attention import Decay
 from dijiang_export.reference.model import ReferenceModel
 

@@ -17,7 +17,7 @@ from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.progress import silent
 from dijiang_export import case_plans, streamed
 from dijiang_export.case_plans import plan_cases
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.record import record_cases
 from dijiang_export.recorder import Recorder
 from dijiang_export.reference.model import ReferenceModel
@@ -140,7 +140,7 @@ def test_cases_differ_between_rows_and_are_the_same_every_time(tmp_path: Path) -
 
 MEASURE = """
 import resource, sys, torch
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export import to_onnx
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 to_onnx.export_bundle(sys.argv[1], sys.argv[2], dtype="float16")
@@ -174,7 +174,7 @@ MEASURE_DRIFT = """
 import resource, sys, torch
 from pathlib import Path
 from dijiang_export import case_plans, record, streamed
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 case_plans.DRIFT_TOKENS = int(sys.argv[2])
 streamed.SEGMENT_BYTES = 8 << 20
 with open_checkpoint(sys.argv[1]) as checkpoint:

@@ -22,8 +22,8 @@ from transformers.utils import logging
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.config_io import build_spec
-from dijiang_export.families import FAMILIES
+from dijiang_export.checkpoint.config import build_spec
+from dijiang_export.checkpoint.families import FAMILIES
 from dijiang_export.reference.rope import inverse_frequencies
 
 logging.set_verbosity_error()

@@ -18,9 +18,9 @@ from checkpoints import load_tensors, save_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.source import Source
 from dijiang_export.convert import convert_checkpoint
-from dijiang_export.source import Source
 
 FAMILIES = ("gpt_neox", "llama", "opt")
 HEADS = {"gpt_neox": "embed_out.weight", "llama": "lm_head.weight", "opt": "lm_head.weight"}

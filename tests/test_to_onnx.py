@@ -23,7 +23,7 @@ from checkpoints import load_tensors, save_tensors, write_checkpoint
 
 from dijiang_engines.errors import CheckpointError, DijiangError, OutputError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_export.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.graph import opset, weights, write
 from dijiang_export.to_onnx import export_bundle
 

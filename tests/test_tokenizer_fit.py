@@ -20,7 +20,7 @@ from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
 from dijiang_engines.runners import open_runner
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.cli import cli
 from dijiang_export.to_onnx import export_bundle
 

@@ -1,7 +1,7 @@
 """ModelSpec: the geometry of a DiJiang model, whatever family it came from.
 
 One frozen record describes GPT-NeoX, LLaMA and OPT models alike: a family is a choice of values here
-plus a table of checkpoint names (`dijiang_export.families`). It travels in a bundle's manifest.
+plus a table of checkpoint names (`dijiang_export.checkpoint.families`). It travels in a bundle's manifest.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dijiang_export.bench_kernels_plan import Cell, Shape
-from dijiang_export.decay import official_gammas
+from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import (
     Decay,
     Geometry,

@@ -19,7 +19,7 @@ from dijiang_export.bench_peers_run import (
     counting_skips,
     error_of,
 )
-from dijiang_export.decay import official_gammas
+from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import DEFAULT_CHUNK, Decay, Form, Geometry, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel
 

@@ -127,7 +127,7 @@ def measure(checkpoint: Path, *, threads: int, lengths: Sequence[int], effort: E
 def _load(checkpoint: Path) -> ReferenceModel:
     import torch
 
-    from dijiang_export.checkpoint import open_checkpoint
+    from dijiang_export.checkpoint.checkpoint import open_checkpoint
     from dijiang_export.reference.model import ReferenceModel
 
     with open_checkpoint(checkpoint) as opened:

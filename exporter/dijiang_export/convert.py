@@ -31,12 +31,12 @@ from dijiang_engines.errors import CheckpointError, UsageError
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.progress import Progress, ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.checkpoint import open_checkpoint
-from dijiang_export.checkpoint_files import copy_file
-from dijiang_export.decay import official_tables
-from dijiang_export.safetensors_io import safetensors_header
-from dijiang_export.source import Source, check_finite
-from dijiang_export.weights_io import StoredTensor
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.decay import official_tables
+from dijiang_export.checkpoint.files import copy_file
+from dijiang_export.checkpoint.safetensors_file import safetensors_header
+from dijiang_export.checkpoint.source import Source, check_finite
+from dijiang_export.checkpoint.stored import StoredTensor
 
 Sampling = Literal["sobol", "monte-carlo"]
 SAMPLINGS: tuple[Sampling, ...] = ("sobol", "monte-carlo")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.case_plans import CasePlan
-from dijiang_export.checkpoint import Checkpoint
+from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.reference.attention import Decay, Geometry, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel
 from dijiang_export.streamed import StreamedModel

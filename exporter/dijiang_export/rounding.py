@@ -34,7 +34,7 @@ from dijiang_engines.shipped_sample import sample_checkpoint
 from dijiang_engines.validation.compare import Comparison, compare_logits, compare_state
 from dijiang_engines.validation.tolerances import tolerance
 from dijiang_export.case_plans import CasePlan, Cases, first_tokens, plan_cases
-from dijiang_export.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.recorder import Recorder
 from dijiang_export.reference.model import MLP, AttentionOp, Block, ReferenceModel, RMSNorm
 

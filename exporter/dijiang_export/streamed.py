@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dijiang_export.checkpoint import Checkpoint
+from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.graph.weights import round_to
 from dijiang_export.reference.model import AttentionOp, Block, ReferenceModel, is_op_constant
 from dijiang_export.reference.rope import inverse_frequencies

@@ -23,8 +23,8 @@ from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
 from dijiang_export.case_plans import Cases
-from dijiang_export.checkpoint import Checkpoint, open_checkpoint
-from dijiang_export.checkpoint_files import copy_file
+from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.checkpoint.files import copy_file
 from dijiang_export.graph import contract, opset, weights, write
 from dijiang_export.record import record_cases
 from dijiang_export.reference.rope import inverse_frequencies

@@ -19,7 +19,7 @@ from corpus import describe, read_corpus
 from evaluate import encode, held_out
 from tokenizers import Tokenizer
 
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.reference.model import ReferenceModel
 
 

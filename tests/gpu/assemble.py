@@ -19,7 +19,7 @@ from pathlib import Path
 from dijiang_engines.formats.manifest import MANIFEST, REFERENCE, WEIGHTS
 from dijiang_engines.formats.safe_files import sha256_of
 from dijiang_export.case_plans import Cases
-from dijiang_export.checkpoint import open_checkpoint
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.graph import weights
 from dijiang_export.random_checkpoint import SHAPES, write_random_checkpoint
 from dijiang_export.record import record_cases

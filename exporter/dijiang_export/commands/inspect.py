@@ -51,7 +51,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
         CheckpointError: it cannot be read.
     """
     from dijiang_engines.inspection import Inspection, layer_decay
-    from dijiang_export.checkpoint import open_checkpoint
+    from dijiang_export.checkpoint.checkpoint import open_checkpoint
 
     with open_checkpoint(path) as checkpoint:
         spec = checkpoint.spec

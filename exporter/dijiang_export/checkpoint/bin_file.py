@@ -15,9 +15,15 @@ from typing import Any, NoReturn
 import torch
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.pickled_weights import BrokenPickle, Described, ForeignPickle, Storage, read_pickle
-from dijiang_export.weights_io import StoredTensor, WeightFile
-from dijiang_export.zip_records import Record, read_records
+from dijiang_export.checkpoint.pickled_weights import (
+    BrokenPickle,
+    Described,
+    ForeignPickle,
+    Storage,
+    read_pickle,
+)
+from dijiang_export.checkpoint.stored import StoredTensor, WeightFile
+from dijiang_export.checkpoint.zip_records import Record, read_records
 
 LARGEST_PICKLE = 16 << 20
 """Bytes of a description; real ones have less than one megabyte."""

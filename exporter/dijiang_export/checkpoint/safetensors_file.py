@@ -16,7 +16,13 @@ import torch
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.formats.safe_files import parse_json
-from dijiang_export.weights_io import FLOAT_DTYPES, MOST_DIMENSIONS, MOST_NAME, StoredTensor, WeightFile
+from dijiang_export.checkpoint.stored import (
+    FLOAT_DTYPES,
+    MOST_DIMENSIONS,
+    MOST_NAME,
+    StoredTensor,
+    WeightFile,
+)
 
 LARGEST_HEADER = 8 << 20
 """Bytes: 70,000 tensors. The library's own limit, 100 MB, takes gigabytes and minutes as Python objects."""

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from dijiang_export.families import Family
+from dijiang_export.checkpoint.families import Family
 
 _MARKS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module")
 """Of torch.compile, FSDP, activation checkpointing, Lightning Fabric and data parallel modules. No official

@@ -14,8 +14,8 @@ import torch
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import ModelSpec
+from dijiang_export.checkpoint.stored import StoredTensor
 from dijiang_export.reference.rope import inverse_frequencies
-from dijiang_export.weights_io import StoredTensor
 
 _STORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _RELATIVE = 1e-5

@@ -19,8 +19,8 @@ import torch
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.formats.safe_files import open_regular
-from dijiang_export.checkpoint_files import INDEX_FILES, SINGLE_FILES, check_link, find_file
-from dijiang_export.checkpoint_files import read_json as read_json  # config_io takes it from here
+from dijiang_export.checkpoint.files import INDEX_FILES, SINGLE_FILES, check_link, find_file
+from dijiang_export.checkpoint.files import read_json as read_json  # config_io takes it from here
 
 FLOAT_DTYPES = {
     "float64": torch.float64,
@@ -255,8 +255,8 @@ def open_weights(folder: Path) -> Weights:
         CheckpointError: there are none; a file is missing, corrupt, truncated or unsafe; an index names a
             file outside the folder; a name occurs twice.
     """
-    from dijiang_export.bin_io import read_bin_table
-    from dijiang_export.safetensors_io import read_safetensors_table
+    from dijiang_export.checkpoint.bin_file import read_bin_table
+    from dijiang_export.checkpoint.safetensors_file import read_safetensors_table
 
     files: list[WeightFile] = []
     tensors: dict[str, StoredTensor] = {}

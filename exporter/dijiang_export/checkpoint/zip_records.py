@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.weights_io import WeightFile
+from dijiang_export.checkpoint.stored import WeightFile
 
 MOST_RECORDS = 100_000
 """A storage each, and a few more; large unsplit models have some thousands."""

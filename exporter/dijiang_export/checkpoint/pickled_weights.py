@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dijiang_export.weights_io import MOST_DIMENSIONS, MOST_NAME
+from dijiang_export.checkpoint.stored import MOST_DIMENSIONS, MOST_NAME
 
 MOST_OPERATIONS = 2_000_000
 """About 30 make a tensor, so that this is enough for 60,000 of them."""

@@ -12,12 +12,12 @@ import torch
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.checkpoint_files import check_kind, tokenizer_files
-from dijiang_export.config_io import build_spec, check_tokenizer, read_config
-from dijiang_export.families import Family, Parameter, conditions, sizes
-from dijiang_export.rope_buffers import check_frequencies
-from dijiang_export.stored_names import official_names, spellings
-from dijiang_export.weights_io import StoredTensor, Weights, open_weights
+from dijiang_export.checkpoint.config import build_spec, check_tokenizer, read_config
+from dijiang_export.checkpoint.families import Family, Parameter, conditions, sizes
+from dijiang_export.checkpoint.files import check_kind, tokenizer_files
+from dijiang_export.checkpoint.rope_buffers import check_frequencies
+from dijiang_export.checkpoint.stored import StoredTensor, Weights, open_weights
+from dijiang_export.checkpoint.stored_names import official_names, spellings
 
 _CHECK_BLOCK = 1 << 20  # elements looked at at once when searching for NaN: stays in the processor's cache
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import ROPE_SCALINGS, is_number, is_positive
-from dijiang_export.families import Family, RopeKeys
+from dijiang_export.checkpoint.families import Family, RopeKeys
 
 DEFAULT_THETA = 10000.0
 """RotaryEmbeddingConfigMixin.default_theta."""

@@ -25,10 +25,10 @@ import torch
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import ModelSpec
-from dijiang_export import decay as decay_tables
-from dijiang_export.decay import Geometric, Tables
-from dijiang_export.families import Parameter
-from dijiang_export.source import Source, check_finite, dtype_name, shape_of, walk
+from dijiang_export.checkpoint import decay as decay_tables
+from dijiang_export.checkpoint.decay import Geometric, Tables
+from dijiang_export.checkpoint.families import Parameter
+from dijiang_export.checkpoint.source import Source, check_finite, dtype_name, shape_of, walk
 
 _DECAY_PARTS = ("log_decay", "gain", "read_scale")
 

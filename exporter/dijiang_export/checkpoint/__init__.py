@@ -1,0 +1,1 @@
+"""Checkpoint folders of every family, read in blocks and never run."""
