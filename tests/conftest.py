@@ -49,7 +49,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
             from checkpoints import write_checkpoint
 
             from dijiang_export.checkpoint.checkpoint import open_checkpoint
-            from dijiang_export.to_onnx import export_bundle
+            from dijiang_export.export.to_onnx import export_bundle
 
             folder = tmp_path_factory.mktemp("exported")
             export_options = {k: options.pop(k) for k in ("dtype", "logits", "extend_decay") if k in options}
@@ -72,7 +72,7 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if ABSENT and "DIJIANG_SAMPLE_BUNDLE" in os.environ:
         return Path(os.environ["DIJIANG_SAMPLE_BUNDLE"])
     from dijiang_engines.shipped_sample import sample_checkpoint
-    from dijiang_export.to_onnx import export_bundle
+    from dijiang_export.export.to_onnx import export_bundle
 
     return export_bundle(sample_checkpoint(), tmp_path_factory.mktemp("sample") / "tiny-stdlib.bundle").path
 
@@ -81,7 +81,7 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped sample with the graphs for ONNX Runtime on CUDA too. Read-only by convention."""
     from dijiang_engines.shipped_sample import sample_checkpoint
-    from dijiang_export.to_onnx import export_bundle
+    from dijiang_export.export.to_onnx import export_bundle
 
     folder = tmp_path_factory.mktemp("variants") / "b"
     return export_bundle(sample_checkpoint(), folder, variants=("ort", "capture")).path

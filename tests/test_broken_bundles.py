@@ -29,7 +29,7 @@ GOLDENS = Path(__file__).parent / "data" / "goldens"
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from dijiang_export.to_onnx import export_bundle
+    from dijiang_export.export.to_onnx import export_bundle
 
     folder = tmp_path_factory.mktemp("whole")
     paths = {}

@@ -16,7 +16,7 @@ from dijiang_engines.errors import CheckpointError
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.checkpoint.files import TOKENIZER_FILES, read_json
 from dijiang_export.convert import convert_checkpoint
-from dijiang_export.to_onnx import export_bundle
+from dijiang_export.export.to_onnx import export_bundle
 
 PARTS = ("config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json", "vocab.json",
          "chat_template.jinja", "merges.txt", "tokenizer.model")  # fmt: skip

@@ -20,7 +20,7 @@ from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validation.validate import Report, validate
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.record import record_cases
+from dijiang_export.export.record import record_cases
 
 LAYERS, OFFSET = 32, 300.0
 Weights = dict[str, np.ndarray]

@@ -51,7 +51,7 @@ ALL_COMMANDS = [(name, command) for name in NAMES for command in shown_commands(
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small random models under the names that the documents use."""
-    from dijiang_export.to_onnx import export_bundle
+    from dijiang_export.export.to_onnx import export_bundle
 
     folder = tmp_path_factory.mktemp("documents")
     for name in ("pythia-70m", "pythia-160m"):

@@ -16,10 +16,10 @@ from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.reference_cases import EMBEDDING, Reference
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validation.validate import Report, validate
-from dijiang_export import case_plans
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.record import record_cases
-from dijiang_export.record_embedding import plan_embedding
+from dijiang_export.export import cases as case_plans
+from dijiang_export.export.record import record_cases
+from dijiang_export.export.record_embedding import plan_embedding
 
 VOCAB = 90
 MODELS = {

@@ -18,7 +18,7 @@ from checkpoints import write_checkpoint
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners.registry import open_runner
 from dijiang_engines.validation.validate import validate
-from dijiang_export.to_onnx import export_bundle
+from dijiang_export.export.to_onnx import export_bundle
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 needs_ort_cuda = pytest.mark.skipif(

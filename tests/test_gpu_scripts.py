@@ -27,7 +27,7 @@ def run(*arguments: str | Path) -> tuple[int, list[str]]:
 
 def test_every_check_and_every_lowering(tmp_path: Path) -> None:
     from dijiang_engines.shipped_sample import sample_checkpoint
-    from dijiang_export.to_onnx import export_bundle
+    from dijiang_export.export.to_onnx import export_bundle
 
     bundle = export_bundle(sample_checkpoint(), tmp_path / "b", variants=("ort", "capture")).path
     code, lines = run(

@@ -16,7 +16,15 @@ from toy_bundle import ToyModel
 
 from dijiang_export.cli import COMMANDS
 
-EXPORT_ONLY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "scipy", "dijiang_export.to_onnx")
+EXPORT_ONLY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "scipy",
+    "dijiang_export.export.to_onnx",
+)
 RUNTIMES = ("onnxruntime", "tensorrt", "polygraphy", "cuda")
 
 ALL_ENGINE_MODULES = """

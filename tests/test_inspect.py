@@ -43,7 +43,7 @@ PYTHIA_410M = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from dijiang_export.to_onnx import export_bundle
+    from dijiang_export.export.to_onnx import export_bundle
 
     path = tmp_path_factory.mktemp("inspect") / "tables.bundle"
     export_bundle(GOLDENS / "neox-trained-tables", path, cases="short")

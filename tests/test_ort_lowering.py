@@ -17,8 +17,8 @@ from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners import open_runner
 from dijiang_engines.validation.validate import validate
+from dijiang_export.export.to_onnx import export_bundle
 from dijiang_export.graph import body_ort, lower
-from dijiang_export.to_onnx import export_bundle
 
 GRAPHS = {
     "prefill_ort": ("prefill", lambda model, kind: lower.lower_to_ort(model, kind)),

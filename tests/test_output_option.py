@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dijiang_export.commands.convert import convert
 from dijiang_export.commands.to_onnx import to_onnx
-from dijiang_export.to_onnx import export_bundle
+from dijiang_export.export.to_onnx import export_bundle
 
 
 @pytest.mark.parametrize("option", ["-o", "--output", None])

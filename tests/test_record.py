@@ -15,11 +15,12 @@ from safetensors import safe_open
 
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.progress import silent
-from dijiang_export import case_plans, streamed
-from dijiang_export.case_plans import plan_cases
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.record import record_cases
-from dijiang_export.recorder import Recorder
+from dijiang_export.export import cases as case_plans
+from dijiang_export.export import streamed
+from dijiang_export.export.cases import plan_cases
+from dijiang_export.export.record import record_cases
+from dijiang_export.export.recorder import Recorder
 from dijiang_export.reference.model import ReferenceModel
 
 CHECKPOINTS = {

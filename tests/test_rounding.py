@@ -10,8 +10,8 @@ import torch
 from checkpoints import write_checkpoint
 from click.testing import CliRunner
 
-from dijiang_export.case_plans import CasePlan, plan_cases
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.export.cases import CasePlan, plan_cases
 from dijiang_export.reference.attention import Decay, Geometry, dijiang_attention
 from dijiang_export.reference.rope import inverse_frequencies
 from dijiang_export.rounding import RoundingRecorder, main, rounding_errors

@@ -23,9 +23,9 @@ from dijiang_engines.formats.rounding_cost import KEY, Cost, RoundingCost
 from dijiang_engines.validation.report.page import report_html
 from dijiang_engines.validation.tolerances import DTYPES, Bounds, scale_of, tolerance
 from dijiang_engines.validation.validate import validate
-from dijiang_export.case_plans import first_tokens, plan_cases
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.record import record_cases
+from dijiang_export.export.cases import first_tokens, plan_cases
+from dijiang_export.export.record import record_cases
 
 MODEL = ToyModel.random(SPEC)
 

@@ -24,8 +24,8 @@ from checkpoints import load_tensors, save_tensors, write_checkpoint
 from dijiang_engines.errors import CheckpointError, DijiangError, OutputError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.export.to_onnx import export_bundle
 from dijiang_export.graph import opset, weights, write
-from dijiang_export.to_onnx import export_bundle
 
 GRAPH_FILES = ("prefill.onnx", "step.onnx", "prefill.trt.onnx", "step.trt.onnx")
 
@@ -168,7 +168,7 @@ def test_a_vanilla_checkpoint_is_pointed_to_convert(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 from dijiang_engines.errors import DijiangError
-from dijiang_export.to_onnx import export_bundle
+from dijiang_export.export.to_onnx import export_bundle
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond fails like a full disk
 try:
     export_bundle(sys.argv[1], sys.argv[2])

@@ -22,7 +22,7 @@ from dijiang_engines.runners import open_runner
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.cli import cli
-from dijiang_export.to_onnx import export_bundle
+from dijiang_export.export.to_onnx import export_bundle
 
 VOCAB = 257  # 256 bytes and <|endoftext|>
 

@@ -37,7 +37,7 @@ reset_peak()
 print(json.dumps({{"baseline": memory("self")}}), flush=True)
 start = time.perf_counter()
 from dijiang_engines.errors import DijiangError
-from dijiang_export.to_onnx import export_bundle
+from dijiang_export.export.to_onnx import export_bundle
 imported = time.perf_counter() - start
 try:
     report = export_bundle({source!r}, {target!r}, dtype={dtype!r}, cases={cases!r})

@@ -33,9 +33,9 @@ from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.shipped_sample import sample_checkpoint
 from dijiang_engines.validation.compare import Comparison, compare_logits, compare_state
 from dijiang_engines.validation.tolerances import tolerance
-from dijiang_export.case_plans import CasePlan, Cases, first_tokens, plan_cases
 from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from dijiang_export.recorder import Recorder
+from dijiang_export.export.cases import CasePlan, Cases, first_tokens, plan_cases
+from dijiang_export.export.recorder import Recorder
 from dijiang_export.reference.model import MLP, AttentionOp, Block, ReferenceModel, RMSNorm
 
 MEASURED_TOKENS = 1000

@@ -76,7 +76,7 @@ def to_onnx(
     the trained sample model to ./tiny-stdlib.bundle.
     """
     from dijiang_engines.shipped_sample import sample_checkpoint
-    from dijiang_export.to_onnx import export_bundle
+    from dijiang_export.export.to_onnx import export_bundle
 
     bundle = one_output(bundle, named_output, "BUNDLE")
     source = checkpoint or sample_checkpoint()

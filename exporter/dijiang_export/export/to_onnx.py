@@ -22,11 +22,11 @@ from dijiang_engines.formats.safe_files import sha256_of
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
-from dijiang_export.case_plans import Cases
 from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.checkpoint.files import copy_file
+from dijiang_export.export.cases import Cases
+from dijiang_export.export.record import record_cases
 from dijiang_export.graph import contract, opset, weights, write
-from dijiang_export.record import record_cases
 from dijiang_export.reference.rope import inverse_frequencies
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -22,9 +22,9 @@ from torch import Tensor
 from dijiang_engines.formats.reference_cases import EMBEDDING
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.checkpoint.checkpoint import Checkpoint
+from dijiang_export.export.streamed import SEGMENT_BYTES, StreamedModel
 from dijiang_export.reference.attention import dijiang_attention
 from dijiang_export.reference.model import Block
-from dijiang_export.streamed import SEGMENT_BYTES, StreamedModel
 
 LAYERS = 2
 """Whose states are kept, if the model has so many."""

@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 
 from dijiang_engines.formats import reference_cases, rounding_cost
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.case_plans import Cases, plan_cases
 from dijiang_export.checkpoint.checkpoint import Checkpoint
-from dijiang_export.record_embedding import record_embedding
-from dijiang_export.recorder import Recorder
+from dijiang_export.export.cases import Cases, plan_cases
+from dijiang_export.export.record_embedding import record_embedding
+from dijiang_export.export.recorder import Recorder
 from dijiang_export.rounding import measure_rounding
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.case_plans import CasePlan
 from dijiang_export.checkpoint.checkpoint import Checkpoint
+from dijiang_export.export.cases import CasePlan
+from dijiang_export.export.streamed import StreamedModel
 from dijiang_export.reference.attention import Decay, Geometry, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel
-from dijiang_export.streamed import StreamedModel
 
 
 @dataclass(frozen=True)
