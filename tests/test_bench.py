@@ -30,9 +30,10 @@ from dijiang_engines.bench.runner import (
 from dijiang_engines.errors import OutputError, RunnerError, UsageError
 from dijiang_engines.inspection import step_bytes
 from dijiang_engines.sizes import weight_bytes
-from dijiang_export import bench_export, random_checkpoint
+from dijiang_export.bench import export as bench_export
+from dijiang_export.bench import random_checkpoint
+from dijiang_export.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 from dijiang_export.cli import main
-from dijiang_export.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 
 QUICK = Effort(seconds=0.0, least=3, most=3)
 TINY = Shape(layers=2, hidden=64, heads=4, intermediate=96, vocab=260, positions=512)
@@ -311,7 +312,7 @@ FAST = ["--seconds", "0.01", "--length", "8", "--batch", "1", "--batch", "2", "-
 
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dijiang_export import bench_bundle
+    from dijiang_export.bench import bundle as bench_bundle
 
     def small(threads: int) -> Bandwidth:
         return measure_bandwidth(threads, buffer_bytes=4 << 20, rounds=1)
@@ -478,7 +479,7 @@ def test_pythias_shapes_have_the_published_sizes() -> None:
 
 
 def test_pytorch_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
-    from dijiang_export.bench_reference import measure_in_subprocess
+    from dijiang_export.bench.reference import measure_in_subprocess
 
     path = write_random_checkpoint(tmp_path / "c", TINY)
     found = measure_in_subprocess(path.parent, threads=1, lengths=[8], effort=QUICK)
@@ -490,7 +491,7 @@ def test_pytorch_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_pytorch_cannot_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
-    from dijiang_export.bench_reference import measure_in_subprocess
+    from dijiang_export.bench.reference import measure_in_subprocess
 
     with pytest.raises(RunnerError, match="PyTorch"):
         measure_in_subprocess(tmp_path / "absent", threads=1, lengths=[8], effort=QUICK)

@@ -17,13 +17,15 @@ import pytest
 
 from dijiang_engines.bench.runner import Timing
 from dijiang_engines.errors import OutputError, UsageError
-from dijiang_export import bench_kernels, bench_kernels_plot, bench_kernels_warm
-from dijiang_export import bench_kernels_plan as plan
-from dijiang_export.bench_kernels import measure_kernels, read_record
-from dijiang_export.bench_kernels_cuda import Measured
-from dijiang_export.bench_kernels_draw import draw_kernels, result_cell
-from dijiang_export.bench_kernels_plan import Cell, Shape
-from dijiang_export.bench_records import RecordError
+from dijiang_export.bench.kernels import cells as plan
+from dijiang_export.bench.kernels import measure as bench_kernels
+from dijiang_export.bench.kernels import plot as bench_kernels_plot
+from dijiang_export.bench.kernels import warm as bench_kernels_warm
+from dijiang_export.bench.kernels.cells import Cell, Shape
+from dijiang_export.bench.kernels.gpu import Measured
+from dijiang_export.bench.kernels.measure import measure_kernels, read_record
+from dijiang_export.bench.kernels.tables import draw_kernels, result_cell
+from dijiang_export.bench.report.records import RecordError
 from dijiang_export.cli import main
 
 DECODE = Cell("decode", Shape(16, 64), 64, 1)

@@ -10,10 +10,10 @@ import torch
 
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.kernels.attention import Geometry
-from dijiang_export import bench_kernels_ours
-from dijiang_export.bench_kernels_inputs import make_calls, make_layer, within
-from dijiang_export.bench_kernels_ours import Ours
-from dijiang_export.bench_kernels_plan import Cell, Shape
+from dijiang_export.bench.kernels import ours as bench_kernels_ours
+from dijiang_export.bench.kernels.cells import Cell, Shape
+from dijiang_export.bench.kernels.inputs import make_calls, make_layer, within
+from dijiang_export.bench.kernels.ours import Ours
 from dijiang_export.reference import attention
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from dijiang_export import bench_kernels_peers as peers
-from dijiang_export.bench_kernels_inputs import Exact, make_calls, make_layer, within
-from dijiang_export.bench_kernels_peers import PeerError, make_roster
-from dijiang_export.bench_kernels_plan import Cell, Shape
+from dijiang_export.bench.kernels import peers
+from dijiang_export.bench.kernels.cells import Cell, Shape
+from dijiang_export.bench.kernels.inputs import Exact, make_calls, make_layer, within
+from dijiang_export.bench.kernels.peers import PeerError, make_roster
 
 CPU = torch.device("cpu")
 STEP = Cell("decode", Shape(3, 16), 2, 1)
@@ -184,7 +184,7 @@ def test_the_feature_maps_matrix_is_a_scaled_orthonormal_one() -> None:
 @pytest.mark.parametrize("cell", [STEP, PROMPT], ids=str)
 def test_a_gpu_measures(cell: Cell) -> None:
     """The one thing that no stand-in can do: graphs, events and both figures."""
-    from dijiang_export.bench_kernels_cuda import Gpu, Measured
+    from dijiang_export.bench.kernels.gpu import Gpu, Measured
 
     gpu = Gpu("float16")
     assert gpu.describe()["l2_bytes"] > 0

@@ -10,11 +10,11 @@ import pytest
 from record_mutants import mutants
 from rich.console import Console
 
-from dijiang_export.bench_kernels import read_record, requote, wrong
-from dijiang_export.bench_kernels_draw import draw_kernels, markdown_table
-from dijiang_export.bench_kernels_plan import plan_cells
-from dijiang_export.bench_kernels_plot import roofline, series
-from dijiang_export.bench_records import RecordError
+from dijiang_export.bench.kernels.cells import plan_cells
+from dijiang_export.bench.kernels.measure import read_record, requote, wrong
+from dijiang_export.bench.kernels.plot import roofline, series
+from dijiang_export.bench.kernels.tables import draw_kernels, markdown_table
+from dijiang_export.bench.report.records import RecordError
 
 
 def test_a_record_with_any_value_is_refused_or_drawn(tmp_path: Path) -> None:

@@ -13,13 +13,21 @@ import pytest
 import torch
 
 from dijiang_engines.errors import RunnerError, UsageError
-from dijiang_export import bench_peers, bench_peers_run
-from dijiang_export.bench_peers import PEERS, Plan, measure_peers, neox_spec, run_peer, step_floor_bytes
-from dijiang_export.bench_peers_dijiang import Dijiang
-from dijiang_export.bench_peers_hf import HuggingFace
-from dijiang_export.bench_peers_run import BLOCK, Prepared, error_of, measure
+from dijiang_export.bench.peers import run as bench_peers_run
+from dijiang_export.bench.peers import settings as bench_peers
+from dijiang_export.bench.peers.dijiang import Dijiang
+from dijiang_export.bench.peers.hf import HuggingFace
+from dijiang_export.bench.peers.run import BLOCK, Prepared, error_of, measure
+from dijiang_export.bench.peers.settings import (
+    PEERS,
+    Plan,
+    measure_peers,
+    neox_spec,
+    run_peer,
+    step_floor_bytes,
+)
+from dijiang_export.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 from dijiang_export.cli import main
-from dijiang_export.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 
 TINY = Shape(layers=2, hidden=64, heads=4, intermediate=96, vocab=260, positions=512)
 CPU = torch.device("cpu")
@@ -144,7 +152,7 @@ def test_the_chunked_form_compiles_one_layer_for_all() -> None:
 
 
 def test_a_prefill_that_would_compile_for_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dijiang_export.bench_peers_dijiang.MOST_CHUNKS", 1)
+    monkeypatch.setattr("dijiang_export.bench.peers.dijiang.MOST_CHUNKS", 1)
     said = collect("dijiang-compiled", replace(PLAN, contexts=(), batches=(1,)))
     assert [(row["form"], row["length"]) for row in said["prefill"]] == [
         ("parallel", 16), ("chunked", 16), ("parallel", 70)
@@ -313,7 +321,8 @@ def test_wrong_words(words: list[str], message: str, capfd: pytest.CaptureFixtur
 def test_the_plan_needs_no_torch() -> None:
     code = (
         "import sys\nfor name in ('torch', 'transformers'): sys.modules[name] = None\n"
-        "import dijiang_export.bench_peers, dijiang_export.bench_bundle, dijiang_export.commands.bench\n"
+        "import dijiang_export.bench.peers.settings, dijiang_export.bench.bundle\n"
+        "import dijiang_export.commands.bench\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

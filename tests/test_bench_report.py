@@ -20,13 +20,13 @@ from record_mutants import mutants
 from dijiang_engines.bench.bandwidth import Bandwidth
 from dijiang_engines.bench.runner import BenchReport, LoopTime, Prefill, Step, Timing
 from dijiang_engines.errors import OutputError, UsageError
-from dijiang_export.bench_peers import PeerResult, Plan, neox_spec, peers_document, step_floor_bytes
-from dijiang_export.bench_records import RecordError
-from dijiang_export.bench_report import KIND, Report, make_report, read_records
-from dijiang_export.bench_report_draw import draw_report
-from dijiang_export.bench_report_plot import HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, plot_report
+from dijiang_export.bench.peers.settings import PeerResult, Plan, neox_spec, peers_document, step_floor_bytes
+from dijiang_export.bench.random_checkpoint import SHAPES
+from dijiang_export.bench.report.plot import HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, plot_report
+from dijiang_export.bench.report.records import RecordError
+from dijiang_export.bench.report.report import KIND, Report, make_report, read_records
+from dijiang_export.bench.report.tables import draw_report
 from dijiang_export.cli import main
-from dijiang_export.random_checkpoint import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = SHAPES["pythia-410m"]

@@ -16,8 +16,10 @@ from gpu_scripts import load
 
 from dijiang_engines.bench.bandwidth import Bandwidth, CudaCopy, measure_gpu_bandwidth
 from dijiang_engines.errors import RunnerError
-from dijiang_export import bench_kernels_cuda, bench_memory, bench_peers_run
-from dijiang_export.bench_memory import TorchCopy, memory_rate
+from dijiang_export.bench import memory_rate as bench_memory
+from dijiang_export.bench.kernels import gpu as bench_kernels_cuda
+from dijiang_export.bench.memory_rate import TorchCopy, memory_rate
+from dijiang_export.bench.peers import run as bench_peers_run
 
 CPU = torch.device("cpu")
 RATE = 3.21e12

@@ -47,8 +47,8 @@ def test_a_save_that_is_killed_leaves_what_was_there(tmp_path: Path, monkeypatch
 def test_a_picture_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_bench_report import engine
 
-    from dijiang_export.bench_report import make_report
-    from dijiang_export.bench_report_plot import plot_report
+    from dijiang_export.bench.report.plot import plot_report
+    from dijiang_export.bench.report.report import make_report
 
     path = tmp_path / "a.svg"
     path.write_text("old")

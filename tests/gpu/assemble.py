@@ -18,12 +18,12 @@ from pathlib import Path
 
 from dijiang_engines.formats.manifest import MANIFEST, REFERENCE, WEIGHTS
 from dijiang_engines.formats.safe_files import sha256_of
+from dijiang_export.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.export.cases import Cases
 from dijiang_export.export.record import record_cases
 from dijiang_export.export.to_onnx import DTYPES
 from dijiang_export.graph import weights
-from dijiang_export.random_checkpoint import SHAPES, write_random_checkpoint
 from dijiang_export.reference.rope import inverse_frequencies
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
-from dijiang_export.bench_reference import _load
+from dijiang_export.bench.reference import _load
 
 PROMPTS = ("def main():", "import os\n", "class Reader:\n    def", "    return", "if __name__ == ")
 TOKENS = 256

@@ -21,7 +21,7 @@ import torch
 
 from dijiang_engines.kernels.attention import Geometry, Kernels, load_kernels
 from dijiang_engines.kernels.linear import LinearOutput, LinearTerm
-from dijiang_export.bench_memory import memory_rate
+from dijiang_export.bench.memory_rate import memory_rate
 
 SHAPES = {  # layers, hidden, MLP, heads, head size, vocabulary
     "410m": (24, 1024, 4096, 16, 64, 50304),

@@ -28,7 +28,7 @@ import torch
 from dijiang_engines.bench.bandwidth import GPU_ROUNDS, CudaCopy, measure_gpu_bandwidth
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.nvidia.cuda import Cuda
-from dijiang_export.bench_memory import TorchCopy
+from dijiang_export.bench.memory_rate import TorchCopy
 
 MIB = 1 << 20
 

@@ -85,7 +85,7 @@ def measure_gpu_bandwidth(copy: GpuCopy, *, rounds: int = GPU_ROUNDS) -> Bandwid
     """The rate of a GPU's memory, for every benchmark: whole copies on a stream. Takes well under a second.
 
     Args:
-        copy: of GPU_COPY_BYTES; `CudaCopy`, or with PyTorch `dijiang_export.bench_memory.TorchCopy`.
+        copy: of GPU_COPY_BYTES; `CudaCopy`, or with PyTorch `dijiang_export.bench.memory_rate.TorchCopy`.
         rounds: copies; the best counts, after one that does not.
     """
     copy.seconds()

@@ -109,7 +109,7 @@ def run(
     save: Path | None,
 ) -> None:
     """Measure the speed of BUNDLE on this machine (what `bench` does if no command is named)."""
-    from dijiang_export.bench_bundle import measure_bundle
+    from dijiang_export.bench.bundle import measure_bundle
 
     result = measure_bundle(
         bundle,
@@ -172,8 +172,8 @@ def export(
     """
     import tempfile
 
-    from dijiang_export.bench_bundle import about_run, measure_bundle
-    from dijiang_export.bench_export import measure_export
+    from dijiang_export.bench.bundle import about_run, measure_bundle
+    from dijiang_export.bench.export import measure_export
 
     with tempfile.TemporaryDirectory(prefix="dijiang-bench-") as temporary:
         place = folder or Path(temporary)

@@ -90,9 +90,9 @@ def kernels(
     models, 1 to 256 rows, prompts of 512 to 8192 tokens. Peers that are not installed are left out.
     """
     from dijiang_engines.errors import ValidationMismatch
-    from dijiang_export import bench_kernels
-    from dijiang_export.bench_kernels_draw import draw_kernels
-    from dijiang_export.bench_kernels_plot import check_plot, plot_kernels
+    from dijiang_export.bench.kernels import measure as bench_kernels
+    from dijiang_export.bench.kernels.plot import check_plot, plot_kernels
+    from dijiang_export.bench.kernels.tables import draw_kernels
 
     if plot is not None:
         check_plot(plot)  # before minutes of measuring
@@ -128,9 +128,9 @@ def _measure_kernels(
     limit: float | None,
     quoted: Any,
 ) -> dict[str, Any]:
-    from dijiang_export import bench_kernels
-    from dijiang_export import bench_kernels_plan as plan
-    from dijiang_export.bench_kernels_draw import describe_cell
+    from dijiang_export.bench.kernels import cells as plan
+    from dijiang_export.bench.kernels import measure as bench_kernels
+    from dijiang_export.bench.kernels.tables import describe_cell
 
     cells = plan.plan_cells(
         [plan.parse_shape(s) for s in shapes] or plan.SHAPES,

@@ -67,10 +67,10 @@ def peers(
     """
     from dijiang_engines.errors import UsageError
     from dijiang_engines.machine import find_gpus, usable_cpus
-    from dijiang_export import bench_peers
-    from dijiang_export.bench_bundle import about_run
-    from dijiang_export.bench_report import make_report
-    from dijiang_export.bench_report_draw import draw_report
+    from dijiang_export.bench.bundle import about_run
+    from dijiang_export.bench.peers import settings as bench_peers
+    from dijiang_export.bench.report.report import make_report
+    from dijiang_export.bench.report.tables import draw_report
 
     if no_prefill and no_decode:
         raise UsageError("--no-prefill and --no-decode leave nothing to measure")
@@ -110,7 +110,7 @@ def _shape(name: str, sizes: dict[str, int | None]) -> tuple[Any, str]:
     from dataclasses import replace
 
     from dijiang_engines.errors import UsageError
-    from dijiang_export.random_checkpoint import SHAPES
+    from dijiang_export.bench.random_checkpoint import SHAPES
 
     if name not in SHAPES:
         raise UsageError(f"there is no shape {name!r}", expected=", ".join(SHAPES))
@@ -143,9 +143,9 @@ def report(
     The first runner's loop is what others are compared with. Needs neither PyTorch nor any runtime. A
     result saved here can be given as a record again.
     """
-    from dijiang_export.bench_report import make_report, read_records
-    from dijiang_export.bench_report_draw import draw_report
-    from dijiang_export.bench_report_plot import check_plot, plot_report
+    from dijiang_export.bench.report.plot import check_plot, plot_report
+    from dijiang_export.bench.report.report import make_report, read_records
+    from dijiang_export.bench.report.tables import draw_report
 
     if plot is not None:
         check_plot(plot)

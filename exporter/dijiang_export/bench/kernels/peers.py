@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dijiang_engines.errors import DijiangError
-from dijiang_export.bench_kernels_inputs import Call, Exact, Layer, exact_core, exact_features, exact_op
-from dijiang_export.bench_kernels_plan import Cell, cell_bytes
+from dijiang_export.bench.kernels.cells import Cell, cell_bytes
+from dijiang_export.bench.kernels.inputs import Call, Exact, Layer, exact_core, exact_features, exact_op
 from dijiang_export.reference.attention import dijiang_attention
 
 RECOMPILATIONS = 4096

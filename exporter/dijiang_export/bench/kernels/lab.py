@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.progress import ProgressFactory
-from dijiang_export.bench_kernels_cuda import Gpu, Measured, full_precision
-from dijiang_export.bench_kernels_peers import Contestant, make_roster
-from dijiang_export.bench_kernels_plan import Cell, Dtype
-from dijiang_export.bench_kernels_warm import warm
+from dijiang_export.bench.kernels.cells import Cell, Dtype
+from dijiang_export.bench.kernels.gpu import Gpu, Measured, full_precision
+from dijiang_export.bench.kernels.peers import Contestant, make_roster
+from dijiang_export.bench.kernels.warm import warm
 
 
 class CudaLab:
@@ -35,7 +35,7 @@ class CudaLab:
         self._contestants: list[Contestant] = []
         self._library: dict[str, Any] | None = None
         if ours:
-            from dijiang_export.bench_kernels_ours import Ours
+            from dijiang_export.bench.kernels.ours import Ours
 
             own = Ours(library)
             self._contestants.append(own)

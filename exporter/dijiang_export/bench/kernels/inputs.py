@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dijiang_export.bench_kernels_plan import Cell, Shape
+from dijiang_export.bench.kernels.cells import Cell, Shape
 from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import (
     Decay,

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.bench_kernels_plan import Cell, Dtype, Shape
+from dijiang_export.bench.kernels.cells import Cell, Dtype, Shape
 
 COMPILING = ("fla", "fla-phi", "torch-compile")
 TASK_SECONDS = 300
@@ -91,9 +91,9 @@ def compile_all(request: dict[str, Any]) -> None:
     """Call one contestant once at each of the request's cells, on the current GPU."""
     import torch
 
-    from dijiang_export.bench_kernels_cuda import TORCH_DTYPES
-    from dijiang_export.bench_kernels_inputs import make_calls, make_layer
-    from dijiang_export.bench_kernels_peers import PEERS, PeerError
+    from dijiang_export.bench.kernels.gpu import TORCH_DTYPES
+    from dijiang_export.bench.kernels.inputs import make_calls, make_layer
+    from dijiang_export.bench.kernels.peers import PEERS, PeerError
 
     device = torch.device("cuda")
     contestant = PEERS[request["name"]]()

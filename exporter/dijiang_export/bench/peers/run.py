@@ -25,8 +25,8 @@ from torch import Tensor
 from dijiang_engines.bench.runner import Effort, Timing, until_done
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.machine import package_versions
-from dijiang_export.bench_memory import memory_rate
-from dijiang_export.bench_peers import WORDS, Plan, wrong
+from dijiang_export.bench.memory_rate import memory_rate
+from dijiang_export.bench.peers.settings import WORDS, Plan, wrong
 
 BLOCK = 16
 WARM_UP_BLOCKS = 2
@@ -115,11 +115,11 @@ def measure(name: str, plan: Plan, say: Callable[..., None]) -> None:
     say(begin="making the model")
     peer: Peer
     if model == "hf":
-        from dijiang_export.bench_peers_hf import HuggingFace
+        from dijiang_export.bench.peers.hf import HuggingFace
 
         peer = HuggingFace(plan, device, mode)
     else:
-        from dijiang_export.bench_peers_dijiang import Dijiang
+        from dijiang_export.bench.peers.dijiang import Dijiang
 
         peer = Dijiang(plan, device, mode)
     with torch.no_grad():

@@ -37,7 +37,7 @@ def measure_in_subprocess(
     arguments = json.dumps([str(checkpoint), threads, list(lengths), asdict(effort)])
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; "
-        f"from dijiang_export.bench_reference import main; main({arguments!r})"
+        f"from dijiang_export.bench.reference import main; main({arguments!r})"
     )
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     done = subprocess.run(

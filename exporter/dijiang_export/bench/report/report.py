@@ -20,9 +20,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dijiang_engines.errors import UsageError
-from dijiang_export.bench_bundle import KIND as RUN_KIND
-from dijiang_export.bench_peers import KIND as PEERS_KIND
-from dijiang_export.bench_records import MOST_RECORDS, PEERS, RUN, Record, RecordError, check, read_json, rows
+from dijiang_export.bench.bundle import KIND as RUN_KIND
+from dijiang_export.bench.peers.settings import KIND as PEERS_KIND
+from dijiang_export.bench.report.records import (
+    MOST_RECORDS,
+    PEERS,
+    RUN,
+    Record,
+    RecordError,
+    check,
+    read_json,
+    rows,
+)
 
 KIND = "bench-report"
 RULES = {RUN_KIND: RUN, PEERS_KIND: PEERS}

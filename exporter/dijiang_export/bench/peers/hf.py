@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dijiang_export.bench_peers import Plan
-from dijiang_export.bench_peers_run import (
+from dijiang_export.bench.peers.run import (
     BLOCK,
     DTYPES,
     Prepared,
@@ -26,6 +25,7 @@ from dijiang_export.bench_peers_run import (
     counting_skips,
     error_of,
 )
+from dijiang_export.bench.peers.settings import Plan
 
 ROOM = 64
 """Tokens that a static cache holds after the context: a block and some, aligned for the kernels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dijiang_export.bench_report import Phase, Point, Report
+from dijiang_export.bench.report.report import Phase, Point, Report
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType

@@ -8,7 +8,7 @@
     dijiang-graph     the same, compiled, with each whole call captured in one CUDA graph
 
 Weights are random: they change no time. Each peer runs in a process of its own with a limit on its time
-(`dijiang_export.bench_peers_run`), which reports every figure as soon as it has it: what fails or takes too
+(`dijiang_export.bench.peers.run`), which reports every figure as soon as it has it: what fails or takes too
 long is reported with its reason and costs nothing else. This module itself needs no PyTorch.
 """
 
@@ -33,7 +33,7 @@ from dijiang_engines.inspection import kv_cache_bytes, step_bytes
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.sizes import ITEM_BYTES, part_sizes
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.random_checkpoint import Shape
+from dijiang_export.bench.random_checkpoint import Shape
 
 KIND = "bench-peers"
 """What these documents call themselves; `bench report` reads them."""
@@ -205,7 +205,7 @@ def run_peer(plan: Plan, name: str, limit: float) -> PeerResult:
     arguments = json.dumps([name, plan.to_json()])
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; "
-        f"from dijiang_export.bench_peers_run import main; main({arguments!r})"
+        f"from dijiang_export.bench.peers.run import main; main({arguments!r})"
     )
     threads = str(plan.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}

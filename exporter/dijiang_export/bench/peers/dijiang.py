@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dijiang_export.bench_peers import Plan, neox_spec
-from dijiang_export.bench_peers_run import (
+from dijiang_export.bench.peers.run import (
     BLOCK,
     DTYPES,
     LeftOut,
@@ -19,6 +18,7 @@ from dijiang_export.bench_peers_run import (
     counting_skips,
     error_of,
 )
+from dijiang_export.bench.peers.settings import Plan, neox_spec
 from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import DEFAULT_CHUNK, Decay, Form, Geometry, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel

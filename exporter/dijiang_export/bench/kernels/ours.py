@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dijiang_engines.kernels.attention import Geometry, Kernels, load_kernels
 from dijiang_engines.plugin.cache import library_hash
-from dijiang_export.bench_kernels_inputs import Call, Layer, exact_op
-from dijiang_export.bench_kernels_peers import Prepared
-from dijiang_export.bench_kernels_plan import Cell
+from dijiang_export.bench.kernels.cells import Cell
+from dijiang_export.bench.kernels.inputs import Call, Layer, exact_op
+from dijiang_export.bench.kernels.peers import Prepared
 
 
 class Ours:

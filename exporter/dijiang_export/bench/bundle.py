@@ -31,7 +31,7 @@ from dijiang_engines.runners.base import HasSettings
 from dijiang_engines.sizes import part_sizes
 from dijiang_engines.validation.validate import validate
 from dijiang_engines.version import __version__
-from dijiang_export.bench_export import memory
+from dijiang_export.bench.export import memory
 
 KIND = "bench"
 """What these documents call themselves; `bench report` reads them."""
@@ -103,7 +103,7 @@ def measure_bundle(
     found = report.with_bandwidth(_better(before, _bandwidth(on_cpu, threads)))
     reference = None
     if checkpoint is not None:
-        from dijiang_export.bench_reference import measure_in_subprocess
+        from dijiang_export.bench.reference import measure_in_subprocess
 
         with progress("Measuring PyTorch", None, "items"):
             reference = measure_in_subprocess(checkpoint, threads=threads, lengths=chosen, effort=effort)

@@ -21,7 +21,7 @@ from typing import Any
 
 from dijiang_engines.errors import OutputError, RunnerError, UsageError
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.random_checkpoint import SHAPES, write_random_checkpoint
+from dijiang_export.bench.random_checkpoint import SHAPES, write_random_checkpoint
 
 SAMPLE_SECONDS = 0.02
 COPY_BLOCK = 16 << 20
@@ -32,7 +32,7 @@ _CHILD = """\
 import json, sys, time
 sys.path[:] = {path!r}
 import torch
-from dijiang_export.bench_export import memory, reset_peak
+from dijiang_export.bench.export import memory, reset_peak
 reset_peak()
 print(json.dumps({{"baseline": memory("self")}}), flush=True)
 start = time.perf_counter()

@@ -21,10 +21,10 @@ import torch
 from dijiang_engines.bench.bandwidth import measure_gpu_bandwidth
 from dijiang_engines.bench.runner import Timing
 from dijiang_engines.errors import DijiangError, RunnerError
-from dijiang_export.bench_kernels_inputs import Call, Layer, make_calls, make_layer, within
-from dijiang_export.bench_kernels_peers import Contestant, Prepared
-from dijiang_export.bench_kernels_plan import Cell, Dtype, Shape, buffer_sets, cell_bytes
-from dijiang_export.bench_memory import TorchCopy
+from dijiang_export.bench.kernels.cells import Cell, Dtype, Shape, buffer_sets, cell_bytes
+from dijiang_export.bench.kernels.inputs import Call, Layer, make_calls, make_layer, within
+from dijiang_export.bench.kernels.peers import Contestant, Prepared
+from dijiang_export.bench.memory_rate import TorchCopy
 
 WARM_UPS = 3
 LEAST_SAMPLES = 7

@@ -25,9 +25,9 @@ from typing import Any, Literal, Protocol
 from dijiang_engines.errors import UsageError
 from dijiang_engines.machine import package_versions
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.bench_bundle import about_run
-from dijiang_export.bench_kernels_plan import Cell, Dtype, Shape, derive
-from dijiang_export.bench_records import KERNELS, RecordError, check, read_json
+from dijiang_export.bench.bundle import about_run
+from dijiang_export.bench.kernels.cells import Cell, Dtype, Shape, derive
+from dijiang_export.bench.report.records import KERNELS, RecordError, check, read_json
 
 FORMAT = 1
 Buffers = Literal["single", "rotated"]
@@ -64,7 +64,7 @@ class Lab(Protocol):
 
 def open_lab(peers: Sequence[str], dtype: Dtype, *, library: Path | None, ours: bool) -> Lab:
     """This machine's GPU; see `bench_kernels_lab.CudaLab`."""
-    from dijiang_export.bench_kernels_lab import CudaLab
+    from dijiang_export.bench.kernels.lab import CudaLab
 
     return CudaLab(peers, dtype, library=library, ours=ours)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.atomic_file import check_output_file, output_file
-from dijiang_export.bench_report import Point, Report
+from dijiang_export.bench.report.report import Point, Report
 
 WIDTH, HEIGHT = 900, 520
 LEFT, RIGHT, TOP, BOTTOM = 70, 290, 48, 56

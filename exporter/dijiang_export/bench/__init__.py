@@ -1,0 +1,1 @@
+"""Benchmarks that may use PyTorch."""
