@@ -97,7 +97,7 @@ bindings: $(INSTALLED) ## fetch TensorRT's Python bindings and TensorRT for RTX 
 
 registry-test: $(INSTALLED) ## drive the plugin through the registries of TensorRT's lean runtimes (fetches 90 MB)
 	$(BIN)/python plugins/tests/fetch_lean.py build/tensorrt-lean
-	DIJIANG_TENSORRT_INCLUDE="$(TRT_INCLUDE)" $(BIN)/python -m pytest tests/test_tensorrt_registry.py $(ARGS)
+	DIJIANG_TENSORRT_INCLUDE="$(TRT_INCLUDE)" $(BIN)/python -m pytest tests/nvidia/test_tensorrt_registry.py $(ARGS)
 
 engine-test: $(INSTALLED) ## build and check TensorRT engines of the sample here (needs TensorRT and an NVIDIA GPU)
 	env -u MAKEFLAGS -u MAKELEVEL $(BIN)/python tests/gpu/engine_test.py \

@@ -2,7 +2,7 @@
 
 For each version: an environment of its own with the package's wheel, ONNX Runtime and pytest, in the versions
 of constraints.txt, and the tests with it. Without PyTorch most tests of the exporter skip, and say so
-(tests/without_export.py); so many others must pass that a mistake in that would show.
+(tests/support/without_export.py); so many others must pass that a mistake in that would show.
 Standard library and pip only.
 """
 

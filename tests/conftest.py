@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import plugin_builds
 import pytest
-from engine_folders import SMALL, Made, Open, build
-from fake_tensorrt import FakeMachine
-from numpy_runner import NumpyRunner
-from toy_bundle import ToyModel, make_bundle
-from without_export import (  # noqa: F401 - hooks
+from support.fakes.tensorrt import FakeMachine
+from support.makers import plugin_builds
+from support.makers.engine_folders import SMALL, Made, Open, build
+from support.makers.toy_bundle import ToyModel, make_bundle
+from support.oracles.numpy_runner import NumpyRunner
+from support.without_export import (  # noqa: F401 - hooks
     ABSENT,
     pytest_pycollect_makemodule,
     pytest_runtest_makereport,
@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
     def export(**options: object) -> tuple[Path, NumpyRunner]:
         key = repr(sorted(options.items()))
         if key not in made:
-            from checkpoints import write_checkpoint
+            from support.makers.checkpoints import write_checkpoint
 
             from dijiang_export.checkpoint.checkpoint import open_checkpoint
             from dijiang_export.export.to_onnx import export_bundle
@@ -130,7 +130,7 @@ def kernels_library() -> Path:
 @pytest.fixture(scope="session")
 def engine() -> Any:
     """The CUDA kernels (kernel_engine.CudaEngine); tests that use it skip where there are none."""
-    from kernel_engine import CudaEngine, find_library
+    from support.makers.kernel_engine import CudaEngine, find_library
 
     library, missing = find_library()
     assert library is not None, missing

@@ -36,7 +36,7 @@ struct Case {
     Array expected[2], bounds[2];  // float32, of output and present_state
 };
 
-// The format is described in tests/tensorrt_cases.py.
+// The format is described in tests/support/makers/tensorrt_cases.py.
 class Reader {
 public:
     explicit Reader(const char* path) : file_(path, std::ios::binary) {

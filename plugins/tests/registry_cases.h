@@ -3,7 +3,7 @@
 
 #include "registry_host.h"
 
-// On a GPU: runs every case of a file that tests/tensorrt_cases.py wrote: out of place, in place, in two contexts on
+// On a GPU: runs every case of a file that tests/support/makers/tensorrt_cases.py wrote: out of place, in place, in two contexts on
 // two streams at once, and from a captured CUDA graph, each with memory that was poisoned before.
 void run_cases(nvinfer1::IPluginCreatorV3One& creator, const char* path, test::Logger& logger);
 

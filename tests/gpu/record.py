@@ -4,7 +4,8 @@
         [--built FOLDER] [--pytest="-n 8"]
 
 The record has the machine, the versions, the commands, what passed, the largest errors in units of their
-bounds (tests/kernel_bounds.py), the drift and the whole models' errors. Exits with 1 if anything failed.
+bounds (tests/support/oracles/kernel_bounds.py), the drift and the whole models' errors. Exits with 1 if
+anything failed.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TESTS = (
-    "tests/test_linear_gpu.py",
-    "tests/test_kernels_gpu.py",
-    "tests/test_kernels_gpu_use.py",
-    "tests/test_sampling_gpu.py",
+    "tests/kernels/test_linear_gpu.py",
+    "tests/kernels/test_kernels_gpu.py",
+    "tests/kernels/test_kernels_gpu_use.py",
+    "tests/kernels/test_sampling_gpu.py",
 )
 
 

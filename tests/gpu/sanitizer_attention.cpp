@@ -1,7 +1,7 @@
 // Calls every family and size class of the attention kernels through the C ABI, for compute-sanitizer (sanitize.py).
 //
 // Output, new state and workspace are left as cudaMalloc gives them, so that initcheck sees a read of what nobody
-// wrote. What the numbers are is the business of tests/test_kernels_gpu.py; here they must be finite.
+// wrote. What the numbers are is the business of tests/kernels/test_kernels_gpu.py; here they must be finite.
 #include <cstring>
 #include <string>
 #include <vector>

@@ -1,6 +1,6 @@
 // Calls dijiang_linear in every way that it can be cut, alone and in chains, for compute-sanitizer (sanitize.py).
 //
-// What the numbers are is the business of tests/test_linear_gpu.py. Here outputs must be finite, and a chain of
+// What the numbers are is the business of tests/kernels/test_linear_gpu.py. Here outputs must be finite, and a chain of
 // calls that follow each other without waiting, on a stream and in a CUDA graph, must give the bits of the same
 // chain with a wait after each call: a kernel begins while the one before it still runs (programmatic dependent
 // launch), and reads what that one writes.

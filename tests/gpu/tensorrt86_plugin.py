@@ -2,9 +2,10 @@
 
 Built, saved, loaded and run.
 
-LIBRARY is libdijiang_tensorrt_8.so, CASES a file of tests/tensorrt_cases.py, of which NAMEs choose some. Each
-case becomes a graph of one node with dynamic batch and length. It goes through the real parser, builder, plan
-and runtime, and results are compared in place and out of place, in two execution contexts on two streams, and
+LIBRARY is libdijiang_tensorrt_8.so, CASES a file of tests/support/makers/tensorrt_cases.py, of which NAMEs
+choose some. Each case becomes a graph of one node with dynamic batch and length. It goes through the real
+parser, builder, plan and runtime, and results are compared in place and out of place, in two execution
+contexts on two streams, and
 from a CUDA graph. Needs a GPU, tensorrt 8.6, numpy and cuda-bindings; neither onnx nor PyTorch. Exits with 1
 on any failure.
 """
@@ -36,7 +37,7 @@ ATTRIBUTES = ("num_heads", "num_kv_heads", "head_dim", "rotary_dim")
 
 @dataclass
 class Recorded:
-    """One case of the file (tests/tensorrt_cases.py says what it holds)."""
+    """One case of the file (tests/support/makers/tensorrt_cases.py says what it holds)."""
 
     name: str
     attributes: tuple[int, ...]

@@ -1,7 +1,7 @@
 """plugins/include/dijiang/{kernels,sampling,linear}.h in ctypes: structs and functions.
 
-The headers say what everything means. tests/test_kernels_host.py compares sizes and offsets with what a C
-compiler makes of them.
+The headers say what everything means. tests/kernels/test_kernels_host.py compares sizes and offsets with
+what a C compiler makes of them.
 """
 
 from __future__ import annotations

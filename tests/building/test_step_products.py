@@ -1,0 +1,225 @@
+"""A step's products given to the plugin: the same function before and after, in float64.
+
+The networks of whole models are those that TensorRT for RTX really parsed, replayed on fake_network.py; the
+small ones are made by hand and show what no model of ours has. That a real TensorRT takes the layers is
+tests/nvidia/test_tensorrt_bindings.py's and the GPU's to show.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support.fakes.network import Network, Registry, Tensor, Trt, replay
+from support.makers.step_graphs import FAMILIES, PARALLEL, description, initializers, step_graph
+
+from dijiang_engines.building.step_products import rewrite
+from dijiang_engines.errors import RunnerError
+from dijiang_engines.spec import ModelSpec
+
+
+def step_network(family: str) -> Network:
+    """The step network of a random model, with its float16 weights."""
+    return replay(description(family), initializers(step_graph(FAMILIES[family])))
+
+
+def call(spec: ModelSpec, rows: int = 3) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    given: dict[str, Any] = {
+        "input_ids": rng.integers(0, spec.vocab_size, (rows, 1)),
+        "positions": rng.integers(0, 9, rows),
+        "seq_lens": np.ones(rows, np.int64),
+    }
+    for layer in range(spec.num_layers):
+        given[f"past_key_values.{layer}.recurrent_state"] = rng.standard_normal((rows, *spec.state_shape))
+    return given
+
+
+def same(before: list[Any], after: list[Any], bound: float = 1e-9) -> None:
+    for one, other in zip(before, after, strict=True):
+        assert np.abs(one - other).max() <= bound * np.abs(one).max()
+
+
+def plugins(network: Network) -> list[Any]:
+    return [layer for layer in network.layers if layer.kind == "PLUGIN_V2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rewritten_network_computes_the_same(family: str) -> None:
+    spec = FAMILIES[family]
+    network, given = step_network(family), call(spec)
+    before = network.evaluate(given)
+    done = rewrite(Trt(), network, "float16")
+    # The graph's GELU has constants rounded to float16, the plugin's has not.
+    same(before, network.evaluate(given), 5e-5 if spec.activation == "gelu" else 1e-9)
+    # qkv and gate, the MLP's first product and, with parallel residual, all three in one; the last products.
+    launches = 2 if spec.parallel_residual else 4
+    head = int(not spec.tied_embeddings)  # a tied head multiplies by the transposed table
+    assert done.launches == launches * spec.num_layers + head == len(plugins(network))
+    assert done.products == (6 if spec.gated_mlp else 5) * spec.num_layers + head
+    assert done.left == 1 - head
+    assert [layer.kind for layer in needed_layers(network)].count("MATRIX_MULTIPLY") == done.left
+
+
+def needed_layers(network: Network) -> list[Any]:
+    makers = {tensor.name: layer for layer in network.layers for tensor in layer.outputs}
+    found: list[Any] = []
+    waiting = list(network.outputs)
+    while waiting:
+        layer = makers.get(waiting.pop().name)
+        if layer is not None and not any(layer is other for other in found):
+            found.append(layer)
+            waiting += [tensor for tensor in layer.inputs if tensor is not None]
+    return found
+
+
+def test_what_is_fused() -> None:
+    network = step_network("parallel")
+    rewrite(Trt(), network, "float16")
+    first, second, *_, head = (layer.own["linear"] for layer in plugins(network))
+    assert first["term_output"].tolist() == [0, 1, 2] and first["output_norm"].tolist() == [1, 1, 1]
+    assert first["output_activation"].tolist() == [0, 0, 2] and first["dtype"].tolist() == [1]
+    assert np.allclose(first["output_epsilon"], PARALLEL.norm_epsilon)
+    assert second["term_output"].tolist() == [0, 0] and second["output_residual"].tolist() == [1]
+    assert second["output_norm"].tolist() == [0]
+    assert head["output_norm"].tolist() == [1] and head["output_residual"].tolist() == [0]
+    llama = step_network("llama")
+    rewrite(Trt(), llama, "float16")
+    assert [5] in [layer.own["linear"]["output_activation"].tolist() for layer in plugins(llama)]
+
+
+def test_weights_keep_their_bits() -> None:
+    network = step_network("parallel")
+    weight = next(layer for layer in network.layers if "qkv.weight" in layer.outputs[0].name).own["weights"]
+    rewrite(Trt(), network, "float16")
+    packed = plugins(network)[0].inputs[1]
+    constant = next(layer for layer in network.layers if packed in layer.outputs).own["weights"]
+    assert constant.dtype == np.int32 and np.array_equal(constant.view(np.uint16), weight.T.view(np.uint16))
+
+
+# -- small networks ------------------------------------------------------------------------------------
+
+
+class Small:
+    """x -> products, built by hand."""
+
+    def __init__(self, inner: int = 64) -> None:
+        self.network = Network()
+        self.rng = np.random.default_rng(0)
+        self.x = Tensor("x", (-1, 1, inner))
+        self.given = {"x": self.rng.standard_normal((2, 1, inner))}
+
+    def product(self, x: Tensor, width: int, kind: Any = np.float16) -> Tensor:
+        weight = (self.rng.standard_normal((x.shape[-1], width)) / 8).astype(kind)
+        constant = self.network.shuffled(self.network.constant(weight), (1, *weight.shape))
+        return self.network.add("MATRIX_MULTIPLY", [x, constant], [(-1, 1, width)], [""]).outputs[0]
+
+    def pointwise(self, op: str, *tensors: Tensor) -> Tensor:
+        kind = "ELEMENTWISE" if len(tensors) == 2 else "ACTIVATION"
+        return self.network.add(kind, list(tensors), [tensors[0].shape], [""], op=op).outputs[0]
+
+    def scalar(self, number: float) -> Tensor:
+        return self.network.shuffled(self.network.constant(np.array(number, np.float16)), (1, 1, 1))
+
+    def check(self, *outputs: Tensor) -> Any:
+        """Rewritten, with the same outputs as before."""
+        # An output of the network is a cast in real graphs.
+        self.network.outputs = [
+            self.network.add("CAST", [t], [t.shape], [""], function=lambda x: [x]).outputs[0] for t in outputs
+        ]
+        before = self.network.evaluate(self.given)
+        done = rewrite(Trt(), self.network, "float16")
+        same(before, self.network.evaluate(self.given))
+        return done
+
+
+def test_sizes_that_the_kernels_do_not_have_stay_tensorrts() -> None:
+    small = Small(40)
+    done = small.check(small.product(small.x, 8))
+    assert (done.products, done.left) == (0, 1)
+
+
+def test_weights_that_are_no_float16_stay_tensorrts() -> None:
+    small = Small()
+    done = small.check(small.product(small.x, 8, np.float64), small.product(small.x, 8, np.float32))
+    assert (done.products, done.left) == (0, 2)
+    wide = Small()  # what TensorRT's parser widened is float16 all the same
+    weight = wide.rng.standard_normal((64, 8)).astype(np.float16).astype(np.float32)
+    constant = wide.network.shuffled(wide.network.constant(weight), (1, 64, 8))
+    result = wide.network.add("MATRIX_MULTIPLY", [wide.x, constant], [(-1, 1, 8)], [""]).outputs[0]
+    assert wide.check(result).products == 1
+
+
+def test_a_product_that_is_read_twice_keeps_its_value() -> None:
+    small = Small()
+    product = small.product(small.x, 64)
+    done = small.check(small.pointwise("RELU", product), small.pointwise("SUM", product, small.x))
+    assert done.products == 1
+    fields = plugins(small.network)[0].own["linear"]
+    assert fields["output_activation"].tolist() == [0] and fields["output_residual"].tolist() == [0]
+
+
+def test_an_unknown_activation_stays_tensorrts() -> None:
+    small = Small()
+    done = small.check(small.pointwise("TANH", small.product(small.x, 16)))
+    assert done.products == 1
+    assert plugins(small.network)[0].own["linear"]["output_activation"].tolist() == [0]
+    near = Small()  # twice what SiLU is
+    product = near.product(near.x, 16)
+    half = near.pointwise("PROD", product, near.pointwise("SIGMOID", product))
+    near.check(near.pointwise("PROD", half, near.scalar(2.0)))
+    assert plugins(near.network)[0].own["linear"]["output_activation"].tolist() == [0]
+
+
+def test_a_residual_that_is_broadcast_stays_tensorrts() -> None:
+    small = Small()
+    row = small.network.add("GATHER", [small.x], [(-1, 1, 1)], [""], function=lambda x: [x[..., :1]]).outputs[
+        0
+    ]
+    small.check(small.pointwise("SUM", small.product(small.x, 64), row))
+    assert plugins(small.network)[0].own["linear"]["output_residual"].tolist() == [0]
+
+
+def test_three_products_in_one_sum() -> None:
+    small = Small()
+    a, b, c = (small.product(small.x, 64) for _ in range(3))
+    small.check(small.pointwise("SUM", small.pointwise("SUM", a, b), c))
+
+
+def test_a_layer_that_is_listed_before_what_it_reads() -> None:
+    """As TensorRT's parser does: the launches still follow each other, and none reads what was replaced."""
+    small = Small()
+    middle = small.pointwise("TANH", small.x)
+    small.check(small.product(small.product(middle, 64), 8))
+    again = Small()
+    middle = again.pointwise("TANH", again.x)
+    result = again.product(again.product(middle, 64), 8)
+    again.network.layers.append(again.network.layers.pop(0))
+    again.check(result)
+    for network in (small.network, again.network):
+        assert "MATRIX_MULTIPLY" not in [layer.kind for layer in needed_layers(network)]
+
+
+def test_an_output_of_the_network_keeps_its_name() -> None:
+    small = Small()
+    product = small.product(small.x, 8)
+    small.network.outputs = [product]
+    before = small.network.evaluate(small.given)
+    done = rewrite(Trt(), small.network, "float16")
+    assert (done.products, done.left) == (0, 1)
+    same(before, small.network.evaluate(small.given))
+
+
+def test_more_outputs_than_a_launch_takes() -> None:
+    small = Small()
+    done = small.check(*(small.product(small.x, 8 * n) for n in range(1, 8)))
+    assert (done.products, done.launches) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("registry", "what"), [(Registry(found=False), "not registered"), (Registry(accepts=False), "refuses")]
+)
+def test_a_plugin_that_is_missing_or_refuses(registry: Registry, what: str) -> None:
+    with pytest.raises(RunnerError, match=what):
+        rewrite(Trt(registry), step_network("parallel"), "float16")

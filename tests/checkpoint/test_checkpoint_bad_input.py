@@ -1,0 +1,578 @@
+"""Bad checkpoints: each gives one clear CheckpointError, and nothing in them is ever run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.makers.checkpoints import load_tensors, save_tensors, write_checkpoint, write_tokenizer
+
+from dijiang_engines.errors import CheckpointError
+from dijiang_export.checkpoint.bin_file import read_bin_table
+from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from dijiang_export.checkpoint.stored import WeightFile
+
+
+def fails(folder: Path, match: str, **options: Any) -> str:
+    """Open `folder`, read everything, expect CheckpointError; returns the whole message."""
+    with pytest.raises(CheckpointError, match=match) as caught:
+        read_all(folder, **options)
+    message = str(caught.value)
+    assert "Traceback" not in message
+    assert len(message.splitlines()) <= 5
+    return message
+
+
+def read_all(folder: Path, **options: Any) -> None:
+    with open_checkpoint(folder, **options) as checkpoint:
+        for name in checkpoint.names():
+            for _ in checkpoint.row_blocks(name):
+                pass
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    stored = load_tensors(folder)
+    edit(stored)
+    save_tensors(folder, {k: v.contiguous() for k, v in stored.items()})
+    return folder
+
+
+def delete(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda stored: stored.__delitem__(name)
+
+
+def put(name: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda stored: stored.__setitem__(name, value)
+
+
+AT = "gpt_neox.layers.0.attention"
+
+
+# The folder and config.json
+
+
+def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails(tmp_path / "absent", "is not a folder")
+    (tmp_path / "file").write_text("x")
+    fails(tmp_path / "file", "is not a folder")
+    monkeypatch.chdir(tmp_path)
+    assert "hf download EleutherAI/pythia-160m" in fails(Path("EleutherAI/pythia-160m"), "is not a folder")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    fails(tmp_path, r"has no config\.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b"null", b"[" * 100_000])
+def test_corrupt_config(content: bytes, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    (folder / "config.json").write_bytes(content)
+    fails(folder, r"config\.json is not")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+        {"model_type": None, "architectures": None},
+        {"architectures": ["GPTNeoXForSequenceClassification"]},
+        {"model_type": ["gpt_neox"]},
+        {"architectures": "LlamaForCausalLM"},
+    ],
+)
+def test_unknown_architecture(overrides: dict[str, Any], tmp_path: Path) -> None:
+    message = fails(write_checkpoint(tmp_path / "m", config_overrides=overrides), "not supported")
+    for supported in ("GPTNeoXForCausalLM", "LlamaForCausalLM", "OPTForCausalLM"):
+        assert supported in message
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "match"),
+    [
+        ("gpt_neox", {"hidden_size": None}, "lacks hidden_size"),
+        ("gpt_neox", {"hidden_size": "64"}, "bad value for hidden_size"),
+        ("gpt_neox", {"num_hidden_layers": 0}, "bad value for num_hidden_layers"),
+        ("gpt_neox", {"num_hidden_layers": True}, "bad value for num_hidden_layers"),
+        ("gpt_neox", {"num_hidden_layers": 2**30}, "lacks most of the layers"),
+        ("gpt_neox", {"vocab_size": 2.5}, "bad value for vocab_size"),
+        ("gpt_neox", {"num_attention_heads": 3}, "not divisible"),
+        ("gpt_neox", {"num_attention_heads": 8}, "heads of this size"),
+        ("gpt_neox", {"num_attention_heads": 64}, "heads of this size"),
+        ("gpt_neox", {"hidden_size": 68}, "heads of this size"),
+        ("gpt_neox", {"hidden_size": 2048}, "heads of this size"),
+        ("gpt_neox", {"rotary_pct": 0.2}, "odd number of dimensions"),
+        ("gpt_neox", {"rotary_pct": 1.5}, "bad value for rotary_pct"),
+        ("gpt_neox", {"rotary_emb_base": -1}, "bad value for rotary_emb_base"),
+        ("gpt_neox", {"rotary_emb_base": float("nan")}, "bad value for rotary_emb_base"),
+        ("gpt_neox", {"layer_norm_eps": 0}, "bad value for layer_norm_eps"),
+        ("gpt_neox", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
+        ("gpt_neox", {"use_parallel_residual": "yes"}, "bad value for use_parallel_residual"),
+        ("gpt_neox", {"eos_token_id": 256}, "eos_token_id is not a token"),
+        ("gpt_neox", {"bos_token_id": -1}, "bos_token_id is not a token"),
+        ("gpt_neox", {"quantization_config": {"bits": 4}}, "quantised"),
+        ("gpt_neox", {"rope_parameters": [1]}, "bad rope_parameters"),
+        ("llama", {"num_key_value_heads": 3}, "does not divide"),
+        ("llama", {"head_dim": 15}, "heads of this size"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "not supported"),
+    ],
+)
+def test_bad_config_values(family: Any, overrides: dict[str, Any], match: str, tmp_path: Path) -> None:
+    fails(write_checkpoint(tmp_path / "m", family, config_overrides=overrides), match)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "su", "mrope", 5])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_unsupported_rope_scaling(kind: Any, key: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", rope_scaling={key: kind, "factor": 2.0})
+    assert repr(kind) in fails(folder, "rope_scaling of type .* is not supported")
+    folder = write_checkpoint(tmp_path / "n", "llama", config_overrides={"rope_parameters": {key: kind}})
+    fails(folder, "rope_parameters of type .* is not supported")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear"},
+        {"type": "linear", "factor": 0},
+        {"type": "linear", "factor": "2"},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+         "original_max_position_embeddings": 8192},
+        "linear",
+    ],
+)  # fmt: skip
+def test_incomplete_rope_scaling(scaling: Any, tmp_path: Path) -> None:
+    fails(write_checkpoint(tmp_path / "m", "llama", rope_scaling=scaling), "rope_scaling")
+
+
+def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", vocab=300, tokenizer=True)
+    read_all(folder)  # fewer tokens than vocab_size are normal
+    write_tokenizer(folder, 300, extra_tokens=44)
+    assert "id 300" in fails(folder, "tokenizer does not fit the model")
+    (folder / "tokenizer.json").write_text("{}")
+    fails(folder, "is not a tokenizer")
+
+
+# Which tensors there are
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "opt"])
+def test_vanilla_checkpoint(family: Any, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "pythia 160m", family, decay="none", leftovers=True)
+    message = fails(folder, f"is a vanilla {family} checkpoint")
+    assert f"dijiang-export convert '{folder}' 'pythia 160m-dijiang'" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{AT}.D1", f"{AT}.W_G", f"{AT}.query_key_value.bias", "embed_out.weight", "gpt_neox.embed_in.weight"],
+)
+def test_missing_tensor(name: str, tmp_path: Path) -> None:
+    assert name in fails(change(write_checkpoint(tmp_path / "m"), delete(name)), "lacks 1 tensor")
+
+
+def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", config_overrides={"num_hidden_layers": 3})
+    assert "and 13 more" in fails(folder, "lacks 18 tensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(f"{AT}.D1", (1, 4, 100, 1)), (f"{AT}.D2", (4, 128)), (f"{AT}.W_G", (64, 63)),
+     (f"{AT}.proj_matrix", (16,)), ("gpt_neox.embed_in.weight", (255, 64)), (f"{AT}.group_norm.weight", ())],
+)  # fmt: skip
+def test_misshapen_tensor(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    message = fails(change(write_checkpoint(tmp_path / "m"), put(name, torch.ones(shape))), "wrong shape")
+    assert name in message
+    assert str(list(shape)) in message
+
+
+def test_extra_tensor(tmp_path: Path) -> None:
+    folder = change(write_checkpoint(tmp_path / "m"), put("gpt_neox.layers.0.lora.A", torch.ones(2)))
+    assert "gpt_neox.layers.0.lora.A" in fails(folder, "1 tensor that such a model does not have")
+    folder = write_checkpoint(tmp_path / "n", config_overrides={"num_hidden_layers": 1})
+    fails(folder, "that such a model does not have")
+
+
+def test_an_official_buffer_elsewhere_is_still_an_extra(tmp_path: Path) -> None:
+    folder = change(write_checkpoint(tmp_path / "m"), put("gpt_neox.attention.bias", torch.ones(2)))
+    fails(folder, "does not have")
+
+
+def test_integer_weights(tmp_path: Path) -> None:
+    folder = change(
+        write_checkpoint(tmp_path / "m"), put(f"{AT}.W_G", torch.ones((64, 64), dtype=torch.int8))
+    )
+    assert "int8" in fails(folder, "not stored as floating point")
+
+
+def test_tied_embeddings_that_differ(tmp_path: Path) -> None:
+    folder = change(write_checkpoint(tmp_path / "m", "opt"), put("lm_head.weight", torch.ones(256, 64)))
+    assert "tie_word_embeddings" in fails(folder, "although config.json ties them")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name", [f"{AT}.query_key_value.weight", f"{AT}.W_G", "gpt_neox.final_layer_norm.bias"]
+)
+def test_weights_that_are_not_numbers(name: str, value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", layers=1, dtype=str(dtype).removeprefix("torch."))
+    bad = load_tensors(folder)[name]
+    bad.view(-1)[-1] = value
+    change(folder, put(name, bad))
+    assert name in fails(folder, "not numbers")
+    with open_checkpoint(folder) as checkpoint:  # found where it is read, not before
+        checkpoint.tensor("embed_tokens.weight")
+
+
+def test_extreme_finite_weights_are_fine(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        info = torch.finfo(dtype)
+        folder = write_checkpoint(tmp_path / str(dtype), layers=1, dtype=str(dtype).removeprefix("torch."))
+        values = torch.tensor([info.max, info.min, info.smallest_normal, -0.0] * 16, dtype=dtype)
+        change(folder, put("gpt_neox.final_layer_norm.bias", values))
+        read_all(folder)
+
+
+def test_nan_in_decay_tables(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    for name in (f"{AT}.D1", f"{AT}.D2"):
+        bad = load_tensors(folder)[name]
+        bad[0, 1, 7] = float("nan")
+        assert "row 7 of 128" in fails(change(folder, put(name, bad)), "layer 0: the decay tables")
+
+
+def test_max_positions(tmp_path: Path) -> None:
+    trained = write_checkpoint(tmp_path / "m", decay="trained")
+    fails(trained, "--max-positions does not fit", max_positions=129)
+    fails(trained, "--max-positions does not fit", max_positions=0)
+    fails(write_checkpoint(tmp_path / "g"), "this checkpoint has none", max_positions=64)
+
+
+def test_unknown_parameter_names(tmp_path: Path) -> None:
+    checkpoint: Checkpoint
+    with open_checkpoint(write_checkpoint(tmp_path / "m")) as checkpoint:
+        for name in (
+            "layers.2.attention.log_decay",
+            "layers.0.attention.gain",
+            "layers.9.mlp.up.weight",
+            "x",
+        ):
+            with pytest.raises(CheckpointError, match="has no parameter"):
+                checkpoint.tensor(name)
+
+
+# Files
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "flax_model.bin")
+    assert "flax_model.bin" in fails(folder, "holds no weights")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, 3000, -1])
+def test_truncated_safetensors(keep: int, tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path / "m") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    fails(file.parent, "is truncated")
+
+
+def test_safetensors_truncated_while_open(tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path / "m") / "model.safetensors"
+    with open_checkpoint(file.parent) as checkpoint:
+        os.truncate(file, 10_000)
+        with pytest.raises(CheckpointError, match="is truncated"):
+            checkpoint.load_state_dict()
+
+
+def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(begin: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors({}, length=2**63),
+        safetensors({}, length=200_000_000),
+        safetensors(b"{"),
+        safetensors(b"[]"),
+        safetensors(b"\xff\xff"),
+        safetensors(b"[" * 100_000),
+        safetensors(b'{"a": ' + b"9" * 5000 + b"}"),
+        safetensors({"a": 5}),
+        safetensors({"a": {"dtype": "F32", "shape": [1]}}),
+        safetensors({"a": entry(0, 4, [1], "F99")}, bytes(4)),
+        safetensors({"a": entry(0, 4, [2])}, bytes(4)),
+        safetensors({"a": entry(0, 4, [-1, -1])}, bytes(4)),
+        safetensors({"a": entry(0, 4, [True])}, bytes(4)),
+        safetensors({"a": entry(0, 4, [1.0])}, bytes(4)),
+        safetensors({"a": entry(4, 0, [1])}, bytes(4)),
+        safetensors({"a": entry(0, 4, [2**62, 2**62, 4])}, bytes(4)),
+        safetensors({"a": entry(0, 4, [1]), "b": entry(2, 6, [1])}, bytes(6)),  # overlap
+        safetensors({"a": entry(0, 4, [1]), "b": entry(6, 10, [1])}, bytes(10)),  # hole
+        safetensors({"a": entry(2, 6, [1])}, bytes(6)),
+        safetensors({"a": entry(0, 4, [1])}, bytes(5)),  # something after the end
+        safetensors(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+            bytes(8),
+        ),
+    ],
+)
+def test_hostile_safetensors(content: bytes, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(content)
+    fails(folder, "not a valid safetensors file|is truncated")
+
+
+def shard_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    file = folder / "model.safetensors.index.json"
+    content = json.loads(file.read_text())
+    edit(content["weight_map"])
+    file.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/etc/outside.safetensors", "sub/outside.safetensors", "", "..",
+     "a\0.safetensors", "..\\outside.safetensors", "{absolute}", "link.safetensors"],
+)  # fmt: skip
+def test_shard_outside_the_folder(name: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", format="sharded-safetensors")
+    outside = tmp_path / "outside.safetensors"
+    (folder / "model-00001-of-00003.safetensors").rename(outside)
+    (folder / "link.safetensors").symlink_to(outside)
+    name = name.replace("{absolute}", str(outside))
+
+    def edit(weight_map: dict[str, Any]) -> None:
+        for key, value in weight_map.items():
+            if value == "model-00001-of-00003.safetensors":
+                weight_map[key] = name
+
+    fails(shard_index(folder, edit), "outside the checkpoint's folder")
+
+
+def test_bad_shard_index(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", format="sharded-safetensors")
+    index = folder / "model.safetensors.index.json"
+    good = index.read_text()
+    key = next(iter(json.loads(good)["weight_map"]))
+    fails(shard_index(folder, lambda m: m.__setitem__(key, 5)), "bad entry")
+    index.write_text(good)
+    fails(shard_index(folder, lambda m: m.__setitem__(key, "config.json")), "unknown kind")
+    index.write_text(good)
+    fails(
+        shard_index(folder, lambda m: m.__setitem__(key, "model-00002-of-00003.safetensors")),
+        "does not hold it",
+    )
+    index.write_text("{}")
+    fails(folder, "has no weight_map")
+    index.write_text(good[:50])
+    fails(folder, "not valid JSON")
+    index.write_text(good)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    fails(folder, "is missing")
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", format="sharded-safetensors")
+    (folder / "model-00001-of-00003.safetensors").write_bytes(
+        (folder / "model-00002-of-00003.safetensors").read_bytes()
+    )
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    second = {k: v for k, v in content["weight_map"].items() if v.startswith("model-00002")}
+    first = dict(list(second.items())[:1])
+    content["weight_map"] = {k: v for k, v in second.items() if k not in first}
+    content["weight_map"] |= dict.fromkeys(first, "model-00001-of-00003.safetensors")
+    index.write_text(json.dumps(content))
+    fails(folder, "is stored twice")
+
+
+# .bin
+
+
+class Runs:
+    """Pickles as a call that would make a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch '{self.marker}'",))
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy", "pickle", "zip among tensors"])
+def test_pickles_are_never_run(container: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", format="bin")
+    marker = tmp_path / "it ran"
+    file = folder / "pytorch_model.bin"
+    if container == "pickle":
+        file.write_bytes(pickle.dumps({"a": Runs(marker)}))
+    elif container == "zip among tensors":
+        stored = load_tensors(folder)
+        torch.save(stored | {"gpt_neox.embed_in.weight": Runs(marker)}, file)
+    else:
+        torch.save(Runs(marker), file, _use_new_zipfile_serialization=container == "zip")
+    message = fails(folder, "other than weights, which was not run")
+    assert not marker.exists()
+    assert "system" in message or container == "pickle"
+    assert "weights_only" not in message
+
+
+def test_truncated_bin(tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path / "m", format="bin") / "pytorch_model.bin"
+    whole = file.read_bytes()
+    for keep in (0, 3, 100, len(whole) // 2, len(whole) - 30):
+        file.write_bytes(whole[:keep])
+        fails(file.parent, "corrupt or truncated|other than weights")
+    file.write_bytes(b"PK\x03\x04" + bytes(1000))
+    fails(file.parent, "corrupt or truncated")
+
+
+def test_html_in_place_of_bin(tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path / "m", format="bin") / "pytorch_model.bin"
+    file.write_text("<html>not found</html>")
+    fails(file.parent, "corrupt or truncated|other than weights")
+
+
+def test_bin_with_other_things(tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path / "m", format="bin") / "pytorch_model.bin"
+    stored = load_tensors(file.parent)
+    torch.save([1, 2], file)
+    fails(file.parent, "does not hold named tensors")
+    torch.save(stored | {"epoch": 3}, file)
+    assert "'epoch'" in fails(file.parent, "does not hold just named tensors")
+    torch.save(stored | {"gpt_neox.embed_in.weight": torch.eye(4).to_sparse()}, file)
+    fails(file.parent, "sparse|other than weights")
+
+
+def repack(file: Path, edit: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(file) as archive:
+        content = {name: edit(name, archive.read(name)) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
+def test_compressed_and_foreign_archives(tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path / "m", format="bin") / "pytorch_model.bin"
+    good = file.read_bytes()
+    repack(file, lambda name, data: data, zipfile.ZIP_DEFLATED)
+    fails(file.parent, "is compressed")
+    file.write_bytes(good)
+    repack(file, lambda name, data: b"big" if name.endswith("byteorder") else data)
+    fails(file.parent, "not little-endian")
+    file.write_bytes(good)
+    repack(file, lambda name, data: data[:-4] if name.endswith("data/0") else data)
+    fails(file.parent, "corrupt or truncated")
+
+
+def test_storage_smaller_than_its_tensor(tmp_path: Path) -> None:
+    """A pickle may claim any shape for a storage; reading beyond the file must be refused."""
+    file = tmp_path / "x.bin"
+    torch.save({"a": torch.zeros(10)}, file)
+    data = file.read_bytes()
+    # numel 10 in the storage's persistent id and 10 in the shape: both are one-byte integers, K\n
+    assert data.count(b"K\n") == 2
+    file.write_bytes(data.replace(b"K\n", b"K\xff"))
+    opened = WeightFile(file)
+    with pytest.raises(CheckpointError, match="corrupt or truncated") as caught:
+        read_bin_table(opened)
+    opened.close()
+    assert "a would end at byte" in str(caught.value)
+
+
+def test_legacy_bin_is_read(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", format="bin")
+    stored = load_tensors(folder)
+    file = folder / "pytorch_model.bin"
+    torch.save(stored, file, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(file)
+    with open_checkpoint(folder) as checkpoint:
+        assert torch.equal(checkpoint.tensor("embed_tokens.weight"), stored["gpt_neox.embed_in.weight"])
+        gate = checkpoint.tensor("layers.0.attention.gate.weight")
+        assert torch.equal(gate, stored["gpt_neox.layers.0.attention.W_G"].T)
+    whole = file.read_bytes()
+    for keep in (20, 200, 5000, len(whole) - 1):
+        file.write_bytes(whole[:keep])
+        fails(folder, "truncated")
+
+
+def test_bin_with_views_and_parameters(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", format="bin", layers=1)
+    plain = load_tensors(folder)
+    odd = dict(plain)
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+    odd[name] = plain[name].T.contiguous().T  # Fortran order
+    big = torch.zeros(300, 64)
+    big[20:276] = plain["embed_out.weight"]
+    odd["embed_out.weight"] = big[20:276]  # a view into a larger storage
+    odd[f"{AT}.W_G"] = torch.nn.Parameter(plain[f"{AT}.W_G"])
+    torch.save(odd, folder / "pytorch_model.bin")
+    with open_checkpoint(folder) as checkpoint:
+        assert torch.equal(checkpoint.tensor("layers.0.mlp.up.weight"), plain[name])
+        assert torch.equal(checkpoint.rows("layers.0.mlp.up.weight", 5, 9), plain[name][5:9])
+        assert torch.equal(checkpoint.tensor("lm_head.weight"), plain["embed_out.weight"])
+        assert torch.equal(checkpoint.tensor("layers.0.attention.gate.weight"), plain[f"{AT}.W_G"].T)
+
+
+def test_auto_map_is_not_followed(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    marker = tmp_path / "it ran"
+    (folder / "modeling_gpt_neox_dijiang.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    read_all(folder)
+    assert not marker.exists()
+    assert "modeling_gpt_neox_dijiang" not in sys.modules
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_flipped_bytes_never_cause_anything_but_a_clear_error(format: Any, tmp_path: Path) -> None:
+    folder = write_checkpoint(
+        tmp_path / "m",
+        format=format,
+        layers=1,
+        max_positions=16,
+        vocab=20,
+        hidden=32,
+        heads=2,
+        intermediate=16,
+    )
+    file = folder / ("model.safetensors" if format == "safetensors" else "pytorch_model.bin")
+    good = file.read_bytes()
+    rng = random.Random(0)
+    described = 3000  # bytes at either end that describe the data
+    refused = 0
+    for _ in range(150):
+        bad = bytearray(good)
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            at = rng.randrange(described)
+            bad[at if format == "safetensors" or rng.random() < 0.5 else -at] = rng.randrange(256)
+        file.write_bytes(bad)
+        try:
+            read_all(folder)
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
