@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import hypothesis
 import pytest
 from support.fakes.tensorrt import FakeMachine
 from support.makers import plugin_builds
-from support.makers.engine_folders import SMALL, Made, Open, build
+from support.makers.checkpoints import RandomCheckpoint, neox
+from support.makers.engine_folders import SMALL, Exported, Made, Open, build
 from support.makers.toy_bundle import ToyModel, make_bundle
 from support.oracles.numpy_runner import NumpyRunner
 from support.without_export import (  # noqa: F401 - hooks
@@ -39,23 +40,21 @@ def toy(tmp_path: Path) -> tuple[Path, ToyModel]:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, NumpyRunner]]:
-    """export(**options of write_checkpoint) -> (bundle, oracle): really exported, once per set of options."""
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """export(checkpoint, **options of export_bundle) -> (bundle, oracle): really exported, once each."""
     made: dict[str, tuple[Path, NumpyRunner]] = {}
 
-    def export(**options: object) -> tuple[Path, NumpyRunner]:
-        key = repr(sorted(options.items()))
+    def export(model: RandomCheckpoint | None = None, **options: Any) -> tuple[Path, NumpyRunner]:
+        model, options = model or neox(), {"dtype": "float32"} | options
+        key = repr((model, sorted(options.items())))
         if key not in made:
-            from support.makers.checkpoints import write_checkpoint
-
             from dijiang_export.checkpoint.checkpoint import open_checkpoint
             from dijiang_export.export.to_onnx import export_bundle
 
             folder = tmp_path_factory.mktemp("exported")
-            export_options = {k: options.pop(k) for k in ("dtype", "logits", "extend_decay") if k in options}
-            source = write_checkpoint(folder / "checkpoint", **options)  # type: ignore[arg-type]
-            export_bundle(source, folder / "bundle", **export_options)  # type: ignore[arg-type]
-            with open_checkpoint(source, extend_decay=bool(export_options.get("extend_decay"))) as checkpoint:
+            source = model.save(folder / "checkpoint")
+            export_bundle(source, folder / "bundle", **options)
+            with open_checkpoint(source, extend_decay=options.get("extend_decay", False)) as checkpoint:
                 weights = {k: v.numpy() for k, v in checkpoint.load_state_dict().items()}
                 made[key] = folder / "bundle", NumpyRunner(checkpoint.spec, weights)
         return made[key]
@@ -88,14 +87,19 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, exported: Callable[..., tuple[Path, NumpyRunner]]) -> Made:
-    """made(version, recipe changes..., export=options) -> (engine, oracle, machine): built once each."""
+def made(tmp_path_factory: pytest.TempPathFactory, exported: Exported) -> Made:
+    """made(version, recipe changes..., model=, export=) -> (engine, oracle, machine): built once each."""
     engines: dict[str, tuple[Path, NumpyRunner, FakeMachine]] = {}
 
-    def make(version: str, export: dict[str, Any], **recipe: Any) -> tuple[Path, NumpyRunner, FakeMachine]:
-        key = repr((version, sorted(export.items()), sorted(recipe.items())))
+    def make(
+        version: str,
+        model: RandomCheckpoint | None = None,
+        export: dict[str, Any] | None = None,
+        **recipe: Any,
+    ) -> tuple[Path, NumpyRunner, FakeMachine]:
+        key = repr((version, model, export, sorted(recipe.items())))
         if key not in engines:
-            bundle, oracle = exported(**export)
+            bundle, oracle = exported(model, **(export or {}))
             folder = tmp_path_factory.mktemp("engine")
             machine = FakeMachine(folder, tensorrt=version)
             build(machine, bundle, folder / "e", recipe=recipe, validate=False)
@@ -107,12 +111,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, exported: Callable[..., tuple
 
 @pytest.fixture
 def opened(made: Made, monkeypatch: pytest.MonkeyPatch) -> Open:
-    """opened(version, **options): a runner in this process, and the oracle."""
+    """opened(version, options of `made`...): a runner in this process, and the oracle."""
 
     def load(
-        version: str = "8.6.0", cuda_graph: bool = True, export: dict[str, Any] | None = None, **recipe: Any
+        version: str = "8.6.0", cuda_graph: bool = True, **options: Any
     ) -> tuple[TensorRTRunner, NumpyRunner]:
-        folder, oracle, machine = made(version, export or {}, **(SMALL | recipe))
+        folder, oracle, machine = made(version, **(SMALL | options))
         machine.enter(monkeypatch)
         runner = open_runner(open_engine(folder), cuda_graph=cuda_graph)
         assert isinstance(runner, TensorRTRunner)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.makers.checkpoints import DTYPES, load_tensors, write_checkpoint
+from support.makers.checkpoints import llama, neox, of_family, opt, opt_350m
+from support.makers.weight_files import DTYPES, load_tensors
 from support.oracles.official import inverse_frequencies, official_forward, rope
 from support.paths import GOLDENS
 
@@ -138,58 +139,52 @@ def test_the_oracle_itself_reproduces_the_goldens(golden: str) -> None:
     assert relative(logits, torch.from_numpy(recorded["logits"])) < 1e-12
 
 
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "gpt_neox": {},
-    "gpt_neox sequential, trained": {"parallel_residual": False, "decay": "trained", "rotary_pct": 1.0},
-    "gpt_neox straddling groups": {"hidden": 96, "heads": 6, "decay": "trained", "rotary_pct": 0.5},
-    "gpt_neox tied, tanh": {"tied": True, "hidden_act": "gelu_new"},
-    "gpt_neox without biases": {"attention_bias": False},
-    "gpt_neox linear rope": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    "gpt_neox half": {"dtype": "float16", "decay_dtype": "float32"},
-    "llama": {"family": "llama"},
-    "llama grouped, trained": {
-        "family": "llama",
-        "heads": 6,
-        "kv_heads": 2,
-        "hidden": 96,
-        "decay": "trained",
-    },
-    "llama one kv head, tied": {"family": "llama", "kv_heads": 1, "tied": True},
-    "llama biases": {"family": "llama", "attention_bias": True, "mlp_bias": True, "kv_heads": 2},
-    "llama wide heads": {"family": "llama", "head_dim": 32, "hidden": 80, "heads": 4, "kv_heads": 2},
-    "llama bfloat16": {"family": "llama", "dtype": "bfloat16", "decay_dtype": "float32"},
-    "llama3 rope": {
-        "family": "llama",
-        "rope_scaling": {
+CONFIGURATIONS = {
+    "gpt_neox": neox(),
+    "gpt_neox sequential, trained": neox()
+    .with_config(use_parallel_residual=False, rotary_pct=1.0)
+    .with_trained_decay(),
+    "gpt_neox straddling groups": neox(hidden=96, heads=6).with_config(rotary_pct=0.5).with_trained_decay(),
+    "gpt_neox tied, tanh": neox().with_config(tie_word_embeddings=True, hidden_act="gelu_new"),
+    "gpt_neox without biases": neox().with_config(attention_bias=False),
+    "gpt_neox linear rope": neox().with_config(rope_scaling={"type": "linear", "factor": 2.0}),
+    "gpt_neox half": neox().stored_in("float16", tables="float32"),
+    "llama": llama(),
+    "llama grouped, trained": llama(heads=6, hidden=96, kv_heads=2).with_trained_decay(),
+    "llama one kv head, tied": llama(kv_heads=1).with_config(tie_word_embeddings=True),
+    "llama biases": llama(kv_heads=2).with_config(attention_bias=True, mlp_bias=True),
+    "llama wide heads": llama(hidden=80, heads=4, kv_heads=2, head_dim=32),
+    "llama bfloat16": llama().stored_in("bfloat16", tables="float32"),
+    "llama3 rope": llama().with_config(
+        rope_scaling={
             "rope_type": "llama3",
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
-        },
-    },
-    "opt": {"family": "opt"},
-    "opt trained": {"family": "opt", "decay": "trained"},
-    "opt 350m": {"family": "opt", "pre_norm": False, "embedding_size": 48},
-    "opt untied, no biases": {"family": "opt", "tied": False, "attention_bias": False},
-    "opt with copies": {"family": "opt", "leftovers": True},
-    "gpt_neox with buffers": {"leftovers": True},
-    "llama with buffers": {"family": "llama", "leftovers": True},
+        }
+    ),
+    "opt": opt(),
+    "opt trained": opt().with_trained_decay(),
+    "opt 350m": opt_350m(embedding=48),
+    "opt untied, no biases": opt().with_config(tie_word_embeddings=False, enable_bias=False),
+    "opt with copies": opt().with_leftovers(),
+    "gpt_neox with buffers": neox().with_leftovers(),
+    "llama with buffers": llama().with_leftovers(),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_families(name: str, tmp_path: Path) -> None:
-    options = CONFIGURATIONS[name]
-    spec = check_against_oracle(write_checkpoint(tmp_path / "model", **options))
-    assert spec.family == options.get("family", "gpt_neox")
+    spec = check_against_oracle(CONFIGURATIONS[name].save(tmp_path / "model"))
+    assert spec.family == CONFIGURATIONS[name].family
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin", "sharded-safetensors", "sharded-bin"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_formats_and_types(format: str, dtype: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", format=format, dtype=dtype, decay_dtype="float32", layers=1)
+    folder = neox(layers=1).stored_in(dtype, tables="float32").in_files(format).save(tmp_path / "m")
     check_against_oracle(folder)
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.storage_dtype == dtype
@@ -201,18 +196,18 @@ def test_formats_and_types(format: str, dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_geometric_tables_in_half_precision(dtype: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", dtype=dtype, max_positions=600)
+    folder = neox(positions=600).stored_in(dtype).save(tmp_path / "m")
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.spec.decay == "geometric"
         half = checkpoint.tensor("layers.0.attention.log_decay")
-    with open_checkpoint(write_checkpoint(tmp_path / "f", max_positions=600)) as checkpoint:
+    with open_checkpoint(neox(positions=600).save(tmp_path / "f")) as checkpoint:
         torch.testing.assert_close(half, checkpoint.tensor("layers.0.attention.log_decay"), rtol=1e-5, atol=0)
 
 
 def test_mixed_types_in_one_parameter(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = write_checkpoint(tmp_path / "m", "llama", dtype="float16", decay_dtype="float32", layers=1)
+    folder = llama(layers=1).stored_in("float16", tables="float32").save(tmp_path / "m")
     stored = load_file(str(folder / "model.safetensors"))
     name = "model.layers.0.self_attn.k_proj.weight"
     stored[name] = stored[name].float() / 3
@@ -228,7 +223,7 @@ def test_mixed_types_in_one_parameter(tmp_path: Path) -> None:
 
 
 def test_blocks_make_the_whole(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", "llama", hidden=96, heads=6, kv_heads=3, decay="trained")
+    folder = llama(hidden=96, heads=6, kv_heads=3).with_trained_decay().save(tmp_path / "m")
     with open_checkpoint(folder) as checkpoint:
         for name in checkpoint.names():
             whole = checkpoint.tensor(name)
@@ -245,7 +240,7 @@ def test_blocks_make_the_whole(tmp_path: Path) -> None:
 
 
 def test_gate_strips_equal_the_transpose(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", hidden=256, heads=4, layers=1)
+    folder = neox(hidden=256, heads=4, layers=1).save(tmp_path / "m")
     gate = load_tensors(folder)["gpt_neox.layers.0.attention.W_G"].T
     with open_checkpoint(folder) as checkpoint:
         for start, stop in ((0, 256), (0, 1), (100, 163), (192, 256), (7, 7)):
@@ -255,7 +250,7 @@ def test_gate_strips_equal_the_transpose(tmp_path: Path) -> None:
 
 
 def test_names_of_a_tied_model(tmp_path: Path) -> None:
-    with open_checkpoint(write_checkpoint(tmp_path / "m", tied=True)) as checkpoint:
+    with open_checkpoint(neox().with_config(tie_word_embeddings=True).save(tmp_path / "m")) as checkpoint:
         assert "lm_head.weight" not in checkpoint.names()
         assert "lm_head.weight" not in checkpoint.load_state_dict()
         assert torch.equal(checkpoint.tensor("lm_head.weight"), checkpoint.tensor("embed_tokens.weight"))
@@ -265,7 +260,7 @@ def test_names_of_a_tied_model(tmp_path: Path) -> None:
 def test_opt_names_without_model_prefix(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = write_checkpoint(tmp_path / "m", "opt", layers=1)
+    folder = opt(layers=1).save(tmp_path / "m")
     stored = load_file(str(folder / "model.safetensors"))
     save_file({k.removeprefix("model."): v for k, v in stored.items()}, str(folder / "model.safetensors"))
     with open_checkpoint(folder) as checkpoint:
@@ -278,7 +273,7 @@ def test_opt_names_without_model_prefix(tmp_path: Path) -> None:
 
 
 def test_trained_tables_in_a_checkpoint(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", decay="trained", max_positions=64)
+    folder = neox(positions=64).with_trained_decay().save(tmp_path / "m")
     with open_checkpoint(folder) as checkpoint:
         spec = checkpoint.spec
         assert (spec.decay, spec.decay_rows, spec.decay_extended, spec.max_positions) == (
@@ -301,7 +296,7 @@ def test_trained_tables_in_a_checkpoint(tmp_path: Path) -> None:
 def test_one_trained_layer_makes_all_layers_tables(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     stored = load_file(str(folder / "model.safetensors"))
     stored["gpt_neox.layers.1.attention.D1"][0, 2, 5] *= -1.5
     save_file(stored, str(folder / "model.safetensors"))
@@ -334,7 +329,7 @@ def spec_of(folder: Path) -> ModelSpec:
     ],
 )  # fmt: skip
 def test_rope_spellings(family: Any, overrides: dict[str, Any], tmp_path: Path) -> None:
-    spec = spec_of(write_checkpoint(tmp_path / "m", family, config_overrides=overrides))
+    spec = spec_of(of_family(family).config_says(**overrides).save(tmp_path / "m"))
     assert (spec.rotary_dim, spec.rope_theta, spec.rope_scaling) == (8, 500.0, None)
 
 
@@ -351,7 +346,7 @@ def test_rope_spellings(family: Any, overrides: dict[str, Any], tmp_path: Path) 
 )  # fmt: skip
 def test_rope_scaling_spellings(overrides: Any, expected: Any, tmp_path: Path) -> None:
     for family in ("gpt_neox", "llama"):
-        folder = write_checkpoint(tmp_path / family, family, config_overrides=overrides)
+        folder = of_family(family).config_says(**overrides).save(tmp_path / family)
         assert spec_of(folder).rope_scaling == expected
 
 
@@ -360,11 +355,11 @@ def test_rope_scaling_spellings(overrides: Any, expected: Any, tmp_path: Path) -
     [("gelu", "gelu"), ("gelu_fast", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("swish", "silu")],
 )
 def test_activation_spellings(spelling: str, expected: str, tmp_path: Path) -> None:
-    assert spec_of(write_checkpoint(tmp_path / "m", hidden_act=spelling)).activation == expected
+    assert spec_of(neox().with_config(hidden_act=spelling).save(tmp_path / "m")).activation == expected
 
 
 def test_special_tokens_and_tokenizer_files(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", "llama", vocab=300, tokenizer=True)
+    folder = llama(vocab=300).with_tokenizer().save(tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 299], "bos_token_id": 7}))
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.spec.eos_token_ids == (5, 299)
@@ -372,14 +367,14 @@ def test_special_tokens_and_tokenizer_files(tmp_path: Path) -> None:
         assert [p.name for p in checkpoint.tokenizer_files] == [
             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
         ]  # fmt: skip
-    spec = spec_of(write_checkpoint(tmp_path / "n", config_overrides={"eos_token_id": None}))
+    spec = spec_of(neox().config_says(eos_token_id=None).save(tmp_path / "n"))
     assert (spec.bos_token_id, spec.eos_token_ids) == (0, ())
 
 
 def test_huggingface_cache_links(tmp_path: Path) -> None:
     home = tmp_path / "models--org--name"
     snapshot, blobs = home / "snapshots" / "0123", home / "blobs"
-    write_checkpoint(snapshot, format="sharded-safetensors")
+    neox().in_files("sharded-safetensors").save(snapshot)
     blobs.mkdir()
     for i, file in enumerate(sorted(snapshot.iterdir())):
         file.rename(blobs / str(i))
@@ -388,10 +383,8 @@ def test_huggingface_cache_links(tmp_path: Path) -> None:
 
 
 def test_reading_keeps_no_file_pages_and_needs_little_memory(tmp_path: Path) -> None:
-    folder = write_checkpoint(
-        tmp_path / "m", layers=1, hidden=1024, heads=16, vocab=24000, intermediate=1024, dtype="float16",
-        decay_dtype="float32",
-    )  # fmt: skip
+    large = neox(layers=1, hidden=1024, heads=16, vocab=24000, intermediate=1024)
+    folder = large.stored_in("float16", tables="float32").save(tmp_path / "m")
     size = (folder / "model.safetensors").stat().st_size
     assert size > 100 << 20
     code = """

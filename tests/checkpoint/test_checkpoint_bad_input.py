@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.makers.checkpoints import load_tensors, save_tensors, write_checkpoint, write_tokenizer
+from support.makers.byte_tokenizer import write_tokenizer
+from support.makers.checkpoints import llama, neox, of_family, opt
+from support.makers.weight_files import load_tensors, save_tensors
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_export.checkpoint.bin_file import read_bin_table
@@ -75,7 +77,7 @@ def test_no_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b"null", b"[" * 100_000])
 def test_corrupt_config(content: bytes, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     (folder / "config.json").write_bytes(content)
     fails(folder, r"config\.json is not")
 
@@ -91,7 +93,7 @@ def test_corrupt_config(content: bytes, tmp_path: Path) -> None:
     ],
 )
 def test_unknown_architecture(overrides: dict[str, Any], tmp_path: Path) -> None:
-    message = fails(write_checkpoint(tmp_path / "m", config_overrides=overrides), "not supported")
+    message = fails(neox().config_says(**overrides).save(tmp_path / "m"), "not supported")
     for supported in ("GPTNeoXForCausalLM", "LlamaForCausalLM", "OPTForCausalLM"):
         assert supported in message
 
@@ -127,15 +129,15 @@ def test_unknown_architecture(overrides: dict[str, Any], tmp_path: Path) -> None
     ],
 )
 def test_bad_config_values(family: Any, overrides: dict[str, Any], match: str, tmp_path: Path) -> None:
-    fails(write_checkpoint(tmp_path / "m", family, config_overrides=overrides), match)
+    fails(of_family(family).config_says(**overrides).save(tmp_path / "m"), match)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "su", "mrope", 5])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_unsupported_rope_scaling(kind: Any, key: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", rope_scaling={key: kind, "factor": 2.0})
+    folder = neox().with_config(rope_scaling={key: kind, "factor": 2.0}).save(tmp_path / "m")
     assert repr(kind) in fails(folder, "rope_scaling of type .* is not supported")
-    folder = write_checkpoint(tmp_path / "n", "llama", config_overrides={"rope_parameters": {key: kind}})
+    folder = llama().config_says(rope_parameters={key: kind}).save(tmp_path / "n")
     fails(folder, "rope_parameters of type .* is not supported")
 
 
@@ -152,11 +154,11 @@ def test_unsupported_rope_scaling(kind: Any, key: str, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_incomplete_rope_scaling(scaling: Any, tmp_path: Path) -> None:
-    fails(write_checkpoint(tmp_path / "m", "llama", rope_scaling=scaling), "rope_scaling")
+    fails(llama().with_config(rope_scaling=scaling).save(tmp_path / "m"), "rope_scaling")
 
 
 def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", vocab=300, tokenizer=True)
+    folder = neox(vocab=300).with_tokenizer().save(tmp_path / "m")
     read_all(folder)  # fewer tokens than vocab_size are normal
     write_tokenizer(folder, 300, extra_tokens=44)
     assert "id 300" in fails(folder, "tokenizer does not fit the model")
@@ -169,7 +171,7 @@ def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "opt"])
 def test_vanilla_checkpoint(family: Any, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "pythia 160m", family, decay="none", leftovers=True)
+    folder = of_family(family).vanilla().with_leftovers().save(tmp_path / "pythia 160m")
     message = fails(folder, f"is a vanilla {family} checkpoint")
     assert f"dijiang-export convert '{folder}' 'pythia 160m-dijiang'" in message
 
@@ -179,11 +181,11 @@ def test_vanilla_checkpoint(family: Any, tmp_path: Path) -> None:
     [f"{AT}.D1", f"{AT}.W_G", f"{AT}.query_key_value.bias", "embed_out.weight", "gpt_neox.embed_in.weight"],
 )
 def test_missing_tensor(name: str, tmp_path: Path) -> None:
-    assert name in fails(change(write_checkpoint(tmp_path / "m"), delete(name)), "lacks 1 tensor")
+    assert name in fails(change(neox().save(tmp_path / "m"), delete(name)), "lacks 1 tensor")
 
 
 def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", config_overrides={"num_hidden_layers": 3})
+    folder = neox().config_says(num_hidden_layers=3).save(tmp_path / "m")
     assert "and 13 more" in fails(folder, "lacks 18 tensors")
 
 
@@ -193,32 +195,30 @@ def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
      (f"{AT}.proj_matrix", (16,)), ("gpt_neox.embed_in.weight", (255, 64)), (f"{AT}.group_norm.weight", ())],
 )  # fmt: skip
 def test_misshapen_tensor(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-    message = fails(change(write_checkpoint(tmp_path / "m"), put(name, torch.ones(shape))), "wrong shape")
+    message = fails(change(neox().save(tmp_path / "m"), put(name, torch.ones(shape))), "wrong shape")
     assert name in message
     assert str(list(shape)) in message
 
 
 def test_extra_tensor(tmp_path: Path) -> None:
-    folder = change(write_checkpoint(tmp_path / "m"), put("gpt_neox.layers.0.lora.A", torch.ones(2)))
+    folder = change(neox().save(tmp_path / "m"), put("gpt_neox.layers.0.lora.A", torch.ones(2)))
     assert "gpt_neox.layers.0.lora.A" in fails(folder, "1 tensor that such a model does not have")
-    folder = write_checkpoint(tmp_path / "n", config_overrides={"num_hidden_layers": 1})
+    folder = neox().config_says(num_hidden_layers=1).save(tmp_path / "n")
     fails(folder, "that such a model does not have")
 
 
 def test_an_official_buffer_elsewhere_is_still_an_extra(tmp_path: Path) -> None:
-    folder = change(write_checkpoint(tmp_path / "m"), put("gpt_neox.attention.bias", torch.ones(2)))
+    folder = change(neox().save(tmp_path / "m"), put("gpt_neox.attention.bias", torch.ones(2)))
     fails(folder, "does not have")
 
 
 def test_integer_weights(tmp_path: Path) -> None:
-    folder = change(
-        write_checkpoint(tmp_path / "m"), put(f"{AT}.W_G", torch.ones((64, 64), dtype=torch.int8))
-    )
+    folder = change(neox().save(tmp_path / "m"), put(f"{AT}.W_G", torch.ones((64, 64), dtype=torch.int8)))
     assert "int8" in fails(folder, "not stored as floating point")
 
 
 def test_tied_embeddings_that_differ(tmp_path: Path) -> None:
-    folder = change(write_checkpoint(tmp_path / "m", "opt"), put("lm_head.weight", torch.ones(256, 64)))
+    folder = change(opt().save(tmp_path / "m"), put("lm_head.weight", torch.ones(256, 64)))
     assert "tie_word_embeddings" in fails(folder, "although config.json ties them")
 
 
@@ -231,7 +231,7 @@ def test_tied_embeddings_that_differ(tmp_path: Path) -> None:
     "name", [f"{AT}.query_key_value.weight", f"{AT}.W_G", "gpt_neox.final_layer_norm.bias"]
 )
 def test_weights_that_are_not_numbers(name: str, value: float, dtype: torch.dtype, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", layers=1, dtype=str(dtype).removeprefix("torch."))
+    folder = neox(layers=1).stored_in(str(dtype).removeprefix("torch.")).save(tmp_path / "m")
     bad = load_tensors(folder)[name]
     bad.view(-1)[-1] = value
     change(folder, put(name, bad))
@@ -243,14 +243,14 @@ def test_weights_that_are_not_numbers(name: str, value: float, dtype: torch.dtyp
 def test_extreme_finite_weights_are_fine(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         info = torch.finfo(dtype)
-        folder = write_checkpoint(tmp_path / str(dtype), layers=1, dtype=str(dtype).removeprefix("torch."))
+        folder = neox(layers=1).stored_in(str(dtype).removeprefix("torch.")).save(tmp_path / str(dtype))
         values = torch.tensor([info.max, info.min, info.smallest_normal, -0.0] * 16, dtype=dtype)
         change(folder, put("gpt_neox.final_layer_norm.bias", values))
         read_all(folder)
 
 
 def test_nan_in_decay_tables(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     for name in (f"{AT}.D1", f"{AT}.D2"):
         bad = load_tensors(folder)[name]
         bad[0, 1, 7] = float("nan")
@@ -258,15 +258,15 @@ def test_nan_in_decay_tables(tmp_path: Path) -> None:
 
 
 def test_max_positions(tmp_path: Path) -> None:
-    trained = write_checkpoint(tmp_path / "m", decay="trained")
+    trained = neox().with_trained_decay().save(tmp_path / "m")
     fails(trained, "--max-positions does not fit", max_positions=129)
     fails(trained, "--max-positions does not fit", max_positions=0)
-    fails(write_checkpoint(tmp_path / "g"), "this checkpoint has none", max_positions=64)
+    fails(neox().save(tmp_path / "g"), "this checkpoint has none", max_positions=64)
 
 
 def test_unknown_parameter_names(tmp_path: Path) -> None:
     checkpoint: Checkpoint
-    with open_checkpoint(write_checkpoint(tmp_path / "m")) as checkpoint:
+    with open_checkpoint(neox().save(tmp_path / "m")) as checkpoint:
         for name in (
             "layers.2.attention.log_decay",
             "layers.0.attention.gain",
@@ -281,20 +281,20 @@ def test_unknown_parameter_names(tmp_path: Path) -> None:
 
 
 def test_no_weights(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "flax_model.bin")
     assert "flax_model.bin" in fails(folder, "holds no weights")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, 3000, -1])
 def test_truncated_safetensors(keep: int, tmp_path: Path) -> None:
-    file = write_checkpoint(tmp_path / "m") / "model.safetensors"
+    file = neox().save(tmp_path / "m") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     fails(file.parent, "is truncated")
 
 
 def test_safetensors_truncated_while_open(tmp_path: Path) -> None:
-    file = write_checkpoint(tmp_path / "m") / "model.safetensors"
+    file = neox().save(tmp_path / "m") / "model.safetensors"
     with open_checkpoint(file.parent) as checkpoint:
         os.truncate(file, 10_000)
         with pytest.raises(CheckpointError, match="is truncated"):
@@ -341,7 +341,7 @@ def entry(begin: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[st
     ],
 )
 def test_hostile_safetensors(content: bytes, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(content)
     fails(folder, "not a valid safetensors file|is truncated")
 
@@ -360,7 +360,7 @@ def shard_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
      "a\0.safetensors", "..\\outside.safetensors", "{absolute}", "link.safetensors"],
 )  # fmt: skip
 def test_shard_outside_the_folder(name: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", format="sharded-safetensors")
+    folder = neox().in_files("sharded-safetensors").save(tmp_path / "m")
     outside = tmp_path / "outside.safetensors"
     (folder / "model-00001-of-00003.safetensors").rename(outside)
     (folder / "link.safetensors").symlink_to(outside)
@@ -375,7 +375,7 @@ def test_shard_outside_the_folder(name: str, tmp_path: Path) -> None:
 
 
 def test_bad_shard_index(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", format="sharded-safetensors")
+    folder = neox().in_files("sharded-safetensors").save(tmp_path / "m")
     index = folder / "model.safetensors.index.json"
     good = index.read_text()
     key = next(iter(json.loads(good)["weight_map"]))
@@ -397,7 +397,7 @@ def test_bad_shard_index(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", format="sharded-safetensors")
+    folder = neox().in_files("sharded-safetensors").save(tmp_path / "m")
     (folder / "model-00001-of-00003.safetensors").write_bytes(
         (folder / "model-00002-of-00003.safetensors").read_bytes()
     )
@@ -426,7 +426,7 @@ class Runs:
 
 @pytest.mark.parametrize("container", ["zip", "legacy", "pickle", "zip among tensors"])
 def test_pickles_are_never_run(container: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", format="bin")
+    folder = neox().in_files("bin").save(tmp_path / "m")
     marker = tmp_path / "it ran"
     file = folder / "pytorch_model.bin"
     if container == "pickle":
@@ -443,7 +443,7 @@ def test_pickles_are_never_run(container: str, tmp_path: Path) -> None:
 
 
 def test_truncated_bin(tmp_path: Path) -> None:
-    file = write_checkpoint(tmp_path / "m", format="bin") / "pytorch_model.bin"
+    file = neox().in_files("bin").save(tmp_path / "m") / "pytorch_model.bin"
     whole = file.read_bytes()
     for keep in (0, 3, 100, len(whole) // 2, len(whole) - 30):
         file.write_bytes(whole[:keep])
@@ -453,13 +453,13 @@ def test_truncated_bin(tmp_path: Path) -> None:
 
 
 def test_html_in_place_of_bin(tmp_path: Path) -> None:
-    file = write_checkpoint(tmp_path / "m", format="bin") / "pytorch_model.bin"
+    file = neox().in_files("bin").save(tmp_path / "m") / "pytorch_model.bin"
     file.write_text("<html>not found</html>")
     fails(file.parent, "corrupt or truncated|other than weights")
 
 
 def test_bin_with_other_things(tmp_path: Path) -> None:
-    file = write_checkpoint(tmp_path / "m", format="bin") / "pytorch_model.bin"
+    file = neox().in_files("bin").save(tmp_path / "m") / "pytorch_model.bin"
     stored = load_tensors(file.parent)
     torch.save([1, 2], file)
     fails(file.parent, "does not hold named tensors")
@@ -478,7 +478,7 @@ def repack(file: Path, edit: Callable[[str, bytes], bytes], compression: int = z
 
 
 def test_compressed_and_foreign_archives(tmp_path: Path) -> None:
-    file = write_checkpoint(tmp_path / "m", format="bin") / "pytorch_model.bin"
+    file = neox().in_files("bin").save(tmp_path / "m") / "pytorch_model.bin"
     good = file.read_bytes()
     repack(file, lambda name, data: data, zipfile.ZIP_DEFLATED)
     fails(file.parent, "is compressed")
@@ -506,7 +506,7 @@ def test_storage_smaller_than_its_tensor(tmp_path: Path) -> None:
 
 
 def test_legacy_bin_is_read(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", format="bin")
+    folder = neox().in_files("bin").save(tmp_path / "m")
     stored = load_tensors(folder)
     file = folder / "pytorch_model.bin"
     torch.save(stored, file, _use_new_zipfile_serialization=False)
@@ -522,7 +522,7 @@ def test_legacy_bin_is_read(tmp_path: Path) -> None:
 
 
 def test_bin_with_views_and_parameters(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", format="bin", layers=1)
+    folder = neox(layers=1).in_files("bin").save(tmp_path / "m")
     plain = load_tensors(folder)
     odd = dict(plain)
     name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
@@ -540,7 +540,7 @@ def test_bin_with_views_and_parameters(tmp_path: Path) -> None:
 
 
 def test_auto_map_is_not_followed(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     marker = tmp_path / "it ran"
     (folder / "modeling_gpt_neox_dijiang.py").write_text(f"open({str(marker)!r}, 'w')\n")
     read_all(folder)
@@ -550,16 +550,8 @@ def test_auto_map_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_flipped_bytes_never_cause_anything_but_a_clear_error(format: Any, tmp_path: Path) -> None:
-    folder = write_checkpoint(
-        tmp_path / "m",
-        format=format,
-        layers=1,
-        max_positions=16,
-        vocab=20,
-        hidden=32,
-        heads=2,
-        intermediate=16,
-    )
+    tiny = neox(layers=1, positions=16, vocab=20, hidden=32, heads=2, intermediate=16)
+    folder = tiny.in_files(format).save(tmp_path / "m")
     file = folder / ("model.safetensors" if format == "safetensors" else "pytorch_model.bin")
     good = file.read_bytes()
     rng = random.Random(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import neox
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
@@ -25,7 +25,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.js
 
 def make(folder: Path, format: Any = "safetensors") -> Path:
     """A checkpoint with a tokenizer and every file that may lie beside it."""
-    write_checkpoint(folder, vocab=300, tokenizer=True, format=format)
+    neox(vocab=300).with_tokenizer().in_files(format).save(folder)
     for name in TOKENIZER_FILES:
         if not (folder / name).exists():
             (folder / name).write_text("{}" if name.endswith(".json") else f"content of {name}\n")
@@ -239,7 +239,7 @@ def test_tokenizer_files_are_copied(tmp_path: Path) -> None:
     for name in ("config.json", *TOKENIZER_FILES):
         assert (tmp_path / "b" / name).read_bytes() == (folder / name).read_bytes()
         assert name in files
-    vanilla = write_checkpoint(tmp_path / "v", vocab=300, decay="none")
+    vanilla = neox(vocab=300).vanilla().save(tmp_path / "v")
     for name in TOKENIZER_FILES:
         shutil.copy(folder / name, vanilla / name)
     convert_checkpoint(vanilla, tmp_path / "c")

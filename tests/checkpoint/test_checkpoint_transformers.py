@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.makers.checkpoints import load_tensors, write_checkpoint
+from support.makers.checkpoints import RandomCheckpoint, llama, opt, opt_350m
+from support.makers.weight_files import load_tensors
 from support.oracles.official import official_forward
 
 transformers = pytest.importorskip("transformers")
@@ -70,23 +71,20 @@ PARAMETERS = ("proj_matrix", "W_G", "D1", "D2")
 
 
 @pytest.mark.parametrize(
-    "options",
+    "made",
     [
-        {"family": "llama", "kv_heads": 2, "attention_bias": True, "mlp_bias": True, "decay": "trained"},
-        {"family": "llama", "head_dim": 32, "tied": True, "rope_scaling": {
+        llama(kv_heads=2).with_config(attention_bias=True, mlp_bias=True).with_trained_decay(),
+        llama(head_dim=32).with_config(tie_word_embeddings=True, rope_scaling={
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}},
-        {"family": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"family": "opt", "decay": "trained"},
-        {"family": "opt", "pre_norm": False, "embedding_size": 48},
-        {"family": "opt", "tied": False, "attention_bias": False},
+            "original_max_position_embeddings": 64}),
+        llama().with_rope(scaling={"rope_type": "linear", "factor": 2.0}),
+        opt().with_trained_decay(),
+        opt_350m(embedding=48),
+        opt().with_config(tie_word_embeddings=False, enable_bias=False),
     ],
 )  # fmt: skip
-def test_oracle_equals_transformers(options: dict[str, Any], tmp_path: Path) -> None:
-    import json
-
-    folder = write_checkpoint(tmp_path / "m", **options)
-    config = json.loads((folder / "config.json").read_text())
-    ours = official_forward(load_tensors(folder), config, IDS)
-    theirs = transformers_logits(folder, options["family"])
+def test_oracle_equals_transformers(made: RandomCheckpoint, tmp_path: Path) -> None:
+    folder = made.save(tmp_path / "m")
+    ours = official_forward(load_tensors(folder), made.config, IDS)
+    theirs = transformers_logits(folder, made.family)
     assert float((ours - theirs).abs().max() / theirs.std()) < 1e-6

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.makers.checkpoints import default_config, write_checkpoint
+from support.makers.checkpoints import of_family
 from transformers import GPTNeoXConfig, LlamaConfig, OPTConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -33,7 +33,7 @@ def spec_of(family: str, config: dict[str, Any]) -> ModelSpec:
 
 
 def sizes_only(family: str) -> dict[str, Any]:
-    return {k: v for k, v in default_config(family, hidden=128).items() if k in SIZE_KEYS}
+    return {k: v for k, v in of_family(family, hidden=128).config.items() if k in SIZE_KEYS}
 
 
 # Defaults
@@ -172,7 +172,7 @@ NULL_STANDS_FOR_THE_DEFAULT = {"num_key_value_heads", "head_dim", "word_embed_pr
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_any_value_in_any_key_is_read_or_refused_quickly(family: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", family, layers=1)  # type: ignore[arg-type]
+    folder = of_family(family, layers=1).save(tmp_path / "m")
     path = folder / "config.json"
     config = json.loads(path.read_text())
     names = {key.name for key in FAMILIES[family].keys.values()} - {""}

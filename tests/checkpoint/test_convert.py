@@ -15,15 +15,9 @@ import torch
 from click.testing import CliRunner
 from scipy.fft import dct
 from scipy.special import ndtr
-from support.makers.checkpoints import (
-    DTYPES,
-    load_tensors,
-    make_config,
-    make_tensors,
-    official_tables,
-    save_tensors,
-    write_checkpoint,
-)
+from support.makers.checkpoints import RandomCheckpoint, llama, neox, opt, opt_350m
+from support.makers.decay_tables import official_tables
+from support.makers.weight_files import DTYPES, load_tensors, save_tensors
 from support.paths import GOLDENS
 
 from dijiang_engines.errors import CheckpointError, OutputError, UsageError
@@ -32,23 +26,23 @@ from dijiang_export.commands.common import Output
 from dijiang_export.commands.convert import convert
 from dijiang_export.convert import convert_checkpoint, projection
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt_neox": {},
-    "llama": {"family": "llama", "kv_heads": 2, "head_dim": 32},
-    "opt": {"family": "opt"},
-    "opt 350m": {"family": "opt", "pre_norm": False, "embedding_size": 48},
+FAMILIES = {
+    "gpt_neox": neox(),
+    "llama": llama(kv_heads=2, head_dim=32),
+    "opt": opt(),
+    "opt 350m": opt_350m(embedding=48),
 }
 
 
-def vanilla(tmp_path: Path, name: str = "vanilla", **options: Any) -> Path:
-    return write_checkpoint(tmp_path / name, decay="none", leftovers=True, **options)
+def vanilla(tmp_path: Path, made: RandomCheckpoint | None = None) -> Path:
+    return (made or neox()).vanilla().with_leftovers().save(tmp_path / "vanilla")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_and_shapes_are_the_official_ones(name: str, tmp_path: Path) -> None:
-    source = vanilla(tmp_path, **FAMILIES[name])
+    source = vanilla(tmp_path, FAMILIES[name])
     convert_checkpoint(source, tmp_path / "out")
-    official = load_tensors(write_checkpoint(tmp_path / "official", **FAMILIES[name]))
+    official = load_tensors(FAMILIES[name].save(tmp_path / "official"))
     made = load_tensors(tmp_path / "out")
     assert {n: t.shape for n, t in made.items()} == {n: t.shape for n, t in official.items()}
     for tensor_name, value in load_tensors(source).items():
@@ -104,7 +98,7 @@ def test_infinite_weights_become_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_initial_values(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "v", hidden=256, heads=4, layers=2, decay="none", max_positions=300)
+    source = neox(hidden=256, heads=4, layers=2, positions=300).vanilla().save(tmp_path / "v")
     convert_checkpoint(source, tmp_path / "out")
     made = load_tensors(tmp_path / "out")
     at = "gpt_neox.layers.{}.attention"
@@ -144,7 +138,7 @@ def test_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 def test_dtypes(dtype: str, stored: str, tmp_path: Path) -> None:
-    source = vanilla(tmp_path, dtype=stored, layers=1)
+    source = vanilla(tmp_path, neox(layers=1).stored_in(stored))
     convert_checkpoint(source, tmp_path / "as-is")
     convert_checkpoint(source, tmp_path / "cast", dtype=dtype)
     original = load_tensors(source)
@@ -172,14 +166,14 @@ def test_overflow_in_the_narrower_type(tmp_path: Path) -> None:
 
 
 def test_long_context_overflows_float32_tables_and_still_loads(tmp_path: Path) -> None:
-    convert_checkpoint(vanilla(tmp_path, family="llama", max_positions=4096), tmp_path / "out")
+    convert_checkpoint(vanilla(tmp_path, llama(positions=4096)), tmp_path / "out")
     assert torch.isinf(load_tensors(tmp_path / "out")["model.layers.0.self_attn.D2"]).any()
     with open_checkpoint(tmp_path / "out") as checkpoint:
         assert checkpoint.spec.decay == "geometric"
 
 
 def test_files(tmp_path: Path) -> None:
-    source = vanilla(tmp_path, vocab=300, tokenizer=True, config_overrides={"my_key": [1, "ü"]})
+    source = vanilla(tmp_path, neox(vocab=300).config_says(my_key=[1, "ü"]).with_tokenizer())
     (source / "generation_config.json").write_text("{}")
     (source / "modeling_gpt_neox_dijiang.py").write_text("raise SystemExit")
     report = convert_checkpoint(source, tmp_path / "out", seed=3)
@@ -203,7 +197,7 @@ def test_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["bin", "sharded-bin", "sharded-safetensors"])
 def test_sharded_sources_and_results(format: Any, tmp_path: Path) -> None:
-    source = vanilla(tmp_path, format=format)
+    source = vanilla(tmp_path, neox().in_files(format))
     convert_checkpoint(source, tmp_path / "whole")
     limit = 40_000
     report = convert_checkpoint(source, tmp_path / "shards", max_shard_bytes=limit)
@@ -222,7 +216,7 @@ def test_sharded_sources_and_results(format: Any, tmp_path: Path) -> None:
 
 def test_transformers_reads_the_vanilla_part(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    source = write_checkpoint(tmp_path / "v", "llama", decay="none", kv_heads=2)
+    source = llama(kv_heads=2).vanilla().save(tmp_path / "v")
     convert_checkpoint(source, tmp_path / "out", max_shard_bytes=100_000)
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     again = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path / "out"))
@@ -296,22 +290,8 @@ except OutputError as error:
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "family": "gpt_neox", "hidden": 1024, "heads": 16, "kv_heads": None, "head_dim": None, "layers": 1,
-        "vocab": 24000, "intermediate": 1024, "dtype": "float16", "tied": False, "attention_bias": None,
-        "mlp_bias": None, "pre_norm": True, "embedding_size": None, "max_positions": 64,
-    }  # fmt: skip
-    tensors = make_tensors(**options, decay_dtype=None, decay="none", leftovers=False, seed=0)
-    save_tensors(tmp_path / "v", tensors)
-    config = make_config(
-        **options,
-        rotary_pct=0.25,
-        rotary_base=1e4,
-        rope_scaling=None,
-        parallel_residual=True,
-        hidden_act=None,
-    )
-    (tmp_path / "v" / "config.json").write_text(json.dumps(config))
+    large = neox(hidden=1024, heads=16, layers=1, vocab=24000, intermediate=1024, positions=64)
+    large.vanilla().stored_in("float16").save(tmp_path / "v")
     size = (tmp_path / "v" / "model.safetensors").stat().st_size
     assert size > 100 << 20
     code = """

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.makers.checkpoints import load_tensors, write_checkpoint
+from support.makers.checkpoints import RandomCheckpoint, llama, neox, of_family, opt, opt_350m
+from support.makers.weight_files import load_tensors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig
 
@@ -57,26 +58,26 @@ OPTIONAL = dict.fromkeys((
     "do_layer_norm_before", "_remove_final_layer_norm", "word_embed_proj_dim", "enable_bias",
 ))  # fmt: skip
 
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, RandomCheckpoint] = {
     **{
-        f"{family}-defaults": {"family": family, "config_overrides": OPTIONAL}
+        f"{family}-defaults": of_family(family).config_says(**OPTIONAL)
         for family in ("gpt_neox", "llama", "opt")
     },
-    "gpt_neox": {"family": "gpt_neox", "hidden": 96, "heads": 6},
-    "gpt_neox-sequential-tied": {"family": "gpt_neox", "parallel_residual": False, "tied": True},
-    "gpt_neox-trained": {"family": "gpt_neox", "decay": "trained"},
-    "gpt_neox-linear-rope": {"family": "gpt_neox", "rope_scaling": {"type": "linear", "factor": 4.0}},
-    "llama-gqa": {"family": "llama", "hidden": 64, "heads": 4, "kv_heads": 2},
-    "llama-wide-heads": {"family": "llama", "hidden": 48, "heads": 3, "kv_heads": 1, "head_dim": 32},
-    "llama-tied-bias": {"family": "llama", "tied": True, "attention_bias": True, "mlp_bias": True},
+    "gpt_neox": neox(hidden=96, heads=6),
+    "gpt_neox-sequential-tied": neox().with_config(use_parallel_residual=False, tie_word_embeddings=True),
+    "gpt_neox-trained": neox().with_trained_decay(),
+    "gpt_neox-linear-rope": neox().with_config(rope_scaling={"type": "linear", "factor": 4.0}),
+    "llama-gqa": llama(hidden=64, heads=4, kv_heads=2),
+    "llama-wide-heads": llama(hidden=48, heads=3, kv_heads=1, head_dim=32),
+    "llama-tied-bias": llama().with_config(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     **{
-        f"{family}-rope-{name}": {"family": family, "config_overrides": {**NO_ROPE_KEYS, **keys}}
+        f"{family}-rope-{name}": of_family(family).config_says(**{**NO_ROPE_KEYS, **keys})
         for family, spellings in ROPE.items()
         for name, keys in spellings.items()
     },
-    "opt": {"family": "opt"},
-    "opt-350m": {"family": "opt", "pre_norm": False, "embedding_size": 32},
-    "opt-untied": {"family": "opt", "tied": False, "decay": "trained"},
+    "opt": opt(),
+    "opt-350m": opt_350m(embedding=32),
+    "opt-untied": opt().with_config(tie_word_embeddings=False).with_trained_decay(),
 }
 
 
@@ -163,9 +164,9 @@ def transformers_logits(folder: Path, family: str, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_reference_model_is_the_familys_own(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    folder = write_checkpoint(tmp_path / "model", **case)
+    folder = case.save(tmp_path / "model")
     ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
-    expected = transformers_logits(folder, case["family"], ids)
+    expected = transformers_logits(folder, case.family, ids)
     # Tables kept as stored, so that the two sides round nothing differently.
     with open_checkpoint(folder, keep_tables=True) as checkpoint:
         model = ReferenceModel(checkpoint.spec, dtype=torch.float64)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.makers.checkpoints import load_tensors, save_tensors, write_checkpoint
+from support.makers.checkpoints import neox, of_family, opt
+from support.makers.weight_files import load_tensors, save_tensors
 from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -50,7 +51,7 @@ def opens(folder: Path) -> bool:
 @pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3])
 @pytest.mark.parametrize("base", [10000.0, 5e5])
 def test_frequencies_that_fit(family: Any, scaling: Any, base: float, dtype: Any, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", family, rotary_base=base, rope_scaling=scaling, layers=2)
+    folder = of_family(family, layers=2).with_rope(base=base, scaling=scaling).save(tmp_path / "m")
     stored = own_frequencies(folder).to(dtype)
     assert opens(with_buffers(folder, **{name: stored.clone() for name in PLACES[family]}))
 
@@ -61,46 +62,47 @@ def test_frequencies_that_fit(family: Any, scaling: Any, base: float, dtype: Any
 @pytest.mark.parametrize(
     ("saved", "config"),
     [
-        ({"rotary_base": 500.0}, {}),
-        ({}, {"rotary_base": 10600.0}),
-        ({}, {"rope_scaling": LLAMA3}),
-        ({"rope_scaling": LINEAR}, {}),
-        ({"rope_scaling": LINEAR}, {"rope_scaling": LINEAR | {"factor": 4.0}}),
+        ({"base": 500.0}, {}),
+        ({}, {"base": 10600.0}),
+        ({}, {"scaling": LLAMA3}),
+        ({"scaling": LINEAR}, {}),
+        ({"scaling": LINEAR}, {"scaling": LINEAR | {"factor": 4.0}}),
     ],
 )
 def test_frequencies_of_another_config(
     family: Any, place: int, dtype: Any, saved: Any, config: Any, tmp_path: Path
 ) -> None:
-    stored = own_frequencies(write_checkpoint(tmp_path / "saved", family, hidden=256, **saved)).to(dtype)
-    folder = write_checkpoint(tmp_path / "m", family, hidden=256, **config)
+    model = of_family(family, hidden=256)
+    stored = own_frequencies(model.with_rope(**saved).save(tmp_path / "saved")).to(dtype)
+    folder = model.with_rope(**config).save(tmp_path / "m")
     name = PLACES[family][place]
     with pytest.raises(CheckpointError, match="trained with other RoPE frequencies") as caught:
         opens(with_buffers(folder, **{name: stored}))
     message = str(caught.value)
     assert name in message
-    assert f"{config.get('rotary_base', 1e4):g}" in message
+    assert f"{config.get('base', 1e4):g}" in message
 
 
 def test_old_linear_scaling_divides_positions(tmp_path: Path) -> None:
     """So its buffer, and the official code's (@3459531:356), are those of a model without scaling."""
-    stored = own_frequencies(write_checkpoint(tmp_path / "plain"))
+    stored = own_frequencies(neox().save(tmp_path / "plain"))
     for family in ("gpt_neox", "llama"):
-        folder = write_checkpoint(tmp_path / family, family, rotary_pct=None, rope_scaling=LINEAR)
+        folder = of_family(family).with_rope(scaling=LINEAR).save(tmp_path / family)
         if family == "llama":
-            stored = own_frequencies(write_checkpoint(tmp_path / "plain llama", family))
+            stored = own_frequencies(of_family(family).save(tmp_path / "plain llama"))
         assert opens(with_buffers(folder, **{PLACES[family][0]: stored}))
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), (), (0,)])
 def test_another_number_of_frequencies(shape: tuple[int, ...], tmp_path: Path) -> None:
-    folder = with_buffers(write_checkpoint(tmp_path / "m"), **{PLACES["gpt_neox"][1]: torch.ones(shape)})
+    folder = with_buffers(neox().save(tmp_path / "m"), **{PLACES["gpt_neox"][1]: torch.ones(shape)})
     with pytest.raises(CheckpointError, match="another number of dimensions"):
         opens(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_frequencies_that_are_no_numbers(value: float, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     stored = own_frequencies(folder).clone()
     stored[1] = value
     with pytest.raises(CheckpointError, match="trained with other RoPE frequencies"):
@@ -108,7 +110,7 @@ def test_frequencies_that_are_no_numbers(value: float, tmp_path: Path) -> None:
 
 
 def test_no_rotation_has_no_frequencies(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", rotary_pct=0.0)
+    folder = neox().with_config(rotary_pct=0.0).save(tmp_path / "m")
     assert opens(with_buffers(folder, **{PLACES["gpt_neox"][1]: torch.empty(0)}))
     with pytest.raises(CheckpointError, match="another number of dimensions"):
         opens(with_buffers(folder, **{PLACES["gpt_neox"][1]: torch.ones(2)}))
@@ -126,11 +128,11 @@ def test_no_rotation_has_no_frequencies(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_other_buffers_are_passed_over(family: Any, names: list[str], tmp_path: Path) -> None:
     base = "gpt_neox" if family == "gpt_neox" else "model"
-    folder = write_checkpoint(tmp_path / "m", family)
+    folder = of_family(family).save(tmp_path / "m")
     assert opens(with_buffers(folder, **{f"{base}.{name}": torch.ones(3) for name in names}))
 
 
 def test_a_buffer_of_opt_that_cannot_be(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", "opt")
+    folder = opt().save(tmp_path / "m")
     with pytest.raises(CheckpointError):
         opens(with_buffers(folder, **{"model.decoder.rotary_emb.inv_freq": torch.ones(8)}))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.makers.checkpoints import default_config
+from support.makers.checkpoints import of_family
 from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -36,7 +36,7 @@ CONTEXT = {"original_max_position_embeddings": 16}
 
 def config_of(family: str, **keys: Any) -> dict[str, Any]:
     """A config without any RoPE key but `keys`."""
-    config = default_config(family, hidden=128, layers=1)
+    config = of_family(family, hidden=128, layers=1).config
     return copy.deepcopy({k: v for k, v in config.items() if k not in ROPE_KEYS} | keys)
 
 

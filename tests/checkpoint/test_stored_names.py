@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.makers.checkpoints import load_tensors, save_tensors, write_checkpoint
+from support.makers.checkpoints import llama, neox, of_family
+from support.makers.weight_files import load_tensors, save_tensors
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
@@ -139,7 +140,7 @@ WRAPPED: dict[str, tuple[Rename, str]] = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrappers(name: str, family: Any, tmp_path: Path) -> None:
     rename, said = WRAPPED[name]
-    folder = write_checkpoint(tmp_path / "m", family, tied=False, leftovers=True)
+    folder = of_family(family).with_config(tie_word_embeddings=False).with_leftovers().save(tmp_path / "m")
     with open_checkpoint(folder) as checkpoint:
         expected = checkpoint.load_state_dict()
         assert checkpoint.notes == []
@@ -154,7 +155,7 @@ def test_wrappers(name: str, family: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_wrapped_base_models(tied: bool, family: Any, tmp_path: Path) -> None:
     """Of a base model behind a wrapper nothing is lost, and of a whole one nothing is taken for a prefix."""
-    folder = write_checkpoint(tmp_path / "m", family, tied=tied)
+    folder = of_family(family).with_config(tie_word_embeddings=tied).save(tmp_path / "m")
     expected = load_tensors(folder)
     base = "gpt_neox." if family == "gpt_neox" else "model."
     head = HEADS[family]
@@ -182,7 +183,7 @@ def refused(folder: Path, match: str) -> str:
 
 
 def test_both_spellings_of_the_head(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     head = load_tensors(folder)["embed_out.weight"]
     tampered(folder, lambda stored: stored | {"lm_head.weight": head.clone()})
     with open_checkpoint(folder) as checkpoint:
@@ -198,34 +199,34 @@ def test_both_spellings_of_the_head(tmp_path: Path) -> None:
 
 def test_what_is_there_is_named(tmp_path: Path) -> None:
     """Some names with a prefix, some without: nothing is guessed."""
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     tampered(folder, lambda s: {(f"ema.{n}" if "layers.1" in n else n): v for n, v in s.items()})
     message = refused(folder, "lacks 18 tensors")
     assert "no gpt_neox.layers.1" in message
     assert "instead ema.gpt_neox.layers.1" in message
-    folder = write_checkpoint(tmp_path / "n", "llama")
+    folder = llama().save(tmp_path / "n")
     meta = {"model.embed_tokens.weight": "tok_embeddings.weight", "lm_head.weight": "output.weight"}
     tampered(folder, lambda s: {meta.get(n, n): v for n, v in s.items()})
     assert "tok_embeddings.weight" in refused(folder, "lacks 2 tensors")
 
 
 def test_a_second_model_is_not_dropped(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     tampered(folder, lambda s: s | {f"teacher.{n}": v.clone() for n, v in s.items()})
     assert "teacher.gpt_neox" in refused(folder, "that such a model does not have")
-    tampered(write_checkpoint(tmp_path / "n"), lambda s: {f"model.{n}": v for n, v in s.items()}
+    tampered(neox().save(tmp_path / "n"), lambda s: {f"model.{n}": v for n, v in s.items()}
              | {"loss.weight": torch.ones(3)})  # fmt: skip
     assert "model.gpt_neox" in refused(tmp_path / "n", "lacks")
 
 
 def test_zero_3_shards(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     tampered(folder, lambda s: {f"module.{n}": torch.empty(0) for n in s})
     assert "zero_to_fp32.py" in refused(folder, "DeepSpeed ZeRO-3")
 
 
 def test_adapters_that_are_not_merged(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
 
     def adapt(stored: Tensors) -> Tensors:
         out = {f"base_model.model.{n}": v for n, v in stored.items()}
@@ -263,7 +264,7 @@ def test_every_type_of_the_format_is_known(dtype: str, tmp_path: Path) -> None:
     from safetensors import safe_open
 
     bits = OTHER_TYPES[dtype]
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     file = folder / "model.safetensors"
     entries = {name: ("F32", list(value.shape), 4 * value.numel()) for name, value in load_file(file).items()}
     bad = "gpt_neox.layers.1.attention.W_G"
@@ -278,7 +279,7 @@ def test_every_type_of_the_format_is_known(dtype: str, tmp_path: Path) -> None:
 
 
 def test_half_bytes_must_add_up(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     raw_safetensors(folder / "model.safetensors", {"a": ("F4", [3], 1)})
     refused(folder, "1 bytes for .* of F4")
 
@@ -299,7 +300,7 @@ def test_half_bytes_must_add_up(tmp_path: Path) -> None:
 def test_absurd_headers_are_refused_quickly(header: bytes, tmp_path: Path) -> None:
     import time
 
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     started = time.process_time()
     message = refused(folder, "not a valid safetensors file")
@@ -309,7 +310,7 @@ def test_absurd_headers_are_refused_quickly(header: bytes, tmp_path: Path) -> No
 
 def test_saved_by_the_library(tmp_path: Path) -> None:
     """Metadata, and names in any order."""
-    folder = write_checkpoint(tmp_path / "m")
+    folder = neox().save(tmp_path / "m")
     stored = load_tensors(folder)
     save_file(dict(reversed(stored.items())), folder / "model.safetensors", metadata={"format": "pt"})
     found = Source(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import neox
 
 from dijiang_export.commands.convert import convert
 from dijiang_export.commands.to_onnx import to_onnx
@@ -18,7 +18,7 @@ from dijiang_export.export.to_onnx import export_bundle
 
 @pytest.mark.parametrize("option", ["-o", "--output", None])
 def test_the_output_as_an_option(option: str | None, tmp_path: Path) -> None:
-    vanilla = write_checkpoint(tmp_path / "vanilla", decay="none", layers=1)
+    vanilla = neox(layers=1).vanilla().save(tmp_path / "vanilla")
     wrapped = {f"module.{name}": value for name, value in load_file(vanilla / "model.safetensors").items()}
     save_file(wrapped, vanilla / "model.safetensors")
     options = [] if option is None else [option]
@@ -53,7 +53,7 @@ def test_convert_without_an_output(tmp_path: Path) -> None:
 
 def test_a_bundle_under_a_strict_umask(tmp_path: Path) -> None:
     """reference.safetensors is written by a library that chooses its own permissions."""
-    folder = write_checkpoint(tmp_path / "m", layers=1)
+    folder = neox(layers=1).save(tmp_path / "m")
     old = os.umask(0o077)
     try:
         export_bundle(folder, tmp_path / "b", cases="short")
@@ -65,7 +65,7 @@ def test_a_bundle_under_a_strict_umask(tmp_path: Path) -> None:
 
 
 def test_notes_are_kept_in_the_manifest(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", layers=1)
+    folder = neox(layers=1).save(tmp_path / "m")
     wrapped = {f"model.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
     save_file(wrapped, folder / "model.safetensors")
     report = export_bundle(folder, tmp_path / "b", cases="none")

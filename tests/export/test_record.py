@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import llama, neox, opt_350m
 from support.oracles.numpy_runner import NumpyRunner
 
 from dijiang_engines.formats.reference_cases import Reference
@@ -24,10 +24,10 @@ from dijiang_export.export.recorder import Recorder
 from dijiang_export.reference.model import ReferenceModel
 
 CHECKPOINTS = {
-    "gpt_neox": {"family": "gpt_neox"},
-    "llama-gqa-tied": {"family": "llama", "kv_heads": 2, "tied": True, "max_positions": 200},
-    "opt-350m": {"family": "opt", "pre_norm": False, "embedding_size": 32, "max_positions": 100},
-    "trained-tables": {"family": "gpt_neox", "decay": "trained", "max_positions": 50},
+    "gpt_neox": neox(),
+    "llama-gqa-tied": llama(positions=200, kv_heads=2).with_config(tie_word_embeddings=True),
+    "opt-350m": opt_350m(positions=100, embedding=32),
+    "trained-tables": neox(positions=50).with_trained_decay(),
 }
 
 
@@ -36,7 +36,7 @@ CHECKPOINTS = {
 def test_recorded_cases_are_the_reference_models(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_checkpoint(tmp_path / "model", **CHECKPOINTS[name])
+    folder = CHECKPOINTS[name].save(tmp_path / "model")
     path = tmp_path / "reference.safetensors"
     with open_checkpoint(folder) as checkpoint:
         spec = checkpoint.spec
@@ -77,7 +77,7 @@ def test_segments_do_not_change_what_is_recorded(
     segment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut inside rows, at their ends and at marks: the state goes on, and nothing is computed twice."""
-    folder = write_checkpoint(tmp_path / "model", "llama", kv_heads=2)
+    folder = llama(kv_heads=2).save(tmp_path / "model")
     monkeypatch.setattr(case_plans, "DRIFT_TOKENS", 150)
     results = []
     with open_checkpoint(folder) as checkpoint:
@@ -97,7 +97,7 @@ def test_segments_do_not_change_what_is_recorded(
 
 @pytest.mark.slow
 def test_drift_is_ten_thousand_tokens_of_the_recurrence(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", layers=1, hidden=32, heads=2)
+    folder = neox(layers=1, hidden=32, heads=2).save(tmp_path / "model")
     path = tmp_path / "reference.safetensors"
     with open_checkpoint(folder) as checkpoint:
         record_cases(checkpoint, torch.float32, path, "full")
@@ -120,7 +120,7 @@ def test_drift_is_ten_thousand_tokens_of_the_recurrence(tmp_path: Path) -> None:
 
 
 def test_cases_stay_inside_tables_and_none_means_none(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", decay="trained", max_positions=12)
+    folder = neox(positions=12).with_trained_decay().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
         for plan in plan_cases(checkpoint.spec, "full"):
             for row, ids in enumerate(plan.input_ids):
@@ -131,7 +131,7 @@ def test_cases_stay_inside_tables_and_none_means_none(tmp_path: Path) -> None:
 
 
 def test_cases_differ_between_rows_and_are_the_same_every_time(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model")
+    folder = neox().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
         first, second = (plan_cases(checkpoint.spec, "short") for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -154,14 +154,8 @@ def test_export_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Twelve times the layers cost a fraction of the weights that they add."""
     peaks = {}
     for layers in (2, 24):
-        folder = write_checkpoint(
-            tmp_path / f"model{layers}",
-            hidden=512,
-            heads=8,
-            intermediate=2048,
-            layers=layers,
-            dtype="float16",
-        )
+        model = neox(hidden=512, heads=8, intermediate=2048, layers=layers)
+        folder = model.stored_in("float16").save(tmp_path / f"model{layers}")
         command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / f"out{layers}.bundle")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[layers] = int(done.stdout) / 1024  # MiB
@@ -186,7 +180,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 @pytest.mark.slow
 def test_memory_grows_with_the_hidden_vectors_of_drift_only(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", hidden=256, heads=4, intermediate=4096, layers=1)
+    folder = neox(hidden=256, heads=4, intermediate=4096, layers=1).save(tmp_path / "model")
     peaks = []
     for tokens in (2000, 10_000):
         command = [sys.executable, "-c", MEASURE_DRIFT, str(folder), str(tokens), str(tmp_path / "r")]

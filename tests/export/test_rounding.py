@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import neox, of_family
 
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.export.cases import CasePlan, plan_cases
@@ -75,7 +75,7 @@ def by_hand(checkpoint, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
 def test_activations_are_rounded_where_the_graph_has_operators(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    folder = write_checkpoint(tmp_path / "model", family, layers=1, tied=False)  # type: ignore[arg-type]
+    folder = of_family(family, layers=1).save(tmp_path / "model")
     marks = np.arange(1, 21)
     with open_checkpoint(folder) as checkpoint:
         ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, 20)
@@ -91,7 +91,7 @@ def test_activations_are_rounded_where_the_graph_has_operators(
 
 
 def test_errors_scale_with_the_type_and_stay_inside_the_tolerances(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model")
+    folder = neox().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
         found = {t: rounding_errors(checkpoint, t, "short") for t in ("float32", "float16", "bfloat16")}
         names = [plan.name for plan in plan_cases(checkpoint.spec, "short")]
@@ -106,7 +106,7 @@ def test_errors_scale_with_the_type_and_stay_inside_the_tolerances(tmp_path: Pat
 
 
 def test_the_command_prints_a_table(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", layers=1)
+    folder = neox(layers=1).save(tmp_path / "model")
     done = CliRunner().invoke(main, [str(folder), "--cases", "short", "--dtype", "float16"])
     assert done.exit_code == 0, done.output
     rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]

@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support.makers.checkpoints import load_tensors, save_tensors, write_checkpoint
+from support.makers.checkpoints import neox
+from support.makers.weight_files import load_tensors, save_tensors
 
 from dijiang_engines.errors import CheckpointError, DijiangError, OutputError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
@@ -32,7 +33,7 @@ GRAPH_FILES = ("prefill.onnx", "step.onnx", "prefill.trt.onnx", "step.trt.onnx")
 
 @pytest.fixture(scope="module")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", vocab=300, tokenizer=True)
+    return neox(vocab=300).with_tokenizer().save(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def spoil(folder: Path, name: str, value: float) -> None:
 def test_weights_that_cannot_be_exported_leave_nothing(
     tmp_path: Path, value: float, dtype: str, message: str
 ) -> None:
-    folder = write_checkpoint(tmp_path / "model")
+    folder = neox().save(tmp_path / "model")
     name = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
     spoil(folder, name, value)
     (tmp_path / "out").mkdir()
@@ -159,7 +160,7 @@ def test_weights_that_cannot_be_exported_leave_nothing(
 
 
 def test_a_vanilla_checkpoint_is_pointed_to_convert(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", decay="none")
+    folder = neox().vanilla().save(tmp_path / "model")
     with pytest.raises(CheckpointError, match="vanilla") as caught:
         export_bundle(folder, tmp_path / "x.bundle")
     assert "dijiang-export convert" in str(caught.value)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from support.makers.checkpoints import write_checkpoint, write_tokenizer
+from support.makers.byte_tokenizer import write_tokenizer
+from support.makers.checkpoints import llama, neox, of_family
 from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
@@ -36,7 +37,7 @@ def add_tokens(path: Path, *tokens: str) -> None:
 
 @pytest.fixture
 def padded(tmp_path: Path) -> Path:
-    folder = write_checkpoint(tmp_path / "m", layers=1, vocab=VOCAB, tokenizer=True)
+    folder = neox(layers=1, vocab=VOCAB).with_tokenizer().save(tmp_path / "m")
     add_tokens(folder / "tokenizer.json", "<pad>")
     return folder
 
@@ -56,8 +57,8 @@ def test_an_added_token_is_noted(padded: Path) -> None:
 
 
 def test_a_tokenizer_that_fits_has_no_note(tmp_path: Path) -> None:
-    assert notes_of(write_checkpoint(tmp_path / "m", vocab=VOCAB, tokenizer=True)) == []
-    assert notes_of(write_checkpoint(tmp_path / "n", vocab=VOCAB + 40, tokenizer=True)) == []
+    assert notes_of(neox(vocab=VOCAB).with_tokenizer().save(tmp_path / "m")) == []
+    assert notes_of(neox(vocab=VOCAB + 40).with_tokenizer().save(tmp_path / "n")) == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_only_added_tokens_may_lie_beyond(model: object, padded: Path) -> None:
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     folder = tmp_path_factory.mktemp("padded")
-    source = write_checkpoint(folder / "m", layers=1, vocab=VOCAB, tokenizer=True)
+    source = neox(layers=1, vocab=VOCAB).with_tokenizer().save(folder / "m")
     add_tokens(source / "tokenizer.json", "<pad>", "<far>")
     report = export_bundle(source, folder / "b", cases="none")
     assert any("'<pad>' (257), '<far>' (258)" in note for note in report.notes)
@@ -145,7 +146,7 @@ def write_slow_tokenizer(folder: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt_neox", "opt"])
 def test_the_noted_command_makes_a_tokenizer(family: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "it's a model", family, vocab=VOCAB + 1)  # type: ignore[arg-type]
+    folder = of_family(family, vocab=VOCAB + 1).save(tmp_path / "it's a model")
     (folder / "tokenizer.json").unlink(missing_ok=True)
     write_slow_tokenizer(folder)
     (note,) = notes_of(folder)
@@ -161,7 +162,7 @@ def test_the_noted_command_makes_a_tokenizer(family: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
 def test_sentencepiece_is_named(name: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", "llama")
+    folder = llama().save(tmp_path / "m")
     (folder / name).write_bytes(b"\n\x0e\n\x05<unk>")
     (note,) = notes_of(folder)
     assert f"only {name}" in note

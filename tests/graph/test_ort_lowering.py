@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from support.makers import random_models as rm
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import neox
 from test_graph import GEOMETRIES, compare
 
 from dijiang_engines.errors import UsageError
@@ -184,7 +184,7 @@ def test_default_bundles_have_no_variants(sample_bundle: Path) -> None:
 
 
 def test_wide_heads_export_and_run(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "wide", hidden=256, heads=1)
+    source = neox(hidden=256, heads=1).save(tmp_path / "wide")
     export_bundle(source, tmp_path / "b", variants=("ort",))
     opened = open_bundle(tmp_path / "b")
     report = validate(open_runner(opened, "cpu", threads=1, lowering="ort"), opened.reference())

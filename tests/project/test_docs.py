@@ -16,7 +16,7 @@ import click
 import pytest
 from support.fakes.tensorrt import FakeMachine
 from support.fakes.toolchain import FakeToolchain, without_tools
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import neox
 from support.paths import ROOT
 
 from dijiang_export.cli import COMMANDS, cli
@@ -55,9 +55,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("documents")
     for name in ("pythia-70m", "pythia-160m"):
-        write_checkpoint(folder / name, decay="none", tokenizer=True)
+        neox().vanilla().with_tokenizer().save(folder / name)
     for name in ("pythia-160m-dijiang", "pythia-410m-dijiang"):
-        write_checkpoint(folder / name, tokenizer=True)
+        neox().with_tokenizer().save(folder / name)
     (folder / "pythia-dijiang").symlink_to(folder / "pythia-410m-dijiang")
     export_bundle(folder / "pythia-dijiang", folder / "pythia.bundle")
     return folder

@@ -12,7 +12,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.makers.checkpoints import load_tensors, official_tables
+from support.makers.decay_tables import official_tables
+from support.makers.weight_files import load_tensors
 from support.oracles.official import official_forward
 from support.paths import GOLDENS
 from torch import Tensor

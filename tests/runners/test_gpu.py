@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from support.makers import random_models as rm
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import llama, neox, opt_350m
 
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners.registry import open_runner
@@ -32,12 +32,10 @@ SPECS = {
     "llama-gqa": rm.LLAMA,
 }
 CHECKPOINTS = {
-    "gpt_neox": {"family": "gpt_neox", "hidden": 256, "heads": 4},
-    "trained-tables-straddling": {
-        "family": "gpt_neox", "hidden": 96, "heads": 6, "decay": "trained", "max_positions": 300,
-    },
-    "llama-gqa-tied": {"family": "llama", "kv_heads": 2, "tied": True},
-    "opt-350m": {"family": "opt", "pre_norm": False, "embedding_size": 32, "max_positions": 300},
+    "gpt_neox": neox(hidden=256, heads=4),
+    "trained-tables-straddling": neox(hidden=96, heads=6, positions=300).with_trained_decay(),
+    "llama-gqa-tied": llama(kv_heads=2).with_config(tie_word_embeddings=True),
+    "opt-350m": opt_350m(positions=300, embedding=32),
 }  # fmt: skip
 
 
@@ -66,7 +64,7 @@ def test_reference_model_on_the_gpu(name: str, form: str) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_onnxruntime_cuda_reproduces_the_reference(name: str, dtype: str, tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "model", **CHECKPOINTS[name])
+    source = CHECKPOINTS[name].save(tmp_path / "model")
     export_bundle(source, tmp_path / "x.bundle", dtype=dtype, cases="full")
     bundle = open_bundle(tmp_path / "x.bundle")
     report = validate(open_runner(bundle, "onnxruntime-cuda"), bundle.reference())
@@ -76,7 +74,7 @@ def test_onnxruntime_cuda_reproduces_the_reference(name: str, dtype: str, tmp_pa
 
 @needs_ort_cuda
 def test_onnxruntime_cuda_state_survives_export_and_import(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "model")
+    source = neox().save(tmp_path / "model")
     export_bundle(source, tmp_path / "x.bundle", cases="none")
     runner = open_runner(open_bundle(tmp_path / "x.bundle"), "onnxruntime-cuda")
     ids, zero, lens = np.arange(12).reshape(2, 6), np.zeros(2, np.int64), np.full(2, 6)

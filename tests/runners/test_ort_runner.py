@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from support.makers.checkpoints import RandomCheckpoint, llama, neox
 from support.makers.toy_bundle import SPEC, ToyModel, make_bundle, write_manifest
 from support.oracles.numpy_runner import NumpyRunner
 
@@ -324,17 +325,17 @@ Exported = Callable[..., tuple[Path, NumpyRunner]]
 
 
 @pytest.mark.parametrize(
-    "options",
+    "model",
     [
-        {"vocab": 300, "tokenizer": True},
-        {"vocab": 260, "heads": 6, "hidden": 96, "decay": "trained"},
-        {"family": "llama", "heads": 4, "kv_heads": 2, "vocab": 260},
+        neox(vocab=300).with_tokenizer(),
+        neox(vocab=260, heads=6, hidden=96).with_trained_decay(),
+        llama(heads=4, kv_heads=2, vocab=260),
     ],
     ids=["neox", "tables", "llama"],
 )
-def test_exported_bundles_compute_dijiang(exported: Exported, options: dict[str, Any]) -> None:
+def test_exported_bundles_compute_dijiang(exported: Exported, model: RandomCheckpoint) -> None:
     """Prefill in uneven pieces, steps and padding, against the recurrence in float64."""
-    folder, oracle = exported(**options)
+    folder, oracle = exported(model)
     runner = runner_of(folder)
     rng = np.random.default_rng(3)
     lens = A([90, 37])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.fakes.runner import ToyRunner
+from support.makers.checkpoints import RandomCheckpoint, llama, neox
 from support.makers.toy_bundle import SPEC, ToyModel
 from support.oracles.numpy_runner import NumpyRunner, random_parameters
 
@@ -181,17 +182,17 @@ def test_generate_stops_where_positions_end(toy: tuple[Path, ToyModel]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("model", "options"),
     [
-        {"vocab": 260},
-        {"family": "llama", "heads": 4, "kv_heads": 2, "vocab": 260},
-        {"vocab": 260, "heads": 6, "hidden": 96, "decay": "trained", "extend_decay": True},
+        (neox(vocab=260), {}),
+        (llama(heads=4, kv_heads=2, vocab=260), {}),
+        (neox(vocab=260, heads=6, hidden=96).with_trained_decay(), {"extend_decay": True}),
     ],
     ids=["neox", "llama", "tables"],
 )
-def test_positions_are_right_to_the_end(exported: Any, options: dict[str, Any]) -> None:
+def test_positions_are_right_to_the_end(exported: Any, model: RandomCheckpoint, options: Any) -> None:
     """Prefill and steps that end at the last position, against the recurrence in float64."""
-    folder, oracle = exported(**options)
+    folder, oracle = exported(model, **options)
     runner = open_runner(open_bundle(folder), "cpu", threads=1)
     assert runner.spec.rotary_dim > 0
     rng = np.random.default_rng(5)

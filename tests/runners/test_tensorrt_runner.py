@@ -17,6 +17,7 @@ import pytest
 from support.fakes import cuda as fake_cuda
 from support.fakes import tensorrt as fake_tensorrt
 from support.fakes.tensorrt import MAGIC, FakeMachine
+from support.makers.checkpoints import neox
 from support.makers.engine_folders import SMALL, Made, Open, edit_manifest, spoil, tokens
 from support.oracles.numpy_runner import NumpyRunner
 
@@ -36,7 +37,7 @@ VERSIONS = ["8.6.0", "10.3.0", "10.13.3", "11.1.0"]
 @pytest.fixture
 def engine(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy that a test may damage, on its machine."""
-    folder, _, machine = made("8.6.0", {}, **SMALL)
+    folder, _, machine = made("8.6.0", **SMALL)
     machine.enter(monkeypatch)
     return Path(shutil.copytree(folder, tmp_path / "e"))
 
@@ -384,7 +385,7 @@ def test_bad_states(opened: Open) -> None:
 
 
 def test_past_a_trained_table(opened: Open) -> None:
-    runner, oracle = opened(export={"decay": "trained", "max_positions": 16})
+    runner, oracle = opened(model=neox(positions=16).with_trained_decay())
     assert oracle.spec.max_positions == 16
     state = runner.new_state(1)
     runner.prefill(tokens(1, 12), A([0]), A([12]), state)

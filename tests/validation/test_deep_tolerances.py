@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from support.makers.checkpoints import load_tensors, save_tensors, write_checkpoint
+from support.makers.checkpoints import neox
+from support.makers.weight_files import load_tensors, save_tensors
 from support.oracles.numpy_runner import NumpyRunner
 
 from dijiang_engines.formats.reference_cases import Reference
@@ -29,9 +30,8 @@ Weights = dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Weights, Path]:
     """The spec, the weights and the recorded cases."""
-    folder = write_checkpoint(
-        tmp_path_factory.mktemp("deep") / "model", layers=LAYERS, hidden=48, heads=3, vocab=64, tied=False
-    )
+    model = neox(layers=LAYERS, hidden=48, heads=3, vocab=64)
+    folder = model.save(tmp_path_factory.mktemp("deep") / "model")
     tensors = load_tensors(folder)
     tensors["gpt_neox.embed_in.weight"] += OFFSET
     save_tensors(folder, tensors)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import llama, neox, opt, opt_350m
 from support.oracles.numpy_runner import NumpyRunner
 
 from dijiang_engines.errors import BundleError
@@ -23,12 +23,12 @@ from dijiang_export.export.record_embedding import plan_embedding
 
 VOCAB = 90
 MODELS = {
-    "gpt_neox": {"family": "gpt_neox", "layers": 3},
-    "llama-gqa-tied": {"family": "llama", "kv_heads": 2, "tied": True, "layers": 2},
-    "opt-350m": {"family": "opt", "pre_norm": False, "embedding_size": 32, "max_positions": 40},
-    "trained-tables": {"family": "gpt_neox", "decay": "trained", "max_positions": 50},
-    "few-positions": {"family": "opt", "decay": "trained", "max_positions": 9},
-    "one-layer": {"family": "gpt_neox", "layers": 1},
+    "gpt_neox": neox(layers=3),
+    "llama-gqa-tied": llama(layers=2, kv_heads=2).with_config(tie_word_embeddings=True),
+    "opt-350m": opt_350m(positions=40, embedding=32),
+    "trained-tables": neox(positions=50).with_trained_decay(),
+    "few-positions": opt(positions=9).with_trained_decay(),
+    "one-layer": neox(layers=1),
 }
 Recorded = tuple[ModelSpec, dict[str, np.ndarray], Path]
 
@@ -36,8 +36,8 @@ Recorded = tuple[ModelSpec, dict[str, np.ndarray], Path]
 @pytest.fixture(scope="module", params=MODELS)
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     """The spec, the weights and a record with all cases, of which `drift` is short."""
-    folder = write_checkpoint(
-        tmp_path_factory.mktemp("model") / "model", vocab=VOCAB, **MODELS[request.param]
+    folder = (
+        MODELS[request.param].with_config(vocab_size=VOCAB).save(tmp_path_factory.mktemp("model") / "model")
     )
     with pytest.MonkeyPatch.context() as patch, open_checkpoint(folder) as checkpoint:
         patch.setattr(case_plans, "DRIFT_TOKENS", 20)
@@ -132,7 +132,7 @@ def test_short_cases_say_what_they_did_not_see(recorded: Recorded) -> None:
 
 def test_rows_lie_where_tables_let_them_be_seen(tmp_path: Path) -> None:
     """The tables of `trained_tables` drop the token at a third of their length, in all heads."""
-    folder = write_checkpoint(tmp_path / "model", decay="trained", max_positions=60, vocab=500)
+    folder = neox(positions=60, vocab=500).with_trained_decay().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
         plan = plan_embedding(checkpoint)
         gain = checkpoint.tensor("layers.0.attention.gain").numpy()
@@ -143,7 +143,7 @@ def test_rows_lie_where_tables_let_them_be_seen(tmp_path: Path) -> None:
 
 
 def test_fast_decay_makes_rows_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_checkpoint(tmp_path / "model", vocab=50)
+    folder = neox(vocab=50).save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
         assert plan_embedding(checkpoint).input_ids.shape[1] == 16
         monkeypatch.setattr(

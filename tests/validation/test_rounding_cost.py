@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from support.fakes.runner import ToyRunner, toy_case, write_reference
-from support.makers.checkpoints import write_checkpoint
+from support.makers.checkpoints import llama, neox, of_family
 from support.makers.toy_bundle import SPEC, ToyModel
+from support.makers.weight_files import load_tensors, save_tensors
 from support.oracles.numpy_runner import NumpyRunner
 
 from dijiang_engines.errors import BundleError, UsageError
@@ -187,7 +188,7 @@ def test_the_report_shows_what_was_measured_and_what_follows(tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "opt"])
 def test_it_is_measured_when_cases_are_recorded(family: str, tmp_path: Path) -> None:
     """A float32 forward written without the exporter errs by as much, within a factor of ten."""
-    folder = write_checkpoint(tmp_path / "model", family, layers=3)  # type: ignore[arg-type]
+    folder = of_family(family, layers=3).save(tmp_path / "model")
     path = tmp_path / "reference.safetensors"
     with open_checkpoint(folder) as checkpoint:
         record_cases(checkpoint, torch.float32, path, "short")
@@ -205,7 +206,7 @@ def test_it_is_measured_when_cases_are_recorded(family: str, tmp_path: Path) -> 
 
 
 def test_half_types_cost_more_by_their_bits(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model")
+    folder = neox().save(tmp_path / "model")
     errors = []
     with open_checkpoint(folder) as checkpoint:
         for dtype in (torch.float16, torch.bfloat16):
@@ -218,11 +219,7 @@ def test_half_types_cost_more_by_their_bits(tmp_path: Path) -> None:
 
 
 def test_activations_that_do_not_fit_the_type_leave_the_tables_rows(tmp_path: Path) -> None:
-    folder = write_checkpoint(
-        tmp_path / "model", "llama", layers=1, hidden_act="relu", config_overrides={"hidden_act": "relu"}
-    )
-    from support.makers.checkpoints import load_tensors, save_tensors
-
+    folder = llama(layers=1).with_config(hidden_act="relu").save(tmp_path / "model")
     tensors = load_tensors(folder)
     for name in ("gate_proj", "up_proj"):
         tensors[f"model.layers.0.mlp.{name}.weight"] *= 3000
@@ -233,7 +230,7 @@ def test_activations_that_do_not_fit_the_type_leave_the_tables_rows(tmp_path: Pa
 
 
 def test_of_long_cases_the_first_tokens_are_measured(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model")
+    folder = neox().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
         plans = plan_cases(checkpoint.spec, "full")
     for plan in plans:

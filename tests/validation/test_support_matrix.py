@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.makers.checkpoints import llama, neox, opt, opt_350m
 from support.paths import ROOT
 
 from dijiang_export.cli import main
 
-MODELS: dict[str, dict[str, Any]] = {
-    "gpt_neox float32": {"family": "gpt_neox"},
-    "gpt_neox float16": {"family": "gpt_neox", "dtype": "float16"},
-    "llama float32": {"family": "llama", "heads": 4, "kv_heads": 2},
-    "opt float32": {"family": "opt"},
-    "opt-350m's shape float32": {"family": "opt", "pre_norm": False, "embedding_size": 32},
+MODELS = {
+    "gpt_neox float32": neox(),
+    "gpt_neox float16": neox(),
+    "llama float32": llama(heads=4, kv_heads=2),
+    "opt float32": opt(),
+    "opt-350m's shape float32": opt_350m(embedding=32),
 }
 
 
@@ -26,11 +27,12 @@ MODELS: dict[str, dict[str, Any]] = {
 def test_onnxruntime_on_the_cpu(
     name: str, exported: Callable[..., tuple[Path, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bundle, _ = exported(**MODELS[name])
+    dtype = name.split()[-1]
+    bundle, _ = exported(MODELS[name], dtype=dtype)
     assert main(["--json", "validate", str(bundle), "--runner", "onnxruntime-cpu"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["runner"] == "onnxruntime-cpu"
-    assert report["dtype"] == MODELS[name].get("dtype", "float32")
+    assert report["dtype"] == dtype
     assert report["passed"] is True
 
 

@@ -406,7 +406,7 @@ def test_the_token_of_a_bad_prefill(every: bool, reference: Reference) -> None:
     ],
 )
 def test_nan_from_a_layer_of_a_real_model(name: str, layer: int | None, exported: Callable) -> None:
-    bundle, oracle = exported(layers=2)
+    bundle, oracle = exported()
     recorded = open_bundle(bundle).reference()
     assert validate(oracle, recorded, cases=["far"]).passed
     weights = {key: value.copy() for key, value in oracle.weights.items()}

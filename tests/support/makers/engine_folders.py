@@ -24,6 +24,7 @@ from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
 SMALL = {"max_batch": 6, "max_length": 8}
 
+Exported = Callable[..., tuple[Path, NumpyRunner]]
 Made = Callable[..., tuple[Path, NumpyRunner, FakeMachine]]
 Open = Callable[..., tuple[TensorRTRunner, NumpyRunner]]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from support.makers.checkpoints import official_gammas, trained_tables
+from support.makers.decay_tables import official_gammas, trained_tables
 from torch import Tensor
 
 from dijiang_export.checkpoint.decay import stable_tables
