@@ -1,6 +1,6 @@
 """build-engine on a fake machine: what the builder is asked for, and everything that keeps it from working.
 
-The builder's process is a real one; only TensorRT, Polygraphy and CUDA in it are fakes (fake_tensorrt.py).
+The builder's process is a real one; only TensorRT, Polygraphy and CUDA in it are fakes (support/fakes).
 """
 
 from __future__ import annotations

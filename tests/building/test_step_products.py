@@ -1,6 +1,6 @@
 """A step's products given to the plugin: the same function before and after, in float64.
 
-The networks of whole models are those that TensorRT for RTX really parsed, replayed on fake_network.py; the
+The networks of whole models are those that TensorRT for RTX really parsed, replayed on fakes/network.py; the
 small ones are made by hand and show what no model of ours has. That a real TensorRT takes the layers is
 tests/nvidia/test_tensorrt_bindings.py's and the GPU's to show.
 """

@@ -154,72 +154,58 @@ def _check_build(asked: dict[str, Any], dtype: str, products: bool, version: tup
 
 
 OLD, NEW, ANY = (8, 9), (10, 12), (8, 12)
-MUTATIONS = [
-    ("tensorrt_library.py", "trt.ILogger.WARNING", "trt.ILogger.WARN", ANY),
-    (
-        "tensorrt_library.py",
-        "runtime.deserialize_cuda_engine(plan)",
-        "runtime.deserialize_engine(plan)",
-        (8, 10),
-    ),
-    (
-        "tensorrt_library.py",
-        "runtime.deserialize_cuda_engine(plan)",
-        "runtime.deserialize_cuda_engine(1)",
-        (11, 12),
-    ),
-    ("tensorrt_library.py", "return self._read(min(", "return self._reads(min(", (10, 11)),
-    ("tensorrt_library.py", '"all_creators"', '"all_creator"', NEW),
-    ("tensorrt_versions.py", "device_memory_size_v2", "device_memory_size_v9", (11, 12)),
-    (
-        "tensorrt_versions.py",
-        "context.set_device_memory(address, size)",
-        "context.set_device_memory(address)",
-        NEW,
-    ),
-    ("tensorrt_versions.py", "context.device_memory = address", "context.device_memories = address", OLD),
-    ("tensorrt_versions.py", "strategies.USER_MANAGED", "strategies.USER", NEW),
-    ("tensorrt_versions.py", "PROFILE_SHARING_0806", "PROFILE_SHARING_0807", OLD),
-    ("runners/tensorrt.py", "context.execute_async_v3(", "context.execute_async_v4(", ANY),
-    (
-        "runners/tensorrt.py",
-        "context.set_tensor_address(name, address)",
-        "context.set_tensor_address(address)",
-        ANY,
-    ),
-    (
-        "runners/tensorrt.py",
-        "set_optimization_profile_async(place.profile, ",
-        "set_optimization_profile_async(",
-        ANY,
-    ),
-    ("runners/tensorrt_checks.py", "plan.num_io_tensors", "plan.num_bindings", NEW),
-    ("typed_network.py", "layer.precision = trt.DataType.HALF", "layer.precision = 1", OLD),
-    (
-        "typed_network.py",
-        "set_output_type(0, trt.DataType.FLOAT)",
-        "set_output_type(trt.DataType.FLOAT)",
-        OLD,
-    ),
-    ("typed_network.py", "tensor.shape = tuple(", "tensor.shapes = tuple(", ANY),
-    ("build_worker.py", "trt.MemoryPoolType.WORKSPACE", "trt.MemoryPoolType.WORKSPACES", ANY),
-    ("build_worker.py", "trt.IProgressMonitor)", "trt.IProgressMonitors)", NEW),
-    ("build_worker.py", "def step_complete(", "def step_completed(", NEW),
-    ("build_worker.py", 'getattr(layer, "precision", None)', "layer.precision", (11, 12)),
-    ("step_graph.py", '"IMatrixMultiplyLayer"', '"IMatMulLayer"', ANY),
-    ("step_graph.py", "layer.get_input(i)", "layer.get_inputs(i)", ANY),
-    ("step_products.py", "node.layer.op1", "node.layer.transpose1", ANY),
-    ("step_products.py", "trt.PluginFieldType.INT32", "trt.PluginFieldType.INTEGER32", ANY),
-    ("step_products.py", "network.add_constant(array.shape, ", "network.add_constant(", ANY),
-    ("step_products.py", "node.layer.set_input(place, ", "node.layer.set_input(", ANY),
-    ("step_products.py", "registry.get_creator if", "registry.get_creators if", NEW),
-    ("step_products.py", "collection, trt.TensorRTPhase.BUILD", "collection", NEW),
-    ("step_products.py", "add_plugin_v3(inputs, [], plugin)", "add_plugin_v3(inputs, plugin)", NEW),
-    ("step_products.py", "else registry.get_plugin_creator", "else registry.get_creator", OLD),
-    ("step_products.py", "else network.add_plugin_v2(inputs, ", "else network.add_plugin(inputs, ", OLD),
-    ("build_worker.py", '"builder_optimization_level": req', '"optimization_level": req', ANY),
-    ("build_worker.py", "strongly_typed=dialect", "typed=dialect", ANY),
-]  # fmt: skip
+MUTATIONS: dict[str, list[tuple[str, str, tuple[int, int]]]] = {
+    "nvidia/tensorrt_library.py": [
+        ("trt.ILogger.WARNING", "trt.ILogger.WARN", ANY),
+        ("runtime.deserialize_cuda_engine(plan)", "runtime.deserialize_engine(plan)", (8, 10)),
+        ("runtime.deserialize_cuda_engine(plan)", "runtime.deserialize_cuda_engine(1)", (11, 12)),
+        ("return self._read(min(", "return self._reads(min(", (10, 11)),
+        ('"all_creators"', '"all_creator"', NEW),
+    ],
+    "nvidia/tensorrt_versions.py": [
+        ("device_memory_size_v2", "device_memory_size_v9", (11, 12)),
+        ("context.set_device_memory(address, size)", "context.set_device_memory(address)", NEW),
+        ("context.device_memory = address", "context.device_memories = address", OLD),
+        ("strategies.USER_MANAGED", "strategies.USER", NEW),
+        ("PROFILE_SHARING_0806", "PROFILE_SHARING_0807", OLD),
+    ],
+    "runners/tensorrt/runner.py": [
+        ("context.execute_async_v3(", "context.execute_async_v4(", ANY),
+        ("context.set_tensor_address(name, address)", "context.set_tensor_address(address)", ANY),
+        ("set_optimization_profile_async(place.profile, ", "set_optimization_profile_async(", ANY),
+    ],
+    "runners/tensorrt/checks.py": [
+        ("plan.num_io_tensors", "plan.num_bindings", NEW),
+    ],
+    "building/typed_network.py": [
+        ("layer.precision = trt.DataType.HALF", "layer.precision = 1", OLD),
+        ("set_output_type(0, trt.DataType.FLOAT)", "set_output_type(trt.DataType.FLOAT)", OLD),
+        ("tensor.shape = tuple(", "tensor.shapes = tuple(", ANY),
+    ],
+    "building/worker.py": [
+        ("trt.MemoryPoolType.WORKSPACE", "trt.MemoryPoolType.WORKSPACES", ANY),
+        ("trt.IProgressMonitor)", "trt.IProgressMonitors)", NEW),
+        ("def step_complete(", "def step_completed(", NEW),
+        ('getattr(layer, "precision", None)', "layer.precision", (11, 12)),
+        ('"builder_optimization_level": req', '"optimization_level": req', ANY),
+        ("strongly_typed=dialect", "typed=dialect", ANY),
+    ],
+    "building/step_graph.py": [
+        ('"IMatrixMultiplyLayer"', '"IMatMulLayer"', ANY),
+        ("layer.get_input(i)", "layer.get_inputs(i)", ANY),
+    ],
+    "building/step_products.py": [
+        ("node.layer.op1", "node.layer.transpose1", ANY),
+        ("trt.PluginFieldType.INT32", "trt.PluginFieldType.INTEGER32", ANY),
+        ("network.add_constant(array.shape, ", "network.add_constant(", ANY),
+        ("node.layer.set_input(place, ", "node.layer.set_input(", ANY),
+        ("registry.get_creator if", "registry.get_creators if", NEW),
+        ("collection, trt.TensorRTPhase.BUILD", "collection", NEW),
+        ("add_plugin_v3(inputs, [], plugin)", "add_plugin_v3(inputs, plugin)", NEW),
+        ("else registry.get_plugin_creator", "else registry.get_creator", OLD),
+        ("else network.add_plugin_v2(inputs, ", "else network.add_plugin(inputs, ", OLD),
+    ],
+}  # fmt: skip
 
 
 def newest(first: int, end: int) -> Path | None:
@@ -228,16 +214,17 @@ def newest(first: int, end: int) -> Path | None:
 
 
 CASES = [
-    pytest.param(source, *mutation, id=f"{version_of(source)}-{mutation[0]}-{mutation[2]}")
-    for *mutation, (first, end) in MUTATIONS
-    if (source := newest(first, end)) is not None
+    pytest.param(source, file, old, new, id=f"{version_of(source)}-{file}-{new}")
+    for file, mutations in MUTATIONS.items()
+    for old, new, versions in mutations
+    if (source := newest(*versions)) is not None
 ]
 """Each with the newest version that gets to it."""
 
 
 def test_every_module_has_a_mutation() -> None:
     """So a module that begins to use TensorRT is one whose use is tried."""
-    changed = {m[0].removesuffix(".py").replace("/", ".") for m in MUTATIONS}
+    changed = {file.removesuffix(".py").replace("/", ".") for file in MUTATIONS}
     assert users(ENGINES) <= changed
 
 

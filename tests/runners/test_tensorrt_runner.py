@@ -1,7 +1,7 @@
 """The TensorRT runner on a fake machine: the right tensors in the right places, refusals before harm is done.
 
-fake_tensorrt runs a bundle's standard graph where TensorRT would run the plan; fake_cuda runs work as late as
-it may. That the plan and the kernels are right, only a GPU shows.
+fakes/tensorrt.py runs a bundle's standard graph where TensorRT would run the plan; fakes/cuda.py runs work
+as late as it may. That the plan and the kernels are right, only a GPU shows.
 """
 
 from __future__ import annotations

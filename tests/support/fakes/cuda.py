@@ -5,7 +5,7 @@ too early is seen, as is memory that was freed while something still needed it. 
 Capture records work; waiting or allocating while recording is an error, as in CUDA.
 It proves orchestration only.
 
-Which GPU there is stands in the environment, FAKE_GPU, as JSON (fake_tensorrt.FakeMachine writes it).
+Which GPU there is stands in the environment, FAKE_GPU, as JSON (tensorrt.FakeMachine writes it).
 """
 
 from __future__ import annotations

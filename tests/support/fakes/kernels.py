@@ -1,4 +1,4 @@
-"""What plugins/include/dijiang/sampling.h says of `sample` and `advance`: NumPy on fake_cuda's memory.
+"""What plugins/include/dijiang/sampling.h says of `sample` and `advance`: NumPy on cuda.py's memory.
 
 It calls the product's own sampling, so it proves orchestration only; the kernels have tests of their own.
 """

@@ -3,7 +3,8 @@
 Nothing here is invented about what TensorRT's parser makes of a graph: `replay` follows a description of a
 network that TensorRT for RTX parsed (tests/data/networks; tests/support/probes/rtx_network.py wrote it, and
 tests/building/test_rtx_network.py compares it with a new one). Plugins only remember their fields, and
-networks are evaluated in float64 by the definitions of their layers.
+networks are evaluated in float64 by the definitions of their layers. It proves orchestration only: that
+TensorRT computes such a network is not shown here.
 """
 
 from __future__ import annotations

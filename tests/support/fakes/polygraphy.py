@@ -1,4 +1,4 @@
-"""The parts of Polygraphy that the builder's process uses, over fake_tensorrt.
+"""The parts of Polygraphy that the builder's process uses, over tensorrt.py.
 
 It parses, notes what it was asked for, and writes a plan that names the bundle's standard graph.
 

@@ -1,4 +1,6 @@
-"""A runner over the toy model in NumPy, its recorded cases, and faults to put into it."""
+"""A runner over the toy model in NumPy, its recorded cases, and faults to put into it.
+
+It proves orchestration only: what a real runtime computes is not its business."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The bindings need libnvinfer only to make objects. Classes, enumerations, properties and the signatures in
 their docstrings are there without it. So empty libraries let them be imported, and a `Strict` object stands
 for one that TensorRT would make: what its class does not have is an AttributeError, and a call that fits none
-of the method's signatures a TypeError.
+of the method's signatures a TypeError. It proves orchestration only: nothing is built and nothing runs.
 """
 
 from __future__ import annotations

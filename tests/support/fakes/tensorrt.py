@@ -1,7 +1,7 @@
 """The parts of TensorRT that engines need and a machine around them, without a GPU.
 
-The builder (fake_polygraphy.py) builds nothing: its plan names the bundle's standard graph and what was asked
-for. The runtime here runs that graph with ONNX Runtime on fake_cuda's memory, and refuses what TensorRT
+The builder (polygraphy.py) builds nothing: its plan names the bundle's standard graph and what was asked
+for. The runtime here runs that graph with ONNX Runtime on cuda.py's memory, and refuses what TensorRT
 refuses: other versions' plans, sizes outside the profile, contexts that lack memory, addresses or shapes. So
 numbers are right only if everything was bound as it must be. Everything here proves orchestration only: the
 product's own code and ONNX Runtime stand on the other side, no TensorRT, no kernel and no speed.
@@ -69,7 +69,7 @@ class FakeMachine:
         for name, maker in _MODULES.items():
             path = self.site.joinpath(*name.split("."))
             path.mkdir(parents=True, exist_ok=True)
-            text = f"import sys, {(maker or '').split('.')[0]}\nsys.modules[__name__] = {maker}()\n"
+            text = f"import sys, {(maker or '').rpartition('.')[0]}\nsys.modules[__name__] = {maker}()\n"
             (path / "__init__.py").write_text(text if maker else "")
         self.calls_file = folder / "calls.jsonl"
         self.settings: dict[str, Any] = {"tensorrt": "8.6.0", "calls": str(self.calls_file)} | settings

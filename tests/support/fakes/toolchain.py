@@ -1,5 +1,6 @@
 """A CUDA toolkit, CMake and compilers that compile nothing: to test what `build-plugin` does around them.
 
+It proves orchestration only; that the sources compile is plugin_builds.py's to show.
 FAKE_CMAKE in the environment makes cmake misbehave: "configure-fails", "compile-fails", "makes-nothing", or
 "hangs" (until it is killed). Every call is one line in calls.txt.
 """

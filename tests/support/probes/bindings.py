@@ -1,4 +1,4 @@
-"""Runs what this project does with TensorRT against the real bindings: `tensorrt_probe.py REQUEST.json`.
+"""Runs what this project does with TensorRT against the real bindings: `bindings.py REQUEST.json`.
 
 A process of its own, so that the stub libraries are on its path (tests/support/fakes/strict_tensorrt.py)
 and two versions do not meet. The request names a file and what stands in for the plugin, and says whether
@@ -267,7 +267,7 @@ def main() -> int:
             failures[name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
 
-    attempt("names", lambda: names_in_the_source(Path(build_worker.__file__).parents[1]))
+    attempt("names", lambda: names_in_the_source(Path(build_worker.__file__).parents[2]))
     attempt("library", lambda: library(request))
     attempt("runner", lambda: runner(request))
     attempt("typed", lambda: typed(request))

@@ -1,4 +1,4 @@
-"""A network for tensorrt_probe.py, as a parser might have made it, of objects like the real ones."""
+"""A network for bindings.py, as a parser might have made it, of objects like the real ones."""
 
 from __future__ import annotations
 

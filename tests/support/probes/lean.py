@@ -1,4 +1,4 @@
-"""What the engines do with a TensorRT at first, with a real lean runtime: `lean_probe.py SITE LIBRARY`.
+"""What the engines do with a TensorRT at first, with a real lean runtime: `lean.py SITE LIBRARY`.
 
 SITE holds the unpacked wheels of tensorrt_lean's bindings and libraries, LIBRARY is a shared library that
 registers no plugin. Without a GPU the runtime has a version, a log and a plugin registry; it reads no plan.

@@ -12,7 +12,10 @@ PACKAGE = "dijiang_engines"
 MODULE = "trt"
 """What the code calls the module tensorrt, wherever it has it."""
 
-OTHER_VERSIONS = {"typed_network.type_network": "8.6", "step_products._create_v3": "10 and 11"}
+OTHER_VERSIONS = {
+    "building.typed_network.type_network": "8.6",
+    "building.step_products._create_v3": "10 and 11",
+}
 """Functions that run with that dialect of TensorRT alone."""
 
 
@@ -26,7 +29,7 @@ def modules(engines: Path) -> dict[str, ast.Module]:
     for path in sorted((engines / PACKAGE).rglob("*.py")):
         name = ".".join(path.relative_to(engines / PACKAGE).with_suffix("").parts)
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if _uses(tree) or path.name.startswith("tensorrt"):
+        if _uses(tree) or "tensorrt" in name:
             found[name] = tree
     return found
 
