@@ -2,7 +2,9 @@
 
 For each version: an environment of its own with the package's wheel, ONNX Runtime and pytest, in the versions
 of constraints.txt, and the tests with it. Without PyTorch most tests of the exporter skip, and say so
-(tests/support/without_export.py); so many others must pass that a mistake in that would show.
+(tests/support/without_export.py); so many others must pass that a mistake in that would show. Tests whose
+outcome no version of Python can change are left out: python-independent.txt names them, with reasons.
+Environments are made while another's tests run; the tests of one version have all cores.
 Standard library and pip only.
 """
 
@@ -13,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("pytest", "hypothesis", "onnx", "onnx-ir")
+NEEDED = ("pytest", "pytest-xdist", "hypothesis", "onnx", "onnx-ir")
 """For the tests, besides what the package brings; onnx makes toy bundles."""
+
+
+INDEPENDENT = Path(__file__).with_name("python-independent.txt")
+TESTING = threading.Lock()
+"""Held while one version's tests run: more at a time would only share the cores."""
 
 
 @dataclass
@@ -72,6 +80,12 @@ def make_environment(python: Path, folder: Path, wheel: Path) -> Path:
     return inside
 
 
+def left_out(text: str) -> list[str]:
+    """pytest's options that leave out the files and tests that such a list names, one a line."""
+    names = [line.partition("#")[0].strip() for line in text.splitlines()]
+    return [f"--{'deselect' if '::' in name else 'ignore'}={name}" for name in names if name]
+
+
 def run(*command: str | Path) -> str:
     """Output of a command that must succeed."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -88,19 +102,15 @@ def test(version: str, python: Path, options: argparse.Namespace) -> Outcome:
     results.unlink(missing_ok=True)
     try:
         inside = make_environment(python, options.folder / version, options.wheel)
-        environment = {
-            n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "DIJIANG_TENSORRT_BINDINGS")
-        }
-        if options.bundle is not None:
-            environment["DIJIANG_SAMPLE_BUNDLE"] = str(options.bundle.resolve())
-        # Kernels do not depend on the version of Python, and are tested with the whole suite.
-        environment |= {"DIJIANG_TEST_COMPILE": "0", "OMP_NUM_THREADS": "1"}
         command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
-        command += ["-m", "not slow", "--basetemp", options.folder / f"tmp-{version}", *options.pytest]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, text=True, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        command += ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
+        command += ["-m", "not slow", "--basetemp", options.folder / f"tmp-{version}"]
+        command += [*left_out(INDEPENDENT.read_text(encoding="utf-8")), *options.pytest]
+        with TESTING:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(options), text=True, check=False,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
         outcome.output = done.stdout
         if done.returncode != 0:
             outcome.error = f"pytest ended with {done.returncode}"
@@ -114,6 +124,15 @@ def test(version: str, python: Path, options: argparse.Namespace) -> Outcome:
     return outcome
 
 
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """What the tests' process gets."""
+    variables = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "DIJIANG_TENSORRT_BINDINGS")}
+    if options.bundle is not None:
+        variables["DIJIANG_SAMPLE_BUNDLE"] = str(options.bundle.resolve())
+    # Kernels do not depend on the version of Python, and are tested with the whole suite.
+    return variables | {"DIJIANG_TEST_COMPILE": "0", "OMP_NUM_THREADS": "1"}
+
+
 def count(results: Path, outcome: Outcome) -> None:
     """Passed and skipped tests of a JUnit file that pytest wrote."""
     suite = ET.parse(results).getroot()[0]
@@ -125,7 +144,7 @@ def count(results: Path, outcome: Outcome) -> None:
 
 
 def main() -> int:
-    """All versions, side by side; 1 if one fails, or is required and not there."""
+    """All versions; 1 if one fails, or is required and not there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("versions", nargs="+", help="such as 3.12")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/pythons")

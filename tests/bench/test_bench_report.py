@@ -208,7 +208,8 @@ def test_a_merged_record_stands_for_those_in_it(saved: tuple[Path, Path], tmp_pa
         ('{"kind": "bench-report", "records": [3]}', "not a record"),
         ('{"kind": "bench-report", "records": []}', "not a record"),
         ('{"kind": ["bench"]}', "not a record"),
-        ('{"kind": "bench", "bench": ' + "[" * 5000, "nested too deeply"),
+        # Python 3.13 reads it, and earlier ones do not: refused either way.
+        ('{"kind": "bench", "bench": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
         ('{"kind": "bench", "bench": 1' + "0" * 400 + "}", "not valid JSON"),
         ('{"kind": "bench", "bench": Infinity}', "not valid JSON"),
         ("[" + "1," * 2**20 + "1]", "too many values"),

@@ -117,6 +117,31 @@ def test_what_counts_as_tested(
     assert outcome.error == error and outcome.passed == tests - failures - errors - skipped
 
 
+def test_what_is_left_out_is_there() -> None:
+    """Else a test that was renamed would be run by all versions again, unnoticed."""
+    pythons = script("test_pythons")
+    options = pythons.left_out(pythons.INDEPENDENT.read_text())
+    assert len(options) > 5
+    for option in options:
+        kind, name = option.split("=")
+        file, _, test = name.partition("::")
+        assert (kind == "--deselect") == bool(test)
+        assert f"\ndef {test}(" in (ROOT / file).read_text() if test else (ROOT / file).exists(), name
+
+
+def test_what_leaves_a_test_out_has_a_reason() -> None:
+    """A comment of its own above each group of names."""
+    text = (ROOT / ".ci/python-independent.txt").read_text()
+    for group in text.split("\n\n")[1:]:
+        assert group.startswith("# ") and "\ntests/" in group, group
+
+
+def test_options_that_leave_out() -> None:
+    left_out = script("test_pythons").left_out
+    text = "# why\ntests/a.py\n\ntests/b.py::test_one  # more\n"
+    assert left_out(text) == ["--ignore=tests/a.py", "--deselect=tests/b.py::test_one"]
+
+
 @pytest.mark.parametrize(("require", "status"), [([], 0), (["--require"], 1)])
 def test_a_version_that_is_not_here(
     require: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
