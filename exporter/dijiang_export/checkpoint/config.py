@@ -10,9 +10,8 @@ from typing import Any
 from dijiang_engines.errors import CheckpointError
 from dijiang_engines.spec import Activation, ModelSpec, is_positive
 from dijiang_export.checkpoint.families import FAMILIES, NEUTRAL, REQUIRED, Family, Key
-from dijiang_export.checkpoint.files import SLOW_TOKENIZERS
+from dijiang_export.checkpoint.files import SLOW_TOKENIZERS, read_json
 from dijiang_export.checkpoint.rope_config import read_rope
-from dijiang_export.checkpoint.stored import read_json
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",

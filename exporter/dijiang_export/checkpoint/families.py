@@ -1,6 +1,6 @@
 """Model families as data: where config.json keeps each number, and where the weights keep each parameter.
 
-A family is one `Family` record. Canonical parameter names (docs/architecture.md) are the same for all; the
+A family is one `Family` record. Canonical parameter names (docs/bundle-format.md) are the same for all; the
 tables say which stored tensors make each of them, with shapes in letters:
 
     V vocabulary, E embedding width, h hidden, I intermediate, A = H·d, K = Hkv·d, Q = 3·A, d head size,

@@ -16,8 +16,9 @@ from dijiang_export.checkpoint.config import build_spec, check_tokenizer, read_c
 from dijiang_export.checkpoint.families import Family, Parameter, conditions, sizes
 from dijiang_export.checkpoint.files import check_kind, tokenizer_files
 from dijiang_export.checkpoint.rope_buffers import check_frequencies
-from dijiang_export.checkpoint.stored import StoredTensor, Weights, open_weights
+from dijiang_export.checkpoint.stored import StoredTensor
 from dijiang_export.checkpoint.stored_names import official_names, spellings
+from dijiang_export.checkpoint.weights import Weights, open_weights
 
 _CHECK_BLOCK = 1 << 20  # elements looked at at once when searching for NaN: stays in the processor's cache
 

@@ -1,8 +1,8 @@
 """The op contract of `dijiang::DijiangAttention`, version 1: one place, in code.
 
 `INPUTS`, `OUTPUTS` and `ATTRIBUTES` are the contract (docs/op-contract.md says the same in prose). The
-ONNX schema and the PyTorch custom op `torch.ops.dijiang.attention` are made from them here; the body in
-standard ONNX operators is in `lower.py`; the TensorRT creator's fields are tested against `ATTRIBUTES`.
+ONNX schema and the PyTorch custom op `torch.ops.dijiang.attention` are made from them here; the bodies in
+standard ONNX operators are in `body_*.py`; the TensorRT creator's fields are tested against `ATTRIBUTES`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """ReferenceModel: a DiJiang language model of any supported family, written once over ModelSpec.
 
 It is what the graphs are traced from, and the oracle that they are compared with. Parameter names are
-canonical (docs/architecture.md): `dijiang_export.checkpoint` translates each family's names to them.
+canonical (docs/bundle-format.md): `dijiang_export.checkpoint.checkpoint` translates each family's names to
+them.
 """
 
 from __future__ import annotations
