@@ -37,10 +37,11 @@ from dijiang_export.checkpoint.files import copy_file
 from dijiang_export.checkpoint.safetensors_file import safetensors_header
 from dijiang_export.checkpoint.source import Source, check_finite
 from dijiang_export.checkpoint.stored import StoredTensor
+from dijiang_export.reference.model import DTYPES
 
-Sampling = Literal["sobol", "monte-carlo"]
-SAMPLINGS: tuple[Sampling, ...] = ("sobol", "monte-carlo")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ProjectionSampling = Literal["sobol", "monte-carlo"]
+"""How the numbers are drawn that a projection's weights are made of; no tokens are sampled here."""
+SAMPLINGS: tuple[ProjectionSampling, ...] = ("sobol", "monte-carlo")
 
 SHARD_BYTES = 5 * 10**9
 """Weights beyond this are split into files of at most so many bytes, as transformers does."""
@@ -79,7 +80,7 @@ class ConvertReport:
 
 
 @dataclass(frozen=True)
-class _Output:
+class _TensorToWrite:
     """One tensor to write: where its rows come from."""
 
     name: str
@@ -109,7 +110,7 @@ def convert_checkpoint(
     source: str | Path,
     output: str | Path,
     *,
-    sampling: Sampling = "sobol",
+    sampling: ProjectionSampling = "sobol",
     seed: int = 0,
     dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
@@ -145,8 +146,8 @@ def convert_checkpoint(
                 hint=f"export it: dijiang-export to-onnx {source}",
             )
         opened.check(dijiang=False)
-        plan = _plan(opened, sampling, seed, DTYPES[dtype] if dtype else None)
-        shards = _shards(plan, max_shard_bytes)
+        tensors = _tensors_to_write(opened, sampling, seed, DTYPES[dtype] if dtype else None)
+        shards = _shards(tensors, max_shard_bytes)
         with output_folder(output, force=force) as folder:
             files = _write_weights(folder, shards, progress)
             stored_as = dtype or opened.storage_dtype()
@@ -171,8 +172,8 @@ def convert_checkpoint(
         dtype=stored_as,
         sampling=sampling,
         seed=seed,
-        parameters=sum(math.prod(item.shape) for item in plan),
-        added_parameters=sum(math.prod(item.shape) for item in plan if item.stored is None),
+        parameters=sum(math.prod(item.shape) for item in tensors),
+        added_parameters=sum(math.prod(item.shape) for item in tensors if item.stored is None),
         files=files + [name for name in names if name not in files],
         bytes=size,
         seconds=time.monotonic() - started,
@@ -180,7 +181,7 @@ def convert_checkpoint(
     )
 
 
-def projection(head_dim: int, sampling: Sampling, seed: int, layer: int) -> torch.Tensor:
+def projection(head_dim: int, sampling: ProjectionSampling, seed: int, layer: int) -> torch.Tensor:
     """P float32 [d, d] = DCT-II matrix · diag(w) for one layer (@3459531:172-177).
 
     w is the normal inverse CDF of d uniform numbers; where that is infinite (a uniform number of exactly
@@ -201,7 +202,7 @@ def gate_matrix(spec: ModelSpec, seed: int, layer: int) -> torch.Tensor:
     return torch.nn.init.xavier_uniform_(out, gain=W_G_GAIN, generator=_generator(seed, layer, "W_G"))
 
 
-def _uniform(count: int, sampling: Sampling, seed: int, layer: int) -> torch.Tensor:
+def _uniform(count: int, sampling: ProjectionSampling, seed: int, layer: int) -> torch.Tensor:
     """Float32 [count] in [0, 1)."""
     if sampling == "monte-carlo":
         return torch.rand(count, generator=_generator(seed, layer, "monte-carlo"))
@@ -240,7 +241,9 @@ def _check_arguments(
         )
 
 
-def _plan(opened: Source, sampling: Sampling, seed: int, dtype: torch.dtype | None) -> list[_Output]:
+def _tensors_to_write(
+    opened: Source, sampling: ProjectionSampling, seed: int, dtype: torch.dtype | None
+) -> list[_TensorToWrite]:
     """Every tensor of the result, in canonical order."""
     spec, family = opened.spec, opened.family
     tables = official_tables(spec.num_heads, spec.max_position_embeddings)
@@ -260,18 +263,18 @@ def _plan(opened: Source, sampling: Sampling, seed: int, dtype: torch.dtype | No
     for name, shape in opened.expected(dijiang=True).items():
         if name in made:
             kind = torch.float32 if name.endswith((".D1", ".D2")) else added_dtype
-            out.append(_Output(name, kind, shape, make=made[name]))
+            out.append(_TensorToWrite(name, kind, shape, make=made[name]))
         else:
             stored = opened.tensors[name]
-            out.append(_Output(name, dtype or stored.delivered_dtype, shape, stored=stored))
+            out.append(_TensorToWrite(name, dtype or stored.delivered_dtype, shape, stored=stored))
     return out
 
 
-def _shards(plan: list[_Output], max_bytes: int) -> list[list[_Output]]:
+def _shards(tensors: list[_TensorToWrite], max_bytes: int) -> list[list[_TensorToWrite]]:
     """Consecutive tensors in groups of at most `max_bytes` (or one tensor); wider types first in each."""
-    shards: list[list[_Output]] = [[]]
+    shards: list[list[_TensorToWrite]] = [[]]
     size = 0
-    for item in plan:
+    for item in tensors:
         if shards[-1] and size + item.nbytes > max_bytes:
             shards.append([])
             size = 0
@@ -280,7 +283,7 @@ def _shards(plan: list[_Output], max_bytes: int) -> list[list[_Output]]:
     return [sorted(shard, key=lambda item: -item.dtype.itemsize) for shard in shards]
 
 
-def _write_weights(folder: Path, shards: list[list[_Output]], progress: ProgressFactory) -> list[str]:
+def _write_weights(folder: Path, shards: list[list[_TensorToWrite]], progress: ProgressFactory) -> list[str]:
     """Write the shards, and an index if there are several; returns the files' names."""
     total = sum(item.nbytes for shard in shards for item in shard)
     files: list[str] = []
@@ -298,7 +301,7 @@ def _write_weights(folder: Path, shards: list[list[_Output]], progress: Progress
     return files
 
 
-def _write_shard(path: Path, shard: list[_Output], bar: Progress) -> None:
+def _write_shard(path: Path, shard: list[_TensorToWrite], bar: Progress) -> None:
     with open(path, "wb") as file:
         file.write(safetensors_header((item.name, item.dtype, item.shape) for item in shard))
         for item in shard:

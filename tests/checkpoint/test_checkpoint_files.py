@@ -77,7 +77,7 @@ def test_what_is_no_file_of_the_checkpoint(kind: str, name: str, tmp_path: Path)
     else:
         path.symlink_to("absent" if kind == "dangling" else name)
         match = "link to nothing"
-        if name == "config.json":  # config_io asks whether it exists
+        if name == "config.json":  # read_config asks whether it exists
             match += r"|has no config\.json"
     assert name in refused(folder, match)
 

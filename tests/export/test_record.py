@@ -16,11 +16,11 @@ from support.oracles.numpy_runner import NumpyRunner
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.progress import silent
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.export import cases as case_plans
-from dijiang_export.export import streamed
-from dijiang_export.export.cases import plan_cases
+from dijiang_export.export import cases as export_cases
+from dijiang_export.export import streamed_model
+from dijiang_export.export.case_recorder import CaseRecorder
+from dijiang_export.export.cases import choose_cases
 from dijiang_export.export.record import record_cases
-from dijiang_export.export.recorder import Recorder
 from dijiang_export.reference.model import ReferenceModel
 
 CHECKPOINTS = {
@@ -40,7 +40,7 @@ def test_recorded_cases_are_the_reference_models(
     path = tmp_path / "reference.safetensors"
     with open_checkpoint(folder) as checkpoint:
         spec = checkpoint.spec
-        monkeypatch.setattr(case_plans, "DRIFT_TOKENS", 300)
+        monkeypatch.setattr(export_cases, "DRIFT_TOKENS", 300)
         names = record_cases(checkpoint, dtype, path, "full")
         assert names == ["short", "far", "long", "drift"]
         rounded = ReferenceModel(spec, dtype=dtype)
@@ -78,14 +78,14 @@ def test_segments_do_not_change_what_is_recorded(
 ) -> None:
     """Cut inside rows, at their ends and at marks: the state goes on, and nothing is computed twice."""
     folder = llama(kv_heads=2).save(tmp_path / "model")
-    monkeypatch.setattr(case_plans, "DRIFT_TOKENS", 150)
+    monkeypatch.setattr(export_cases, "DRIFT_TOKENS", 150)
     results = []
     with open_checkpoint(folder) as checkpoint:
-        plans = plan_cases(checkpoint.spec, "full")
+        cases = choose_cases(checkpoint.spec, "full")
         for least in (10_000, segment):
-            monkeypatch.setattr(streamed, "LEAST_SEGMENT", least)
-            monkeypatch.setattr(streamed, "SEGMENT_BYTES", 0)
-            recorder = Recorder(checkpoint, torch.float32, plans)
+            monkeypatch.setattr(streamed_model, "LEAST_SEGMENT", least)
+            monkeypatch.setattr(streamed_model, "SEGMENT_BYTES", 0)
+            recorder = CaseRecorder(checkpoint, torch.float32, cases)
             assert (len(recorder._segments) > 1) == (least == segment)
             with torch.inference_mode():
                 results.append(recorder.run(silent))
@@ -122,10 +122,10 @@ def test_drift_is_ten_thousand_tokens_of_the_recurrence(tmp_path: Path) -> None:
 def test_cases_stay_inside_tables_and_none_means_none(tmp_path: Path) -> None:
     folder = neox(positions=12).with_trained_decay().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
-        for plan in plan_cases(checkpoint.spec, "full"):
-            for row, ids in enumerate(plan.input_ids):
+        for case in choose_cases(checkpoint.spec, "full"):
+            for row, ids in enumerate(case.input_ids):
                 assert len(ids) >= 1
-                assert plan.positions[row] + len(ids) <= 12
+                assert case.positions[row] + len(ids) <= 12
         assert record_cases(checkpoint, torch.float32, tmp_path / "none", "none") == []
     assert not (tmp_path / "none").exists()
 
@@ -133,7 +133,7 @@ def test_cases_stay_inside_tables_and_none_means_none(tmp_path: Path) -> None:
 def test_cases_differ_between_rows_and_are_the_same_every_time(tmp_path: Path) -> None:
     folder = neox().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
-        first, second = (plan_cases(checkpoint.spec, "short") for _ in range(2))
+        first, second = (choose_cases(checkpoint.spec, "short") for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a.input_ids, b.input_ids, strict=True))
     assert not np.array_equal(first[0].input_ids[0][:10], first[0].input_ids[1][:10])
@@ -142,7 +142,7 @@ def test_cases_differ_between_rows_and_are_the_same_every_time(tmp_path: Path) -
 MEASURE = """
 import resource, sys, torch
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export import to_onnx
+from dijiang_export.export import to_onnx
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 to_onnx.export_bundle(sys.argv[1], sys.argv[2], dtype="float16")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -168,10 +168,10 @@ def test_export_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 MEASURE_DRIFT = """
 import resource, sys, torch
 from pathlib import Path
-from dijiang_export import case_plans, record, streamed
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-case_plans.DRIFT_TOKENS = int(sys.argv[2])
-streamed.SEGMENT_BYTES = 8 << 20
+from dijiang_export.export import cases, record, streamed_model
+cases.DRIFT_TOKENS = int(sys.argv[2])
+streamed_model.SEGMENT_BYTES = 8 << 20
 with open_checkpoint(sys.argv[1]) as checkpoint:
     record.record_cases(checkpoint, torch.float32, Path(sys.argv[3]), "full")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from support.makers.checkpoints import neox, of_family
 
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.export.cases import CasePlan, plan_cases
+from dijiang_export.export.cases import CaseInputs, choose_cases
+from dijiang_export.export.rounding_recorder import RoundingRecorder
 from dijiang_export.reference.attention import Decay, Geometry, dijiang_attention
 from dijiang_export.reference.rope import inverse_frequencies
-from dijiang_export.rounding import RoundingRecorder, main, rounding_errors
+from dijiang_export.rounding import main, rounding_errors
 
 
 def by_hand(checkpoint, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
@@ -79,9 +80,9 @@ def test_activations_are_rounded_where_the_graph_has_operators(
     marks = np.arange(1, 21)
     with open_checkpoint(folder) as checkpoint:
         ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, 20)
-        plan = CasePlan("one", [ids], [0], marks[None], [19])
+        case = CaseInputs("one", [ids], [0], marks[None], [19])
         with torch.inference_mode():
-            got = RoundingRecorder(checkpoint, dtype, [plan]).run()["one.logits"][0]
+            got = RoundingRecorder(checkpoint, dtype, [case]).run()["one.logits"][0]
         expected = by_hand(checkpoint, dtype, torch.from_numpy(ids)).numpy()
     # Float64 sums in another order may fall on the other side of a rounding border, though hardly ever do.
     differs = got != expected
@@ -94,7 +95,7 @@ def test_errors_scale_with_the_type_and_stay_inside_the_tolerances(tmp_path: Pat
     folder = neox().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
         found = {t: rounding_errors(checkpoint, t, "short") for t in ("float32", "float16", "bfloat16")}
-        names = [plan.name for plan in plan_cases(checkpoint.spec, "short")]
+        names = [case.name for case in choose_cases(checkpoint.spec, "short")]
     for errors in found.values():
         assert [(e.case, e.quantity) for e in errors] == [(n, q) for n in names for q in ("logits", "state")]
         assert all(0 < e.share < 1 for e in errors)

@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_nothing(checkpoint_folder: Path, tmp_path: Path) -> 
 
 SLOW = """
 import sys, time
-from dijiang_export import to_onnx
+from dijiang_export.export import to_onnx
 def forever(*_, **__):
     print("writing", flush=True)
     time.sleep(60)

@@ -44,7 +44,7 @@ def main() -> int:
             source = Path(folder)
             write_random_checkpoint(source, SHAPES[model])
         with open_checkpoint(source) as checkpoint:
-            layout = weights.plan(checkpoint.spec, dtype)
+            layout = weights.layout_of(checkpoint.spec, dtype)
             extra = {"inv_freq": inverse_frequencies(checkpoint.spec)}
             weights.write(target / WEIGHTS, layout, checkpoint, extra, lambda _: None)
             print(f"weights after {time.perf_counter() - start:.1f} s", flush=True)

@@ -17,9 +17,9 @@ from dijiang_engines.formats.reference_cases import EMBEDDING, Reference
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validation.validate import Report, validate
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.export import cases as case_plans
+from dijiang_export.export import cases as export_cases
+from dijiang_export.export.embedding_recorder import embedding_inputs
 from dijiang_export.export.record import record_cases
-from dijiang_export.export.record_embedding import plan_embedding
 
 VOCAB = 90
 MODELS = {
@@ -40,7 +40,7 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         MODELS[request.param].with_config(vocab_size=VOCAB).save(tmp_path_factory.mktemp("model") / "model")
     )
     with pytest.MonkeyPatch.context() as patch, open_checkpoint(folder) as checkpoint:
-        patch.setattr(case_plans, "DRIFT_TOKENS", 20)
+        patch.setattr(export_cases, "DRIFT_TOKENS", 20)
         record_cases(checkpoint, torch.float32, folder / "reference.safetensors", "full")
         weights = {k: v.numpy() for k, v in checkpoint.load_state_dict().items()}
         return checkpoint.spec, weights, folder / "reference.safetensors"
@@ -134,10 +134,10 @@ def test_rows_lie_where_tables_let_them_be_seen(tmp_path: Path) -> None:
     """The tables of `trained_tables` drop the token at a third of their length, in all heads."""
     folder = neox(positions=60, vocab=500).with_trained_decay().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
-        plan = plan_embedding(checkpoint)
+        inputs = embedding_inputs(checkpoint)
         gain = checkpoint.tensor("layers.0.attention.gain").numpy()
     assert (gain[20] == 0).all()
-    for start, length in zip(plan.positions, plan.seq_lens, strict=True):
+    for start, length in zip(inputs.positions, inputs.seq_lens, strict=True):
         assert not start <= 20 < start + length
         assert start + length <= 60
 
@@ -145,11 +145,11 @@ def test_rows_lie_where_tables_let_them_be_seen(tmp_path: Path) -> None:
 def test_fast_decay_makes_rows_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = neox(vocab=50).save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
-        assert plan_embedding(checkpoint).input_ids.shape[1] == 16
+        assert embedding_inputs(checkpoint).input_ids.shape[1] == 16
         monkeypatch.setattr(
             type(checkpoint), "tensor", lambda *_: torch.log(torch.tensor([0.1, 0.5, 0.01, 1e-9]))
         )
-        assert plan_embedding(checkpoint).input_ids.shape == (25, 2)
+        assert embedding_inputs(checkpoint).input_ids.shape == (25, 2)
 
 
 @pytest.mark.parametrize("change", ["0", "9", "x", "", "1e0", "-1"])

@@ -25,7 +25,7 @@ from dijiang_engines.validation.report.page import report_html
 from dijiang_engines.validation.tolerances import DTYPES, Bounds, scale_of, tolerance
 from dijiang_engines.validation.validate import validate
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.export.cases import first_tokens, plan_cases
+from dijiang_export.export.cases import choose_cases, first_tokens
 from dijiang_export.export.record import record_cases
 
 MODEL = ToyModel.random(SPEC)
@@ -232,13 +232,13 @@ def test_activations_that_do_not_fit_the_type_leave_the_tables_rows(tmp_path: Pa
 def test_of_long_cases_the_first_tokens_are_measured(tmp_path: Path) -> None:
     folder = neox().save(tmp_path / "model")
     with open_checkpoint(folder) as checkpoint:
-        plans = plan_cases(checkpoint.spec, "full")
-    for plan in plans:
-        cut = first_tokens(plan, 1000)
-        assert (cut.name != "drift") == (cut is plan)
+        cases = choose_cases(checkpoint.spec, "full")
+    for case in cases:
+        cut = first_tokens(case, 1000)
+        assert (cut.name != "drift") == (cut is case)
         for row, (ids, marks) in enumerate(zip(cut.input_ids, cut.marks, strict=True)):
             assert len(ids) == marks[-1] <= 1000
-            assert np.array_equal(ids, plan.input_ids[row][: len(ids)])
-    drift = first_tokens(plans[-1], 1000)
+            assert np.array_equal(ids, case.input_ids[row][: len(ids)])
+    drift = first_tokens(cases[-1], 1000)
     assert drift.marks[0].tolist() == [1, 10, 100, 250, 500, 1000]
     assert [int(drift.marks[0, mark]) for mark in drift.state_marks] == [100, 1000]

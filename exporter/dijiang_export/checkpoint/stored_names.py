@@ -18,7 +18,7 @@ _MARKS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_f
 """Of torch.compile, FSDP, activation checkpointing, Lightning Fabric and data parallel modules. No official
 name has such a part."""
 _MARK = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_MARKS)})\.")
-_SAMPLE = 2000  # names that are looked at to find a prefix
+_LOOKED_AT = 2000  # names that are looked at to find a prefix
 _LONGEST_PREFIX = 8  # parts
 
 
@@ -83,11 +83,11 @@ def _shared_prefix(family: Family, known: re.Pattern[str], names: list[str]) -> 
 
     Of several the shortest: "model." of model.embed_tokens is LLaMA's own and no wrapper's.
     """
-    sample = names[:_SAMPLE]
-    if all(_resolve(family, known, name)[0] is not None for name in sample):
+    first = names[:_LOOKED_AT]
+    if all(_resolve(family, known, name)[0] is not None for name in first):
         return ""
     found: Counter[str] = Counter()
-    for name in sample:
+    for name in first:
         parts = name.split(".")[: _LONGEST_PREFIX + 1]
         for count in range(len(parts)):
             prefix = "".join(f"{part}." for part in parts[:count])

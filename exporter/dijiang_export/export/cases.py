@@ -18,7 +18,7 @@ DRIFT_TOKENS = 10_000
 
 
 @dataclass(frozen=True)
-class CasePlan:
+class CaseInputs:
     """One case before it is computed: rows of random tokens and where to look at them."""
 
     name: str
@@ -32,7 +32,7 @@ class CasePlan:
     """Columns of `marks` at which states are kept."""
 
 
-def plan_cases(spec: ModelSpec, cases: Cases, seed: int = 0) -> list[CasePlan]:
+def choose_cases(spec: ModelSpec, cases: Cases, seed: int = 0) -> list[CaseInputs]:
     """The cases of `--cases`: lengths around the chunk size, unequal rows, far positions."""
     if cases == "none":
         return []
@@ -47,7 +47,7 @@ def plan_cases(spec: ModelSpec, cases: Cases, seed: int = 0) -> list[CasePlan]:
         wanted.append(("long", [4 * chunk + 44, 2 * chunk + 1], [0, 3]))
         wanted.append((DRIFT, [DRIFT_TOKENS], [0]))
     rng = np.random.default_rng(seed)
-    plans = []
+    chosen = []
     for name, lengths, positions in wanted:
         if limit is not None:  # short tables
             lengths = [max(1, min(n, limit - start)) for n, start in zip(lengths, positions, strict=True)]
@@ -57,8 +57,8 @@ def plan_cases(spec: ModelSpec, cases: Cases, seed: int = 0) -> list[CasePlan]:
         else:
             marks = np.stack([_marks(n, rng) for n in lengths])
             state_marks = [1, marks.shape[1] - 1]
-        plans.append(CasePlan(name, rows, positions, marks, state_marks))
-    return plans
+        chosen.append(CaseInputs(name, rows, positions, marks, state_marks))
+    return chosen
 
 
 def _marks(length: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -75,12 +75,12 @@ def _drift_marks(length: int) -> tuple[npt.NDArray[np.int64], list[int]]:
     return np.array([marks], np.int64), kept
 
 
-def first_tokens(plan: CasePlan, count: int) -> CasePlan:
-    """`plan` with the marks within the first `count` tokens of its rows, and only the tokens up to them."""
-    kept = int((plan.marks <= count).all(0).sum())
-    if kept == plan.marks.shape[1]:
-        return plan
-    marks = plan.marks[:, :kept]
-    ids = [row[: marks[i, -1]] for i, row in enumerate(plan.input_ids)]
-    state_marks = [mark for mark in plan.state_marks if mark < kept]
-    return CasePlan(plan.name, ids, plan.positions, marks, state_marks)
+def first_tokens(case: CaseInputs, count: int) -> CaseInputs:
+    """`case` with the marks within the first `count` tokens of its rows, and only the tokens up to them."""
+    kept = int((case.marks <= count).all(0).sum())
+    if kept == case.marks.shape[1]:
+        return case
+    marks = case.marks[:, :kept]
+    ids = [row[: marks[i, -1]] for i, row in enumerate(case.input_ids)]
+    state_marks = [mark for mark in case.state_marks if mark < kept]
+    return CaseInputs(case.name, ids, case.positions, marks, state_marks)

@@ -14,10 +14,10 @@ from safetensors.numpy import save_file
 from dijiang_engines.formats import reference_cases, rounding_cost
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.checkpoint.checkpoint import Checkpoint
-from dijiang_export.export.cases import Cases, plan_cases
-from dijiang_export.export.record_embedding import record_embedding
-from dijiang_export.export.recorder import Recorder
-from dijiang_export.rounding import measure_rounding
+from dijiang_export.export.case_recorder import CaseRecorder
+from dijiang_export.export.cases import Cases, choose_cases
+from dijiang_export.export.embedding_recorder import record_embedding
+from dijiang_export.export.rounding_recorder import measure_rounding
 
 
 def record_cases(
@@ -36,16 +36,16 @@ def record_cases(
         cases: how much.
         progress: for the layers.
     """
-    plans = plan_cases(checkpoint.spec, cases)
-    if not plans:
+    chosen = choose_cases(checkpoint.spec, cases)
+    if not chosen:
         return []
     with torch.inference_mode():
-        tensors = Recorder(checkpoint, dtype, plans).run(progress)
-    cost = measure_rounding(checkpoint, dtype, plans, tensors, progress)
+        tensors = CaseRecorder(checkpoint, dtype, chosen).run(progress)
+    cost = measure_rounding(checkpoint, dtype, chosen, tensors, progress)
     metadata = {
         "format": reference_cases.FORMAT,
         "version": reference_cases.VERSION,
-        "cases": json.dumps([plan.name for plan in plans]),
+        "cases": json.dumps([case.name for case in chosen]),
         "compute_dtype": "float64",
     }
     if cases == "full":
@@ -55,4 +55,4 @@ def record_cases(
     if cost is not None:
         metadata[rounding_cost.KEY] = json.dumps(cost.to_json())
     save_file(tensors, path, metadata=metadata)
-    return [plan.name for plan in plans]
+    return [case.name for case in chosen]

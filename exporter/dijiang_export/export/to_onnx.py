@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import torch
+from typing import Any, Literal
 
 from dijiang_engines.errors import UsageError
 from dijiang_engines.formats import manifest
@@ -24,14 +19,14 @@ from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
 from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.checkpoint.files import copy_file
+from dijiang_export.export.background import Background, Clock
 from dijiang_export.export.cases import Cases
 from dijiang_export.export.record import record_cases
 from dijiang_export.graph import contract, opset, weights, write
+from dijiang_export.reference.model import DTYPES
 from dijiang_export.reference.rope import inverse_frequencies
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Logits = Literal["last", "all"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,14 +82,14 @@ def export_bundle(
     for variant in variants:
         _check_choice("variant", variant, tuple(write.VARIANTS))
     graph_files = write.graph_files(tuple(dict.fromkeys(variants)))
-    clock = _Clock()
+    clock = Clock()
     with (
         open_checkpoint(source, extend_decay=extend_decay, max_positions=max_positions) as checkpoint,
         output_folder(output, force=force) as folder,
-        _Background() as background,
+        Background() as background,
     ):
         spec = checkpoint.spec
-        layout = weights.plan(spec, DTYPES[dtype])
+        layout = weights.layout_of(spec, DTYPES[dtype])
         total = sum(weight.nbytes for weight in layout.values())
         # Tracing is Python's work, the other two are the disk's: all three at once.
         source_files = background.submit(checkpoint.hash_files)
@@ -175,51 +170,3 @@ def _file_entries(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"unknown {name} {value!r}", expected=" or ".join(allowed))
-
-
-class _Background:
-    """Threads that stop at their next block when the export fails or is interrupted."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(2)
-        self._cancelled = threading.Event()
-
-    def submit(
-        self, work: Callable[..., T], *arguments: Any, on_bytes: Callable[[int], None] = lambda _: None
-    ) -> Future[T]:
-        """Run `work(*arguments, on_bytes=...)`, which reports what it has done and so can be stopped."""
-
-        def step(count: int) -> None:
-            if self._cancelled.is_set():
-                raise CancelledError
-            on_bytes(count)
-
-        return self._pool.submit(work, *arguments, on_bytes=step)
-
-    def __enter__(self) -> _Background:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._cancelled.set()
-        self._pool.shutdown()
-
-
-class _Clock:
-    """Seconds spent in named parts."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str) -> _Span:
-        return _Span(self.seconds, name)
-
-
-class _Span:
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = round(time.monotonic() - self.start, 3)

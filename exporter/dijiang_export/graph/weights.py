@@ -67,7 +67,7 @@ class StoredWeight:
         return int(np.prod(self.shape)) * int(self.dtype.itemsize)
 
 
-def plan(spec: ModelSpec, dtype: torch.dtype) -> dict[str, StoredWeight]:
+def layout_of(spec: ModelSpec, dtype: torch.dtype) -> dict[str, StoredWeight]:
     """Lay out a model's parameters in the reference model's order, then inv_freq."""
     model = ReferenceModel(spec, dtype=dtype, device="meta")
     linear = {f"{path}.weight" for path, child in model.named_modules() if isinstance(child, nn.Linear)}
@@ -85,11 +85,11 @@ def plan(spec: ModelSpec, dtype: torch.dtype) -> dict[str, StoredWeight]:
     return layout
 
 
-def check_plan(layout: dict[str, StoredWeight], weights: Iterable[ir.Value]) -> None:
-    """A traced graph's weights must be those of the plan.
+def check_layout(layout: dict[str, StoredWeight], weights: Iterable[ir.Value]) -> None:
+    """A traced graph's weights must be those of the layout.
 
     Raises:
-        AssertionError: tracing and plan disagree; a defect here.
+        AssertionError: tracing and layout disagree; a defect here.
     """
     for value in weights:
         assert value.name is not None and value.shape is not None
@@ -109,7 +109,7 @@ def write(
 
     Args:
         path: weights.data, which must not exist.
-        layout: from `plan`.
+        layout: from `layout_of`.
         source: delivers canonical tensors.
         extra: tensors that no checkpoint holds (inv_freq).
         on_bytes: told how many bytes were written; what it raises ends the writing.

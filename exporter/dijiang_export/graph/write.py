@@ -63,7 +63,7 @@ def make_graphs(
     """
     prefill = trace.trace(spec, dtype, all_logits=all_logits)
     traced = {"prefill": prefill, "step": trace.step_of(prefill)}
-    weights.check_plan(layout, trace.weight_inputs(prefill.graph, spec))
+    weights.check_layout(layout, trace.weight_inputs(prefill.graph, spec))
     models = {}
     for graph_file in graph_files(variants):
         model = traced[graph_file.kind].clone()

@@ -25,6 +25,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Types of exported and converted weights, by the names that bundles have for them."""
+
 AttentionOp = Callable[..., tuple[Tensor, Tensor]]
 """Called with the op contract's tensors in order, a Decay and a Geometry (by keyword)."""
 

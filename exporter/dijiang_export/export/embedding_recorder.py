@@ -22,7 +22,7 @@ from torch import Tensor
 from dijiang_engines.formats.reference_cases import EMBEDDING
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.checkpoint.checkpoint import Checkpoint
-from dijiang_export.export.streamed import SEGMENT_BYTES, StreamedModel
+from dijiang_export.export.streamed_model import SEGMENT_BYTES, StreamedModel
 from dijiang_export.reference.attention import dijiang_attention
 from dijiang_export.reference.model import Block
 
@@ -37,7 +37,7 @@ LEAST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class EmbeddingPlan:
+class EmbeddingInputs:
     """Which token is read where."""
 
     input_ids: npt.NDArray[np.int64]
@@ -48,7 +48,7 @@ class EmbeddingPlan:
     """[B]"""
 
 
-def plan_embedding(checkpoint: Checkpoint, seed: int = 0) -> EmbeddingPlan:
+def embedding_inputs(checkpoint: Checkpoint, seed: int = 0) -> EmbeddingInputs:
     """Rows of tokens, each of the vocabulary once, where the first layer's decay lets all of them be seen."""
     spec = checkpoint.spec
     length, starts = _visible_rows(checkpoint)
@@ -61,7 +61,7 @@ def plan_embedding(checkpoint: Checkpoint, seed: int = 0) -> EmbeddingPlan:
     begin = np.arange(rows, dtype=np.int64) * length
     # One after another as in a text; tables end, and the next row begins at their beginning again.
     positions = begin if starts is None else starts[begin % len(starts)]
-    return EmbeddingPlan(ids.reshape(rows, length), lens, positions)
+    return EmbeddingInputs(ids.reshape(rows, length), lens, positions)
 
 
 def _visible_rows(checkpoint: Checkpoint) -> tuple[int, npt.NDArray[np.int64] | None]:
@@ -113,35 +113,35 @@ class EmbeddingRecorder(StreamedModel):
     """Computes the case of one checkpoint. Call `run` in inference mode."""
 
     def run(
-        self, plan: EmbeddingPlan, progress: ProgressFactory = silent
+        self, inputs: EmbeddingInputs, progress: ProgressFactory = silent
     ) -> dict[str, npt.NDArray[np.generic]]:
         """The case's tensors in the file."""
         spec = self.spec
         count = min(LAYERS, spec.num_layers)
-        rows, length = plan.input_ids.shape
+        rows, length = inputs.input_ids.shape
         state_bytes = 8 * int(np.prod(spec.state_shape))
         size = max(1, min(self.segment_tokens() // length, SEGMENT_BYTES // state_bytes))
         values = [np.zeros((rows, spec.num_heads, spec.head_dim), np.float32) for _ in range(count)]
         with progress("Recording the embedding's rows", rows, "items") as bar:
             for start in range(0, rows, size):
                 part = slice(start, min(start + size, rows))
-                for layer, found in enumerate(self._values(plan, part, count)):
+                for layer, found in enumerate(self._values(inputs, part, count)):
                     values[layer][part] = found.float().numpy()
                 bar.advance(part.stop - start)
         return {
-            f"{EMBEDDING}.input_ids": plan.input_ids,
-            f"{EMBEDDING}.seq_lens": plan.seq_lens,
-            f"{EMBEDDING}.positions": plan.positions,
+            f"{EMBEDDING}.input_ids": inputs.input_ids,
+            f"{EMBEDDING}.seq_lens": inputs.seq_lens,
+            f"{EMBEDDING}.positions": inputs.positions,
             **{f"{EMBEDDING}.values.{layer}": found for layer, found in enumerate(values)},
         }
 
-    def _values(self, plan: EmbeddingPlan, rows: slice, count: int) -> list[Tensor]:
+    def _values(self, inputs: EmbeddingInputs, rows: slice, count: int) -> list[Tensor]:
         """Of some rows: [b, H, d] for each layer."""
         ids, lens, positions = (
-            torch.from_numpy(array[rows]) for array in (plan.input_ids, plan.seq_lens, plan.positions)
+            torch.from_numpy(array[rows]) for array in (inputs.input_ids, inputs.seq_lens, inputs.positions)
         )
         hidden = torch.stack(
-            [self.embed(row, int(at)) for row, at in zip(plan.input_ids[rows], positions, strict=True)]
+            [self.embed(row, int(at)) for row, at in zip(inputs.input_ids[rows], positions, strict=True)]
         )
         state = torch.zeros(len(ids), *self.spec.state_shape, dtype=self.work)
         op = functools.partial(dijiang_attention, form="parallel")
@@ -169,5 +169,5 @@ def record_embedding(
 ) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, str]]:
     """The case's tensors and its metadata."""
     with torch.inference_mode():
-        tensors = EmbeddingRecorder(checkpoint, dtype).run(plan_embedding(checkpoint), progress)
+        tensors = EmbeddingRecorder(checkpoint, dtype).run(embedding_inputs(checkpoint), progress)
     return tensors, {EMBEDDING: str(min(LAYERS, checkpoint.spec.num_layers))}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.checkpoint.checkpoint import Checkpoint
-from dijiang_export.export.cases import CasePlan
-from dijiang_export.export.streamed import StreamedModel
+from dijiang_export.export.cases import CaseInputs
+from dijiang_export.export.streamed_model import StreamedModel
 from dijiang_export.reference.attention import Decay, Geometry, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel
 
@@ -34,13 +34,13 @@ class _Row:
     marks: list[int]
 
 
-class Recorder(StreamedModel):
+class CaseRecorder(StreamedModel):
     """Computes the cases of one checkpoint. Call `run` in inference mode.
 
     Args:
         checkpoint: where weights come from.
         dtype: to which they are rounded.
-        plans: the cases.
+        cases: which to compute.
         work: in which everything is computed.
     """
 
@@ -48,17 +48,17 @@ class Recorder(StreamedModel):
         self,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        plans: list[CasePlan],
+        cases: list[CaseInputs],
         work: torch.dtype = torch.float64,
     ) -> None:
         super().__init__(checkpoint, dtype, work)
-        self.plans = plans
+        self.cases = cases
         self.rows: list[_Row] = []
         start = 0
-        for case, plan in enumerate(plans):
-            for row, ids in enumerate(plan.input_ids):
+        for number, case in enumerate(cases):
+            for row, ids in enumerate(case.input_ids):
                 span = slice(start, start + len(ids))
-                self.rows.append(_Row(case, row, span, plan.positions[row], plan.marks[row].tolist()))
+                self.rows.append(_Row(number, row, span, case.positions[row], case.marks[row].tolist()))
                 start += len(ids)
         self._segments = self._cut(start)
         self._segment = self._segments[0]
@@ -66,7 +66,7 @@ class Recorder(StreamedModel):
         """State of the one row that goes on in the next segment."""
         state = self.spec.state_shape
         self.states = [
-            [np.zeros((len(p.input_ids), len(p.state_marks), *state), np.float32) for p in plans]
+            [np.zeros((len(c.input_ids), len(c.state_marks), *state), np.float32) for c in cases]
             for _ in range(self.spec.num_layers)
         ]
 
@@ -79,7 +79,7 @@ class Recorder(StreamedModel):
         self, progress: ProgressFactory = silent, title: str = "Recording reference cases"
     ) -> dict[str, npt.NDArray[np.generic]]:
         """All tensors of the file."""
-        rows = [self.embed(self.plans[r.case].input_ids[r.row], r.position) for r in self.rows]
+        rows = [self.embed(self.cases[r.case].input_ids[r.row], r.position) for r in self.rows]
         hidden = torch.cat(rows).unsqueeze(0)
         total = self.spec.num_layers * len(self._segments) + 1
         with progress(title, total, "items") as bar:
@@ -106,7 +106,7 @@ class Recorder(StreamedModel):
             stop = min(row.tokens.stop, self._segment.stop) - row.tokens.start
             if done >= stop:
                 continue
-            wanted = self.plans[row.case].state_marks
+            wanted = self.cases[row.case].state_marks
             state = self._carried
             if done == 0:
                 state = torch.zeros(1, *self.spec.state_shape, dtype=self.work)
@@ -139,21 +139,21 @@ class Recorder(StreamedModel):
 
     def _collect(self, logits: Tensor) -> dict[str, npt.NDArray[np.generic]]:
         tensors: dict[str, npt.NDArray[np.generic]] = {}
-        sizes = [plan.marks.size for plan in self.plans]
+        sizes = [case.marks.size for case in self.cases]
         of_case = torch.split(logits.float(), sizes)
-        for case, plan in enumerate(self.plans):
-            lengths = [len(ids) for ids in plan.input_ids]
+        for number, case in enumerate(self.cases):
+            lengths = [len(ids) for ids in case.input_ids]
             padded = np.zeros((len(lengths), max(lengths)), np.int64)
-            for row, ids in enumerate(plan.input_ids):
+            for row, ids in enumerate(case.input_ids):
                 padded[row, : len(ids)] = ids
             tensors |= {
-                f"{plan.name}.input_ids": padded,
-                f"{plan.name}.seq_lens": np.array(lengths, np.int64),
-                f"{plan.name}.positions": np.array(plan.positions, np.int64),
-                f"{plan.name}.marks": plan.marks,
-                f"{plan.name}.logits": of_case[case].reshape(*plan.marks.shape, -1).numpy().copy(),
-                f"{plan.name}.state_marks": np.array(plan.state_marks, np.int64),
+                f"{case.name}.input_ids": padded,
+                f"{case.name}.seq_lens": np.array(lengths, np.int64),
+                f"{case.name}.positions": np.array(case.positions, np.int64),
+                f"{case.name}.marks": case.marks,
+                f"{case.name}.logits": of_case[number].reshape(*case.marks.shape, -1).numpy().copy(),
+                f"{case.name}.state_marks": np.array(case.state_marks, np.int64),
             }
             for layer, states in enumerate(self.states):
-                tensors[f"{plan.name}.state.{layer}"] = states[case]
+                tensors[f"{case.name}.state.{layer}"] = states[number]
         return tensors
