@@ -24,16 +24,20 @@ import click
 from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.printable import json_text
 from dijiang_engines.version import __version__
-from dijiang_export.commands.common import Output, encoding_of, group_output_options
+from dijiang_export.commands.common import (
+    COMPLETION_VARIABLE,
+    PROGRAM,
+    Output,
+    declare_output_options,
+    encoding_of,
+)
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-PROGRAM = "dijiang-export"
 # click 8.2 and newer; before, the help was printed without an error
 _NoArguments = getattr(click.exceptions, "NoArgsIsHelpError", ())
 DEBUG_VARIABLE = "DIJIANG_DEBUG"
-COMPLETION_VARIABLE = "_DIJIANG_EXPORT_COMPLETE"
 EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 
 # Name -> (module:attribute, one line of help). The line stands here so that `--help` imports no command.
@@ -110,7 +114,7 @@ class _UnknownCommand(click.UsageError):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=f"Example: {PROGRAM} to-onnx && {PROGRAM} generate --prompt 'def main():'",
 )
-@group_output_options
+@declare_output_options
 @click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 def cli() -> None:
     """Export DiJiang linear-attention models to ONNX, validate the result, and run it.

@@ -11,7 +11,7 @@ import pytest
 
 from dijiang_engines.errors import OutputError
 from dijiang_export.cli import main
-from dijiang_export.commands.saving import save_json
+from dijiang_export.commands.common import save_json
 
 
 def refuse(*_: object) -> None:

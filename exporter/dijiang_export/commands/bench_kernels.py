@@ -2,13 +2,104 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import click
 
-from dijiang_export.commands.common import Output, output_options
-from dijiang_export.commands.saving import finish, save_json, save_option
+from dijiang_export.commands.arguments import COUNT, FILE, Dtype, Save, one_of, takes
+from dijiang_export.commands.common import Output, finish, save_json
+
+Phase = Literal["decode", "prefill"]
+PhaseOrBoth = Literal["decode", "prefill", "both"]
+Peer = Literal["fla", "fla-phi", "torch-compile", "copy"]
+Buffers = Literal["single", "rotated"]
+
+
+@dataclass(frozen=True)
+class BenchKernelsArguments:
+    """What `bench kernels` is given."""
+
+    shapes: Annotated[
+        tuple[str, ...],
+        click.option("--shape", "shapes", multiple=True, metavar="HxD", help="Heads, repeatable."),
+    ]
+    phase: Annotated[
+        PhaseOrBoth, click.option("--phase", type=one_of(PhaseOrBoth), default="both", show_default=True)
+    ]
+    batches: Annotated[
+        tuple[int, ...],
+        click.option(
+            "--batch", "batches", type=COUNT, multiple=True, help="Rows of decode steps, repeatable."
+        ),
+    ]
+    prompts: Annotated[
+        tuple[str, ...],
+        click.option(
+            "--prompt", "prompts", multiple=True, metavar="[Bx]L",
+            help="Rows and length of prefills, such as 8x2048; repeatable.",
+        ),
+    ]  # fmt: skip
+    dtype: Annotated[
+        Dtype,
+        click.option(
+            "--dtype", type=one_of(Dtype), default="float16", show_default=True,
+            help="Of queries, keys, values, gate and output; the state is always float32.",
+        ),
+    ]  # fmt: skip
+    peers: Annotated[
+        tuple[Peer, ...],
+        click.option(
+            "--peer", "peers", type=one_of(Peer), multiple=True,
+            help="Measure only this one beside ours; repeatable.",
+        ),
+    ]  # fmt: skip
+    no_ours: Annotated[bool, click.option("--no-ours", is_flag=True, help="Measure the peers alone.")]
+    library: Annotated[
+        Path | None,
+        click.option("--library", type=FILE, help="Our kernels; default: the built ones."),
+    ]
+    seconds: Annotated[
+        float,
+        click.option(
+            "--seconds", type=click.FloatRange(min=0.001), default=0.2, show_default=True,
+            help="Measure each figure for about this long.",
+        ),
+    ]  # fmt: skip
+    jobs: Annotated[
+        int,
+        click.option(
+            "--jobs", type=COUNT, default=1, show_default=True,
+            help="Compile the peers in this many processes first.",
+        ),
+    ]  # fmt: skip
+    limit: Annotated[
+        float | None,
+        click.option(
+            "--limit", type=click.FloatRange(min=1), help="Start no size later than after so many seconds."
+        ),
+    ]
+    quoted: Annotated[
+        Buffers | None,
+        click.option(
+            "--buffers", "quoted", type=one_of(Buffers),
+            help="Which of the two figures to show and compare; both are measured. [default: single]",
+        ),
+    ]  # fmt: skip
+    record: Annotated[
+        Path | None,
+        click.option(
+            "--from", "record", type=FILE, help="Measure nothing: draw this saved result. Needs no GPU."
+        ),
+    ]
+    plot: Annotated[Path | None, click.option("--plot", type=FILE, help="Draw the result: .svg or .png.")]
+    save: Save
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One, or both."""
+        return ("decode", "prefill") if self.phase == "both" else (self.phase,)
 
 
 @click.command(
@@ -16,73 +107,8 @@ from dijiang_export.commands.saving import finish, save_json, save_option
     short_help="Measure the CUDA kernels beside other implementations (needs an NVIDIA GPU).",
     epilog="Example: dijiang-export bench kernels --shape 32x128 --save kernels.json --plot kernels.svg",
 )
-@click.option("--shape", "shapes", multiple=True, metavar="HxD", help="Heads, repeatable.")
-@click.option("--phase", type=click.Choice(["decode", "prefill", "both"]), default="both", show_default=True)
-@click.option(
-    "--batch",
-    "batches",
-    type=click.IntRange(min=1),
-    multiple=True,
-    help="Rows of decode steps, repeatable.",
-)
-@click.option(
-    "--prompt", "prompts", multiple=True, metavar="[Bx]L",
-    help="Rows and length of prefills, such as 8x2048; repeatable.",
-)  # fmt: skip
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float16",
-    show_default=True,
-    help="Of queries, keys, values, gate and output; the state is always float32.",
-)
-@click.option(
-    "--peer", "peers", type=click.Choice(["fla", "fla-phi", "torch-compile", "copy"]), multiple=True,
-    help="Measure only this one beside ours; repeatable.",
-)  # fmt: skip
-@click.option("--no-ours", is_flag=True, help="Measure the peers alone.")
-@click.option(
-    "--library", type=click.Path(dir_okay=False, path_type=Path), help="Our kernels; default: the built ones."
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0.001),
-    default=0.2,
-    show_default=True,
-    help="Measure each figure for about this long.",
-)
-@click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Compile the peers in this many processes first.",
-)  # fmt: skip
-@click.option("--limit", type=click.FloatRange(min=1), help="Start no size later than after so many seconds.")
-@click.option(
-    "--buffers", "quoted", type=click.Choice(["single", "rotated"]),
-    help="Which of the two figures to show and compare; both are measured. [default: single]",
-)  # fmt: skip
-@click.option(
-    "--from",
-    "record",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Measure nothing: draw this saved result. Needs no GPU.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the result: .svg or .png.",
-)
-@save_option
-@output_options
-def kernels(
-    output: Output,
-    phase: str,
-    peers: tuple[str, ...],
-    record: Path | None,
-    quoted: Any,
-    plot: Path | None,
-    save: Path | None,
-    **wanted: Any,
-) -> None:
+@takes(BenchKernelsArguments)
+def kernels(output: Output, given: BenchKernelsArguments) -> None:
     """Measure the CUDA kernels beside flash-linear-attention, torch.compile and a copy of as many bytes.
 
     Everybody gets the same tensors and the same treatment: a check against float64 first, then medians of
@@ -90,62 +116,50 @@ def kernels(
     models, 1 to 256 rows, prompts of 512 to 8192 tokens. Peers that are not installed are left out.
     """
     from dijiang_engines.errors import ValidationMismatch
-    from dijiang_export.bench.kernels import measure as bench_kernels
+    from dijiang_export.bench.kernels.measure import wrong
     from dijiang_export.bench.kernels.plot import check_plot, plot_kernels
     from dijiang_export.bench.kernels.tables import draw_kernels
 
-    if plot is not None:
-        check_plot(plot)  # before minutes of measuring
-    if record is not None:
-        result = bench_kernels.read_record(record)
-        result = bench_kernels.requote(result, quoted) if quoted else result
-    else:
-        result = _measure_kernels(output, phase, peers, save, quoted=quoted or "single", **wanted)
-    if plot is not None:
-        plot_kernels(result, plot)
-        output.log(f"drew {plot}")
-    finish(output, result, save, lambda: draw_kernels(result))
-    if wrong := bench_kernels.wrong(result):
+    if given.plot is not None:
+        check_plot(given.plot)  # before minutes of measuring
+    result = _measure(given, output) if given.record is None else _read(given, given.record)
+    if given.plot is not None:
+        plot_kernels(result, given.plot)
+        output.log(f"drew {given.plot}")
+    finish(output, result, given.save, lambda: draw_kernels(result))
+    if differences := wrong(result):
         raise ValidationMismatch(
-            "our kernels compute something else than the reference", got="; ".join(wrong[:3])
+            "our kernels compute something else than the reference", got="; ".join(differences[:3])
         )
 
 
-def _measure_kernels(
-    output: Output,
-    phase: str,
-    peers: tuple[str, ...],
-    save: Path | None,
-    *,
-    shapes: tuple[str, ...],
-    batches: tuple[int, ...],
-    prompts: tuple[str, ...],
-    dtype: Any,
-    no_ours: bool,
-    library: Path | None,
-    seconds: float,
-    jobs: int,
-    limit: float | None,
-    quoted: Any,
-) -> dict[str, Any]:
-    from dijiang_export.bench.kernels import cells as plan
-    from dijiang_export.bench.kernels import measure as bench_kernels
+def _read(given: BenchKernelsArguments, record: Path) -> dict[str, Any]:
+    from dijiang_export.bench.kernels.measure import read_record, requote
+
+    result = read_record(record)
+    return result if given.quoted is None else requote(result, given.quoted)
+
+
+def _measure(given: BenchKernelsArguments, output: Output) -> dict[str, Any]:
+    from dijiang_export.bench.kernels import cells, measure
     from dijiang_export.bench.kernels.tables import describe_cell
 
-    cells = plan.plan_cells(
-        [plan.parse_shape(s) for s in shapes] or plan.SHAPES,
-        batches or plan.BATCHES,
-        [plan.parse_prompt(p) for p in prompts] or plan.PROMPTS,
-        ("decode", "prefill") if phase == "both" else (phase,),  # type: ignore[arg-type]
+    wanted = cells.plan_cells(
+        [cells.parse_shape(s) for s in given.shapes] or cells.SHAPES,
+        given.batches or cells.BATCHES,
+        [cells.parse_prompt(p) for p in given.prompts] or cells.PROMPTS,
+        given.phases,
     )
-    lab = bench_kernels.open_lab(peers or bench_kernels.PEER_NAMES, dtype, library=library, ours=not no_ours)
+    lab = measure.open_lab(
+        given.peers or measure.PEER_NAMES, given.dtype, library=given.library, ours=not given.no_ours
+    )
 
     def report(so_far: dict[str, Any]) -> None:
         output.log(f"{so_far['seconds']:6.1f} s  {describe_cell(so_far['cells'][-1])}")
-        if save is not None:  # whoever stops it keeps what was measured
-            save_json(so_far, save)
+        if given.save is not None:  # whoever stops it keeps what was measured
+            save_json(so_far, given.save)
 
-    return bench_kernels.measure_kernels(
-        lab, cells, dtype=dtype, seconds=seconds, jobs=jobs, quoted=quoted, limit=limit,
-        progress=output.progress, report=report,
+    return measure.measure_kernels(
+        lab, wanted, dtype=given.dtype, seconds=given.seconds, jobs=given.jobs,
+        quoted=given.quoted or "single", limit=given.limit, progress=output.progress, report=report,
     )  # fmt: skip

@@ -7,6 +7,7 @@ Imports nothing heavier than click: rich is loaded when the first table or progr
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
+PROGRAM = "dijiang-export"
+COMPLETION_VARIABLE = "_DIJIANG_EXPORT_COMPLETE"
+"""Set by a shell that asks for completions, as click has it."""
 DEFAULT_BUNDLE = "tiny-stdlib.bundle"
 """What `to-onnx` writes and the other commands read when no path is given."""
 
@@ -186,20 +191,42 @@ def jsonable(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def output_options(function: F) -> F:
-    """Give a command `-q/--quiet` and `--json`, and pass it `output: Output` as first argument.
+def finish(
+    output: Output, result: dict[str, Any], save: Path | None, table: Callable[[], RenderableType]
+) -> None:
+    """Save a measured result if asked to, and print it: `table()` for people."""
+    if save is not None:
+        save_json(result, save)
+        output.log(f"saved {save}")
+    output.print_result(result, table)
+
+
+def save_json(result: dict[str, Any], path: Path) -> None:
+    """Write a result as JSON: the whole file or none, an older one stays until then.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from dijiang_engines.formats.atomic_file import output_file
+
+    text = json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n"
+    with output_file(path) as file:
+        file.write(text.encode())
+
+
+def output_options(function: Callable[[Output], T]) -> Callable[[], T]:
+    """Give a command that takes nothing else `-q/--quiet` and `--json`, and pass it its `Output`.
 
     The group takes the same two options: before and after the command's name they mean the same.
     """
 
-    @_QUIET
-    @_JSON
+    @declare_output_options
     @click.pass_context
     @wraps(function)
-    def wrapper(ctx: click.Context, /, *args: Any, **kwargs: Any) -> Any:
-        return function(current_output(ctx), *args, **kwargs)
+    def wrapper(ctx: click.Context) -> T:
+        return function(current_output(ctx))
 
-    return wrapper  # type: ignore[return-value]
+    return wrapper
 
 
 def current_output(ctx: click.Context) -> Output:
@@ -231,38 +258,9 @@ _JSON = click.option(
 )  # fmt: skip
 
 
-def group_output_options(function: F) -> F:
-    """`-q/--quiet` and `--json` for the group itself, which takes no `Output`."""
+def declare_output_options(function: F) -> F:
+    """Give a command or the group `-q/--quiet` and `--json`, which set what `current_output` returns."""
     return _QUIET(_JSON(function))
-
-
-def runner_options(function: F) -> F:
-    """Give a command `--runner` and what the runners can be told, as for `open_runner`.
-
-    None stands for a runner's own default, so that only what was given is given to it: an option that the
-    chosen runner does not know is refused.
-    """
-    for option in reversed(_RUNNER_OPTIONS):
-        function = option(function)
-    return function
-
-
-_RUNNER_OPTIONS = (
-    click.option("--runner", default="auto", show_default=True, help="Which runtime; `doctor` lists them."),
-    click.option(
-        "--threads", type=click.IntRange(min=1), help="ONNX Runtime: CPU threads. [default: all cores]"
-    ),
-    click.option(
-        "--spinning", type=click.Choice(["auto", "on", "off"]),
-        help="ONNX Runtime: do threads wait busily for work? `off` is for cores that others use too; `auto` "
-        "is ONNX Runtime's own way, on. [default: DIJIANG_SPINNING, or auto]",
-    ),
-    click.option(
-        "--prepack", type=click.Choice(["auto", "none", "step", "all"]),
-        help="ONNX Runtime: which graphs get their own faster copy of the weights. `none` needs the least "
-        "memory; `auto` is `step` if there is room. [default: auto]",
-    ),
-)  # fmt: skip
 
 
 def _is_terminal(stream: Any) -> bool:

@@ -4,142 +4,249 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options, runner_options
+from dijiang_export.commands.arguments import COUNT, PATH, RunnerArguments, takes
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output
 
 if TYPE_CHECKING:
     from dijiang_engines.formats.open import Model
-    from dijiang_engines.generation.generator import Completion, GenerateOptions, Generator, Stats
+    from dijiang_engines.generation.generator import (
+        Completion,
+        GenerateOptions,
+        Generator,
+        SamplingOptions,
+        Stats,
+    )
     from dijiang_engines.generation.session import Session
 
 STDIN = "-"
 DEFAULT_BATCH = 8
 
 
+@dataclass(frozen=True)
+class SamplingArguments:
+    """How a token is chosen from its probabilities."""
+
+    temperature: Annotated[
+        float | None,
+        click.option(
+            "-t", "--temperature", type=float,
+            help="Divides the logits before sampling; 0 always takes the most likely token. Default: 0, or 1 "
+            "with --top-k, --top-p or --min-p.",
+        ),
+    ]  # fmt: skip
+    top_k: Annotated[
+        int | None, click.option("--top-k", type=int, help="Sample from the K most likely tokens.")
+    ]
+    top_p: Annotated[
+        float | None,
+        click.option(
+            "--top-p", type=float,
+            help="Sample from the fewest tokens that together reach probability P.",
+        ),
+    ]  # fmt: skip
+    min_p: Annotated[
+        float | None,
+        click.option(
+            "--min-p", type=float, help="Sample from tokens at least P times as likely as the likeliest."
+        ),
+    ]
+    repetition_penalty: Annotated[
+        float,
+        click.option(
+            "--repetition-penalty", type=float, default=1.0, show_default=True,
+            help="Above 1: make tokens that the text already has less likely.",
+        ),
+    ]  # fmt: skip
+    seed: Annotated[
+        int | None,
+        click.option(
+            "--seed", type=int, help="Makes sampling repeatable. Default: a new one, shown at the end."
+        ),
+    ]
+
+    def options(self) -> SamplingOptions:
+        """As the generator takes them.
+
+        Raises:
+            UsageError: --temperature 0 leaves nothing to sample from, or a value has no meaning.
+        """
+        from dijiang_engines.errors import UsageError
+        from dijiang_engines.generation.generator import SamplingOptions
+
+        filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        wanted = [name for name, value in filters.items() if value is not None]
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 1.0 if wanted else 0.0
+        elif temperature == 0 and wanted:
+            name = "--" + wanted[0].replace("_", "-")
+            raise UsageError(f"{name} has no meaning with --temperature 0", hint="leave one of them out")
+        off = SamplingOptions()
+        return SamplingOptions(
+            temperature,
+            top_k=off.top_k if self.top_k is None else self.top_k,
+            top_p=off.top_p if self.top_p is None else self.top_p,
+            min_p=off.min_p if self.min_p is None else self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    def seed_or_new(self) -> int:
+        """The seed that was given, or one that nobody has seen."""
+        return int.from_bytes(os.urandom(4), "little") if self.seed is None else self.seed
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """What `generate` is given."""
+
+    paths: Annotated[
+        tuple[str, ...],
+        click.argument("paths", nargs=-1, metavar="[BUNDLE] [-]", type=click.Path(allow_dash=True)),
+    ]
+    prompts: Annotated[
+        tuple[str, ...],
+        click.option(
+            "-p", "--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt; may be repeated."
+        ),
+    ]
+    files: Annotated[
+        tuple[str, ...],
+        click.option(
+            "-f", "--prompt-file", "files", multiple=True, metavar="FILE", type=click.Path(allow_dash=True),
+            help="A file with one prompt, as UTF-8; - is standard input. One line end at its end is left "
+            "out. May be repeated.",
+        ),
+    ]  # fmt: skip
+    max_tokens: Annotated[
+        int | None,
+        click.option(
+            "-n", "--max-tokens", type=click.IntRange(min=0),
+            help="Most new tokens of each prompt; 0 only reads it. Default: 128, or what the model has room "
+            "for.",
+        ),
+    ]  # fmt: skip
+    sampling: SamplingArguments
+    stop: Annotated[
+        tuple[str, ...],
+        click.option(
+            "--stop", multiple=True, metavar="TEXT",
+            help="End before this text; may be repeated. For a line end: --stop $'\\n'.",
+        ),
+    ]  # fmt: skip
+    ignore_eos: Annotated[
+        bool, click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token.")
+    ]
+    echo: Annotated[
+        bool, click.option("--echo", is_flag=True, help="Print the prompt before what follows it.")
+    ]
+    runner: RunnerArguments
+    batch: Annotated[
+        int,
+        click.option(
+            "--batch", type=COUNT, default=DEFAULT_BATCH, show_default=True,
+            help="Most prompts that are worked on at once.",
+        ),
+    ]  # fmt: skip
+    prefill_tokens: Annotated[
+        int,
+        click.option(
+            "--prefill-tokens", type=COUNT, default=2048, show_default=True,
+            help="Prompt tokens that are read at once; fewer need less memory.",
+        ),
+    ]  # fmt: skip
+    session: Annotated[Path | None, click.option("--session", type=PATH, help="Go on from a saved session.")]
+    save_session: Annotated[
+        Path | None,
+        click.option("--save-session", type=PATH, help="Save where the model stands at the end."),
+    ]
+    tokenizer: Annotated[
+        Path | None, click.option("--tokenizer", type=PATH, help="A tokenizer.json to use instead.")
+    ]
+    no_verify: Annotated[
+        bool,
+        click.option(
+            "--no-verify", is_flag=True, help="Do not hash the weights first (large models start sooner)."
+        ),
+    ]
+
+    def inputs(self) -> tuple[Path, list[str]]:
+        """The bundle's path and the prompts, in the order: --prompt, --prompt-file, standard input.
+
+        Raises:
+            UsageError, PromptError: there is none, or one cannot be read.
+        """
+        from dijiang_engines.errors import UsageError
+        from dijiang_engines.generation.prompts import check_argument, read_prompt
+
+        bundles = [path for path in self.paths if path != STDIN]
+        files = [*self.files, *(path for path in self.paths if path == STDIN)]
+        if len(bundles) > 1:
+            raise UsageError("more than one bundle", got=", ".join(bundles), hint="prompts go after --prompt")
+        if files.count(STDIN) > 1:
+            raise UsageError("standard input can be read only once")
+        prompts = [check_argument(prompt, "--prompt") for prompt in self.prompts]
+        prompts += [read_prompt(file) for file in files]
+        if not prompts and self.session is None:
+            raise UsageError(
+                "there is no prompt", hint="give --prompt TEXT, --prompt-file FILE, or - for standard input"
+            )
+        return Path(bundles[0] if bundles else DEFAULT_BUNDLE), prompts
+
+    def options(self) -> GenerateOptions:
+        """As the generator takes them; raises UsageError as it does."""
+        from dijiang_engines.generation.generator import GenerateOptions
+        from dijiang_engines.generation.prompts import check_argument
+
+        return GenerateOptions(
+            max_tokens=self.max_tokens,
+            sampling=self.sampling.options(),
+            seed=self.sampling.seed_or_new(),
+            stop=tuple(check_argument(stop, "--stop") for stop in self.stop),
+            ignore_eos=self.ignore_eos,
+            resumable=self.save_session is not None,
+        )
+
+
 @click.command(
     "generate",
     epilog="Example: dijiang-export generate --prompt 'def main(' --max-tokens 60 --temperature 0.8",
 )
-@click.argument("paths", nargs=-1, metavar="[BUNDLE] [-]", type=click.Path(allow_dash=True))
-@click.option("-p", "--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt; may be repeated.")
-@click.option(
-    "-f", "--prompt-file", "files", multiple=True, metavar="FILE", type=click.Path(allow_dash=True),
-    help="A file with one prompt, as UTF-8; - is standard input. One line end at its end is left out. "
-    "May be repeated.",
-)  # fmt: skip
-@click.option(
-    "-n", "--max-tokens", type=click.IntRange(min=0),
-    help="Most new tokens of each prompt; 0 only reads it. Default: 128, or what the model has room for.",
-)  # fmt: skip
-@click.option(
-    "-t", "--temperature", type=float,
-    help="Divides the logits before sampling; 0 always takes the most likely token. Default: 0, or 1 with "
-    "--top-k, --top-p or --min-p.",
-)  # fmt: skip
-@click.option("--top-k", type=int, help="Sample from the K most likely tokens.")
-@click.option("--top-p", type=float, help="Sample from the fewest tokens that together reach probability P.")
-@click.option("--min-p", type=float, help="Sample from tokens at least P times as likely as the likeliest.")
-@click.option(
-    "--repetition-penalty", type=float, default=1.0, show_default=True,
-    help="Above 1: make tokens that the text already has less likely.",
-)  # fmt: skip
-@click.option("--seed", type=int, help="Makes sampling repeatable. Default: a new one, shown at the end.")
-@click.option(
-    "--stop", multiple=True, metavar="TEXT",
-    help="End before this text; may be repeated. For a line end: --stop $'\\n'.",
-)  # fmt: skip
-@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token.")
-@click.option("--echo", is_flag=True, help="Print the prompt before what follows it.")
-@runner_options
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=DEFAULT_BATCH, show_default=True,
-    help="Most prompts that are worked on at once.",
-)  # fmt: skip
-@click.option(
-    "--prefill-tokens", type=click.IntRange(min=1), default=2048, show_default=True,
-    help="Prompt tokens that are read at once; fewer need less memory.",
-)  # fmt: skip
-@click.option("--session", type=click.Path(path_type=Path), help="Go on from a saved session.")
-@click.option(
-    "--save-session", type=click.Path(path_type=Path), help="Save where the model stands at the end."
-)
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json to use instead.")
-@click.option("--no-verify", is_flag=True, help="Do not hash the weights first (large models start sooner).")
-@output_options
-def generate(output: Output, paths: tuple[str, ...], **given: Any) -> None:
+@takes(GenerateArguments)
+def generate(output: Output, given: GenerateArguments) -> None:
     """Generate text from BUNDLE, which defaults to ./tiny-stdlib.bundle.
 
     One prompt is streamed to standard output as it grows, several are printed when they are done. A last
     argument - reads a prompt from standard input. An empty prompt (--prompt '') starts from the model's
     beginning-of-text token. Without sampling options the result is the same on every run.
     """
+    path, prompts = given.inputs()
+    options = given.options()
+    bundle, generator, session = _open(given, path)
+    _Run(output, bundle, generator, options, prompts, session, given).run()
+
+
+def _open(given: GenerateArguments, path: Path) -> tuple[Model, Generator, Session | None]:
     from dijiang_engines.errors import BundleError
     from dijiang_engines.formats.open import load_tokenizer, open_model
     from dijiang_engines.generation.generator import Generator
     from dijiang_engines.generation.session import check_session_target, load_session
-    from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
-    bundle_path, prompts = _inputs(paths, given)
-    options = _options(given)
-    if given["save_session"] is not None:
-        check_session_target(given["save_session"])
-    bundle = open_model(bundle_path, verify=not given["no_verify"])
-    tokenizer = load_tokenizer(bundle) if given["tokenizer"] is None else Tokenizer(given["tokenizer"])
+    if given.save_session is not None:
+        check_session_target(given.save_session)
+    bundle = open_model(path, verify=not given.no_verify)
+    tokenizer = load_tokenizer(bundle) if given.tokenizer is None else Tokenizer(given.tokenizer)
     if tokenizer is None:
         raise BundleError(f"the bundle {bundle.path} has no tokenizer", hint="name one with --tokenizer FILE")
-    session = None if given["session"] is None else load_session(given["session"], bundle)
-    told = {name: given[name] for name in ("threads", "spinning", "prepack")}
-    runner = open_runner(bundle, given["runner"], **told)
-    generator = Generator(runner, tokenizer, prefill_tokens=given["prefill_tokens"])
-    _Run(output, bundle, generator, options, prompts, session, given).run()
-
-
-def _inputs(paths: tuple[str, ...], given: dict[str, Any]) -> tuple[Path, list[str]]:
-    """The bundle's path and the prompts, in the order: --prompt, --prompt-file, standard input."""
-    from dijiang_engines.errors import UsageError
-    from dijiang_engines.generation.prompts import check_argument, read_prompt
-
-    bundles = [path for path in paths if path != STDIN]
-    files = [*given["files"], *(path for path in paths if path == STDIN)]
-    if len(bundles) > 1:
-        raise UsageError("more than one bundle", got=", ".join(bundles), hint="prompts go after --prompt")
-    if files.count(STDIN) > 1:
-        raise UsageError("standard input can be read only once")
-    prompts = [check_argument(prompt, "--prompt") for prompt in given["prompts"]]
-    prompts += [read_prompt(file) for file in files]
-    if not prompts and given["session"] is None:
-        raise UsageError(
-            "there is no prompt", hint="give --prompt TEXT, --prompt-file FILE, or - for standard input"
-        )
-    return Path(bundles[0] if bundles else DEFAULT_BUNDLE), prompts
-
-
-def _options(given: dict[str, Any]) -> GenerateOptions:
-    from dijiang_engines.errors import UsageError
-    from dijiang_engines.generation.generator import GenerateOptions, SamplingOptions
-    from dijiang_engines.generation.prompts import check_argument
-
-    filters = {name: given[name] for name in ("top_k", "top_p", "min_p") if given[name] is not None}
-    temperature = given["temperature"]
-    if temperature is None:
-        temperature = 1.0 if filters else 0.0
-    elif temperature == 0 and filters:
-        name = "--" + next(iter(filters)).replace("_", "-")
-        raise UsageError(f"{name} has no meaning with --temperature 0", hint="leave one of them out")
-    seed = given["seed"] if given["seed"] is not None else int.from_bytes(os.urandom(4), "little")
-    return GenerateOptions(
-        max_tokens=given["max_tokens"],
-        sampling=SamplingOptions(temperature, repetition_penalty=given["repetition_penalty"], **filters),
-        seed=seed,
-        stop=tuple(check_argument(stop, "--stop") for stop in given["stop"]),
-        ignore_eos=given["ignore_eos"],
-        resumable=given["save_session"] is not None,
-    )
+    session = None if given.session is None else load_session(given.session, bundle)
+    generator = Generator(given.runner.open(bundle), tokenizer, prefill_tokens=given.prefill_tokens)
+    return bundle, generator, session
 
 
 class _Run:
@@ -153,15 +260,15 @@ class _Run:
         options: GenerateOptions,
         prompts: list[str],
         session: Session | None,
-        given: dict[str, Any],
+        given: GenerateArguments,
     ) -> None:
         from dijiang_engines.generation.generator import Stats
 
         self.output, self.bundle, self.generator, self.options = output, bundle, generator, options
-        self.session, self.echo, self.save_to = session, given["echo"], given["save_session"]
+        self.session, self.echo, self.save_to = session, given.echo, given.save_session
         self.prompts = prompts or [""] * (session.batch if session else 0)
         # A session is one batch, whatever its size: all its rows are saved together.
-        together = len(self.prompts) if session is not None or self.save_to is not None else given["batch"]
+        together = len(self.prompts) if session is not None or self.save_to is not None else given.batch
         self.groups = range(0, len(self.prompts), together)
         self.together = together
         self.stats: Stats = Stats()

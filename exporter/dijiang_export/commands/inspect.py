@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options
+from dijiang_export.commands.arguments import PATH, takes
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,65 +18,48 @@ if TYPE_CHECKING:
     from dijiang_engines.inspection import Inspection
 
 
+@dataclass(frozen=True)
+class InspectArguments:
+    """What `inspect` is given."""
+
+    path: Annotated[Path, click.argument("path", type=PATH, default=DEFAULT_BUNDLE)]
+    verify: Annotated[
+        bool,
+        click.option(
+            "--verify", is_flag=True, help="Check the hash of every file of a bundle, weights included."
+        ),
+    ]
+
+
 @click.command("inspect", epilog="Example: dijiang-export inspect ./pythia-410m-dijiang --json")
-@click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
-@click.option("--verify", is_flag=True, help="Check the hash of every file of a bundle, weights included.")
-@output_options
-def inspect(output: Output, path: Path, verify: bool) -> None:
+@takes(InspectArguments)
+def inspect(output: Output, given: InspectArguments) -> None:
     """Describe the checkpoint or bundle at PATH without running it.
 
     Shows geometry, parameters, how fast each layer forgets, the memory of a sequence next to the KV cache
     that the same model would need with softmax attention, and what running it takes. A bundle needs no
     PyTorch for this. PATH defaults to ./tiny-stdlib.bundle.
     """
-    from dijiang_engines.formats.bundle import open_bundle
-    from dijiang_engines.inspection import inspect_bundle
-
-    if (path / "config.json").is_file() and not (path / "manifest.json").exists():
-        found = inspect_checkpoint(path)
-    else:
-        bundle = open_bundle(path, verify=False)
-        if verify:
-            with output.progress("Hashing", sum(f.bytes for f in bundle.files.values()), "bytes") as bar:
-                bundle.verify(bar.advance)
-        found = inspect_bundle(bundle)
+    found = _inspect(given, output)
     for note in found.details.get("notes", ()):
         output.log(f"note: {note}")
     result = found.to_json()
     output.print_result(result, lambda: draw(found, result))
 
 
-def inspect_checkpoint(path: Path) -> Inspection:
-    """Describe a DiJiang checkpoint folder; reads its decay tables, nothing else of the weights.
+def _inspect(given: InspectArguments, output: Output) -> Inspection:
+    if (given.path / "config.json").is_file() and not (given.path / "manifest.json").exists():
+        from dijiang_export.checkpoint.inspection import inspect_checkpoint
 
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    from dijiang_engines.inspection import Inspection, layer_decay
-    from dijiang_export.checkpoint.checkpoint import open_checkpoint
+        return inspect_checkpoint(given.path)
+    from dijiang_engines.formats.bundle import open_bundle
+    from dijiang_engines.inspection import inspect_bundle
 
-    with open_checkpoint(path) as checkpoint:
-        spec = checkpoint.spec
-        layers = []
-        for layer in range(spec.num_layers):
-            prefix = f"layers.{layer}.attention."
-            names = ["log_decay", "gain", "read_scale"] if spec.decay == "tables" else ["log_decay"]
-            layers.append(layer_decay(layer, *(checkpoint.tensor(prefix + n).numpy() for n in names)))
-        return Inspection(
-            kind="checkpoint",
-            path=str(path),
-            name=path.resolve().name,
-            dtype=checkpoint.storage_dtype,
-            spec=spec,
-            decay=tuple(layers),
-            details={
-                "files": {file.name: file.stat().st_size for file in checkpoint.files},
-                "total_bytes": sum(file.stat().st_size for file in checkpoint.files),
-                "tokenizer": any(file.name == "tokenizer.json" for file in checkpoint.tokenizer_files),
-                "notes": checkpoint.notes,
-                "decay_notes": checkpoint.decay_notes,
-            },
-        )
+    bundle = open_bundle(given.path, verify=False)
+    if given.verify:
+        with output.progress("Hashing", sum(f.bytes for f in bundle.files.values()), "bytes") as bar:
+            bundle.verify(bar.advance)
+    return inspect_bundle(bundle)
 
 
 def draw(found: Inspection, result: dict[str, Any]) -> Group:

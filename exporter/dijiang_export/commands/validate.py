@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
 from dijiang_engines.validation.replay import REPLAYS
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, output_options, runner_options
+from dijiang_export.commands.arguments import PATH, RunnerArguments, takes
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output
+
+if TYPE_CHECKING:
+    from dijiang_engines.validation.validate import Report
+
+
+@dataclass(frozen=True)
+class ValidateArguments:
+    """What `validate` is given."""
+
+    model: Annotated[Path, click.argument("model", metavar="[PATH]", type=PATH, default=DEFAULT_BUNDLE)]
+    runner: RunnerArguments
+    cases: Annotated[
+        tuple[str, ...],
+        click.option("--case", "cases", multiple=True, help="Only this recorded case; may be repeated."),
+    ]
+    replays: Annotated[
+        tuple[str, ...],
+        click.option(
+            "--replay", "replays", multiple=True, type=click.Choice(list(REPLAYS)),
+            help="Only this way of replaying; may be repeated.",
+        ),
+    ]  # fmt: skip
+    report: Annotated[
+        Path | None,
+        click.option(
+            "--report", metavar="FILE", type=PATH,
+            help="Also write an HTML report that needs no network: tables, plots of the errors, failures.",
+        ),
+    ]  # fmt: skip
+    force: Annotated[
+        bool, click.option("--force", is_flag=True, help="Replace FILE even if it is not an earlier report.")
+    ]
 
 
 @click.command("validate", epilog="Example: dijiang-export validate ./pythia.bundle --report report.html")
-@click.argument("model", metavar="[PATH]", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
-@runner_options
-@click.option("--case", "cases", multiple=True, help="Only this recorded case; may be repeated.")
-@click.option(
-    "--replay",
-    "replays",
-    multiple=True,
-    type=click.Choice(list(REPLAYS)),
-    help="Only this way of replaying; may be repeated.",
-)
-@click.option(
-    "--report",
-    "report_path",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Also write an HTML report that needs no network: tables, plots of the errors, failures.",
-)
-@click.option("--force", is_flag=True, help="Replace FILE even if it is not an earlier report.")
-@output_options
-def validate(
-    output: Output,
-    model: Path,
-    runner: str,
-    threads: int | None,
-    spinning: str | None,
-    prepack: str | None,
-    cases: tuple[str, ...],
-    replays: tuple[str, ...],
-    report_path: Path | None,
-    force: bool,
-) -> None:
+@takes(ValidateArguments)
+def validate(output: Output, given: ValidateArguments) -> None:
     """Replay the recorded cases of a bundle or an engine and compare logits and states with PyTorch's.
 
     Needs no PyTorch. Every case is run as a padded batch, in uneven pieces, token by token, row by row,
@@ -49,28 +55,33 @@ def validate(
     by token. Exits with 1 if anything differs by more than the tolerance for the bundle's type. PATH is the
     folder of a bundle or an engine, by default ./tiny-stdlib.bundle.
     """
+    report = _replay(given, output)
+    output.print_result(report.to_json(), report.table)
+    report.raise_on_mismatch()
+
+
+def _replay(given: ValidateArguments, output: Output) -> Report:
+    """Open, replay, compare; write the HTML report if one is wanted."""
     from dijiang_engines.formats.open import open_model
-    from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.validation.report import file as report_file
     from dijiang_engines.validation.report.facts import describe_run
     from dijiang_engines.validation.report.page import MARKER, report_html
-    from dijiang_engines.validation.validate import validate as run
+    from dijiang_engines.validation.validate import validate as replay_and_compare
 
-    if report_path is not None:
-        report_file.check_target(report_path, MARKER, force=force)
-    opened = open_model(model)
+    if given.report is not None:
+        report_file.check_target(given.report, MARKER, force=given.force)
+    opened = open_model(given.model)
     reference = opened.reference()
-    runs = open_runner(opened, runner, threads=threads, spinning=spinning, prepack=prepack)
-    report = run(
-        runs,
+    runner = given.runner.open(opened)
+    report = replay_and_compare(
+        runner,
         reference,
         dtype=opened.dtype,
-        cases=cases or None,
-        replays=replays or None,
+        cases=given.cases or None,
+        replays=given.replays or None,
         progress=output.progress,
     )
-    if report_path is not None:
-        report_file.write_report(report_path, report_html(report, describe_run(opened, runs, reference)))
-        output.log(f"report: {report_path}")
-    output.print_result(report.to_json(), report.table)
-    report.raise_on_mismatch()
+    if given.report is not None:
+        report_file.write_report(given.report, report_html(report, describe_run(opened, runner, reference)))
+        output.log(f"report: {given.report}")
+    return report
