@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from support.makers.checkpoints import llama, neox, of_family, opt, opt_350m
 from support.makers.weight_files import DTYPES, load_tensors
+from support.oracles.decay_tables import geometric_tables
 from support.oracles.official import inverse_frequencies, official_forward, rope
 from support.paths import GOLDENS
 
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
-from dijiang_export.checkpoint.decay import geometric_tables
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 97, 9, 3, 2, 38, 46, 26, 43]])
 
@@ -188,8 +188,8 @@ def test_formats_and_types(format: str, dtype: str, tmp_path: Path) -> None:
     check_against_oracle(folder)
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.storage_dtype == dtype
-        assert checkpoint.dtype("layers.0.attention.qkv.weight") == dtype
-        assert checkpoint.dtype("layers.0.attention.log_decay") == "float32"
+        assert checkpoint.tensor("layers.0.attention.qkv.weight").dtype == getattr(torch, dtype)
+        assert checkpoint.tensor("layers.0.attention.log_decay").dtype == torch.float32
         assert checkpoint.tensor("embed_tokens.weight").dtype == DTYPES[dtype]
         assert len(checkpoint.files) == (3 if format.startswith("sharded") else 1)
 

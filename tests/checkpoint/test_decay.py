@@ -11,6 +11,7 @@ from support.makers.decay_tables import official_gammas as reference_gammas
 from support.makers.decay_tables import official_tables as reference_tables
 from support.makers.decay_tables import trained_tables
 from support.makers.weight_files import DTYPES
+from support.oracles.decay_tables import geometric_tables
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_export.checkpoint.decay import (
@@ -20,7 +21,6 @@ from dijiang_export.checkpoint.decay import (
     extend,
     find_gamma,
     geometric_as_tables,
-    geometric_tables,
     official_gammas,
     official_tables,
     stable_tables,

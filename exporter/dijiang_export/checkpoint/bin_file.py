@@ -22,7 +22,7 @@ from dijiang_export.checkpoint.pickled_weights import (
     Storage,
     read_pickle,
 )
-from dijiang_export.checkpoint.stored import StoredTensor, WeightFile
+from dijiang_export.checkpoint.stored import StoredTensor, WeightFile, corrupt
 from dijiang_export.checkpoint.zip_records import Record, read_records
 
 LARGEST_PICKLE = 16 << 20
@@ -63,14 +63,14 @@ def _read_archive(file: WeightFile) -> tuple[Any, dict[str, Record]]:
     records = read_records(file)
     descriptions = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(descriptions) != 1:
-        _corrupt(file, f"{len(descriptions)} descriptions (data.pkl)")
+        corrupt(file, f"{len(descriptions)} descriptions (data.pkl)")
     prefix = descriptions[0].removesuffix("data.pkl")
     order = records.get(f"{prefix}byteorder", Record(0, 0))
     if order.size and file.read(order.offset, min(order.size, 16)) != b"little":
         _big_endian(file)
     description = records[descriptions[0]]
     if description.size > LARGEST_PICKLE:
-        _corrupt(file, f"a description of {description.size} bytes")
+        corrupt(file, f"a description of {description.size} bytes")
     state, _ = _read_pickle(file, file.read(description.offset, description.size), 0)
     start = f"{prefix}data/"
     return state, {name.removeprefix(start): r for name, r in records.items() if name.startswith(start)}
@@ -81,25 +81,25 @@ def _read_legacy(file: WeightFile) -> tuple[Any, dict[str, Record]]:
     data = file.read(0, min(file.size, LARGEST_PICKLE))
     magic, at = _read_pickle(file, data, 0)
     if magic != _MAGIC:
-        _corrupt(file, "neither an archive nor PyTorch's older format")
+        corrupt(file, "neither an archive nor PyTorch's older format")
     version, at = _read_pickle(file, data, at)
     system, at = _read_pickle(file, data, at)
     if version != _VERSION or type(system) is not dict:
-        _corrupt(file, "an unknown version of PyTorch's older format")
+        corrupt(file, "an unknown version of PyTorch's older format")
     if system.get("little_endian") is not True:
         _big_endian(file)
     state, at = _read_pickle(file, data, at)
     keys, at = _read_pickle(file, data, at)
     if type(keys) is not list or not all(type(key) is str for key in keys):
-        _corrupt(file, "a list of storages that is none")
+        corrupt(file, "a list of storages that is none")
     types = {storage.key: storage for storage in _storages(state)}
     records: dict[str, Record] = {}
     for key in keys:
         if key not in types or key in records or at + 8 > file.size:
-            _corrupt(file, "storages that do not belong to the tensors")
+            corrupt(file, "storages that do not belong to the tensors")
         (count,) = struct.unpack("<q", file.read(at, 8))
         if count != types[key].count:
-            _corrupt(file, "a storage that has not the size that its tensors say")
+            corrupt(file, "a storage that has not the size that its tensors say")
         records[key] = Record(at + 8, count * _itemsize(types[key].dtype))
         at = records[key].offset + records[key].size
     return state, records
@@ -111,7 +111,7 @@ def _read_pickle(file: WeightFile, data: bytes, at: int) -> tuple[Any, int]:
     except ForeignPickle as error:
         _foreign(file, f"a call of {error.args[0][:200]}")
     except BrokenPickle as error:
-        _corrupt(file, error.args[0])
+        corrupt(file, error.args[0])
 
 
 def _storages(value: Any) -> Iterator[Storage]:
@@ -175,14 +175,14 @@ def _stored(file: WeightFile, name: str, value: Described, records: dict[str, Re
     held = value.storage.count * _itemsize(value.storage.dtype)
     record = records.get(value.storage.key)
     if record is None:
-        _corrupt(file, f"{name} is in a storage that the file does not hold")
+        corrupt(file, f"{name} is in a storage that the file does not hold")
     item = _itemsize(value.dtype)
     begin = value.offset * item
     reach = 0 if 0 in value.shape else sum((n - 1) * s for n, s in _axes(value)) + 1
     end, last = max(held, begin + reach * item), min(held, record.size, file.size - record.offset)
     if end > last:
         ends = f"{name} would end at byte {record.offset + end}, its record at {record.offset + last}"
-        _corrupt(file, ends)
+        corrupt(file, ends)
     if _claim(value) > held:
         raise CheckpointError(
             f"{name} in {file.path} claims more than is stored",
@@ -230,9 +230,3 @@ def _foreign(file: WeightFile, got: str) -> NoReturn:
 
 def _big_endian(file: WeightFile) -> NoReturn:
     raise CheckpointError(f"{file.path} is not little-endian", hint="save it on an ordinary machine")
-
-
-def _corrupt(file: WeightFile, got: str) -> NoReturn:
-    raise CheckpointError(
-        f"{file.path} is corrupt or truncated", got=got, hint="download or copy the file again"
-    )

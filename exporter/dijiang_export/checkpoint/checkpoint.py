@@ -28,7 +28,7 @@ from dijiang_engines.spec import ModelSpec
 from dijiang_export.checkpoint import decay as decay_tables
 from dijiang_export.checkpoint.decay import Geometric, Tables
 from dijiang_export.checkpoint.families import Parameter
-from dijiang_export.checkpoint.source import Source, check_finite, dtype_name, shape_of, walk
+from dijiang_export.checkpoint.source import Source, check_finite, shape_of, walk
 
 _DECAY_PARTS = ("log_decay", "gain", "read_scale")
 
@@ -164,10 +164,6 @@ class Checkpoint:
         """Shape of a canonical parameter; `lm_head.weight` exists also if tied."""
         decay = self._decay(name)
         return tuple(decay.shape) if decay is not None else self._layout(name).shape
-
-    def dtype(self, name: str) -> str:
-        """Type that `tensor` and `rows` deliver: float32, float16 or bfloat16."""
-        return dtype_name(self._torch_dtype(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole parameter, in its storage type; decay parameters in float32.

@@ -205,10 +205,10 @@ def _without_tokenizer(folder: Path) -> list[str]:
 def _special_tokens(folder: Path, config: dict[str, Any], vocab: int) -> tuple[int | None, tuple[int, ...]]:
     """bos and eos: generation_config.json's where it has them, as in transformers' generate."""
     path = folder / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
+    defaults = read_json(path) if path.exists() else {}
     out: dict[str, list[int]] = {}
     for name in ("bos_token_id", "eos_token_id"):
-        value = generation.get(name, config.get(name))
+        value = defaults.get(name, config.get(name))
         values = value if isinstance(value, list) else [] if value is None else [value]
         for item in values:
             if type(item) is not int or not 0 <= item < vocab:

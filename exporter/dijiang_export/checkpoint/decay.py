@@ -236,12 +236,6 @@ def extend(tables: Tables) -> Tables:
     )
 
 
-def geometric_tables(log_decay: Array, rows: int) -> tuple[Array, Array]:
-    """D1, D2 float64 [H, rows] that ln γ [H] stands for: what the official forward would need (oracle)."""
-    exponents = np.asarray(log_decay, dtype=np.float64)[:, None] * np.arange(rows)
-    return np.exp(exponents), np.exp(-exponents)
-
-
 def official_gammas(heads: int, *, float64: bool = False) -> Array:
     """γ [H] of the official initialisation, 1 - exp(linspace(ln 1/32, ln 1/512, H)) (@3459531:155).
 
@@ -261,6 +255,6 @@ def official_tables(heads: int, positions: int) -> tuple[torch.Tensor, torch.Ten
     """
     import torch
 
-    gammas = 1 - torch.exp(torch.linspace(math.log(1 / 32), math.log(1 / 512), heads))
+    gammas = torch.from_numpy(official_gammas(heads)).float()
     powers = gammas.view(heads, 1, 1) ** torch.arange(positions).unsqueeze(1)
     return powers.float().unsqueeze(0), (1 / powers).float().unsqueeze(0)

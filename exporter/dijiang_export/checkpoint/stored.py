@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -98,6 +99,17 @@ class WeightFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def corrupt(file: WeightFile, got: str) -> NoReturn:
+    """Refuse a file whose bytes are not what its format says.
+
+    Raises:
+        CheckpointError: always.
+    """
+    raise CheckpointError(
+        f"{file.path} is corrupt or truncated", got=got, hint="download or copy the file again"
+    )
 
 
 @dataclass(frozen=True)

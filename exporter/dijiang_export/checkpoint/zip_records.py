@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import NoReturn
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_export.checkpoint.stored import WeightFile
+from dijiang_export.checkpoint.stored import WeightFile, corrupt
 
 MOST_RECORDS = 100_000
 """A storage each, and a few more; large unsplit models have some thousands."""
@@ -54,19 +53,19 @@ def read_records(file: WeightFile) -> dict[str, Record]:
     """
     count, size, offset = _find_directory(file)
     if count > MOST_RECORDS or size > MOST_DIRECTORY_BYTES:
-        _corrupt(file, f"a directory of {count} records and {size} bytes")
+        corrupt(file, f"a directory of {count} records and {size} bytes")
     records: dict[str, Record] = {}
     at = 0
     for entry in sorted(_directory(file, file.read(offset, size), count), key=lambda entry: entry.header):
         if entry.header < at or entry.header >= offset:
-            _corrupt(file, f"the record at byte {entry.header} begins inside another, or beyond the last")
+            corrupt(file, f"the record at byte {entry.header} begins inside another, or beyond the last")
         record = _locate(file, entry)
         at = record.offset + record.size
         if at > offset:
-            _corrupt(file, f"the record at byte {entry.header} would end at byte {at}")
+            corrupt(file, f"the record at byte {entry.header} would end at byte {at}")
         name = entry.name.decode("utf-8", "surrogateescape")
         if name in records:
-            _corrupt(file, "two records have the same name")
+            corrupt(file, "two records have the same name")
         records[name] = record
     return records
 
@@ -75,22 +74,22 @@ def _find_directory(file: WeightFile) -> tuple[int, int, int]:
     """Number of records, bytes and offset of the central directory."""
     at = file.size - _END.size
     if at < 0:
-        _corrupt(file, "no end of an archive")
+        corrupt(file, "no end of an archive")
     mark, *_, count, size, offset, comment = _END.unpack(file.read(at, _END.size))
     if mark != b"PK\x05\x06" or comment:
-        _corrupt(file, "no end of an archive")
+        corrupt(file, "no end of an archive")
     end = at
     if at >= _LOCATOR.size + _END64.size:
         mark, _, where, _ = _LOCATOR.unpack(file.read(at - _LOCATOR.size, _LOCATOR.size))
         if mark == b"PK\x06\x07":
             if where > at - _LOCATOR.size - _END64.size:
-                _corrupt(file, "no end of an archive")
+                corrupt(file, "no end of an archive")
             mark, *_, count, size, offset = _END64.unpack(file.read(where, _END64.size))
             end = where
             if mark != b"PK\x06\x06":
-                _corrupt(file, "no end of an archive")
+                corrupt(file, "no end of an archive")
     if offset + size > end:
-        _corrupt(file, "a directory beyond its end")
+        corrupt(file, "a directory beyond its end")
     return count, size, offset
 
 
@@ -106,7 +105,7 @@ def _directory(file: WeightFile, data: bytes, count: int) -> list[_Entry]:
             name, extra = data[at : at + name_bytes], data[at + name_bytes : at + name_bytes + extra_bytes]
             at += name_bytes + extra_bytes + comment_bytes
             if mark != b"PK\x01\x02" or flags & 1:
-                _corrupt(file, "a directory that is not one, or encrypted records")
+                corrupt(file, "a directory that is not one, or encrypted records")
             if method:
                 raise CheckpointError(
                     f"{file.path} is compressed",
@@ -115,12 +114,12 @@ def _directory(file: WeightFile, data: bytes, count: int) -> list[_Entry]:
                 )
             size, packed, header = _wide(extra, size, packed, header)
             if size != packed:
-                _corrupt(file, "a record whose two sizes differ")
+                corrupt(file, "a record whose two sizes differ")
             entries.append(_Entry(name, size, header))
     except struct.error:
-        _corrupt(file, "a directory that ends too early")
+        corrupt(file, "a directory that ends too early")
     if at != len(data):
-        _corrupt(file, f"{len(data) - at} bytes in the directory that belong to no record")
+        corrupt(file, f"{len(data) - at} bytes in the directory that belong to no record")
     return entries
 
 
@@ -144,11 +143,5 @@ def _locate(file: WeightFile, entry: _Entry) -> Record:
     mark, _, flags, method, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(head)
     agrees = name_bytes == len(entry.name) and head[_LOCAL.size :] == entry.name
     if mark != b"PK\x03\x04" or flags & 1 or method or not agrees:
-        _corrupt(file, f"no record at byte {entry.header}")
+        corrupt(file, f"no record at byte {entry.header}")
     return Record(entry.header + _LOCAL.size + name_bytes + extra_bytes, entry.size)
-
-
-def _corrupt(file: WeightFile, got: str) -> NoReturn:
-    raise CheckpointError(
-        f"{file.path} is corrupt or truncated", got=got, hint="download or copy the file again"
-    )

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+Cases = Literal["none", "short", "full"]
 Spinning = Literal["auto", "on", "off"]
 Prepack = Literal["auto", "none", "step", "all"]
 PATH = click.Path(path_type=Path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import click
 
@@ -12,6 +12,7 @@ from dijiang_export.commands.arguments import (
     COUNT,
     PATH,
     BundleOrDefault,
+    Cases,
     Dtype,
     RunnerArguments,
     Save,
@@ -22,7 +23,6 @@ from dijiang_export.commands.bench_kernels import kernels
 from dijiang_export.commands.bench_peers import peers, report
 from dijiang_export.commands.common import Output, finish
 
-Cases = Literal["none", "short", "full"]
 Seconds = Annotated[
     float,
     click.option(

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
-from dijiang_export.commands.arguments import COUNT, PATH, Dtype, one_of, takes
+from dijiang_export.commands.arguments import COUNT, PATH, Cases, Dtype, one_of, takes
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, one_output
 
 if TYPE_CHECKING:
     from dijiang_export.export.to_onnx import ExportReport
 
 Logits = Literal["last", "all"]
-Cases = Literal["none", "short", "full"]
 Variant = Literal["ort", "capture"]
 
 
