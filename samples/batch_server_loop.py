@@ -24,13 +24,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dijiang_engines.errors import DijiangError, PromptError, UsageError
-from dijiang_engines.formats.open import open_model
-from dijiang_engines.generation.generator import Generator, SamplingOptions
-from dijiang_engines.runners import Runner, open_runner
-from dijiang_engines.runners.checks import last_position, position_error
-from dijiang_engines.sampling import sample, uniform
-from dijiang_engines.tokenizer.tokenizer import Tokenizer
+import dijiang_engines as dj
 
 
 @dataclass
@@ -65,19 +59,19 @@ class BatchLoop:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: dj.Runner,
         slots: int,
-        sampling: SamplingOptions | None = None,
+        sampling: dj.SamplingOptions | None = None,
         *,
         seed: int = 0,
         piece: int = 64,
         banned: np.ndarray | None = None,
     ) -> None:
-        self.sampling = sampling or SamplingOptions()
+        self.sampling = sampling or dj.SamplingOptions()
         if slots < 1 or piece < 1:
-            raise UsageError("slots and piece must be at least 1", got=f"{slots}, {piece}")
+            raise dj.UsageError("slots and piece must be at least 1", got=f"{slots}, {piece}")
         if self.sampling.repetition_penalty != 1:
-            raise UsageError("this loop has no repetition penalty")
+            raise dj.UsageError("this loop has no repetition penalty")
         self.runner, self.seed, self.piece, self.banned = runner, seed, piece, banned
         self.waiting: deque[Request] = deque()
         self.slots: list[Request | None] = [None] * slots
@@ -93,14 +87,14 @@ class BatchLoop:
         """
         spec = self.runner.spec
         if not request.prompt or request.max_tokens < 1:
-            raise PromptError("a request needs a prompt, and at least one token to generate")
+            raise dj.PromptError("a request needs a prompt, and at least one token to generate")
         if not 0 <= min(request.prompt) <= max(request.prompt) < spec.vocab_size:
-            raise PromptError("a prompt holds a token id that the model does not have")
+            raise dj.PromptError("a prompt holds a token id that the model does not have")
         # The last token is never read, so it needs no position.
         longest = len(request.prompt) + request.max_tokens - 1
-        most = last_position(self.runner)
+        most = dj.last_position(self.runner)
         if longest > most:
-            raise position_error(spec, request.number, longest, most=most)
+            raise dj.position_error(spec, request.number, longest, most=most)
         self.waiting.append(request)
 
     @property
@@ -142,8 +136,8 @@ class BatchLoop:
         if not choosing:
             return []
         last = [logits[index, len(pending[index]) - 1 if logits.shape[1] > 1 else 0] for index, _ in choosing]
-        uniforms = np.array([uniform(self.seed, slot.number, slot.consumed) for _, slot in choosing])
-        chosen = sample(np.stack(last), self.sampling, uniforms, banned=self.banned)
+        uniforms = np.array([dj.uniform(self.seed, slot.number, slot.consumed) for _, slot in choosing])
+        chosen = dj.sample(np.stack(last), self.sampling, uniforms, banned=self.banned)
 
         finished = []
         for (index, slot), token in zip(choosing, chosen.tolist(), strict=True):
@@ -163,16 +157,16 @@ class BatchLoop:
 
 
 def serve(
-    path: str, prompts: Sequence[str], sampling: SamplingOptions, *, slots: int, max_tokens: int,
+    path: str, prompts: Sequence[str], sampling: dj.SamplingOptions, *, slots: int, max_tokens: int,
     piece: int, seed: int, runner_name: str,
 ) -> None:  # fmt: skip
     """Run every prompt through a batch of `slots`, and print each answer when it is complete."""
-    model = open_model(path)
-    if model.tokenizer_path is None:
-        raise UsageError(f"{path} has no tokenizer")
-    tokenizer = Tokenizer(model.tokenizer_path)
-    runner = open_runner(model, runner_name)
-    generator = Generator(runner, tokenizer)  # knows how to encode a prompt, and what is no token
+    model = dj.open_model(path)
+    tokenizer = dj.load_tokenizer(model)
+    if tokenizer is None:
+        raise dj.UsageError(f"{path} has no tokenizer")
+    runner = dj.open_runner(model, runner_name)
+    generator = dj.Generator(runner, tokenizer)  # knows how to encode a prompt, and what is no token
     requests = [Request(n, generator.encode(prompt), max_tokens) for n, prompt in enumerate(prompts)]
     loop = BatchLoop(runner, slots, sampling, seed=seed, piece=piece, banned=generator.banned)
     for request in loop.run(requests):
@@ -200,15 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runner", default="auto", help="as in `dijiang-export generate --runner`")
     args = parser.parse_args(arguments)
     try:
-        sampling = SamplingOptions(temperature=args.temperature, top_p=args.top_p)
+        sampling = dj.SamplingOptions(temperature=args.temperature, top_p=args.top_p)
         prompts = [line for line in sys.stdin.read().splitlines() if line]
         if not prompts:
-            raise UsageError("there is no prompt on standard input", hint="one prompt a line")
+            raise dj.UsageError("there is no prompt on standard input", hint="one prompt a line")
         serve(
             args.model, prompts, sampling, slots=args.slots, max_tokens=args.max_tokens, piece=args.piece,
             seed=args.seed, runner_name=args.runner,
         )  # fmt: skip
-    except DijiangError as error:
+    except dj.DijiangError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -12,15 +12,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dijiang_engines.errors import DijiangError, UsageError
-from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
-from dijiang_engines.runners import open_runner
-from dijiang_engines.tokenizer.tokenizer import Tokenizer
+import dijiang_engines as dj
 
 
 def generate(
-    path: str, prompts: Sequence[str], options: GenerateOptions, device: str = "cpu"
+    path: str, prompts: Sequence[str], options: dj.GenerateOptions, device: str = "cpu"
 ) -> tuple[list[str], str]:
     """Open a bundle, continue each prompt, and return the new texts and one line about the speed.
 
@@ -33,11 +29,14 @@ def generate(
     Raises:
         DijiangError: with what is wrong and what to do about it.
     """
-    bundle = open_bundle(path)
-    if bundle.tokenizer_path is None:
-        raise UsageError(f"{path} has no tokenizer", hint="give token ids to Generator.start instead of text")
-    runner = open_runner(bundle, device)
-    generation = Generator(runner, Tokenizer(bundle.tokenizer_path)).start(prompts, options)
+    bundle = dj.open_model(path)
+    tokenizer = dj.load_tokenizer(bundle)
+    if tokenizer is None:
+        raise dj.UsageError(
+            f"{path} has no tokenizer", hint="give token ids to Generator.start instead of text"
+        )
+    runner = dj.open_runner(bundle, device)
+    generation = dj.Generator(runner, tokenizer).start(prompts, options)
     for event in generation:  # one event per token; with one row, text can be shown as it comes
         if len(prompts) == 1:
             print(event.text, end="", flush=True)
@@ -61,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     try:
-        sampling = SamplingOptions(temperature=args.temperature, top_p=args.top_p)
-        options = GenerateOptions(max_tokens=args.max_tokens, sampling=sampling, seed=args.seed)
+        sampling = dj.SamplingOptions(temperature=args.temperature, top_p=args.top_p)
+        options = dj.GenerateOptions(max_tokens=args.max_tokens, sampling=sampling, seed=args.seed)
         texts, speed = generate(args.bundle, args.prompts, options, args.device)
-    except DijiangError as error:
+    except dj.DijiangError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if len(texts) == 1:

@@ -14,14 +14,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dijiang_engines.errors import DijiangError, UsageError
-from dijiang_engines.formats.open import open_model
-from dijiang_engines.generation.generator import GenerateOptions, Generator, SamplingOptions
-from dijiang_engines.runners import open_runner
-from dijiang_engines.tokenizer.tokenizer import Tokenizer
+import dijiang_engines as dj
 
 
-def generate(path: str, prompts: Sequence[str], options: GenerateOptions) -> tuple[list[str], str]:
+def generate(path: str, prompts: Sequence[str], options: dj.GenerateOptions) -> tuple[list[str], str]:
     """Open an engine folder, continue each prompt, and return the new texts and one line about the speed.
 
     Args:
@@ -32,11 +28,14 @@ def generate(path: str, prompts: Sequence[str], options: GenerateOptions) -> tup
     Raises:
         DijiangError: with what is wrong and what to do about it.
     """
-    engine = open_model(path)
-    if engine.tokenizer_path is None:
-        raise UsageError(f"{path} has no tokenizer", hint="give token ids to Generator.start instead of text")
-    runner = open_runner(engine, "tensorrt")
-    generation = Generator(runner, Tokenizer(engine.tokenizer_path)).start(prompts, options)
+    engine = dj.open_model(path)
+    tokenizer = dj.load_tokenizer(engine)
+    if tokenizer is None:
+        raise dj.UsageError(
+            f"{path} has no tokenizer", hint="give token ids to Generator.start instead of text"
+        )
+    runner = dj.open_runner(engine, "tensorrt")
+    generation = dj.Generator(runner, tokenizer).start(prompts, options)
     for event in generation:  # one event per token; with one row, text can be shown as it comes
         if len(prompts) == 1:
             print(event.text, end="", flush=True)
@@ -59,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     try:
-        sampling = SamplingOptions(temperature=args.temperature, top_p=args.top_p)
-        options = GenerateOptions(max_tokens=args.max_tokens, sampling=sampling, seed=args.seed)
+        sampling = dj.SamplingOptions(temperature=args.temperature, top_p=args.top_p)
+        options = dj.GenerateOptions(max_tokens=args.max_tokens, sampling=sampling, seed=args.seed)
         texts, speed = generate(args.engine, args.prompts, options)
-    except DijiangError as error:
+    except dj.DijiangError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if len(texts) == 1:

@@ -21,10 +21,11 @@ from dijiang_engines.formats import opened_files
 from dijiang_engines.formats.atomic import _exchange, output_folder
 from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.formats.engine import open_engine
-from dijiang_engines.formats.open import load_tokenizer, open_model
+from dijiang_engines.formats.open import open_model
 from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.inspection import inspect_bundle
 from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+from dijiang_engines.tokenizer.load import load_tokenizer
 
 A = np.array
 REPLACED = "was replaced or changed while it was open"

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.formats.engine import ENGINE_MANIFEST, EngineFolder, open_engine
-from dijiang_engines.formats.manifest import TOKENIZER
-from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 Model = Bundle | EngineFolder
 """Both have path, name, spec, dtype, logits, all_logits, identity, tokenizer_path, reference_path, cases,
@@ -27,15 +25,3 @@ def open_model(path: str | Path, *, verify: bool = True) -> Model:
     if (Path(path) / ENGINE_MANIFEST).exists():
         return open_engine(path, verify=verify)
     return open_bundle(path, verify=verify)
-
-
-def load_tokenizer(model: Model) -> Tokenizer | None:
-    """The tokenizer that was opened with the model; None if the checkpoint came without one.
-
-    Raises:
-        BundleError: it is not a tokenizer, or was replaced since.
-    """
-    if model.tokenizer_path is None:
-        return None
-    with model.opened.unchanged(TOKENIZER) as root:
-        return Tokenizer(root / TOKENIZER)

@@ -23,12 +23,13 @@ from dijiang_engines.bench.bandwidth import Bandwidth, CudaCopy, measure_bandwid
 from dijiang_engines.bench.runner import BATCHES, FAR, NEAR, PREFILL_LENGTHS, Effort, bench_runner
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.formats.bundle import Bundle
-from dijiang_engines.formats.open import Model, load_tokenizer, open_model
+from dijiang_engines.formats.open import Model, open_model
 from dijiang_engines.machine import describe_machine, package_versions, usable_cpus
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.base import HasSettings
 from dijiang_engines.sizes import part_sizes
+from dijiang_engines.tokenizer.load import load_tokenizer
 from dijiang_engines.validation.validate import validate
 from dijiang_engines.version import __version__
 from dijiang_export.bench.export import memory

@@ -233,9 +233,10 @@ def generate(output: Output, given: GenerateArguments) -> None:
 
 def _open(given: GenerateArguments, path: Path) -> tuple[Model, Generator, Session | None]:
     from dijiang_engines.errors import BundleError
-    from dijiang_engines.formats.open import load_tokenizer, open_model
+    from dijiang_engines.formats.open import open_model
     from dijiang_engines.generation.generator import Generator
     from dijiang_engines.generation.session import check_session_target, load_session
+    from dijiang_engines.tokenizer.load import load_tokenizer
     from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
     if given.save_session is not None:
