@@ -18,9 +18,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dijiang_engines.errors import UsageError
-from dijiang_engines.machine import Machine, describe_machine, package_version
+from dijiang_engines.machine import (
+    SPINNING_ENVIRONMENT,
+    Machine,
+    describe_machine,
+    package_version,
+    spinning_choice,
+)
 from dijiang_engines.plugin.status import PackageStatus, PluginStatus, plugin_needs, plugin_status
-from dijiang_engines.runners.ort_host import SPINNING_ENVIRONMENT, spinning_choice
 
 PROBE_SECONDS = 120
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"

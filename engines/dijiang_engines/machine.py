@@ -1,11 +1,14 @@
-"""Facts about this machine and its packages, for `doctor` and for the record beside each measurement.
+"""Facts about this machine and its packages, and what this process may use of it.
 
-Reads files under /proc and /sys, package metadata, and what nvidia-smi says. Imports no runtime.
+For `doctor`, for the record beside each measurement, and for whoever shares out threads and memory: those
+are counted within the container's limits. Reads files under /proc and /sys, package metadata, and what
+nvidia-smi says. Imports no runtime.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -14,6 +17,9 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from dijiang_engines.errors import UsageError
 
 # Instruction sets that decide how fast matrix kernels are, as /proc/cpuinfo spells them.
 _NOTABLE_FLAGS = (
@@ -22,6 +28,10 @@ _NOTABLE_FLAGS = (
 )  # fmt: skip
 
 TOOL_SECONDS = 20
+
+Spinning = Literal["auto", "on", "off"]
+SPINNING: tuple[Spinning, ...] = ("auto", "on", "off")
+SPINNING_ENVIRONMENT = "DIJIANG_SPINNING"
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Machine:
     cpu_features: tuple[str, ...]
     memory_bytes: int | None
     available_bytes: int | None
+    """Of the machine; `available_memory` is what a container leaves of them."""
     gpus: tuple[Gpu, ...]
     board: str | None
     """The device tree's model name (a Jetson, for one)."""
@@ -58,7 +69,7 @@ class Machine:
 def describe_machine() -> Machine:
     """Look at this machine; takes as long as nvidia-smi does."""
     name, flags = _cpu()
-    total, available = _memory()
+    memory = _meminfo()
     return Machine(
         system=_system(),
         architecture=platform.machine(),
@@ -67,8 +78,8 @@ def describe_machine() -> Machine:
         logical_cpus=os.cpu_count() or 1,
         usable_cpus=usable_cpus(),
         cpu_features=tuple(flag for flag in _NOTABLE_FLAGS if flag in flags),
-        memory_bytes=total,
-        available_bytes=available,
+        memory_bytes=memory.get("MemTotal"),
+        available_bytes=memory.get("MemAvailable"),
         gpus=find_gpus(),
         board=_board(),
     )
@@ -76,11 +87,47 @@ def describe_machine() -> Machine:
 
 def usable_cpus() -> int:
     """CPUs that this process may keep busy: its affinity, and its container's quota rounded up."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    match = re.match(r"(\d+) (\d+)", _text("/sys/fs/cgroup/cpu.max"))
-    if match and int(match[2]):
-        count = min(count, -(-int(match[1]) // int(match[2])))
-    return max(count, 1)
+    return int(min(_cores(), _quota()))
+
+
+def container_threads() -> int:
+    """Threads that the container's CPU quota allows, or 0 (ONNX Runtime chooses) if it allows every core.
+
+    ONNX Runtime counts cores and does not see quotas; more spinning threads than a quota allows make
+    every step wait for the scheduler.
+    """
+    usable = usable_cpus()
+    return usable if usable < _cores() else 0
+
+
+def available_memory() -> float:
+    """Bytes that can be had without swapping, within the container's limit; infinity if unknown."""
+    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
+    left = math.inf if limit is None or used is None else limit - used
+    return min(_meminfo().get("MemAvailable", math.inf), left)
+
+
+def spinning_choice(given: str | None) -> Spinning:
+    """Whether ONNX Runtime's threads wait busily for work.
+
+    Threads that spin are there at once when the next operator needs them, and take the cores from whatever
+    else wants them meanwhile: other processes, or the other threads of a shared machine, which then also
+    make every step wait.
+
+    Args:
+        given: "on", "off", or "auto", which leaves it to ONNX Runtime: it spins. None: what the environment
+            variable DIJIANG_SPINNING says, else "auto".
+
+    Raises:
+        UsageError: another value.
+    """
+    value = os.environ.get(SPINNING_ENVIRONMENT) or "auto" if given is None else given
+    if value not in SPINNING:
+        where = f" in the environment variable {SPINNING_ENVIRONMENT}" if given is None else ""
+        raise UsageError(
+            f"unknown value for spinning{where}", got=repr(value)[:80], expected=", ".join(SPINNING)
+        )
+    return value
 
 
 def find_gpus() -> tuple[Gpu, ...]:
@@ -152,14 +199,29 @@ def _cpu() -> tuple[str, set[str]]:
     return name or platform.processor() or platform.machine(), flags
 
 
-def _memory() -> tuple[int | None, int | None]:
-    sizes = {
-        match[1]: int(match[2]) << 10
-        for match in re.finditer(
-            r"^(MemTotal|MemAvailable):\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE
-        )
-    }
-    return sizes.get("MemTotal"), sizes.get("MemAvailable")
+def _cores() -> int:
+    """That this process may run on, whatever its container's quota."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota() -> float:
+    """CPUs that the container may keep busy, rounded up; infinity if nothing (of cgroup v2) limits them."""
+    match = re.match(r"(\d+) (\d+)", _text("/sys/fs/cgroup/cpu.max"))
+    if match is None or not int(match[2]):
+        return math.inf
+    return max(1, -(-int(match[1]) // int(match[2])))
+
+
+def _meminfo() -> dict[str, int]:
+    """MemTotal and MemAvailable in bytes, where the system says so."""
+    lines = re.finditer(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    return {line[1]: int(line[2]) << 10 for line in lines}
+
+
+def _number(path: str) -> int | None:
+    """A file that holds one number; None if it holds a word, such as "max", or is not there."""
+    text = _text(path).strip()
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _board() -> str | None:

@@ -161,7 +161,7 @@ def test_all_logits_bundles(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_one_token_prompts_need_no_prefill_graph(toy: Toy) -> None:
     runner = open_runner(open_bundle(toy[0]), "cpu", threads=1)
     run(Generator(runner).start([[5]], GenerateOptions(max_tokens=3)))
-    assert set(runner._sessions) == {"step"}  # type: ignore[attr-defined]
+    assert runner.sessions.loaded == ("step",)  # type: ignore[attr-defined]
 
 
 def test_broken_logits_stop_with_a_message(tokenizer: Tokenizer) -> None:

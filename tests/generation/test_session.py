@@ -242,7 +242,7 @@ def test_sparse_files_are_refused_before_they_are_read(
     with open(tmp_path / "s", "wb") as file:
         file.write((HUGE if kind == "a header" else len(text)).to_bytes(8, "little") + text)
         file.truncate(max(8 + len(text) + end, HUGE if kind == "a header" else 0))
-    monkeypatch.setattr("dijiang_engines.runners.ort_host.available_memory", lambda: 3_000_000)
+    monkeypatch.setattr("dijiang_engines.machine.available_memory", lambda: 3_000_000)
     started = time.process_time()
     tracemalloc.start()
     try:

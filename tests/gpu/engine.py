@@ -174,7 +174,7 @@ class Checks(RunnerChecks):
 
         runner = TensorRTRunner(self.engine, cuda_graph=False)
         state = runner.new_state(1)
-        context = runner.bound_step_context(state)
+        context = runner.contexts.bound_step(state)
         profiler = Profiler()
         context.profiler = profiler
         calls = 30
@@ -183,8 +183,8 @@ class Checks(RunnerChecks):
             if i == 5:
                 sums.clear()
             state.put(self.tokens(1, 1), one * i, one)
-            runner.execute(context)
-            runner.stream.synchronize()
+            runner.contexts.execute(context)
+            runner.gpu.stream.synchronize()
         self.facts["layers_us"] = {name: 1e3 * ms / calls for name, ms in sums.items()}
         kinds: dict[str, list[float]] = defaultdict(list)
         for name, us in self.facts["layers_us"].items():

@@ -29,8 +29,10 @@ from checks import LENGTHS, Check, RunnerChecks, run_checks
 from ort_times import OrtTimes
 
 from dijiang_engines.formats.bundle import open_bundle
+from dijiang_engines.runners.onnxruntime.config import CPU, CUDA, LOWERINGS
 from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, MAX_CAPTURES
-from dijiang_engines.runners.onnxruntime.runner import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+from dijiang_engines.runners.onnxruntime.sessions import onnxruntime_module
 from dijiang_engines.validation.compare import compare_logits, compare_state
 from dijiang_engines.validation.replay import REPLAYS
 from dijiang_engines.validation.tolerances import tolerance
@@ -101,7 +103,7 @@ class Checks(RunnerChecks):
                 "weights_bytes": self.bundle.files["weights.data"].bytes,
             },
             "machine": about_machine(self.on_gpu),
-            "auto": self.runner.lowering,
+            "auto": self.runner.config.lowering,
         }  # fmt: skip
 
     @property
@@ -129,7 +131,7 @@ class Checks(RunnerChecks):
             options.log_severity_level = 3
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             session = ort.InferenceSession(
-                str(self.bundle.graph_path(graph)), options, providers=[self.runner._provider(False)]
+                str(self.bundle.graph_path(graph)), options, providers=[self.runner.sessions.provider(False)]
             )
             ops: dict[str, Counter[str]] = {}
             for part in session.get_provider_graph_assignment_info():
@@ -278,7 +280,7 @@ class Checks(RunnerChecks):
         if self.on_gpu:
             found.append(("back to back", times.back_to_back))
         if drift and DRIFT in (self.bundle.cases or ()):
-            found.append(("10,000 tokens", lambda: self.cases(self.runner.lowering, drift=True)))
+            found.append(("10,000 tokens", lambda: self.cases(self.runner.config.lowering, drift=True)))
         return found
 
 

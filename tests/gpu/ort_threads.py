@@ -33,8 +33,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.formats.bundle import Bundle, open_bundle
+from dijiang_engines.runners.onnxruntime.config import CPU, CUDA, LOWERINGS
 from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE
-from dijiang_engines.runners.onnxruntime.runner import CPU, CUDA, LOWERINGS, OrtRunner, onnxruntime_module
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+from dijiang_engines.runners.onnxruntime.sessions import onnxruntime_module
 
 Arrays = list[npt.NDArray[np.float32]]
 MakeRunner = Callable[[str], OrtRunner]
@@ -99,7 +101,8 @@ class Overlap:
         """Count this runner's calls."""
         for name in ("prefill", "step"):
             setattr(runner, name, self._counted(getattr(runner, name), "calls"))
-        runner._call = self._counted(runner._call, "inside")  # type: ignore[method-assign]
+        sessions = runner.sessions
+        sessions.run = self._counted(sessions.run, "inside")  # type: ignore[method-assign]
         return runner
 
     def _counted(self, call: Callable[..., Any], what: str) -> Callable[..., Any]:

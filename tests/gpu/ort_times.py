@@ -15,8 +15,10 @@ from checks import POSITIONS
 
 from dijiang_engines.bench.runner import Effort, Timing, _step_timings, until_done
 from dijiang_engines.generation.generator import PREFILL_TOKENS
-from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, GRAPH_ID, MAX_CAPTURES, NO_GRAPH
-from dijiang_engines.runners.onnxruntime.runner import LOWERINGS, OrtRunner
+from dijiang_engines.runners.onnxruntime.config import LOWERINGS
+from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, MAX_CAPTURES
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+from dijiang_engines.runners.onnxruntime.state import GRAPH_ID
 
 if TYPE_CHECKING:
     from ort_cuda import Checks
@@ -102,15 +104,11 @@ class OrtTimes:
         state, ones = runner.new_state(batch), np.ones(batch, np.int64)
         for n in range(4):  # both bindings, captured if they can be
             runner.step(checks.tokens(batch, 1), ones * n, ones, state)
-        step = state.step
+        step = state.slot.step
         assert step is not None
         options = []
         for front in range(2):
-            given = step._options[front]
-            one = runner._ort.RunOptions()
-            one.add_run_config_entry(
-                GRAPH_ID, NO_GRAPH if given is None else given.get_run_config_entry(GRAPH_ID)
-            )
+            one = runner.sessions.run_options(GRAPH_ID, step.graph_id(front))
             one.add_run_config_entry(DO_NOT_WAIT, "1")
             options.append(one)
         best = float("inf")
@@ -118,7 +116,7 @@ class OrtTimes:
             checks.gpu.synchronize()
             start = time.perf_counter()
             for n in range(calls):
-                step.session.run_with_iobinding(step._bindings[n % 2], options[n % 2])
+                step.session.run_with_iobinding(step.bindings[n % 2], options[n % 2])
             checks.gpu.synchronize()
             best = min(best, (time.perf_counter() - start) / calls)
         return best

@@ -197,7 +197,7 @@ def test_an_unknown_variant_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_cpu_takes_the_standard_graphs_by_itself(bundle: Path) -> None:
-    assert open_runner(open_bundle(bundle), "cpu").lowering == "standard"  # type: ignore[attr-defined]
+    assert open_runner(open_bundle(bundle), "cpu").config.lowering == "standard"  # type: ignore[attr-defined]
 
 
 def test_both_steps_agree(bundle: Path) -> None:

@@ -169,7 +169,7 @@ MUTATIONS: dict[str, list[tuple[str, str, tuple[int, int]]]] = {
         ("strategies.USER_MANAGED", "strategies.USER", NEW),
         ("PROFILE_SHARING_0806", "PROFILE_SHARING_0807", OLD),
     ],
-    "runners/tensorrt/runner.py": [
+    "runners/tensorrt/contexts.py": [
         ("context.execute_async_v3(", "context.execute_async_v4(", ANY),
         ("context.set_tensor_address(name, address)", "context.set_tensor_address(address)", ANY),
         ("set_optimization_profile_async(place.profile, ", "set_optimization_profile_async(", ANY),

@@ -24,7 +24,11 @@ import pytest
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners.onnxruntime import cuda as ort_cuda
-from dijiang_engines.runners.onnxruntime.runner import CUDA, OrtRunner
+from dijiang_engines.runners.onnxruntime import sessions as ort_sessions
+from dijiang_engines.runners.onnxruntime import state as ort_state
+from dijiang_engines.runners.onnxruntime.config import CUDA, OrtConfig
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+from dijiang_engines.runners.onnxruntime.sessions import Sessions, Tensors
 from dijiang_engines.validation.replay import REPLAYS
 from dijiang_engines.validation.validate import validate
 
@@ -63,30 +67,34 @@ class GraphSession:
             self._session.run_with_iobinding(binding)
 
 
-class FakeCuda(OrtRunner):
-    """The CUDA runner with its tensors on the host."""
+Make = Callable[..., OrtRunner]
 
-    fault: str | None = None
 
-    def _check_provider(self) -> None:
-        self._device = "cpu"
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """The CUDA runner gets its tensors and sessions on the host; called, it says how steps are wrong."""
+    faults: list[str | None] = [None]
 
-    def _load(self, path: Path, name: str, cuda_graph: bool) -> Any:
-        if cuda_graph and self.fault == "session fails":
+    def load(self: Sessions, path: Path, name: str, cuda_graph: bool) -> Any:
+        if cuda_graph and faults[0] == "session fails":
             raise RunnerError("cannot load", got="not partitioned to the CUDAExecutionProvider")
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return GraphSession(session, self.fault) if cuda_graph else session
+        return GraphSession(session, faults[0]) if cuda_graph else session
+
+    monkeypatch.setattr(GraphSession, "made", [])
+    monkeypatch.setattr("dijiang_engines.runners.onnxruntime.runner.check_provider", lambda ort, name: None)
+    monkeypatch.setattr(OrtConfig, "tensors_on", "cpu")
+    monkeypatch.setattr(Sessions, "load", load)
+    return lambda fault: faults.__setitem__(0, fault)
 
 
 @pytest.fixture
-def make(variants: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeCuda]:
-    monkeypatch.setattr(GraphSession, "made", [])
-
-    def runner(fault: str | None = None, **options: Any) -> FakeCuda:
-        monkeypatch.setattr(FakeCuda, "fault", fault)
-        return FakeCuda(open_bundle(variants), CUDA, **options)
+def make(variants: Path, no_gpu: Callable[[str | None], None]) -> Make:
+    def runner(fault: str | None = None, **options: Any) -> OrtRunner:
+        no_gpu(fault)
+        return OrtRunner(open_bundle(variants), CUDA, **options)
 
     return runner
 
@@ -103,9 +111,9 @@ def tokens(runner: OrtRunner, batch: int, count: int, state: Any = None) -> np.n
     return np.stack(rows)
 
 
-def test_recorded_cases_pass_through_graphs(make: Callable[..., FakeCuda]) -> None:
+def test_recorded_cases_pass_through_graphs(make: Make) -> None:
     runner = make()
-    assert runner.lowering == "ort-step"
+    assert runner.config.lowering == "ort-step"
     report = validate(runner, runner.bundle.reference())
     assert report.passed, report.failures[:3]
     assert {r.replay for r in report.results} <= set(REPLAYS)
@@ -116,7 +124,7 @@ def test_recorded_cases_pass_through_graphs(make: Callable[..., FakeCuda]) -> No
     assert "none" not in session.runs  # every run says which graph it is
 
 
-def test_graphs_change_nothing(make: Callable[..., FakeCuda]) -> None:
+def test_graphs_change_nothing(make: Make) -> None:
     with_graphs, without = make(), make(cuda_graph=False)
     for batch in (1, 3):
         np.testing.assert_array_equal(tokens(with_graphs, batch, 6), tokens(without, batch, 6))
@@ -124,7 +132,7 @@ def test_graphs_change_nothing(make: Callable[..., FakeCuda]) -> None:
     assert (without.cuda_graphs.enabled, without.cuda_graphs.note) == (False, "not wanted")
 
 
-def test_capturing_leaves_a_state_as_it_was(make: Callable[..., FakeCuda]) -> None:
+def test_capturing_leaves_a_state_as_it_was(make: Make) -> None:
     """A state that holds something is captured at its first step, from either set."""
     runner, plain = make(), make(cuda_graph=False)
     ids, zero, lens = A([[5, 6, 7], [8, 9, 0]]), np.zeros(2, np.int64), A([3, 2])
@@ -142,7 +150,7 @@ def test_capturing_leaves_a_state_as_it_was(make: Callable[..., FakeCuda]) -> No
     assert runner.cuda_graphs.captured == 2
 
 
-def test_states_of_one_size_share_graphs_one_after_the_other(make: Callable[..., FakeCuda]) -> None:
+def test_states_of_one_size_share_graphs_one_after_the_other(make: Make) -> None:
     runner = make()
     first = tokens(runner, 2, 4)
     gc.collect()
@@ -157,17 +165,15 @@ def test_states_of_one_size_share_graphs_one_after_the_other(make: Callable[...,
     assert runner.cuda_graphs.captured == 4
 
 
-def test_few_slots_wait(make: Callable[..., FakeCuda]) -> None:
+def test_few_slots_wait(make: Make) -> None:
     runner = make()
     for batch in range(1, 8):
         tokens(runner, batch, 1)
     gc.collect()
-    assert [slot.batch for slot in runner._slots._idle] == [4, 5, 6, 7]
+    assert [slot.batch for slot in runner.slots.idle] == [4, 5, 6, 7]
 
 
-def test_beyond_the_most_graphs_steps_run_plainly(
-    make: Callable[..., FakeCuda], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beyond_the_most_graphs_steps_run_plainly(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_cuda, "MAX_CAPTURES", 3)
     runner, plain = make(), make(cuda_graph=False)
     states = [runner.new_state(1) for _ in range(2)]
@@ -180,7 +186,7 @@ def test_beyond_the_most_graphs_steps_run_plainly(
 
 @pytest.mark.parametrize("fault", ["session fails", "capture fails", "stale"])
 def test_what_cannot_be_a_graph_runs_without(
-    make: Callable[..., FakeCuda], fault: str, caplog: pytest.LogCaptureFixture
+    make: Make, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = tokens(make(cuda_graph=False), 2, 5)
     words = {"session fails": "not partitioned", "capture fails": "CUDA failure 900", "stale": "differ"}
@@ -193,18 +199,18 @@ def test_what_cannot_be_a_graph_runs_without(
     assert [words[fault] in r.message for r in caplog.records] == [True]  # said once
 
 
-def test_a_failed_capture_leaves_a_state_as_it_was(make: Callable[..., FakeCuda]) -> None:
+def test_a_failed_capture_leaves_a_state_as_it_was(make: Make) -> None:
     runner = make("stale")
     state = runner.new_state(1)
     runner.prefill(A([[5, 6, 7]]), A([0]), A([3]), state)
     before = runner.export_state(state)
-    assert runner._step_of(state).session is runner._sessions["step"]
+    assert state.ready_step().session is runner.sessions.get("step")
     assert not runner.cuda_graphs.enabled
     for got, expected in zip(runner.export_state(state), before, strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_other_states_go_on_when_graphs_are_given_up(make: Callable[..., FakeCuda]) -> None:
+def test_other_states_go_on_when_graphs_are_given_up(make: Make) -> None:
     runner, plain = make(), make(cuda_graph=False)
     old, plain_old = runner.new_state(1), plain.new_state(1)
     np.testing.assert_array_equal(tokens(runner, 1, 3, old), tokens(plain, 1, 3, plain_old))
@@ -214,16 +220,14 @@ def test_other_states_go_on_when_graphs_are_given_up(make: Callable[..., FakeCud
     np.testing.assert_array_equal(tokens(runner, 1, 3, old), tokens(plain, 1, 3, plain_old))
 
 
-def test_large_states_are_compared_in_three_layers(
-    make: Callable[..., FakeCuda], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ort_cuda, "_SMALL_STATE", 1)
+def test_large_states_are_compared_in_three_layers(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_state, "_SMALL_STATE", 1)
     runner, plain = make(), make(cuda_graph=False)
     np.testing.assert_array_equal(tokens(runner, 2, 5), tokens(plain, 2, 5))
     assert runner.cuda_graphs.enabled
 
 
-def test_reset_rows_of_a_captured_state(make: Callable[..., FakeCuda]) -> None:
+def test_reset_rows_of_a_captured_state(make: Make) -> None:
     runner = make()
     state = runner.new_state(3)
     tokens(runner, 3, 3, state)
@@ -245,36 +249,31 @@ def test_zeroing_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_rows_are_zeroed_through_the_host_if_the_driver_cannot(
-    make: Callable[..., FakeCuda], monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the driver is given the rows' addresses."""
     runner = make(cuda_graph=False)
     state = runner.new_state(3)
     tokens(runner, 3, 2, state)
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        "dijiang_engines.runners.onnxruntime.runner.zero_device_memory",
-        lambda spans, device: bool(asked.extend(spans)),
-    )
-    runner._device = "cuda"
-    runner.reset_rows(state, [2])
+    monkeypatch.setattr(ort_sessions, "zero_device_memory", lambda spans, device: bool(asked.extend(spans)))
+    Tensors(runner.spec, "cuda", 0).zero_rows(state.past, [2])
     for layer in runner.export_state(state):
         assert not layer[2].any()
         assert layer[:2].any()
     size = 4 * int(np.prod(runner.spec.state_shape))
-    values = state.sets[state.front]
-    assert asked == [(value.data_ptr() + 2 * size, size) for value in values]
+    assert asked == [(value.data_ptr() + 2 * size, size) for value in state.past]
 
 
 # -- which graphs ----------------------------------------------------------------------------------------
 
 
 def test_a_standard_bundle_runs_without_graphs(sample_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    silent = FakeCuda(open_bundle(sample_bundle), CUDA)
-    assert (silent.lowering, silent.cuda_graphs.enabled) == ("standard", False)
+    silent = OrtRunner(open_bundle(sample_bundle), CUDA)
+    assert (silent.config.lowering, silent.cuda_graphs.enabled) == ("standard", False)
     assert "--variant" in str(silent.cuda_graphs.note)
     assert not caplog.records
-    FakeCuda(open_bundle(sample_bundle), CUDA, cuda_graph=True)  # asked for: say why not
+    OrtRunner(open_bundle(sample_bundle), CUDA, cuda_graph=True)  # asked for: say why not
     assert "--variant" in caplog.records[0].message
 
 
@@ -282,33 +281,31 @@ def test_options_that_the_bundle_or_the_runtime_cannot_meet(
     sample_bundle: Path, variants: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RunnerError, match="no graph 'step_capture'") as caught:
-        FakeCuda(open_bundle(sample_bundle), CUDA, lowering="capture")
+        OrtRunner(open_bundle(sample_bundle), CUDA, lowering="capture")
     assert "--variant capture" in str(caught.value)
     with pytest.raises(UsageError, match="unknown value"):
-        FakeCuda(open_bundle(sample_bundle), CUDA, lowering="trt")  # type: ignore[arg-type]
-    monkeypatch.setattr(OrtRunner, "_has_linear_attention", lambda self: False)
+        OrtRunner(open_bundle(sample_bundle), CUDA, lowering="trt")  # type: ignore[arg-type]
+    monkeypatch.setattr("dijiang_engines.runners.onnxruntime.config.has_linear_attention", lambda: False)
     with pytest.raises(RunnerError, match="no LinearAttention"):
-        FakeCuda(open_bundle(variants), CUDA, lowering="ort")
-    assert FakeCuda(open_bundle(variants), CUDA).lowering == "capture"
+        OrtRunner(open_bundle(variants), CUDA, lowering="ort")
+    assert OrtRunner(open_bundle(variants), CUDA).config.lowering == "capture"
 
 
-def test_the_provider_s_options(variants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = FakeCuda(open_bundle(variants), CUDA, device=1)
-    name, options = runner._provider(True)
+def test_the_provider_s_options(variants: Path) -> None:
+    runner = OrtRunner(open_bundle(variants), CUDA, device=1)
+    name, options = runner.sessions.provider(True)
     assert name == "CUDAExecutionProvider"
     assert options["enable_cuda_graph"] == "1"
-    assert (options["device_id"], options["use_tf32"]) == ("0" if runner._index == 0 else "1", "0")
-    assert "enable_cuda_graph" not in runner._provider(False)[1]
+    assert (options["device_id"], options["use_tf32"]) == ("1", "0")
+    assert "enable_cuda_graph" not in runner.sessions.provider(False)[1]
 
 
-def test_threads_take_turns_on_the_gpu(
-    make: Callable[..., FakeCuda], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_take_turns_on_the_gpu(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture fails if another thread of the process copies or waits meanwhile."""
     inside, most = 0, 0
-    plain = FakeCuda._call
+    plain = Sessions.run
 
-    def call(self: FakeCuda, session: Any, binding: Any, options: Any) -> None:
+    def call(self: Sessions, session: Any, binding: Any, options: Any) -> None:
         nonlocal inside, most
         inside += 1
         most = max(most, inside)
@@ -316,7 +313,7 @@ def test_threads_take_turns_on_the_gpu(
         plain(self, session, binding, options)
         inside -= 1
 
-    monkeypatch.setattr(FakeCuda, "_call", call)
+    monkeypatch.setattr(Sessions, "run", call)
 
     def work(_: int) -> list[npt.NDArray[np.float32]]:
         runner = make()

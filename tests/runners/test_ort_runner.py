@@ -20,7 +20,7 @@ from dijiang_engines.errors import PositionError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners import open_runner, registry
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.runners.onnxruntime.runner import OrtRunner, available_memory, container_threads
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 
 Toy = tuple[Path, ToyModel]
 A = np.array
@@ -124,22 +124,22 @@ def test_all_logits(tmp_path: Path) -> None:
 
 def test_sessions_are_loaded_when_needed(toy: Toy) -> None:
     runner = runner_of(toy[0])
-    assert not runner._sessions
+    assert not runner.sessions.loaded
     state = runner.new_state(1)
     runner.step(A([[5]]), A([0]), A([1]), state)
-    assert set(runner._sessions) == {"step"}
+    assert set(runner.sessions.loaded) == {"step"}
     runner.warm_up()
-    assert set(runner._sessions) == {"step", "prefill"}
+    assert set(runner.sessions.loaded) == {"step", "prefill"}
 
 
 def test_a_step_binds_once(toy: Toy) -> None:
     runner = runner_of(toy[0])
     state = runner.new_state(1)
     runner.step(A([[5]]), A([0]), A([1]), state)
-    step = state.step
+    step = state.slot.step
     for n in range(1, 4):
         runner.step(A([[5]]), A([n]), A([1]), state)
-    assert state.step is step
+    assert step is not None and state.slot.step is step
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_foreign_states_are_refused(toy: Toy) -> None:
         one.import_state([np.zeros((1, 2, 4, 4), np.float32)])
     with pytest.raises(RunnerError, match="another shape"):
         one.import_state([np.zeros((1, 2, 4, 5), np.float32)] * 2)
-    with pytest.raises(UsageError):
+    with pytest.raises(RunnerError, match="at least one sequence"):
         one.new_state(0)
 
 
@@ -308,15 +308,10 @@ def test_bad_options(toy: Toy) -> None:
 
 
 def test_prepacking_yields_to_scarce_memory(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runner_of(toy[0]).prepack == "step"
-    monkeypatch.setattr("dijiang_engines.runners.onnxruntime.runner.available_memory", lambda: 1000.0)
-    assert runner_of(toy[0]).prepack == "none"
-    assert runner_of(toy[0], prepack="step").prepack == "step"
-
-
-def test_the_machine_s_numbers_make_sense() -> None:
-    assert container_threads() >= 0
-    assert available_memory() > 1 << 20
+    assert runner_of(toy[0]).config.prepack == "step"
+    monkeypatch.setattr("dijiang_engines.runners.onnxruntime.config.available_memory", lambda: 1000.0)
+    assert runner_of(toy[0]).config.prepack == "none"
+    assert runner_of(toy[0], prepack="step").config.prepack == "step"
 
 
 # -- real bundles ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from support.makers.checkpoints import RandomCheckpoint, llama, neox
 from support.makers.toy_bundle import SPEC, ToyModel
 from support.oracles.numpy_runner import NumpyRunner, random_parameters
 
-from dijiang_engines.errors import PositionError, RunnerError, UsageError
+from dijiang_engines.errors import PositionError, RunnerError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.generation.generator import GenerateOptions, Generator
 from dijiang_engines.runners import Runner, open_runner
@@ -119,7 +119,7 @@ def test_bad_states(runner: Runner) -> None:
             runner.reset_rows(state, rows)  # type: ignore[arg-type]
     runner.reset_rows(state, [])
     for batch in (0, -1, 1.5, True):
-        with pytest.raises(UsageError, match="at least one sequence"):
+        with pytest.raises(RunnerError, match="at least one sequence"):
             runner.new_state(batch)  # type: ignore[arg-type]
 
 

@@ -14,9 +14,10 @@ from support.makers.toy_bundle import ToyModel
 from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import open_engine, write_engine_manifest
+from dijiang_engines.machine import spinning_choice
 from dijiang_engines.runners import open_runner, registry
-from dijiang_engines.runners.onnxruntime.runner import CPU, OrtRunner
-from dijiang_engines.runners.ort_host import spinning_choice
+from dijiang_engines.runners.onnxruntime.config import CPU
+from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 from dijiang_export.cli import main
 
 Toy = tuple[Path, ToyModel]
@@ -92,8 +93,8 @@ def spins(runner: OrtRunner) -> list[str]:
     """What ONNX Runtime's sessions were told."""
     runner.warm_up()
     found = []
-    for session in runner._sessions.values():
-        options = session.get_session_options()
+    for name in runner.sessions.loaded:
+        options = runner.sessions.get(name).get_session_options()
         for pool in ("intra", "inter"):
             try:
                 found.append(options.get_session_config_entry(f"session.{pool}_op.allow_spinning"))
@@ -123,7 +124,7 @@ def test_spinning(
         monkeypatch.setenv("DIJIANG_SPINNING", environment)
     runner = open_runner(open_bundle(toy[0]), "cpu", spinning=given)
     assert isinstance(runner, OrtRunner)
-    assert runner.spinning == runner.settings()["spinning"] == expected
+    assert runner.config.spinning == runner.settings()["spinning"] == expected
     assert spins(runner) == [told] * 4
 
 
@@ -152,7 +153,7 @@ def test_generate_spins_as_it_is_told(
     plain = OrtRunner.warm_up
 
     def warm_up(self: OrtRunner, prefill: bool = True, step: bool = True) -> None:
-        seen.append(self.spinning)
+        seen.append(self.config.spinning)
         plain(self, prefill, step)
 
     monkeypatch.setattr(OrtRunner, "warm_up", warm_up)

@@ -26,7 +26,7 @@ from dijiang_engines.errors import BundleError, PluginError, PositionError, Runn
 from dijiang_engines.formats.engine import open_engine, spec_sha256, write_engine_manifest
 from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.base import Runner
-from dijiang_engines.runners.tensorrt.runner import KEPT_CONTEXTS
+from dijiang_engines.runners.tensorrt.contexts import KEPT_CONTEXTS
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validation.validate import validate
 
@@ -55,7 +55,7 @@ def test_prefill_and_steps(opened: Open, version: str, layout: str) -> None:
     """Unequal rows, an empty row, a row that waits, state out and in, and a row that begins anew."""
     runner, oracle = opened(version, layout=layout)
     assert isinstance(runner, Runner) and (runner.name, runner.max_batch) == ("tensorrt", 6)
-    assert runner.integers == (np.int32 if version.startswith("8") else np.int64)
+    assert runner.gpu.integers == (np.int32 if version.startswith("8") else np.int64)
     ids, lens = tokens(3, 5), A([5, 3, 0])
     state, expected = runner.new_state(3), oracle.new_state(3)
     zeros = A([0, 0, 0])
@@ -160,16 +160,17 @@ def test_states_of_many_batch_sizes_at_once(opened: Open) -> None:
         close(
             runner.step(tokens(1, 1), A([3]), A([1]), new), oracle.step(tokens(1, 1), A([3]), A([1]), right)
         )
-    assert len(runner._step_contexts) == KEPT_CONTEXTS
+    assert len(runner.contexts.step_batches) == KEPT_CONTEXTS
 
 
 @pytest.mark.parametrize("layout", ["one", "two"])
 def test_steps_run_in_the_profile_that_was_made_for_them(opened: Open, layout: str) -> None:
     runner, _ = opened(layout=layout)
     runner.warm_up()
-    (step,) = runner._step_contexts.values()
-    assert (runner._prefill_context.profile, step.profile) == ((0, 1) if layout == "one" else (0, 0))
-    assert (step.engine is runner._prefill_context.engine) == (layout == "one")
+    assert runner.contexts.step_batches == (1,)
+    prefill, step = runner.contexts.for_prefill(), runner.contexts.for_steps(1)
+    assert (prefill.profile, step.profile) == ((0, 1) if layout == "one" else (0, 0))
+    assert (step.engine is prefill.engine) == (layout == "one")
 
 
 def test_nothing_is_left_on_the_gpu(opened: Open) -> None:
@@ -320,7 +321,7 @@ def test_more_sequences_than_it_was_built_for(opened: Open) -> None:
         runner.new_state(7)
     assert (info.value.got, info.value.expected) == ("7", "at most 6")
     assert "--max-batch 7" in str(info.value.hint) and "--batch 6" in str(info.value.hint)
-    with pytest.raises(UsageError, match="at least one sequence"):
+    with pytest.raises(RunnerError, match="at least one sequence"):
         runner.new_state(0)
 
 

@@ -9,8 +9,8 @@ from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
+from dijiang_engines.machine import available_memory
 from dijiang_engines.nvidia.cuda import DeviceFacts
-from dijiang_engines.runners.onnxruntime.runner import available_memory
 
 # Multiples of the weights and constant parts; docs/engines.md says what was measured.
 DEVICE_COPIES = 2.2

@@ -198,7 +198,7 @@ def _check_sizes(header: _Header, spec: ModelSpec) -> None:
     Raises:
         ValueError: it does not; says why.
     """
-    from dijiang_engines.runners.ort_host import available_memory
+    from dijiang_engines.machine import available_memory
 
     batch, tokens = _extent(header, "positions"), _extent(header, "token_ids")
     if not 0 < batch <= MAX_ROWS or tokens > MAX_TOKENS:

@@ -1,5 +1,6 @@
-"""What every runner checks before it calls its runtime: all refuse the same, in the same words.
+"""What every runner checks before it calls its runtime, all of it: all refuse the same, in the same words.
 
+What is wrong with a call is a `RunnerError`; a sequence that grows too long is its subclass `PositionError`.
 A runner hands over its own state class; what is in a state is its own business.
 """
 
@@ -12,14 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.errors import PositionError, RunnerError, UsageError
+from dijiang_engines.errors import PositionError, RunnerError
 from dijiang_engines.op_contract import chunk_size
-from dijiang_engines.runners.base import MAX_POSITIONS, IntArray, LimitsPositions, Runner
+from dijiang_engines.runners.base import MAX_POSITIONS, IntArray, LimitsBatch, LimitsPositions, Runner
 from dijiang_engines.runners.decoding import DecodeRequest
 from dijiang_engines.spec import ModelSpec
 
 _LIMITS: weakref.WeakKeyDictionary[Runner, int] = weakref.WeakKeyDictionary()
 """What `last_position` found: asking a protocol takes longer than all other checks of a step."""
+_FEW = 64
+"""Values up to which Python finds the least and the greatest sooner than NumPy, which takes microseconds."""
 
 
 def check_call(
@@ -66,21 +69,15 @@ def check_call(
         raise RunnerError(
             "a step takes one token a row", got=f"input_ids {list(ids.shape)}", expected=f"[{batch}, 1]"
         )
-    if lens.min() < 0 or lens.max() > ids.shape[1]:
-        raise RunnerError("seq_lens out of range", got=lens.tolist(), expected=f"0 to {ids.shape[1]}")
-    if starts.min() < 0:
+    length = ids.shape[1]
+    least, most = _extremes(lens)
+    if least < 0 or most > length:
+        raise RunnerError("seq_lens out of range", got=lens.tolist(), expected=f"0 to {length}")
+    if _extremes(starts)[0] < 0:
         raise RunnerError("positions must not be negative", got=starts.tolist())
-    vocab = runner.spec.vocab_size
-    if ids.min() < 0 or ids.max() >= vocab:
-        row, column = np.argwhere((ids < 0) | (ids >= vocab))[0]
-        raise RunnerError(
-            f"row {row} holds a token id that the model does not have",
-            got=int(ids[row, column]),
-            expected=f"0 to {vocab - 1}",
-            hint="the tokenizer belongs to another model",
-        )
+    _check_vocabulary(ids, runner.spec.vocab_size)
     _check_ends(runner, starts, lens)
-    _check_padding(starts, ids.shape[1], chunk_size(runner.spec.head_dim))
+    _check_padding(starts, length, chunk_size(runner.spec.head_dim))
     return ids, starts, lens
 
 
@@ -98,14 +95,20 @@ def check_decoding(runner: Runner, request: DecodeRequest, batch: int) -> None:
     _check_ends(runner, starts, np.maximum(remaining, lens))
 
 
-def check_batch(batch: int) -> None:
+def check_batch(runner: Runner, batch: int) -> None:
     """How many sequences a new state shall hold.
 
     Raises:
-        UsageError: none, or not a number.
+        RunnerError: none, not a number, or more than the runner was made for, if it `LimitsBatch`.
     """
     if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
-        raise UsageError("a state needs at least one sequence", got=batch)
+        raise RunnerError("a state needs at least one sequence", got=batch)
+    if isinstance(runner, LimitsBatch) and batch > runner.max_batch:
+        raise RunnerError(
+            "the engine was not built for so many sequences at once",
+            got=batch, expected=f"at most {runner.max_batch}",
+            hint=f"fewer at once (--batch {runner.max_batch}), or build with --max-batch {batch}",
+        )  # fmt: skip
 
 
 def check_owner(runner: Runner, state: Any, kind: type[Any]) -> None:
@@ -210,12 +213,23 @@ def position_error(
     )
 
 
+def _check_vocabulary(ids: IntArray, vocab: int) -> None:
+    least, most = _extremes(ids)
+    if least < 0 or most >= vocab:
+        row, column = np.argwhere((ids < 0) | (ids >= vocab))[0]
+        raise RunnerError(
+            f"row {row} holds a token id that the model does not have",
+            got=int(ids[row, column]),
+            expected=f"0 to {vocab - 1}",
+            hint="the tokenizer belongs to another model",
+        )
+
+
 def _check_ends(runner: Runner, starts: IntArray, lens: IntArray) -> None:
     most = last_position(runner)
-    room = most - starts  # starts + lens might not fit an int64
-    if (lens > room).any():
-        row = int((lens - room).argmax())
-        raise position_error(runner.spec, row, int(starts[row]) + int(lens[row]), most=most)
+    ends = [start + count for start, count in zip(starts.tolist(), lens.tolist(), strict=True)]
+    if (end := max(ends)) > most:  # as Python's numbers: the sum might not fit an int64
+        raise position_error(runner.spec, ends.index(end), end, most=most)
 
 
 def _check_padding(starts: IntArray, length: int, chunk: int) -> None:
@@ -224,13 +238,22 @@ def _check_padding(starts: IntArray, length: int, chunk: int) -> None:
     A prefill graph pads a call of more tokens than a chunk to whole chunks.
     """
     width = length if length <= chunk else -(-length // chunk) * chunk
-    row = int(starts.argmax())
-    if int(starts[row]) + width > 2**31:
+    last = _extremes(starts)[1]
+    if last + width > 2**31:
+        row = starts.tolist().index(last)
         raise PositionError(
             f"row {row}, with its padding, would run past the last position that a graph can count",
-            got=f"{length} tokens from position {starts[row]} on", expected=f"at most {MAX_POSITIONS}",
+            got=f"{length} tokens from position {last} on", expected=f"at most {MAX_POSITIONS}",
             hint="make the call's input_ids no wider than its longest row",
         )  # fmt: skip
+
+
+def _extremes(array: IntArray) -> tuple[int, int]:
+    """The least and the greatest value of an array that has some."""
+    if array.size > _FEW:
+        return int(array.min()), int(array.max())
+    values = array.ravel().tolist()
+    return min(values), max(values)
 
 
 def _whole(name: str, values: Any) -> IntArray:

@@ -1,32 +1,63 @@
-"""Which runners there are, and opening one by name."""
+"""Which runners there are, what each runs and knows, and opening one by name."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from dijiang_engines.errors import UsageError
+from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.engine import EngineFolder
 from dijiang_engines.formats.open import Model
 from dijiang_engines.runners.base import Runner
 
-RUNNERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
+Open = Callable[..., Runner]
+"""(model, name, **options) -> a runner; imports what the runtime needs."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the table below says of a runner."""
+
+    runs: type[Bundle] | type[EngineFolder]
+    options: tuple[str, ...]
+    """Those that it knows."""
+    open: Open
+
+
+def _onnxruntime(model: Bundle, name: str, **options: Any) -> Runner:
+    from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+
+    return OrtRunner(model, name, **options)
+
+
+def _tensorrt(model: EngineFolder, name: str, **options: Any) -> Runner:
+    from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
+
+    return TensorRTRunner(model, **options)
+
+
+_ORT = ("threads", "spinning", "prepack", "optimization", "lowering")
+_GPU = ("device", "cuda_graph")
+TABLE: Mapping[str, Entry] = MappingProxyType(
+    {
+        "onnxruntime-cpu": Entry(Bundle, _ORT, _onnxruntime),
+        "onnxruntime-cuda": Entry(Bundle, (*_ORT, *_GPU), _onnxruntime),
+        "tensorrt": Entry(EngineFolder, _GPU, _tensorrt),
+    }
+)
+"""Every runner there is. A new runtime is a line here and a folder beside: see `dijiang_engines.runners`."""
+RUNNERS = tuple(TABLE)
 """Names that `open_runner` knows, besides "auto"."""
+OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType({n: entry.options for n, entry in TABLE.items()})
+"""Which options each runner knows."""
 ALIASES = {
     "onnxruntime": "onnxruntime-cpu", "cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda", "trt": "tensorrt",
 }  # fmt: skip
-_ORT = ("threads", "spinning", "prepack", "optimization", "lowering")
-OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "onnxruntime-cpu": _ORT,
-        "onnxruntime-cuda": (*_ORT, "device", "cuda_graph"),
-        "tensorrt": ("device", "cuda_graph"),
-    }
-)
-"""Which options each runner knows."""
 
 
 def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
@@ -39,33 +70,34 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
         options: None stands for a runner's default; OPTIONS says which runner knows which.
 
     Raises:
-        UsageError: there is no runner of that name, or it does not know an option.
+        UsageError: there is no runner of that name, it does not run such a model, or it does not know an
+            option.
         RunnerError: the runtime is absent, or cannot run this bundle.
     """
     wanted = ALIASES.get(name, name)
-    if wanted != "auto" and wanted not in RUNNERS:
+    if wanted != "auto" and wanted not in TABLE:
         raise UsageError(f"there is no runner {name!r}", expected=", ".join(("auto", *RUNNERS)))
+    if wanted == "auto":
+        wanted = "tensorrt" if isinstance(model, EngineFolder) else _best()
+    entry = TABLE[wanted]
+    if not isinstance(model, entry.runs):
+        raise _other_kind(model, name)
     given = {key: value for key, value in options.items() if value is not None}
+    check_options(wanted, given)
+    return entry.open(model, wanted, **given)
+
+
+def _other_kind(model: Model, name: str) -> UsageError:
+    """The error for a model that the runner `name` does not run."""
     if isinstance(model, EngineFolder):
-        if wanted not in ("auto", "tensorrt"):
-            raise UsageError(
-                "an engine runs on TensorRT only", got=name, hint="give the bundle that it was built from"
-            )
-        check_options("tensorrt", given)
-        from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
-
-        return TensorRTRunner(model, **given)
-    if wanted == "tensorrt":
-        raise UsageError(
-            "TensorRT runs engines, and this is a bundle",
-            got=model.path,
-            hint=f"build one: dijiang-export build-engine {model.path} -o ENGINE",
+        return UsageError(
+            "an engine runs on TensorRT only", got=name, hint="give the bundle that it was built from"
         )
-    chosen = _best() if wanted == "auto" else wanted
-    check_options(chosen, given)
-    from dijiang_engines.runners.onnxruntime.runner import OrtRunner
-
-    return OrtRunner(model, chosen, **given)
+    return UsageError(
+        "TensorRT runs engines, and this is a bundle",
+        got=model.path,
+        hint=f"build one: dijiang-export build-engine {model.path} -o ENGINE",
+    )
 
 
 def check_options(runner: str, given: Mapping[str, Any]) -> None:
@@ -89,7 +121,7 @@ def check_options(runner: str, given: Mapping[str, Any]) -> None:
 
 
 def _best() -> str:
-    from dijiang_engines.runners.onnxruntime.runner import onnxruntime_module
+    from dijiang_engines.runners.onnxruntime.sessions import onnxruntime_module
 
     offered = onnxruntime_module().get_available_providers()
     if "CUDAExecutionProvider" in offered and cuda_devices() > 0:

@@ -33,7 +33,7 @@ class ToyRunner:
         self.calls: list[str] = []
 
     def new_state(self, batch: int) -> list[np.ndarray]:
-        check_batch(batch)
+        check_batch(self, batch)
         return [np.zeros((batch, *self.spec.state_shape), np.float32) for _ in range(self.spec.num_layers)]
 
     def prefill(self, input_ids, positions, seq_lens, state) -> np.ndarray:

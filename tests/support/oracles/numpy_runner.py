@@ -50,7 +50,7 @@ class NumpyRunner:
     # -- Runner ----------------------------------------------------------------------------------------
 
     def new_state(self, batch: int) -> list[Array]:
-        check_batch(batch)
+        check_batch(self, batch)
         return [np.zeros((batch, *self.spec.state_shape), self.dtype) for _ in range(self.spec.num_layers)]
 
     def prefill(self, input_ids: Array, positions: Array, seq_lens: Array, state: list[Array]) -> Array:

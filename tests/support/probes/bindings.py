@@ -35,7 +35,7 @@ from dijiang_engines.formats.manifest import graph_io  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_library  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_versions as versions  # noqa: E402
 from dijiang_engines.runners.tensorrt import checks as tensorrt_checks  # noqa: E402
-from dijiang_engines.runners.tensorrt import runner as runner_module  # noqa: E402
+from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu  # noqa: E402
 
 SPEC: Any = SimpleNamespace(num_layers=2, state_shape=(2, 16, 16), vocab_size=100)
 PROFILES = profiles()
@@ -134,27 +134,22 @@ def runner(request: dict[str, Any]) -> None:
             values[name] = 1 << 20
     plan = strict("ICudaEngine", **values)
     folder: Any = SimpleNamespace(
-        spec=SPEC, all_logits=False, layout="one",
+        spec=SPEC, all_logits=False, layout="one", profiles=SimpleNamespace(max_batch=4, max_length=64),
         prefill=SimpleNamespace(file="model.plan", profile=0),
         step=SimpleNamespace(file="model.plan", profile=1),
     )  # fmt: skip
     for place in (folder.prefill, folder.step):
         tensorrt_checks.check_tensors(folder, place, plan)
-    made = runner_module.TensorRTRunner.__new__(runner_module.TensorRTRunner)
-    made.engine, made.spec, made.max_batch, made.max_length = folder, SPEC, 4, 64
-    made.all_logits, made.uses_graphs = False, True
-    made.tensorrt = mock.Mock(trt=trt)
-    made.cuda, made.stream = mock.MagicMock(), mock.MagicMock(handle=77)
-    made._engines = {"model.plan": plan}
-    made._activations = SimpleNamespace(address=4096, size=versions.activation_bytes(plan))  # type: ignore[assignment]
-    assert made._activations.size == 1 << 20
-    made._prefill_context, made._step_contexts, made._scratch, made._staging = None, {}, {}, {}
-    made.integers = np.dtype(trt.nptype(plan.get_tensor_dtype(io_names.INPUT_IDS)))
-    assert made.integers == (np.int64 if DIALECT.strongly_typed else np.int32)
-    state: Any = mock.Mock(batch=2, owner=made, graph=None)
+    integers = np.dtype(trt.nptype(plan.get_tensor_dtype(io_names.INPUT_IDS)))
+    assert integers == (np.int64 if DIALECT.strongly_typed else np.int32)
+    cuda: Any = mock.MagicMock(buffer=lambda size: SimpleNamespace(address=4096, size=size))
+    gpu = Gpu(cuda, mock.MagicMock(handle=77), integers)
+    made = Contexts(folder, {"model.plan": plan}, mock.Mock(trt=trt), gpu)
+    assert made.activation_bytes == versions.activation_bytes(plan) == 1 << 20
+    state: Any = mock.Mock(batch=2, graph=None)
     state.addresses.return_value = {io_names.INPUT_IDS: 4096, io_names.LOGITS: 8192}
-    made._step_runner(state)()
-    made._set_shapes(made._context_for_prefill(), 2, 5)
+    made.step_of(state, recorded=True)()
+    made.set_shapes(made.for_prefill(), 2, 5)
     asked = CALLS.arguments("IExecutionContext.set_optimization_profile_async")
     assert asked == [["1", "77"], ["0", "77"]], asked
     assert ["input_ids", "(2, 5)"] in CALLS.arguments("IExecutionContext.set_input_shape")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,7 @@ from dijiang_engines.kernels.abi import ROW_STATUS
 from dijiang_engines.nvidia.cuda import Event, Pinned
 from dijiang_engines.runners.base import IntArray
 from dijiang_engines.runners.decoding import DecodeRequest
-
-if TYPE_CHECKING:
-    from dijiang_engines.runners.tensorrt.runner import TensorRTRunner, TensorRTState
+from dijiang_engines.runners.tensorrt.contexts import Contexts, TensorRTState
 
 SLOTS = 3
 """Results on their way to the host: one being read, one being written, one to spare."""
@@ -52,15 +50,24 @@ class _Slot:
 
 
 class TensorRTDecoder:
-    """See `decoding.Decoder`. Made by `TensorRTRunner.start_decoding`."""
+    """See `decoding.Decoder`. Made by `TensorRTRunner.start_decoding`.
+
+    Args:
+        contexts: what a step runs in.
+        state: which one; the decoder's until it is closed.
+        request: checked (`checks.check_decoding`).
+        kernels: `kernels.attention.Kernels`.
+    """
 
     def __init__(
-        self, runner: TensorRTRunner, state: TensorRTState, request: DecodeRequest, kernels: Any
+        self, contexts: Contexts, state: TensorRTState, request: DecodeRequest, kernels: Any
     ) -> None:
-        self._runner, self._state, self._request = runner, state, request
-        self._cuda, self._stream = runner.cuda, runner.stream
+        self._state, self._request = state, request
+        self._cuda, self._stream, self._integers = (
+            contexts.gpu.cuda, contexts.gpu.stream, contexts.gpu.integers,
+        )  # fmt: skip
         self._cuda.activate()
-        batch, vocabulary = state.batch, runner.spec.vocab_size
+        batch, vocabulary = state.batch, contexts.engine.spec.vocab_size
         self._batch = batch
         self._remaining = np.array(request.remaining, np.int64)
         self._ended = self._remaining <= 0
@@ -69,7 +76,7 @@ class TensorRTDecoder:
         """The same as the caller knows it, up to two launches later."""
         self._pitch = state.pitch
         self._result = self._cuda.buffer(2 * self._pitch)
-        self._tokens = View(self._result.address, (batch,), runner.integers)
+        self._tokens = View(self._result.address, (batch,), self._integers)
         self._status = View(self._result.address + self._pitch, (batch,), np.dtype(np.int32))
         self._buffers: list[Any] = [self._result]
         finished = self._put(self._ended.astype(np.int32))
@@ -86,17 +93,17 @@ class TensorRTDecoder:
         draws = self._put(np.asarray(request.draws, np.int64))
         streams = self._put(np.asarray(request.streams, np.int64))
         stops = self._put(np.array(request.stop_ids, np.int32)) if request.stop_ids else None
-        context = runner.bound_step_context(state)
+        context = contexts.bound_step(state)
         view = View(state.logits, (batch, vocabulary), np.dtype(np.float32))
         integers = {
-            name: View(address, (batch,), runner.integers)
+            name: View(address, (batch,), self._integers)
             for name, address in (
                 ("positions", state.positions), ("seq_lens", state.seq_lens), ("input_ids", state.ids),
             )
         }  # fmt: skip
         self._stream.begin_capture()
         try:
-            runner.execute(context)
+            contexts.execute(context)
             kernels.sample(
                 sampling, logits=view, tokens=self._tokens, row_status=self._status, seed=request.seed,
                 streams=streams, draws=draws, allowed=allowed, seen=seen, stream=self._stream.handle,
@@ -126,7 +133,7 @@ class TensorRTDecoder:
         slot = self._flying.popleft()
         slot.event.wait()
         tokens: npt.NDArray[np.int64] = (
-            slot.host.array[: self._pitch].view(self._runner.integers)[: self._batch].astype(np.int64)
+            slot.host.array[: self._pitch].view(self._integers)[: self._batch].astype(np.int64)
         )
         status = slot.host.array[self._pitch :].view(np.int32)[: self._batch].copy()
         self._free.append(slot)
@@ -160,7 +167,7 @@ class TensorRTDecoder:
 
     def _launch(self) -> None:
         for row in np.flatnonzero((self._remaining <= 0) & ~self._ended):
-            item = self._runner.integers.itemsize
+            item = self._integers.itemsize
             self._stream.fill(self._finished + 4 * int(row), 1, 1)  # little-endian 1 in a zeroed int32
             self._stream.fill(self._state.seq_lens + item * int(row), 0, item)
             self._ended[row] = True
