@@ -46,7 +46,7 @@ class StandIn:
         output, state = attention.dijiang_attention(
             t["qkv"], t["gate"], t["past_state"], t["positions"], t["seq_lens"], t["proj"],
             t["norm_weight"], t["norm_bias"], t["inv_freq"], decay=attention.Decay(t["log_decay"]),
-            geometry=attention.Geometry(g.num_heads, g.num_kv_heads, g.head_dim, g.rotary_dim, g.epsilon),
+            attributes=g,
         )  # fmt: skip
         last = -1 if self.fault == "unwritten" else None
         t["output"].view(-1)[:last] = output.view(-1)[:last]

@@ -167,7 +167,7 @@ def test_inputs_are_the_same_for_everybody_and_differ_between_sets() -> None:
     one, other = make_calls(STEP, torch.float16, CPU, 2), make_calls(STEP, torch.float16, CPU, 2)
     assert torch.equal(one[1].qkv, other[1].qkv)
     assert not torch.equal(one[0].qkv, one[1].qkv)
-    q, _, v = one[0].heads(make_layer(STEP.shape, CPU).geometry)
+    q, _, v = one[0].heads(make_layer(STEP.shape, CPU).attributes)
     assert torch.equal(q[1, 0, 2], one[0].qkv[1, 0, 2 * 16 : 3 * 16])
     assert torch.equal(v[0, 0, 0], one[0].qkv[0, 0, 2 * 3 * 16 : 2 * 3 * 16 + 16])
 
@@ -176,7 +176,7 @@ def test_the_feature_maps_matrix_is_a_scaled_orthonormal_one() -> None:
     layer = make_layer(Shape(2, 64), CPU)
     gram = layer.proj.double().T @ layer.proj.double()
     assert torch.allclose(gram, torch.diag(gram.diagonal()), atol=1e-5)
-    assert layer.geometry.rotary_dim == 16
+    assert layer.attributes.rotary_dim == 16
     assert layer.inv_freq.shape == (8,)
 
 

@@ -10,10 +10,11 @@ import torch
 from click.testing import CliRunner
 from support.makers.checkpoints import neox, of_family
 
+from dijiang_engines.op_contract import Attributes
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.export.cases import CaseInputs, choose_cases
 from dijiang_export.export.rounding_recorder import RoundingRecorder
-from dijiang_export.reference.attention import Decay, Geometry, dijiang_attention
+from dijiang_export.reference.attention import Decay, dijiang_attention
 from dijiang_export.reference.rope import inverse_frequencies
 from dijiang_export.rounding import main, rounding_errors
 
@@ -60,7 +61,7 @@ def by_hand(checkpoint, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
         linear(f"{at}.qkv", x)[None], linear(f"{at}.gate", x)[None],
         torch.zeros(1, *spec.state_shape, dtype=torch.float64), torch.tensor([0]), torch.tensor([len(ids)]),
         *constants, inverse_frequencies(spec), decay=Decay(weights[f"{at}.log_decay"].double()),
-        geometry=Geometry(
+        attributes=Attributes(
             spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.rotary_dim, spec.group_norm_epsilon
         ),
         form="recurrent",

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.makers import random_models as rm
 
 from dijiang_engines import io_names
-from dijiang_export.graph import contract, lower, opset, tidy, write
+from dijiang_engines.op_contract import ATTRIBUTES, INPUTS, OP_NAME
+from dijiang_export.graph import custom_op, lower, opset, tidy, write
 
 LOGIT_TOLERANCE = 1e-4  # of the logits' standard deviation, in float32
 # Of the state's largest magnitude. Random tables of both signs cancel in the read-out, and GroupNorm
@@ -198,7 +199,7 @@ def test_plugin_nodes_follow_the_contract() -> None:
     spec = GEOMETRIES["llama-gqa-tables"]
     model = rm.traced(spec, torch.float32, "prefill")
     lower.lower_to_tensorrt(model)
-    nodes = [node for node in model.graph if node.op_type == contract.OP_NAME]
+    nodes = [node for node in model.graph if node.op_type == OP_NAME]
     assert len(nodes) == spec.num_layers
     for node in nodes:
         assert node.domain == "dijiang"
@@ -209,9 +210,9 @@ def test_plugin_nodes_follow_the_contract() -> None:
             "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "rotary_dim": 16,
             "plugin_namespace": "dijiang", "plugin_version": "1",
         }  # fmt: skip
-        assert len(node.inputs) == len(contract.INPUTS)
+        assert len(node.inputs) == len(INPUTS)
         dtypes = {"T": ir.DataType.FLOAT, "float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
-        for formal, value in zip(contract.INPUTS, node.inputs, strict=True):
+        for formal, value in zip(INPUTS, node.inputs, strict=True):
             assert value is not None
             assert value.dtype == dtypes[formal.kind], formal.name
     # positions and seq_lens are two inputs, not one traced twice
@@ -221,8 +222,8 @@ def test_plugin_nodes_follow_the_contract() -> None:
 
 def test_geometric_plugin_nodes_leave_out_the_tables() -> None:
     model = rm.traced(rm.NEOX, torch.float16, "step")
-    node = next(node for node in model.graph if node.op_type == contract.OP_NAME)
-    assert len(node.inputs) == len(contract.INPUTS) - 2
+    node = next(node for node in model.graph if node.op_type == OP_NAME)
+    assert len(node.inputs) == len(INPUTS) - 2
     assert node.inputs[0].dtype == ir.DataType.FLOAT16
     assert node.inputs[5].dtype == ir.DataType.FLOAT
 
@@ -241,11 +242,11 @@ def test_the_op_runs_in_pytorch_as_in_the_contract() -> None:
         layer.proj, layer.norm_weight, layer.norm_bias, torch.ones(2), layer.log_decay, None, None,
         3, 3, 16, 4, 1e-5,
     )  # fmt: skip
-    torch.library.opcheck(contract.attention, arguments)
-    schema = contract.onnx_schema()
-    assert [i.name for i in schema.inputs] == [formal.name for formal in contract.INPUTS]
+    torch.library.opcheck(custom_op.attention, arguments)
+    schema = custom_op.onnx_schema()
+    assert [i.name for i in schema.inputs] == [formal.name for formal in INPUTS]
     traced_names = [a.name for a in torch.ops.dijiang.attention.default._schema.arguments]
-    assert traced_names == [*(f.name for f in contract.INPUTS), *contract.ATTRIBUTES]
+    assert traced_names == [*(f.name for f in INPUTS), *ATTRIBUTES]
 
 
 def test_tracing_notices_a_shape_that_is_not_the_contracts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -320,9 +321,7 @@ def test_the_binding_makes_the_same_call(
     call = make_call(Case(heads=6, kv_heads=3, dtype=dtype, length=length, batch=3, decay=decay), "cuda")
     expected = Arena(engine, call, layout).run()
     kernels, g = load_kernels(engine.path), call.geometry
-    geometry = KernelGeometry(
-        g.num_heads, g.num_kv_heads, g.head_dim, g.rotary_dim, dtype, g.epsilon, call.table_rows
-    )
+    geometry = KernelGeometry(**asdict(g), dtype=dtype, table_rows=call.table_rows)
     assert kernels.workspace_size(geometry, 3, length) == engine.workspace_size(call)
     assert kernels.sync_size(geometry, 3, length) == engine.sync_size(call)
     arena, stream = Arena(engine, call, layout), torch.cuda.Stream()

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from support.makers.plugin_builds import ROOT, missing_tool, needs_nvcc, run
 
+from dijiang_engines.op_contract import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME
 from dijiang_engines.plugin.toolchain import read_headers
-from dijiang_export.graph.contract import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, OP_VERSION, OUTPUTS
 
 SHELLS = ROOT / "plugins/tensorrt"
 HEADERS = [Path(folder) for folder in os.environ.get("DIJIANG_TENSORRT_INCLUDE", "").split(":") if folder]
@@ -88,27 +88,6 @@ def test_plan_bytes_of_tensorrt_8(tmp_path: Path) -> None:
     run("g++", "-std=c++17", "-g", *checks, *includes, *sources, "-o", program)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_sources_follow_the_contract() -> None:
-    """Where there are no headers to compile with: names, types and order as the contract has them."""
-    fields = (SHELLS / "common/fields.cpp").read_text()
-    kinds = {"kINT32": "int", "kFLOAT32": "float"}
-    table = re.findall(r'\{"(\w+)", PluginFieldType::(\w+), 1\}', fields)
-    assert {name: kinds[kind] for name, kind in table[: len(ATTRIBUTES)]} == ATTRIBUTES
-    assert f"kAttributeFields = {len(ATTRIBUTES)};" in (SHELLS / "common/fields.h").read_text()
-
-    tensors = (SHELLS / "common/tensors.cpp").read_text()
-    inputs, outputs = (
-        re.findall(r'"(\w+)"', found)
-        for found in re.findall(r"k(?:Output)?Names\[\w+\] = \{([^}]*)\}", tensors)
-    )
-    assert inputs == [formal.name for formal in INPUTS]
-    assert outputs == [formal.name for formal in OUTPUTS]
-
-    identity = (SHELLS / "common/attributes.h").read_text()
-    assert f'kPluginName[] = "{OP_NAME}"' in identity
-    assert f'kPluginVersion[] = "{OP_VERSION}"' in identity
 
 
 def test_the_one_node_graph_is_onnx(tmp_path: Path) -> None:

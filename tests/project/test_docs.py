@@ -297,7 +297,7 @@ def table(page: str, heading: str) -> list[list[str]]:
 
 
 def test_the_op_contract_is_the_codes() -> None:
-    from dijiang_export.graph import contract
+    from dijiang_engines import op_contract as contract
 
     assert [row[:3] for row in table("docs/op-contract.md", "Inputs")] == [
         [f.name, f.kind, f.shape] for f in contract.INPUTS

@@ -106,7 +106,7 @@ def test_an_empty_row_keeps_its_state_and_gives_no_output() -> None:
             qkv, gate, state, torch.tensor([0, 5]), torch.tensor([3, 0]),
             layer.proj, layer.norm_weight, layer.norm_bias, inverse_frequencies(spec),
             decay=att.Decay(layer.log_decay, layer.gain, layer.read_scale),
-            geometry=layer.geometry, form=form,
+            attributes=layer.attributes, form=form,
         )  # fmt: skip
         assert torch.equal(present[1], state[1])
         assert not torch.equal(present[0], state[0])

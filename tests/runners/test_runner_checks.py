@@ -17,6 +17,7 @@ from support.oracles.numpy_runner import NumpyRunner, random_parameters
 from dijiang_engines.errors import PositionError, RunnerError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.generation.generator import GenerateOptions, Generator
+from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.base import (
     MAX_POSITIONS,
@@ -36,7 +37,6 @@ from dijiang_engines.runners.decoding import DecodeRequest, Decodes
 from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 from dijiang_engines.runners.tensorrt.runner import KERNEL_POSITIONS, TensorRTRunner
 from dijiang_engines.sampling import SamplingOptions
-from dijiang_export.graph.body_prefill import chunk_size
 
 A = np.array
 

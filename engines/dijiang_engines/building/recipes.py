@@ -8,8 +8,8 @@ from typing import Any
 
 from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.engine import LAYOUTS, Profiles
-from dijiang_engines.formats.manifest import DTYPES
 from dijiang_engines.formats.safe_files import LIMITS, parse_toml, read_bounded
+from dijiang_engines.op_contract import T_TYPES
 
 FOLDER = Path(__file__).parent / "recipes"
 STEP_PRODUCTS = ("plugin", "tensorrt")
@@ -21,7 +21,7 @@ class Recipe:
 
     name: str
     description: str = ""
-    precisions: tuple[str, ...] = DTYPES
+    precisions: tuple[str, ...] = T_TYPES
     """Bundle types that the target is meant for."""
     architectures: tuple[int, ...] = ()
     """GPUs that it is meant for, as 10 * major + minor; empty: any."""
@@ -56,10 +56,10 @@ class Recipe:
                 got=repr(self.step_products)[:80],
                 expected=" or ".join(STEP_PRODUCTS),
             )
-        if not self.precisions or any(p not in DTYPES for p in self.precisions):
+        if not self.precisions or any(p not in T_TYPES for p in self.precisions):
             raise UsageError(
                 f"unknown precision in the recipe {self.name}",
-                got=repr(list(self.precisions))[:80], expected=", ".join(DTYPES),
+                got=repr(list(self.precisions))[:80], expected=", ".join(T_TYPES),
             )  # fmt: skip
         for number in self.architectures:
             _whole(self.name, "a GPU in architectures", number, 10, 999)

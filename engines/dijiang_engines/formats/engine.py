@@ -25,7 +25,6 @@ from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.bundle import ModelIdentity
 from dijiang_engines.formats.manifest import (
     CONFIG,
-    DTYPES,
     MAX_MANIFEST_BYTES,
     REFERENCE,
     TOKENIZER,
@@ -35,6 +34,7 @@ from dijiang_engines.formats.manifest import (
 from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.formats.safe_files import parse_json, read_bounded, sha256_of
+from dijiang_engines.op_contract import T_TYPES
 from dijiang_engines.spec import ModelSpec
 
 ENGINE_MANIFEST = "engine.json"
@@ -270,7 +270,7 @@ def _check_header(raw: dict[str, Any]) -> None:
             got=repr(version)[:80], expected=FORMAT_VERSION,
             hint="update dijiang-export" if newer else REBUILD,
         )  # fmt: skip
-    for key, allowed in (("dtype", DTYPES), ("logits", ("last", "all")), ("layout", tuple(LAYOUTS))):
+    for key, allowed in (("dtype", T_TYPES), ("logits", ("last", "all")), ("layout", tuple(LAYOUTS))):
         if raw.get(key) not in allowed:
             raise _bad(key, " | ".join(allowed))
 

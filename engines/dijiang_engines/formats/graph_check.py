@@ -14,7 +14,7 @@ from dijiang_engines.formats.onnx_graph import (
     read_graph,
 )
 from dijiang_engines.formats.onnx_shapes import infer_shapes
-from dijiang_engines.op_contract import chunk_size
+from dijiang_engines.op_contract import attributes_of, chunk_size
 from dijiang_engines.spec import ModelSpec
 
 PREFILLS = ((1, 1), (2, 300), (3, 20_000))
@@ -72,11 +72,10 @@ def _check_attributes(graph: Graph, spec: ModelSpec) -> None:
     heads = spec.num_heads
     sizes: dict[Operator, dict[str, int]] = {
         PLUGIN: {
-            "num_heads": heads, "num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim,
-            "rotary_dim": spec.rotary_dim,
+            name: number for name, number in vars(attributes_of(spec)).items() if isinstance(number, int)
         },
         LINEAR_ATTENTION: {"q_num_heads": heads, "kv_num_heads": heads},
-    }  # fmt: skip
+    }
     for node in graph.nodes:
         for name, expected in sizes.get(node.operator, {}).items():
             if node.attributes.get(name) != expected:

@@ -11,6 +11,7 @@ from typing import Any
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.safe_files import is_plain_name, parse_json, read_bounded
+from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION, T_TYPES
 from dijiang_engines.sizes import weight_bytes
 from dijiang_engines.spec import ModelSpec
 
@@ -21,7 +22,6 @@ WEIGHTS = "weights.data"
 REFERENCE = "reference.safetensors"
 TOKENIZER = "tokenizer.json"
 CONFIG = "config.json"
-DTYPES = ("float32", "float16", "bfloat16")
 
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILES = 1000
@@ -190,18 +190,18 @@ def _check_header(manifest: dict[str, Any]) -> None:
             expected=FORMAT_VERSION,
             hint="update dijiang-export" if newer else "export the checkpoint again",
         )
-    if manifest.get("dtype") not in DTYPES:
-        raise _bad_manifest("dtype", " | ".join(DTYPES))
+    if manifest.get("dtype") not in T_TYPES:
+        raise _bad_manifest("dtype", " | ".join(T_TYPES))
     if manifest.get("logits") not in ("last", "all"):
         raise _bad_manifest("logits", "last | all")
     op = manifest.get("op")
-    if not isinstance(op, dict) or (op.get("domain"), op.get("name")) != ("dijiang", "DijiangAttention"):
-        raise _bad_manifest("op", "dijiang::DijiangAttention")
-    if op.get("version") != 1:
+    if not isinstance(op, dict) or (op.get("domain"), op.get("name")) != (DOMAIN, OP_NAME):
+        raise _bad_manifest("op", f"{DOMAIN}::{OP_NAME}")
+    if op.get("version") != OP_VERSION:
         raise BundleError(
-            "the bundle's graphs use another version of DijiangAttention",
+            f"the bundle's graphs use another version of {OP_NAME}",
             got=repr(op.get("version"))[:80],
-            expected=1,
+            expected=OP_VERSION,
             hint="export the checkpoint again with this version of dijiang-export",
         )
     weights = manifest.get("weights")

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.onnx_external import ITEM_BYTES, MAX_RANK
 from dijiang_engines.formats.onnx_wire import VARINT, as_bytes, as_int, fields, packed
+from dijiang_engines.op_contract import DOMAIN, OP_NAME
 
 Operator = tuple[str, str]
 """(domain, type); ONNX's own domain is empty."""
@@ -35,7 +36,7 @@ STANDARD: frozenset[Operator] = frozenset(
     )
 )  # fmt: skip
 """Operators of graphs in standard ONNX."""
-PLUGIN: Operator = ("dijiang", "DijiangAttention")
+PLUGIN: Operator = (DOMAIN, OP_NAME)
 LINEAR_ATTENTION: Operator = ("com.microsoft", "LinearAttention")
 OPERATORS: Mapping[str, frozenset[Operator]] = MappingProxyType(
     {".trt.onnx": STANDARD | {PLUGIN}, ".ort.onnx": STANDARD | {LINEAR_ATTENTION}, ".onnx": STANDARD}

@@ -22,6 +22,9 @@ import numpy.typing as npt
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.onnx_external import MAX_RANK
 from dijiang_engines.formats.onnx_graph import KEPT_VALUES, LINEAR_ATTENTION, PLUGIN, Graph, Node
+from dijiang_engines.op_contract import INPUTS
+
+_INPUTS = [formal.name for formal in INPUTS]
 
 Shape = tuple[int, ...]
 Integers = npt.NDArray[np.int64]
@@ -307,7 +310,9 @@ def _linear_attention(call: _Call) -> list[Value]:
 
 
 def _dijiang_attention(call: _Call) -> list[Value]:
-    return [Value(call[1].shape), Value(call[2].shape)]  # the output as the gate, the state as the state
+    """The output is as large as the gate, the state as the state."""
+    gate, past_state = (_INPUTS.index(name) for name in ("gate", "past_state"))
+    return [Value(call[gate].shape), Value(call[past_state].shape)]
 
 
 def _axis(axis: int, rank: int) -> int:

@@ -23,10 +23,10 @@ from typing import Any
 
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.safe_files import parse_json
+from dijiang_engines.op_contract import T_TYPES
 
 KEY = "rounding_cost"
 VERSION = 1
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def read_rounding_cost(text: str, what: str, layers: int) -> RoundingCost:
             hint="update dijiang-export, or export the checkpoint again",
         )
     _need(value, {"version", "dtype", "logits", "state"}, what, "the object")
-    if value["dtype"] not in DTYPES:
-        raise _bad(what, "dtype", f"one of {', '.join(DTYPES)}", value["dtype"])
+    if value["dtype"] not in T_TYPES:
+        raise _bad(what, "dtype", f"one of {', '.join(T_TYPES)}", value["dtype"])
     states = value["state"]
     if not isinstance(states, list) or len(states) != layers:
         got = f"{len(states)} of them" if isinstance(states, list) else states

@@ -1,13 +1,15 @@
 """plugins/include/dijiang/{kernels,sampling,linear}.h in ctypes: structs and functions.
 
-The headers say what everything means. tests/kernels/test_kernels_host.py compares sizes and offsets with
-what a C compiler makes of them.
+The headers say what everything means; fields that are the op's come from `op_contract`.
+tests/kernels/test_kernels_host.py compares sizes and offsets with what a C compiler makes of them.
 """
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+
+from dijiang_engines.op_contract import ATTRIBUTES, INPUTS, OUTPUTS
 
 ABI_VERSION = 1
 
@@ -25,6 +27,16 @@ ROW_STATUS = ("ok", "not finite", "nothing allowed", "bad options")
 """Names of what `sample` writes to row_status, by number."""
 
 
+STRIDES = {
+    "qkv": ("qkv_batch_stride", "qkv_token_stride"),
+    "gate": ("gate_batch_stride", "gate_token_stride"),
+    "output": ("output_batch_stride", "output_token_stride"),
+    "past_state": ("past_batch_stride",),
+    "present_state": ("present_batch_stride",),
+}
+"""Tensors of the op that need not be dense: the fields that say their strides, from the first axis on."""
+
+
 class DeviceStruct(ctypes.Structure):
     """dijiang_device."""
 
@@ -40,13 +52,10 @@ class GeometryStruct(ctypes.Structure):
     """dijiang_geometry."""
 
     _fields_ = [
-        ("num_heads", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("rotary_dim", c_int32),
+        *((name, c_int32) for name, kind in ATTRIBUTES.items() if kind == "int"),
         ("dtype", c_int32),
         ("table_rows", c_int32),
-        ("epsilon", c_float),
+        *((name, c_float) for name, kind in ATTRIBUTES.items() if kind == "float"),
         ("reserved", c_int32),
     ]
 
@@ -55,28 +64,8 @@ class AttentionBuffersStruct(ctypes.Structure):
     """dijiang_attention_buffers."""
 
     _fields_ = [
-        ("qkv", c_void_p),
-        ("gate", c_void_p),
-        ("past_state", c_void_p),
-        ("positions", c_void_p),
-        ("seq_lens", c_void_p),
-        ("proj", c_void_p),
-        ("norm_weight", c_void_p),
-        ("norm_bias", c_void_p),
-        ("inv_freq", c_void_p),
-        ("log_decay", c_void_p),
-        ("gain", c_void_p),
-        ("read_scale", c_void_p),
-        ("output", c_void_p),
-        ("present_state", c_void_p),
-        ("qkv_batch_stride", c_int64),
-        ("qkv_token_stride", c_int64),
-        ("gate_batch_stride", c_int64),
-        ("gate_token_stride", c_int64),
-        ("output_batch_stride", c_int64),
-        ("output_token_stride", c_int64),
-        ("past_batch_stride", c_int64),
-        ("present_batch_stride", c_int64),
+        *((formal.name, c_void_p) for formal in (*INPUTS, *OUTPUTS)),
+        *((name, c_int64) for names in STRIDES.values() for name in names),
         ("workspace", c_void_p),
         ("workspace_size", c_size_t),
         ("sync", c_void_p),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from dijiang_engines.kernels.device_arrays import device_array
 from dijiang_engines.kernels.library import Device, device_argument
 from dijiang_engines.kernels.linear import LinearKernels
 from dijiang_engines.kernels.sampling import SamplingKernels
+from dijiang_engines.op_contract import INPUTS, OUTPUTS, Attributes, Tensors, dimensions
 from dijiang_engines.plugin.cache import find_kernels_library
 
 ENVIRONMENT = "DIJIANG_KERNELS"
@@ -35,48 +36,21 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """One layer's attributes (docs/op-contract.md) and the types of its tensors."""
+class Geometry(Attributes):
+    """A layer's attributes, and what else decides types and shapes: dijiang_geometry of the C ABI."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     rotary_dim: int = 0
+    epsilon: float = field(default=1e-5, kw_only=True)
     dtype: Dtype = "float16"
     """T: of qkv, gate and output."""
-    epsilon: float = 1e-5
-    table_rows: int = 0
+    table_rows: int = field(default=0, kw_only=True)
     """N of log_decay, gain and read_scale [N, H]; 0 = geometric decay, log_decay [H]."""
 
-    @property
-    def packed_width(self) -> int:
-        """Last dimension of qkv."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
-    @property
-    def width(self) -> int:
-        """Last dimension of gate and output."""
-        return self.num_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class AttentionBuffers:
+@dataclass(frozen=True, kw_only=True)
+class AttentionBuffers(Tensors[int]):
     """Addresses in GPU memory and strides in elements, 0 = dense: dijiang_attention_buffers of the C ABI."""
 
-    qkv: int
-    gate: int
-    past_state: int
-    positions: int
-    seq_lens: int
-    proj: int
-    norm_weight: int
-    norm_bias: int
-    inv_freq: int
-    log_decay: int
-    output: int
-    present_state: int
-    gain: int = 0
-    read_scale: int = 0
     qkv_batch_stride: int = 0
     qkv_token_stride: int = 0
     gate_batch_stride: int = 0
@@ -179,23 +153,10 @@ class Kernels(SamplingKernels, LinearKernels):
         self,
         geometry: Geometry,
         *,
-        qkv: Any,
-        gate: Any,
-        past_state: Any,
-        positions: Any,
-        seq_lens: Any,
-        proj: Any,
-        norm_weight: Any,
-        norm_bias: Any,
-        inv_freq: Any,
-        log_decay: Any,
-        output: Any,
-        present_state: Any,
-        gain: Any = None,
-        read_scale: Any = None,
         workspace: Any = None,
         sync: Any = None,
         stream: int = 0,
+        **tensors: Any,
     ) -> None:
         """Enqueue DijiangAttention over arrays, after checking their types, shapes and strides.
 
@@ -204,70 +165,37 @@ class Kernels(SamplingKernels, LinearKernels):
 
         Args:
             geometry: of the layer.
-            qkv: T [B, L, (H+2·Hkv)·d].
-            gate: T [B, L, H·d].
-            past_state: float32 [B, H, d, d].
-            positions: int32 [B].
-            seq_lens: int32 [B].
-            proj: float32 [d, d].
-            norm_weight, norm_bias: float32 [H·d].
-            inv_freq: float32 [max(r/2, 1)]; None if r is 0.
-            log_decay: float32 [H], or [N, H] with tables.
-            output: T [B, L, H·d], written.
-            present_state: float32 [B, H, d, d], written; may be `past_state`.
-            gain, read_scale: float32 [N, H], with tables only.
             workspace: any type, at least `workspace_size` bytes; None if that is 0.
             sync: any type, at least `sync_size` bytes, zeroed once; None if that is 0.
             stream: where to.
+            tensors: qkv, gate and the other inputs and outputs of `op_contract`, by name, types and shapes as
+                there; present_state may be past_state, inv_freq None if r is 0, gain and read_scale are left
+                out with geometric decay.
 
         Raises:
+            TypeError: a tensor is missing, or has no name of the op's.
             KernelError: an array is wrong, or CUDA refused.
         """
-        given = {
-            name: device_array(name, value)
-            for name, value in locals().items()
-            if name not in ("self", "geometry", "stream")
-        }
+        given = {name: device_array(name, value) for name, value in vars(Tensors(**tensors)).items()}
         batch, length = given["qkv"].size(0), given["qkv"].size(1)
-        heads, d = geometry.num_heads, geometry.head_dim
-        f32, table = ["float32"], [geometry.table_rows, heads] if geometry.table_rows else [heads]
-        half = [max(geometry.rotary_dim // 2, 1)]
-        for name, dtypes, shape, dense_from in (
-            ("qkv", [geometry.dtype], [batch, length, geometry.packed_width], 2),
-            ("gate", [geometry.dtype], [batch, length, geometry.width], 2),
-            ("output", [geometry.dtype], [batch, length, geometry.width], 2),
-            ("past_state", f32, [batch, heads, d, d], 1),
-            ("present_state", f32, [batch, heads, d, d], 1),
-            ("positions", ["int32"], [batch], 0),
-            ("seq_lens", ["int32"], [batch], 0),
-            ("proj", f32, [d, d], 0),
-            ("norm_weight", f32, [heads * d], 0),
-            ("norm_bias", f32, [heads * d], 0),
-            ("inv_freq", f32, half, 0),
-            ("log_decay", f32, table, 0),
-            ("gain", f32, table, 0),
-            ("read_scale", f32, table, 0),
-        ):
-            given[name].require(dtypes, shape, dense_from)
+        of = dimensions(geometry, batch, length, geometry.table_rows)
         strides: dict[str, int] = {}
-        for name in ("qkv", "gate", "output"):
-            if given[name].known:
-                strides[f"{name}_batch_stride"] = given[name].stride(0)
-                strides[f"{name}_token_stride"] = given[name].stride(1)
-        for name in ("past", "present"):
-            if given[f"{name}_state"].known:
-                strides[f"{name}_batch_stride"] = given[f"{name}_state"].stride(0)
-        workspace, sync = given["workspace"], given["sync"]
+        for formal in (*INPUTS, *OUTPUTS):
+            array, names = given[formal.name], abi.STRIDES.get(formal.name, ())
+            kind = geometry.dtype if formal.kind == "T" else formal.kind
+            array.require([kind], formal.sizes(of), dense_from=len(names))
+            strides |= {name: array.stride(axis) for axis, name in enumerate(names)}
+        scratch, locks = device_array("workspace", workspace), device_array("sync", sync)
         # What is behind an address is the caller's word; an array says it itself.
         sizes = {
-            "workspace_size": workspace.bytes()
-            if workspace.known or not workspace.pointer
+            "workspace_size": scratch.bytes()
+            if scratch.known or not scratch.pointer
             else self.workspace_size(geometry, batch, length),
-            "sync_size": sync.bytes()
-            if sync.known or not sync.pointer
+            "sync_size": locks.bytes()
+            if locks.known or not locks.pointer
             else self.sync_size(geometry, batch, length),
         }
-        pointers = {name: array.pointer for name, array in given.items()}
+        pointers = {array.name: array.pointer for array in (*given.values(), scratch, locks)}
         self.attention(geometry, batch, length, AttentionBuffers(**pointers, **strides, **sizes), stream)
 
     def _size(

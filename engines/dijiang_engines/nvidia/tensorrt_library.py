@@ -13,6 +13,7 @@ from typing import Any
 
 from dijiang_engines.errors import PluginError, RunnerError
 from dijiang_engines.nvidia.tensorrt_versions import Dialect, dialect_of, library_version
+from dijiang_engines.op_contract import OP_NAME
 from dijiang_engines.plugin.cache import (
     KERNELS,
     BuiltPlugin,
@@ -172,7 +173,7 @@ def load_plugin(trt: Any, library: Path) -> None:
     registry = trt.get_plugin_registry()
     creators = list(getattr(registry, "plugin_creator_list", ()))  # V2
     creators += list(getattr(registry, "all_creators", ()))  # 10: V2 and V3
-    if not any(getattr(creator, "name", "") == "DijiangAttention" for creator in creators):
+    if not any(getattr(creator, "name", "") == OP_NAME for creator in creators):
         raise PluginError(
             "the plugin was opened, but did not register itself with this TensorRT",
             got=f"{library.name}, TensorRT {tensorrt_version(trt)}",

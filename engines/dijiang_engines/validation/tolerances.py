@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dijiang_engines.errors import UsageError
-from dijiang_engines.formats.rounding_cost import DTYPES, Cost, RoundingCost
+from dijiang_engines.formats.rounding_cost import Cost, RoundingCost
+from dijiang_engines.op_contract import T_TYPES
 
 Quantity = Literal["logits", "state", "padding"]
 
@@ -275,7 +276,7 @@ def tolerance(dtype: str, quantity: Quantity) -> Tolerance:
         raise UsageError(
             "no tolerance is known for this kind of output",
             got=f"{dtype} {quantity}",
-            expected=f"one of {', '.join(DTYPES)}, and logits, state or padding",
+            expected=f"one of {', '.join(T_TYPES)}, and logits, state or padding",
         ) from None
 
 

@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dijiang_engines.op_contract import Attributes
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.export.cases import CaseInputs
 from dijiang_export.export.streamed_model import StreamedModel
-from dijiang_export.reference.attention import Decay, Geometry, dijiang_attention
+from dijiang_export.reference.attention import Decay, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel
 
 
@@ -95,7 +96,7 @@ class CaseRecorder(StreamedModel):
         return self._collect(logits)
 
     def _attention(
-        self, layer: int, *tensors: Tensor, decay: Decay, geometry: Geometry
+        self, layer: int, *tensors: Tensor, decay: Decay, attributes: Attributes
     ) -> tuple[Tensor, Tensor]:
         """The op over each row's part of the segment, cut at its marks, with the state carried and kept."""
         qkv, gate, state, _, _, *constants = tensors
@@ -117,7 +118,7 @@ class CaseRecorder(StreamedModel):
                     output, state = dijiang_attention(
                         qkv[:, part], gate[:, part], state,
                         torch.tensor([row.position + done]), torch.tensor([here - done]),
-                        *constants, decay=decay, geometry=geometry, form="chunked",
+                        *constants, decay=decay, attributes=attributes, form="chunked",
                     )  # fmt: skip
                     outputs.append(output)
                     done = here

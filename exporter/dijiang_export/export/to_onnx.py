@@ -14,6 +14,7 @@ from dijiang_engines.formats import manifest
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.safe_files import sha256_of
+from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
@@ -22,7 +23,7 @@ from dijiang_export.checkpoint.files import copy_file
 from dijiang_export.export.background import Background, Clock
 from dijiang_export.export.cases import Cases
 from dijiang_export.export.record import record_cases
-from dijiang_export.graph import contract, opset, weights, write
+from dijiang_export.graph import opset, weights, write
 from dijiang_export.reference.model import DTYPES
 from dijiang_export.reference.rope import inverse_frequencies
 
@@ -148,7 +149,7 @@ def _manifest(
         "spec": checkpoint.spec.to_json(),
         "dtype": dtype,
         "logits": logits,
-        "op": {"domain": contract.DOMAIN, "name": contract.OP_NAME, "version": contract.OP_VERSION},
+        "op": {"domain": DOMAIN, "name": OP_NAME, "version": OP_VERSION},
         "opset": opset.OPSET,
         "ir_version": opset.IR_VERSION,
         "graphs": graphs,

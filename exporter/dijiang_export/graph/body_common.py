@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from dijiang_export.graph import contract
+from dijiang_engines.op_contract import ATTRIBUTES, INPUTS, Attributes, Inputs
 from dijiang_export.graph.builder import Builder
 from dijiang_export.reference.attention import LEAST_EPSILON
 
@@ -23,42 +24,19 @@ float32's rounding, and sums of them must keep the precision of their small term
 
 
 @dataclass(frozen=True)
-class Op:
-    """One DijiangAttention node: its contract inputs by name, its attributes, and T."""
+class Op(Inputs[ir.Value], Attributes):
+    """One DijiangAttention node: its inputs and its attributes by the contract's names, and T."""
 
-    qkv: ir.Value
-    gate: ir.Value
-    past_state: ir.Value
-    positions: ir.Value
-    seq_lens: ir.Value
-    proj: ir.Value
-    norm_weight: ir.Value
-    norm_bias: ir.Value
-    inv_freq: ir.Value
-    log_decay: ir.Value
-    gain: ir.Value | None
-    read_scale: ir.Value | None
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    epsilon: float
     dtype: ir.DataType
 
     @classmethod
     def of(cls, node: ir.Node) -> Op:
         """Read a node of the contract."""
-        names = [formal.name for formal in contract.INPUTS]
-        values = {**dict.fromkeys(names), **dict(zip(names, node.inputs, strict=False))}
-        attributes = {name: node.attributes[name].value for name in contract.ATTRIBUTES}
+        inputs: dict[str, Any] = {f.name: x for f, x in zip(INPUTS, node.inputs, strict=False)}
+        attributes = {name: node.attributes[name].value for name in ATTRIBUTES}
         dtype = node.outputs[0].dtype
         assert dtype is not None
-        return cls(**values, **attributes, dtype=dtype)
-
-    @property
-    def size(self) -> int:
-        """A = H·d."""
-        return self.num_heads * self.head_dim
+        return cls(**inputs, **attributes, dtype=dtype)
 
     @property
     def all_heads(self) -> int:
@@ -131,7 +109,7 @@ def norm_and_gate(b: Builder, op: Op, o: ir.Value) -> ir.Value:
     """
     grouped = b.reshape(o, 0, 0, op.head_dim, op.num_heads, label="group_norm/groups")
     normed = _wide_range_norm(b, op, grouped) if op.read_scale is not None else _norm(b, op, grouped)
-    normed = b.reshape(normed, 0, 0, op.size, label="group_norm/merge")
+    normed = b.reshape(normed, 0, 0, op.width, label="group_norm/merge")
     scaled = b.op("Mul", normed, op.norm_weight, label="group_norm/Mul")
     affine = b.op("Add", scaled, op.norm_bias, label="group_norm/Add")
     gate = as_float(b, op, op.gate)

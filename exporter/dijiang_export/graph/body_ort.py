@@ -54,14 +54,16 @@ def ort_body(b: Builder, op: Op, kind: Kind) -> tuple[ir.Value, ir.Value]:
     if op.head_dim > WIDEST_HEAD:
         return prefill_body(b, op) if kind == "prefill" else capture_step_body(b, op)
     q, k, v, decay, read_scale = _inputs(b, op, kind)
-    flat = [b.reshape(x, 0, 0, op.size, label="pack") for x in (q, k, v)]
+    flat = [b.reshape(x, 0, 0, op.width, label="pack") for x in (q, k, v)]
     o, present = b.op(
         "LinearAttention", *flat, op.past_state, decay, label="LinearAttention", outputs=2, domain=DOMAIN,
         q_num_heads=op.num_heads, kv_num_heads=op.num_heads, update_rule="gated", scale=1.0,
     )  # fmt: skip
     if read_scale is not None:
         o = b.reshape(o, 0, 0, op.num_heads, op.head_dim, label="read_scale/heads")
-        o = b.reshape(b.op("Mul", o, read_scale, label="read_scale"), 0, 0, op.size, label="read_scale/merge")
+        o = b.reshape(
+            b.op("Mul", o, read_scale, label="read_scale"), 0, 0, op.width, label="read_scale/merge"
+        )
     return norm_and_gate(b, op, o), present
 
 
@@ -76,7 +78,7 @@ def capture_step_body(b: Builder, op: Op) -> tuple[ir.Value, ir.Value]:
     o = b.reshape(b.op("MatMul", q, present, label="state/read"), 0, 1, heads, d, label="state/heads")
     if read_scale is not None:
         o = b.op("Mul", o, read_scale, label="read_scale")
-    return norm_and_gate(b, op, b.reshape(o, 0, 0, op.size, label="merge_heads")), present
+    return norm_and_gate(b, op, b.reshape(o, 0, 0, op.width, label="merge_heads")), present
 
 
 def _inputs(b: Builder, op: Op, kind: Kind) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value, ir.Value | None]:

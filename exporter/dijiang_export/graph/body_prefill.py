@@ -110,7 +110,7 @@ def prefill_body(b: Builder, op: Op) -> tuple[ir.Value, ir.Value]:
     o = b.reshape(b.op("Add", inside, carried), 0, heads, -1, d, label="unchunked")
     if decay.read_scale is not None:
         o = b.op("Mul", o, decay.read_scale, label="read_scale")
-    merged = b.reshape(b.op("Transpose", o, perm=[0, 2, 1, 3]), 0, -1, op.size, label="merge_heads")
+    merged = b.reshape(b.op("Transpose", o, perm=[0, 2, 1, 3]), 0, -1, op.width, label="merge_heads")
     merged = b.op("Slice", merged, b.ints(0), chunks.length, b.ints(1), label="unpad")
     return norm_and_gate(b, op, merged), present
 

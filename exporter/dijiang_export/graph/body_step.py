@@ -42,7 +42,7 @@ def step_body(b: Builder, op: Op) -> tuple[ir.Value, ir.Value]:
     o = b.op("MatMul", q, present, label="state/read")
     if read_scale is not None:
         o = b.op("Mul", o, read_scale, label="state/read_scale")
-    merged = b.reshape(o, 0, 1, op.size, label="merge_heads")
+    merged = b.reshape(o, 0, 1, op.width, label="merge_heads")
     return norm_and_gate(b, op, merged), present
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from dijiang_export.graph import body_ort, contract
+from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION, PLUGIN_ATTRIBUTES
+from dijiang_export.graph import body_ort
 from dijiang_export.graph.body_common import Op
 from dijiang_export.graph.body_prefill import prefill_body
 from dijiang_export.graph.body_step import step_body
@@ -39,7 +40,7 @@ def _replace(graph: ir.Graph, body: Callable[[Builder, Op], tuple[ir.Value, ir.V
     builder = Builder(graph)
     for node in _ops(graph):
         assert node.name is not None
-        builder.scope = node.name.removesuffix(f"/{contract.OP_NAME}")
+        builder.scope = node.name.removesuffix(f"/{OP_NAME}")
         results = body(builder, Op.of(node))
         for old, new in zip(node.outputs, results, strict=True):
             new.shape, new.type = old.shape, old.type
@@ -49,7 +50,7 @@ def _replace(graph: ir.Graph, body: Callable[[Builder, Op], tuple[ir.Value, ir.V
         graph.insert_before(node, builder.nodes)
         builder.nodes = []
         graph.remove(node, safe=True)
-    graph.opset_imports.pop(contract.DOMAIN, None)
+    graph.opset_imports.pop(DOMAIN, None)
 
 
 def lower_to_tensorrt(model: ir.Model) -> None:
@@ -59,12 +60,12 @@ def lower_to_tensorrt(model: ir.Model) -> None:
     `plugin_version` and `plugin_namespace` attributes; later ones the node's domain too. All three are there.
     """
     for node in _ops(model.graph):
-        values = (contract.DOMAIN, str(contract.OP_VERSION))
-        for name, value in zip(contract.PLUGIN_ATTRIBUTES, values, strict=True):
+        values = (DOMAIN, str(OP_VERSION))
+        for name, value in zip(PLUGIN_ATTRIBUTES, values, strict=True):
             node.attributes[name] = ir.AttrString(name, value)
 
 
 def _ops(graph: ir.Graph) -> list[ir.Node]:
-    nodes = [node for node in graph if node.domain == contract.DOMAIN]
-    assert nodes, "no DijiangAttention in the graph"
+    nodes = [node for node in graph if node.domain == DOMAIN]
+    assert nodes, f"no {OP_NAME} in the graph"
     return nodes

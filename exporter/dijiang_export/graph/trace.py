@@ -23,8 +23,9 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from dijiang_engines import io_names
+from dijiang_engines.op_contract import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, OP_VERSION
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.graph import contract, opset, tidy
+from dijiang_export.graph import custom_op, opset, tidy
 from dijiang_export.reference.model import ReferenceModel
 
 GraphName = Literal["prefill", "step"]
@@ -48,7 +49,7 @@ class _Traceable(nn.Module):
     ) -> tuple[Tensor, ...]:
         logits, presents = self.model(
             input_ids, positions, seq_lens, list(states),
-            all_logits=self.all_logits, op=contract.traced_op,
+            all_logits=self.all_logits, op=custom_op.traced_op,
         )  # fmt: skip
         return logits, *presents
 
@@ -130,15 +131,15 @@ def weight_inputs(graph: ir.Graph, spec: ModelSpec) -> list[ir.Value]:
 
 def _translate_op() -> Any:
     """What stands in the ONNX graph for torch.ops.dijiang.attention."""
-    opset_values = onnxscript.values.Opset(contract.DOMAIN, contract.OP_VERSION)
-    op = onnxscript.values.Op(opset_values, contract.OP_NAME, contract.onnx_schema())
+    opset_values = onnxscript.values.Opset(DOMAIN, OP_VERSION)
+    op = onnxscript.values.Op(opset_values, OP_NAME, custom_op.onnx_schema())
 
     def translate(*args: Any) -> Any:
-        count = len(contract.INPUTS)
+        count = len(INPUTS)
         tensors, attributes = list(args[:count]), args[count:]
         while tensors[-1] is None:  # absent trailing inputs are left out, never empty names
             tensors.pop()
-        return op(*tensors, **dict(zip(contract.ATTRIBUTES, attributes, strict=True)))
+        return op(*tensors, **dict(zip(ATTRIBUTES, attributes, strict=True)))
 
     return translate
 

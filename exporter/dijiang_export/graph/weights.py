@@ -86,7 +86,7 @@ def layout_of(spec: ModelSpec, dtype: torch.dtype) -> dict[str, StoredWeight]:
 
 
 def check_layout(layout: dict[str, StoredWeight], weights: Iterable[ir.Value]) -> None:
-    """A traced graph's weights must be those of the layout.
+    """A traced graph's weights must be those of `layout`.
 
     Raises:
         AssertionError: tracing and layout disagree; a defect here.

@@ -11,9 +11,10 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
-from dijiang_export.graph import body_ort, contract, lower, opset, trace, weights
+from dijiang_export.graph import body_ort, custom_op, lower, opset, trace, weights
 
 Target = Literal["standard", "trt", "ort", "capture"]
 
@@ -108,7 +109,7 @@ def check(path: Path, target: Target) -> None:
     versions = {entry.domain: entry.version for entry in model.opset_import}
     expected = {"": opset.OPSET}
     if target == "trt":
-        expected[contract.DOMAIN] = contract.OP_VERSION
+        expected[DOMAIN] = OP_VERSION
     if target == "ort" and any(node.domain == body_ort.DOMAIN for node in model.graph.node):
         expected[body_ort.DOMAIN] = body_ort.DOMAIN_VERSION
     assert versions == expected, f"{path.name} imports {versions}"
@@ -118,8 +119,8 @@ def check(path: Path, target: Target) -> None:
 
 def _register_schema() -> None:
     """The checker looks custom ops up in onnx's registry."""
-    if not onnx.defs.has(contract.OP_NAME, contract.DOMAIN):
-        onnx.defs.register_schema(contract.onnx_schema())
+    if not onnx.defs.has(OP_NAME, DOMAIN):
+        onnx.defs.register_schema(custom_op.onnx_schema())
 
 
 def _remove_unused_initializers(graph: ir.Graph) -> None:

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dijiang_engines.op_contract import Attributes
 from dijiang_export.reference.rope import rotate, rotation
 
 Form = Literal["recurrent", "parallel", "chunked"]
@@ -35,17 +36,6 @@ DEFAULT_CHUNK = 64
 LEAST_EPSILON = 1e-37
 """Just above float32's smallest normal number: what GroupNorm's epsilon may shrink to, relative to the
 largest magnitude of its group squared."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The attributes of a DijiangAttention node (docs/op-contract.md)."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    epsilon: float
 
 
 @dataclass(frozen=True)
@@ -168,7 +158,7 @@ def dijiang_attention(
     inv_freq: Tensor,
     *,
     decay: Decay,
-    geometry: Geometry,
+    attributes: Attributes,
     form: Form = "chunked",
     official_angles: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -182,12 +172,12 @@ def dijiang_attention(
         present_state: [B, H, d, d], float32 (float64 if `qkv` is).
     """
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    heads, kv_heads, d = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+    heads, kv_heads, d = attributes.num_heads, attributes.num_kv_heads, attributes.head_dim
     length = qkv.shape[1]
     q, k, v = torch.split(qkv.to(dtype), [heads * d, kv_heads * d, kv_heads * d], dim=-1)
     q = q.reshape(*q.shape[:2], heads, d).transpose(1, 2)
     k, v = (x.reshape(*x.shape[:2], kv_heads, d).transpose(1, 2) for x in (k, v))
-    if geometry.rotary_dim:
+    if attributes.rotary_dim:
         token_positions = positions.unsqueeze(-1) + torch.arange(length, device=qkv.device)
         cos, sin = rotation(token_positions, inv_freq, dtype, official_angles=official_angles)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -199,7 +189,7 @@ def dijiang_attention(
     terms = token_terms(decay, positions, seq_lens, length, dtype)
     o, present = FORMS[form](q, k, v, terms, past_state.to(dtype))
     merged = o.transpose(1, 2).flatten(-2)
-    normed = group_norm(merged, d, norm_weight.to(dtype), norm_bias.to(dtype), geometry.epsilon)
+    normed = group_norm(merged, d, norm_weight.to(dtype), norm_bias.to(dtype), attributes.epsilon)
     gated = normed * torch.nn.functional.silu(gate.to(dtype))
     valid = torch.arange(length, device=qkv.device) < seq_lens.unsqueeze(-1)
     return (gated * valid.unsqueeze(-1)).to(qkv.dtype), present

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dijiang_engines.op_contract import CONSTANTS, Attributes, attributes_of
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.reference.attention import Decay, Form, Geometry, dijiang_attention
+from dijiang_export.reference.attention import Decay, Form, dijiang_attention
 from dijiang_export.reference.rope import inverse_frequencies
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,7 +30,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 """Types of exported and converted weights, by the names that bundles have for them."""
 
 AttentionOp = Callable[..., tuple[Tensor, Tensor]]
-"""Called with the op contract's tensors in order, a Decay and a Geometry (by keyword)."""
+"""Called with the op contract's tensors in order, a Decay and Attributes (by keyword)."""
 
 
 class RMSNorm(nn.Module):
@@ -58,9 +59,7 @@ class DijiangAttention(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.geometry = Geometry(
-            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.rotary_dim, spec.group_norm_epsilon
-        )
+        self.attributes = attributes_of(spec)
         width = spec.attention_size
         self.qkv = nn.Linear(spec.hidden_size, spec.qkv_size, bias=spec.attention_bias)
         self.gate = nn.Linear(spec.hidden_size, width, bias=False)
@@ -95,7 +94,7 @@ class DijiangAttention(nn.Module):
         output, present = op(
             self.qkv(x), self.gate(x), past_state, positions, seq_lens,
             self.proj, self.norm_weight, self.norm_bias, inv_freq,
-            decay=Decay(self.log_decay, self.gain, self.read_scale), geometry=self.geometry,
+            decay=Decay(self.log_decay, self.gain, self.read_scale), attributes=self.attributes,
         )  # fmt: skip
         return self.dense(output), present
 
@@ -251,9 +250,9 @@ class ReferenceModel(nn.Module):
             states = self.new_states(batch)
         if op is None:
 
-            def op(*tensors: Any, decay: Decay, geometry: Geometry) -> tuple[Tensor, Tensor]:
+            def op(*tensors: Any, decay: Decay, attributes: Attributes) -> tuple[Tensor, Tensor]:
                 return dijiang_attention(
-                    *tensors, decay=decay, geometry=geometry, form=form, official_angles=official_angles
+                    *tensors, decay=decay, attributes=attributes, form=form, official_angles=official_angles
                 )
 
         hidden = self.embed(input_ids, positions)
@@ -283,7 +282,7 @@ def last_valid(hidden: Tensor, seq_lens: Tensor) -> Tensor:
 
 def is_op_constant(name: str) -> bool:
     """Whether a canonical parameter is one of the op's constants, never stored in half precision."""
-    return name.rsplit(".", 1)[-1] in {"proj", "norm_weight", "norm_bias", "log_decay", "gain", "read_scale"}
+    return name.rsplit(".", 1)[-1] in CONSTANTS
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

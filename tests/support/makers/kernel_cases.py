@@ -18,8 +18,9 @@ import torch
 from support.makers.decay_tables import official_gammas, trained_tables
 from torch import Tensor
 
+from dijiang_engines.op_contract import Attributes
 from dijiang_export.checkpoint.decay import stable_tables
-from dijiang_export.reference.attention import Decay, Geometry
+from dijiang_export.reference.attention import Decay
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LEAST_LOG_DECAY = -30.0
@@ -68,7 +69,7 @@ class Case:
 class Call:
     """One call's tensors, with the op contract's names, shapes and types (docs/op-contract.md)."""
 
-    geometry: Geometry
+    geometry: Attributes
     qkv: Tensor
     gate: Tensor
     past_state: Tensor
@@ -172,7 +173,7 @@ def make_call(case: Case, device: str = "cpu") -> Call:
     half = case.rotary // 2
     exponents = torch.arange(max(half, 1), device=device) * 2 / max(case.rotary, 1)
     call = Call(
-        geometry=Geometry(heads, kv_heads, d, case.rotary, case.epsilon),
+        geometry=Attributes(heads, kv_heads, d, case.rotary, case.epsilon),
         qkv=qkv.to(dtype),
         gate=gate.to(dtype),
         past_state=past,

@@ -11,6 +11,7 @@ from support.makers.kernel_cases import Call, fill_padding
 from support.oracles.kernel_bounds import run_reference, widened
 from torch import Tensor
 
+from dijiang_engines.op_contract import Attributes
 from dijiang_export.reference import attention as att
 
 Result = tuple[Tensor, Tensor]
@@ -80,7 +81,7 @@ def _kv_interleaved(call: Call) -> Call:
         k, v = (x.unflatten(-1, (g.num_kv_heads, -1))[..., order, :].flatten(-2) for x in (k, v))
         return q, k, v
 
-    geometry = att.Geometry(g.num_heads, g.num_heads, g.head_dim, g.rotary_dim, g.epsilon)
+    geometry = Attributes(g.num_heads, g.num_heads, g.head_dim, g.rotary_dim, g.epsilon)
     return _columns(call, spread).with_(geometry=geometry)
 
 
@@ -106,9 +107,9 @@ _changed("one token fewer", lambda c: c.with_(seq_lens=(c.seq_lens - 1).clamp(mi
 _changed("one token more", lambda c: fill_padding(c, 2.0).with_(
     seq_lens=(c.seq_lens + 1).clamp(max=c.length)))  # fmt: skip
 _changed("epsilon 10 times larger", lambda c: c.with_(
-    geometry=att.Geometry(*[*vars(c.geometry).values()][:4], 10 * c.geometry.epsilon)))  # fmt: skip
+    geometry=Attributes(*[*vars(c.geometry).values()][:4], 10 * c.geometry.epsilon)))  # fmt: skip
 _changed("no rotation", lambda c: c.with_(
-    geometry=att.Geometry(*[*vars(c.geometry).values()][:3], 0, c.geometry.epsilon)))  # fmt: skip
+    geometry=Attributes(*[*vars(c.geometry).values()][:3], 0, c.geometry.epsilon)))  # fmt: skip
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from support.makers.kernel_cases import Call, Case, make_call
 from support.oracles.kernel_bounds import TOLERANCES, exact
 from torch import Tensor
 
-from dijiang_export.graph.contract import INPUTS
+from dijiang_engines.op_contract import INPUTS
 
 MAGIC = b"DJCASES1"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}

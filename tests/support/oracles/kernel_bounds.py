@@ -109,7 +109,7 @@ def run_reference(call: Call, form: att.Form | None = None) -> tuple[Tensor, Ten
     )
     form = form or ("recurrent" if call.length <= 4 else "chunked")
     arguments = (getattr(call, k) for k in names)
-    return att.dijiang_attention(*arguments, decay=call.decay, geometry=call.geometry, form=form)
+    return att.dijiang_attention(*arguments, decay=call.decay, attributes=call.geometry, form=form)
 
 
 def exact(call: Call) -> Exact:

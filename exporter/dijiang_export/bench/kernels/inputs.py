@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dijiang_engines.op_contract import Attributes
 from dijiang_export.bench.kernels.cells import Cell, Shape
 from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import (
     Decay,
-    Geometry,
     TokenTerms,
     chunked,
     dijiang_attention,
@@ -39,7 +39,7 @@ TF32; a wrong decay, position or head is off by 0.1 and more."""
 class Layer:
     """The constants of one layer, float32 on the device; shapes as in docs/op-contract.md."""
 
-    geometry: Geometry
+    attributes: Attributes
     proj: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
@@ -62,9 +62,9 @@ class Call:
     positions: Tensor
     seq_lens: Tensor
 
-    def heads(self, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, attributes: Attributes) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as dense T [B, L, H, d]."""
-        parts = self.qkv.view(*self.qkv.shape[:2], 3, geometry.num_heads, geometry.head_dim).unbind(2)
+        parts = self.qkv.view(*self.qkv.shape[:2], 3, attributes.num_heads, attributes.head_dim).unbind(2)
         q, k, v = (part.contiguous() for part in parts)
         return q, k, v
 
@@ -104,7 +104,7 @@ def make_layer(shape: Shape, device: torch.device, seed: int = 0) -> Layer:
     rotary = d // ROTARY_SHARE // 2 * 2
     exponents = torch.arange(0, rotary, 2, device=device, dtype=torch.float32) / rotary
     return Layer(
-        geometry=Geometry(heads, heads, d, rotary, EPSILON),
+        attributes=Attributes(heads, heads, d, rotary, EPSILON),
         proj=(dct.float() * (1 + 0.3 * normal(d))).contiguous(),
         norm_weight=1 + 0.1 * normal(heads * d),
         norm_bias=0.1 * normal(heads * d),
@@ -149,7 +149,7 @@ def exact_op(layer: Layer, call: Call) -> Exact:
         layer.norm_bias.double(),
         layer.inv_freq,
         decay=Decay(layer.log_decay.double()),
-        geometry=layer.geometry,
+        attributes=layer.attributes,
     )
     return Exact(output, state)
 

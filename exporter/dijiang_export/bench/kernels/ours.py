@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ class Ours:
 
     def prepare(self, cell: Cell, layer: Layer, calls: Sequence[Call]) -> Prepared:
         """Allocate outputs, workspace and sync memory for `cell`."""
-        g, qkv = layer.geometry, calls[0].qkv
+        qkv = calls[0].qkv
         dtype: Any = str(qkv.dtype).removeprefix("torch.")
-        geometry = Geometry(g.num_heads, g.num_kv_heads, g.head_dim, g.rotary_dim, dtype, g.epsilon)
+        geometry = Geometry(**asdict(layer.attributes), dtype=dtype)
 
         def scratch(size: int) -> Tensor | None:
             return torch.zeros(size, dtype=torch.uint8, device=qkv.device) if size else None

@@ -84,7 +84,7 @@ class Fla:
             tuner.cache.clear()
         kernel = self._step if cell.phase == "decode" else self._chunk
         features, proj = self._features, layer.proj.to(calls[0].qkv.dtype)
-        sets = [call.heads(layer.geometry) for call in calls]
+        sets = [call.heads(layer.attributes) for call in calls]
         if features is None:
             phi = [(exact_features(layer, q).to(q.dtype), exact_features(layer, k).to(k.dtype), v)
                    for q, k, v in sets]  # fmt: skip
@@ -135,7 +135,7 @@ class TorchCompile:
             return self._op(
                 call.qkv, call.gate, call.state, call.positions, call.seq_lens, layer.proj,
                 layer.norm_weight, layer.norm_bias, layer.inv_freq,
-                decay=layer.decay, geometry=layer.geometry, form=form,
+                decay=layer.decay, attributes=layer.attributes, form=form,
             )  # fmt: skip
 
         def check() -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dijiang_engines.op_contract import Attributes
 from dijiang_export.bench.peers.run import (
     BLOCK,
     DTYPES,
@@ -20,7 +21,7 @@ from dijiang_export.bench.peers.run import (
 )
 from dijiang_export.bench.peers.settings import Plan, neox_spec
 from dijiang_export.checkpoint.decay import official_gammas
-from dijiang_export.reference.attention import DEFAULT_CHUNK, Decay, Form, Geometry, dijiang_attention
+from dijiang_export.reference.attention import DEFAULT_CHUNK, Decay, Form, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel
 
 SQUARES = 4
@@ -156,8 +157,8 @@ class Dijiang:
         return Prepared(run, reset, error, notes)
 
 
-def _chunked(*tensors: Tensor, decay: Decay, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    return dijiang_attention(*tensors, decay=decay, geometry=geometry, form="chunked")
+def _chunked(*tensors: Tensor, decay: Decay, attributes: Attributes) -> tuple[Tensor, Tensor]:
+    return dijiang_attention(*tensors, decay=decay, attributes=attributes, form="chunked")
 
 
 def _run_layer(
