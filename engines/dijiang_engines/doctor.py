@@ -12,12 +12,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dijiang_engines.errors import UsageError
+from dijiang_engines.fresh_interpreter import command_for
 from dijiang_engines.machine import (
     SPINNING_ENVIRONMENT,
     Machine,
@@ -154,11 +154,7 @@ def _tensorrt(machine: Machine) -> RunnerStatus:
 
 def probe_in_subprocess(name: str) -> tuple[bool, str]:
     """Try a runtime in a fresh interpreter; whether it works, and a line about it."""
-    # The same search path as here, without the current folder that -c and -m would add.
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from dijiang_engines.doctor import answer; answer({name!r})"
-    )
-    command = [sys.executable, "-c", code]
+    command = command_for("dijiang_engines.runners.onnxruntime.trial", name)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS, check=False
@@ -174,59 +170,6 @@ def probe_in_subprocess(name: str) -> tuple[bool, str]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         return False, f"the trial ended with {ended}: {last[:300]}"
-
-
-def answer(name: str) -> None:
-    """What the fresh interpreter runs: print the outcome as one line of JSON."""
-    try:
-        works, detail = probe_onnxruntime(name)
-    except Exception as error:  # noqa: BLE001 - whatever a broken runtime throws is the finding
-        works, detail = False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    print(json.dumps({"works": works, "detail": detail}))
-
-
-def probe_onnxruntime(name: str) -> tuple[bool, str]:
-    """Run the one-node model on ONNX Runtime in this process."""
-    import numpy as np
-    import onnxruntime as ort
-
-    provider = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}[name]
-    if provider not in ort.get_available_providers():
-        return False, f"this build of ONNX Runtime has no {provider}"
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(doubling_model(), options, providers=[provider])
-    if session.get_providers()[0] != provider:
-        return False, f"{provider} could not be started; its libraries do not load"
-    x = np.arange(4, dtype=np.float32)
-    (y,) = session.run(None, {"x": x})
-    if not np.array_equal(y, x + x):
-        return False, f"0 1 2 3 doubled gave {y.tolist()}"
-    return True, f"ran a one-node model on {provider}"
-
-
-def doubling_model() -> bytes:
-    """An ONNX model y = x + x, float32 [4] (opset 17, IR 8), written field by field: `onnx` is not needed."""
-
-    def varint(value: int) -> bytes:
-        low, rest = value & 0x7F, value >> 7
-        return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
-
-    def number(field: int, value: int) -> bytes:
-        return varint(field << 3) + varint(value)
-
-    def message(field: int, data: bytes) -> bytes:
-        return varint(field << 3 | 2) + varint(len(data)) + data
-
-    def value_info(name: bytes) -> bytes:
-        shape = message(2, message(1, number(1, 4)))  # TensorShapeProto.dim.dim_value
-        tensor = message(1, number(1, 1) + shape)  # TypeProto.tensor_type: elem_type FLOAT
-        return message(1, name) + message(2, tensor)
-
-    node = message(1, b"x") + message(1, b"x") + message(2, b"y") + message(4, b"Add")
-    graph = message(1, node) + message(2, b"double") + message(11, value_info(b"x"))
-    graph += message(12, value_info(b"y"))
-    return number(1, 8) + message(7, graph) + message(8, message(1, b"") + number(2, 17))
 
 
 # -- what the other commands need ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""bench kernels: its arithmetic, its plan, its command, its tables and pictures. Timing needs a GPU; here a
+"""bench kernels: its arithmetic, its sizes, its command, its tables and pictures. Timing needs a GPU; here a
 stand-in for it returns set times, so that everything which follows from them can be checked."""
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import pytest
 
 from dijiang_engines.bench.runner import Timing
 from dijiang_engines.errors import OutputError, UsageError
-from dijiang_export.bench.kernels import cells as plan
-from dijiang_export.bench.kernels import measure as bench_kernels
-from dijiang_export.bench.kernels import plot as bench_kernels_plot
-from dijiang_export.bench.kernels import warm as bench_kernels_warm
+from dijiang_export.bench.about import find_commit
+from dijiang_export.bench.kernels import cells as sizes
+from dijiang_export.bench.kernels import measure as kernels_measure
+from dijiang_export.bench.kernels import plot, warm
 from dijiang_export.bench.kernels.cells import Cell, Shape
 from dijiang_export.bench.kernels.gpu import Measured
-from dijiang_export.bench.kernels.measure import measure_kernels, read_record
+from dijiang_export.bench.kernels.measure import PEER_NAMES, measure_kernels
+from dijiang_export.bench.kernels.record import read_record, requote
 from dijiang_export.bench.kernels.tables import draw_kernels, result_cell
 from dijiang_export.bench.report.records import RecordError
 from dijiang_export.cli import main
@@ -40,7 +41,7 @@ def timing(median: float, spread: float = 0.01) -> Timing:
 class FakeLab:
     """A GPU on which ours takes 10 µs a row, fla 15, and everything else what a test says."""
 
-    def __init__(self, peers: Sequence[str] = bench_kernels.PEER_NAMES, dtype: str = "float16", *,
+    def __init__(self, peers: Sequence[str] = PEER_NAMES, dtype: str = "float16", *,
                  library: Path | None = None, ours: bool = True) -> None:  # fmt: skip
         self.peers, self.dtype, self.ours, self.asked = tuple(peers), dtype, ours, library
         self.absent = {"torch-compile": "no compiler"} if "torch-compile" in peers else {}
@@ -95,14 +96,14 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> list[FakeLab]:
         opened.append(made)
         return made
 
-    monkeypatch.setattr(bench_kernels, "open_lab", open_lab)
+    monkeypatch.setattr(kernels_measure, "open_lab", open_lab)
     monkeypatch.setattr(FakeLab, "fail", lambda: wrong.append(True), raising=False)
     return opened
 
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
-    cells = plan.plan_cells([Shape(16, 64), Shape(8, 256)], [1, 8], [(1, 512), (8, 2048)])
+    cells = sizes.make_cells([Shape(16, 64), Shape(8, 256)], [1, 8], [(1, 512), (8, 2048)])
     return json.loads(json.dumps(measure_kernels(FakeLab(), cells), default=str))
 
 
@@ -122,45 +123,45 @@ def record() -> dict[str, Any]:
     ids=str,
 )
 def test_the_core_floor(cell: Cell, microseconds: float) -> None:
-    assert 1e6 * plan.core_floor_seconds(cell, "float16") == pytest.approx(microseconds)
+    assert 1e6 * sizes.core_floor_seconds(cell, "float16") == pytest.approx(microseconds)
 
 
 def test_the_bytes_of_the_op() -> None:
-    found = plan.cell_bytes(Cell("decode", Shape(2, 16), 3, 1), "float32")
-    assert found == plan.Bytes(
+    found = sizes.cell_bytes(Cell("decode", Shape(2, 16), 3, 1), "float32")
+    assert found == sizes.Bytes(
         state=2 * 4 * 3 * 2 * 256, qkv=4 * 3 * 3 * 32, gate=4 * 3 * 32, output=4 * 3 * 32
     )
     assert found.op == found.state + found.qkv + found.gate + found.output
     assert found.core("decode") == found.op - found.gate
     assert found.core("prefill") == found.qkv + found.output
-    half = plan.cell_bytes(Cell("decode", Shape(2, 16), 3, 1), "bfloat16")
+    half = sizes.cell_bytes(Cell("decode", Shape(2, 16), 3, 1), "bfloat16")
     assert (half.state, half.qkv) == (found.state, found.qkv // 2)
 
 
 def test_the_operations_of_a_prefill_include_its_chunks() -> None:
     d, heads = 32, 2
-    step = plan.cell_operations(Cell("decode", Shape(heads, d), 5, 1))
+    step = sizes.cell_operations(Cell("decode", Shape(heads, d), 5, 1))
     assert step == 5 * heads * 8 * d * d
-    assert plan.cell_operations(Cell("prefill", Shape(heads, d), 1, 128)) == 128 * heads * (
+    assert sizes.cell_operations(Cell("prefill", Shape(heads, d), 1, 128)) == 128 * heads * (
         8 * d * d + 4 * 64 * d
     )
-    assert plan.cell_operations(Cell("prefill", Shape(heads, d), 1, 10)) == 10 * heads * (
+    assert sizes.cell_operations(Cell("prefill", Shape(heads, d), 1, 10)) == 10 * heads * (
         8 * d * d + 4 * 10 * d
     )
 
 
 def test_what_follows_from_the_medians() -> None:
-    nbytes = plan.cell_bytes(DECODE, "float16").op
-    found = plan.derive(DECODE, "float16", {"ours": 10e-6, "fla": 15e-6, "copy": 8e-6}, COPY, MATMUL)
+    nbytes = sizes.cell_bytes(DECODE, "float16").op
+    found = sizes.derive(DECODE, "float16", {"ours": 10e-6, "fla": 15e-6, "copy": 8e-6}, COPY, MATMUL)
     assert found["floor"] == pytest.approx(nbytes / COPY)
     assert found["bound"] == "bytes"
     assert found["ratios"] == {"fla": pytest.approx(1.5), "copy": pytest.approx(0.8)}
     assert found["over_floor"] == pytest.approx(10e-6 * COPY / nbytes)
     assert found["share_of_copy"] == pytest.approx(nbytes / 10e-6 / COPY)
-    heavy = plan.derive(PREFILL, "float16", {"ours": 1.0}, COPY, MATMUL)
+    heavy = sizes.derive(PREFILL, "float16", {"ours": 1.0}, COPY, MATMUL)
     assert heavy["bound"] == "operations"
-    assert heavy["floor"] == pytest.approx(plan.cell_operations(PREFILL) / MATMUL)
-    bare = plan.derive(DECODE, "float16", {"fla": 1.0}, None, None)
+    assert heavy["floor"] == pytest.approx(sizes.cell_operations(PREFILL) / MATMUL)
+    bare = sizes.derive(DECODE, "float16", {"fla": 1.0}, None, None)
     assert (bare["ratios"], bare["floor"], bare["over_floor"], bare["share_of_copy"]) == (
         {},
         None,
@@ -173,28 +174,28 @@ def test_what_follows_from_the_medians() -> None:
     ("nbytes", "cache", "sets"), [(1 << 20, 50 << 20, 150), (1 << 30, 50 << 20, 2), (1, 50 << 20, 512)]
 )
 def test_sets_of_buffers_outgrow_the_cache(nbytes: int, cache: int, sets: int) -> None:
-    assert plan.buffer_sets(nbytes, cache) == sets
+    assert sizes.buffer_sets(nbytes, cache) == sets
 
 
 def test_geometric_mean() -> None:
-    assert plan.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
-    assert plan.geometric_mean([]) is None
+    assert sizes.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+    assert sizes.geometric_mean([]) is None
 
 
-# -- the plan ------------------------------------------------------------------------------------------
+# -- the sizes -----------------------------------------------------------------------------------------
 
 
 def test_the_default_plan() -> None:
-    cells = plan.plan_cells()
+    cells = sizes.make_cells()
     assert len(cells) == 32
-    assert [str(s) for s in plan.SHAPES] == ["16x64", "32x80", "32x128", "8x256"]
+    assert [str(s) for s in sizes.SHAPES] == ["16x64", "32x80", "32x128", "8x256"]
     assert {c.batch for c in cells if c.phase == "decode"} == {1, 8, 64, 256}
-    assert {(c.batch, c.length) for c in cells if c.phase == "prefill"} == set(plan.PROMPTS)
+    assert {(c.batch, c.length) for c in cells if c.phase == "prefill"} == set(sizes.PROMPTS)
 
 
 def test_a_cell_is_measured_once() -> None:
-    assert len(plan.plan_cells([Shape(1, 16), Shape(1, 16)], [2, 2], [], ["decode"])) == 1
-    assert plan.plan_cells(phases=["prefill"])[0].phase == "prefill"
+    assert len(sizes.make_cells([Shape(1, 16), Shape(1, 16)], [2, 2], [], ["decode"])) == 1
+    assert sizes.make_cells(phases=["prefill"])[0].phase == "prefill"
 
 
 @pytest.mark.parametrize(
@@ -202,22 +203,22 @@ def test_a_cell_is_measured_once() -> None:
 )
 def test_shapes_that_do_not_exist(text: str) -> None:
     with pytest.raises(UsageError) as info:
-        plan.parse_shape(text)
+        sizes.parse_shape(text)
     assert info.value.got == text
     assert info.value.expected is not None
 
 
 def test_shapes_and_prompts_are_read() -> None:
-    assert plan.parse_shape("32x128") == plan.parse_shape(" 32×128 ") == Shape(32, 128)
-    assert plan.parse_prompt("8x2048") == (8, 2048)
-    assert plan.parse_prompt("512") == (1, 512)
+    assert sizes.parse_shape("32x128") == sizes.parse_shape(" 32×128 ") == Shape(32, 128)
+    assert sizes.parse_prompt("8x2048") == (8, 2048)
+    assert sizes.parse_prompt("512") == (1, 512)
     for text in ("1", "2x1", "0x8", "x", "8x", "2x3x4"):
         with pytest.raises(UsageError):
-            plan.parse_prompt(text)
+            sizes.parse_prompt(text)
 
 
 def test_compilation_is_shared_out() -> None:
-    tasks = bench_kernels_warm.tasks(plan.plan_cells(), ["ours", "fla", "fla-phi", "torch-compile", "copy"])
+    tasks = warm.tasks(sizes.make_cells(), ["ours", "fla", "fla-phi", "torch-compile", "copy"])
     assert len(tasks) == 3 * 2 * 4 + 3 * 4
     assert {name for name, _, _ in tasks} == {"fla", "fla-phi", "torch-compile"}
     assert all(len({(c.phase, c.shape) for c in cells}) == 1 for _, cells, _ in tasks)
@@ -230,7 +231,7 @@ def test_compilation_is_shared_out() -> None:
 
 def test_a_compilation_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    found = bench_kernels_warm.warm([DECODE], ["copy", "torch-compile"], "float16", 2)
+    found = warm.warm([DECODE], ["copy", "torch-compile"], "float16", 2)
     assert len(found) == 1
     assert found[0].startswith("torch-compile, decode 16x64: ")
     assert "\n" not in found[0]
@@ -255,7 +256,7 @@ def test_the_record_says_everything(record: dict[str, Any]) -> None:
 
 def test_time_can_be_limited() -> None:
     lab, seen = FakeLab(), []
-    cells = plan.plan_cells()
+    cells = sizes.make_cells()
     found = measure_kernels(lab, cells, limit=0.0, report=lambda r: seen.append(len(r["cells"])))
     assert found["cells"] == seen == []
     assert found["notes"][0].startswith("left out, the time was up: decode 16x64 B1 L1, decode 16x64 B8 L1")
@@ -281,10 +282,10 @@ def test_what_was_measured_before_an_end_is_kept(
 
 
 def test_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = bench_kernels.find_commit()
+    found = find_commit()
     assert found is None or re.fullmatch(r"[0-9a-f]{40}\+?", found)
     monkeypatch.setenv("DIJIANG_COMMIT", "abc")
-    assert bench_kernels.find_commit() == "abc"
+    assert find_commit() == "abc"
 
 
 # -- the command ---------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def test_the_command_measures_and_saves(
     assert [str(c) for c in lab[0].seen] == [
         "decode 16x64 B1 L1", "decode 16x64 B4 L1", "prefill 16x64 B2 L512",
     ]  # fmt: skip
-    assert (lab[0].dtype, lab[0].peers, lab[0].ours) == ("float16", bench_kernels.PEER_NAMES, True)
+    assert (lab[0].dtype, lab[0].peers, lab[0].ours) == ("float16", PEER_NAMES, True)
 
 
 def test_what_is_measured_can_be_chosen(lab: list[FakeLab], tmp_path: Path) -> None:
@@ -325,7 +326,7 @@ def test_the_other_figure_can_be_compared(
     first, before = shown["cells"][0]["derived"], record["cells"][0]["derived"]
     assert first["share_of_copy"] == pytest.approx(before["share_of_copy"] / 2)
     assert first["ratios"] == pytest.approx(before["ratios"])
-    assert bench_kernels.requote(shown, "single")["cells"] == record["cells"]
+    assert requote(shown, "single")["cells"] == record["cells"]
 
 
 def test_the_tables(lab: list[FakeLab], capfd: pytest.CaptureFixture[str]) -> None:
@@ -419,13 +420,13 @@ def test_a_wide_spread_is_shown() -> None:
 
 
 def test_what_is_drawn(record: dict[str, Any]) -> None:
-    lines = bench_kernels_plot.series(record, "decode", 16, 64)
+    lines = plot.series(record, "decode", 16, 64)
     assert lines["ours"] == [(1.0, pytest.approx(10.0)), (8.0, pytest.approx(80.0))]
     assert set(lines) == {"ours", "fla", "copy", "floor"}
-    prefill = bench_kernels_plot.series(record, "prefill", 8, 256)
+    prefill = plot.series(record, "prefill", 8, 256)
     assert prefill["ours"] == [(512.0, pytest.approx(10.0))]
     assert prefill["fla B8"] == [(8 * 2048.0, pytest.approx(120.0))]
-    roofs = bench_kernels_plot.roofline(record)
+    roofs = plot.roofline(record)
     first = record["cells"][0]["derived"]
     assert roofs["decode"][0] == (
         first["operations"] / first["bytes"]["op"],
@@ -437,7 +438,7 @@ def test_what_is_drawn(record: dict[str, Any]) -> None:
 def test_drawing_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OutputError, match="matplotlib") as info:
-        bench_kernels_plot.check_plot(tmp_path / "x.svg")
+        plot.check_plot(tmp_path / "x.svg")
     assert "dijiang-export[bench]" in str(info.value)
 
 
@@ -446,10 +447,10 @@ def test_drawing_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(("name", "magic"), [("a.svg", b"<?xml"), ("b.png", b"\x89PNG")])
 def test_pictures(record: dict[str, Any], tmp_path: Path, name: str, magic: bytes) -> None:
     path = tmp_path / name
-    bench_kernels_plot.plot_kernels(record, path)
+    plot.plot_kernels(record, path)
     assert path.read_bytes().startswith(magic)
     with pytest.raises(OutputError, match="there is no folder"):
-        bench_kernels_plot.plot_kernels(record, tmp_path / "no" / name)
+        plot.plot_kernels(record, tmp_path / "no" / name)
 
 
 def test_help_names_no_gpu_package() -> None:

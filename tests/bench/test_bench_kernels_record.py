@@ -11,9 +11,9 @@ from rich.console import Console
 from support.makers.record_mutants import mutants
 from support.paths import ROOT
 
-from dijiang_export.bench.kernels.cells import plan_cells
-from dijiang_export.bench.kernels.measure import read_record, requote, wrong
+from dijiang_export.bench.kernels.cells import make_cells
 from dijiang_export.bench.kernels.plot import roofline, series
+from dijiang_export.bench.kernels.record import read_record, requote, wrong
 from dijiang_export.bench.kernels.tables import draw_kernels, markdown_table
 from dijiang_export.bench.report.records import RecordError
 
@@ -71,8 +71,8 @@ def test_the_page_names_what_the_record_was_measured_with() -> None:
 def test_the_record_is_whole_and_right() -> None:
     record = read_record(RECORD)
     sizes = [(c["phase"], c["heads"], c["head_dim"], c["batch"], c["length"]) for c in record["cells"]]
-    planned = [(c.phase, c.shape.heads, c.shape.head_dim, c.batch, c.length) for c in plan_cells()]
-    assert sizes == [size for size in planned if size != NOT_REACHED]
+    wanted = [(c.phase, c.shape.heads, c.shape.head_dim, c.batch, c.length) for c in make_cells()]
+    assert sizes == [size for size in wanted if size != NOT_REACHED]
     assert wrong(record) == []
     assert record["settings"]["dtype"] == "float16"
     assert record["library"]["sha256"]

@@ -13,32 +13,27 @@ import pytest
 import torch
 
 from dijiang_engines.errors import RunnerError, UsageError
+from dijiang_export.bench.peers import measure as bench_peers
 from dijiang_export.bench.peers import run as bench_peers_run
-from dijiang_export.bench.peers import settings as bench_peers
 from dijiang_export.bench.peers.dijiang import Dijiang
 from dijiang_export.bench.peers.hf import HuggingFace
-from dijiang_export.bench.peers.run import BLOCK, Prepared, error_of, measure
-from dijiang_export.bench.peers.settings import (
-    PEERS,
-    Plan,
-    measure_peers,
-    neox_spec,
-    run_peer,
-    step_floor_bytes,
-)
+from dijiang_export.bench.peers.measure import measure_peers, run_peer, step_floor_bytes
+from dijiang_export.bench.peers.run import measure
+from dijiang_export.bench.peers.settings import PEERS, PeerSettings, neox_spec
+from dijiang_export.bench.peers.tools import BLOCK, LeftOut, Prepared, error_of, wrong
 from dijiang_export.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 from dijiang_export.cli import main
 
 TINY = Shape(layers=2, hidden=64, heads=4, intermediate=96, vocab=260, positions=512)
 CPU = torch.device("cpu")
 # "eager": torch.compile traces as ever, but nothing has to be compiled.
-PLAN = Plan(
+SETTINGS = PeerSettings(
     TINY, "float32", "cpu", batches=(1, 2), contexts=(5, 24), lengths=(16, 70), seconds=0.0, backend="eager"
 )
 SIZES = ["--layers", "2", "--hidden", "64", "--heads", "4", "--intermediate", "96", "--vocab", "260"]
 
 
-def collect(name: str, plan: Plan = PLAN) -> dict[str, list[Any]]:
+def collect(name: str, settings: PeerSettings = SETTINGS) -> dict[str, list[Any]]:
     """What a peer says, run in this process."""
     said: dict[str, list[Any]] = {}
 
@@ -46,19 +41,19 @@ def collect(name: str, plan: Plan = PLAN) -> dict[str, list[Any]]:
         for key, value in json.loads(json.dumps(what, allow_nan=False)).items():
             said.setdefault(key, []).append(value)
 
-    measure(name, plan, say)
+    measure(name, settings, say)
     return said
 
 
-# -- plans ---------------------------------------------------------------------------------------------
+# -- settings ------------------------------------------------------------------------------------------
 
 
 def test_what_is_asked_of_every_peer() -> None:
-    plan = replace(PLAN, batches=(1, 4), contexts=(128, 2048), lengths=(512, 2048, 8192))
-    assert plan.decodes() == [(1, 128), (1, 2048), (4, 2048)]
-    assert plan.prefills() == [(1, 512), (1, 2048), (1, 8192), (4, 512), (4, 2048)]
-    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    nothing = replace(PLAN, contexts=(), lengths=())
+    settings = replace(SETTINGS, batches=(1, 4), contexts=(128, 2048), lengths=(512, 2048, 8192))
+    assert settings.decodes() == [(1, 128), (1, 2048), (4, 2048)]
+    assert settings.prefills() == [(1, 512), (1, 2048), (1, 8192), (4, 512), (4, 2048)]
+    assert PeerSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    nothing = replace(SETTINGS, contexts=(), lengths=())
     assert nothing.decodes() == nothing.prefills() == []
 
 
@@ -111,7 +106,7 @@ def test_a_peer_is_checked_and_timed(name: str) -> None:
 @pytest.mark.parametrize("kind", [HuggingFace, Dijiang])
 def test_decoding_goes_on_from_the_right_place_each_time(kind: Any, mode: str) -> None:
     """The block's last token is what the whole text gives, greedily, after any number of runs."""
-    peer = kind(PLAN, CPU, mode)
+    peer = kind(SETTINGS, CPU, mode)
     with torch.no_grad():
         state = peer._rng.get_state()
         prepared = peer.decode(2, 9)
@@ -131,7 +126,7 @@ def test_decoding_goes_on_from_the_right_place_each_time(kind: Any, mode: str) -
 def test_a_static_cache_does_not_recompile_as_it_fills() -> None:
     from torch._dynamo.utils import counters
 
-    peer = HuggingFace(PLAN, CPU, "compiled")
+    peer = HuggingFace(SETTINGS, CPU, "compiled")
     with torch.no_grad():
         prepared = peer.decode(1, 12)
         before = counters["stats"]["unique_graphs"]
@@ -145,7 +140,7 @@ def test_the_chunked_form_compiles_one_layer_for_all() -> None:
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    peer = Dijiang(replace(PLAN, shape=replace(TINY, layers=5)), CPU, "compiled")
+    peer = Dijiang(replace(SETTINGS, shape=replace(TINY, layers=5)), CPU, "compiled")
     with torch.no_grad():
         assert peer.prefill("chunked", 1, 150).error < 1e-5
     assert counters["stats"]["unique_graphs"] == 1
@@ -153,7 +148,7 @@ def test_the_chunked_form_compiles_one_layer_for_all() -> None:
 
 def test_a_prefill_that_would_compile_for_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dijiang_export.bench.peers.dijiang.MOST_CHUNKS", 1)
-    said = collect("dijiang-compiled", replace(PLAN, contexts=(), batches=(1,)))
+    said = collect("dijiang-compiled", replace(SETTINGS, contexts=(), batches=(1,)))
     assert [(row["form"], row["length"]) for row in said["prefill"]] == [
         ("parallel", 16), ("chunked", 16), ("parallel", 70)
     ]  # fmt: skip
@@ -170,7 +165,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
         return logits.argmax(-1), logits
 
     monkeypatch.setattr(HuggingFace, "_step", late)
-    said = collect("hf-compiled", replace(PLAN, lengths=()))
+    said = collect("hf-compiled", replace(SETTINGS, lengths=()))
     assert "decode" not in said
     assert len(said["left_out"]) == 3
     assert all("it computes something else" in left["why"] for left in said["left_out"])
@@ -192,7 +187,7 @@ def test_one_failing_figure_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
 
 def test_older_transformers_get_a_cache_position(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 5.3 the model's caller says where in a static cache the tokens go."""
-    peer = HuggingFace(PLAN, CPU, "eager")
+    peer = HuggingFace(SETTINGS, CPU, "eager")
     seen: list[Any] = []
     forward = peer.model.forward
 
@@ -213,15 +208,15 @@ def test_errors_are_in_standard_deviations() -> None:
     exact = torch.tensor([0.0, 2.0, 4.0])
     assert error_of(exact + torch.tensor([0.0, 0.0, 1.0]), exact) == pytest.approx(0.5)
     assert error_of(torch.tensor([0.0, float("nan"), 4.0]), exact) == float("inf")
-    assert bench_peers.wrong(float("inf"), "float16")
-    assert bench_peers.wrong(float("nan"), "float16")
-    assert bench_peers.wrong(0.5, "float16")
-    assert not bench_peers.wrong(0.02, "float16")
+    assert wrong(float("inf"), "float16")
+    assert wrong(float("nan"), "float16")
+    assert wrong(0.5, "float16")
+    assert not wrong(0.02, "float16")
 
 
 # -- processes -----------------------------------------------------------------------------------------
 
-QUICK = replace(PLAN, batches=(1,), contexts=(8,), lengths=(8,))
+QUICK = replace(SETTINGS, batches=(1,), contexts=(8,), lengths=(8,))
 
 
 def test_a_peer_runs_in_a_process_of_its_own() -> None:
@@ -265,8 +260,8 @@ def test_graphs_need_a_gpu_and_a_missing_device_is_said(monkeypatch: pytest.Monk
     said = collect("hf-graph")
     assert said["left_out"] == [{"what": "everything", "why": "CUDA graphs need a CUDA device"}]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(bench_peers_run.LeftOut, match="no CUDA device"):
-        collect("hf-eager", replace(PLAN, device="cuda"))
+    with pytest.raises(LeftOut, match="no CUDA device"):
+        collect("hf-eager", replace(SETTINGS, device="cuda"))
 
 
 def test_nothing_measured_is_an_error() -> None:
@@ -318,10 +313,10 @@ def test_wrong_words(words: list[str], message: str, capfd: pytest.CaptureFixtur
     assert message in capfd.readouterr().err
 
 
-def test_the_plan_needs_no_torch() -> None:
+def test_the_settings_need_no_torch() -> None:
     code = (
         "import sys\nfor name in ('torch', 'transformers'): sys.modules[name] = None\n"
-        "import dijiang_export.bench.peers.settings, dijiang_export.bench.bundle\n"
+        "import dijiang_export.bench.peers.measure, dijiang_export.bench.bundle\n"
         "import dijiang_export.commands.bench\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -331,8 +326,8 @@ def test_the_plan_needs_no_torch() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf-compiled", "dijiang-compiled"])
 def test_the_compiler_is_really_asked(name: str) -> None:
-    plan = replace(QUICK, backend="inductor")
-    result = run_peer(plan, name, 300)
+    settings = replace(QUICK, backend="inductor")
+    result = run_peer(settings, name, 300)
     assert result.error is None
     assert result.left_out == []
     assert result.decode and result.prefill
@@ -342,8 +337,8 @@ def test_the_compiler_is_really_asked(name: str) -> None:
 @pytest.mark.parametrize("name", PEERS)
 def test_a_gpu_measures(name: str) -> None:
     """CUDA graphs, whoever makes them: what no CPU can show."""
-    plan = replace(QUICK, device="cuda", dtype="float16", backend="inductor", batches=(1, 2))
-    result = run_peer(plan, name, 300)
+    settings = replace(QUICK, device="cuda", dtype="float16", backend="inductor", batches=(1, 2))
+    result = run_peer(settings, name, 300)
     assert result.error is None
     assert result.left_out == []
     assert not [note for row in result.decode for note in row["notes"]]

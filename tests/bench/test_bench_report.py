@@ -22,7 +22,8 @@ from support.paths import ROOT
 from dijiang_engines.bench.bandwidth import Bandwidth
 from dijiang_engines.bench.runner import BenchReport, LoopTime, Prefill, Step, Timing
 from dijiang_engines.errors import OutputError, UsageError
-from dijiang_export.bench.peers.settings import PeerResult, Plan, neox_spec, peers_document, step_floor_bytes
+from dijiang_export.bench.peers.measure import PeerResult, peers_document, step_floor_bytes
+from dijiang_export.bench.peers.settings import PeerSettings, neox_spec
 from dijiang_export.bench.random_checkpoint import SHAPES
 from dijiang_export.bench.report.plot import HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, plot_report
 from dijiang_export.bench.report.records import RecordError
@@ -66,7 +67,7 @@ def engine(bandwidth: Bandwidth | None = None) -> dict[str, Any]:
 
 def peers() -> dict[str, Any]:
     """What `bench peers` saves on the same GPU."""
-    plan = Plan(SHAPE, "float16", "cuda:0", contexts=(128, 2048), lengths=(2048,))
+    settings = PeerSettings(SHAPE, "float16", "cuda:0", contexts=(128, 2048), lengths=(2048,))
 
     def steps(*seconds: float) -> list[dict[str, Any]]:
         return [
@@ -87,7 +88,7 @@ def peers() -> dict[str, Any]:
         PeerResult("dijiang-graph", "stopped after 9 s, during steps"),
     ]  # fmt: skip
     about = {"command": "x", "versions": {}, "machine": MACHINE, "load_average": 0.0}
-    return about | peers_document(plan, "pythia-410m", results)
+    return about | peers_document(settings, "pythia-410m", results)
 
 
 @pytest.fixture

@@ -136,11 +136,13 @@ def test_bench_kernels_takes_its_ceiling_from_it(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("fixed_rate")
 def test_bench_peers_takes_its_rate_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, Any]] = []
-    plan: Any = SimpleNamespace(threads=torch.get_num_threads(), device="cuda", decodes=list, prefills=list)
+    settings: Any = SimpleNamespace(
+        threads=torch.get_num_threads(), device="cuda", decodes=list, prefills=list
+    )
     monkeypatch.setattr(bench_peers_run, "open_device", lambda name: torch.device(name))
     monkeypatch.setattr(bench_peers_run, "describe_gpu", lambda device: {"name": "a GPU"})
     with pytest.raises(RuntimeError, match="enough"):
-        bench_peers_run.measure("hf-eager", plan, lambda **what: said.append(what) or _stop(what))  # type: ignore[func-returns-value]
+        bench_peers_run.measure("hf-eager", settings, lambda **what: said.append(what) or _stop(what))  # type: ignore[func-returns-value]
     assert {"threads": 0, "read": RATE, "copy": RATE} in [each.get("bandwidth") for each in said]
 
 

@@ -16,7 +16,8 @@ from support.fakes.tensorrt import FakeMachine
 from support.makers.engine_folders import build, visible
 from support.makers.toy_bundle import make_bundle
 
-from dijiang_engines.building.build import build_engine, plugin_multiplies, profile_shapes
+from dijiang_engines.building.build import build_engine
+from dijiang_engines.building.plans import plugin_multiplies, profile_shapes
 from dijiang_engines.building.recipes import load_recipe
 from dijiang_engines.errors import (
     BundleError,

@@ -19,7 +19,7 @@ from support.fakes.tensorrt import FakeMachine
 from support.makers.engine_folders import build, visible
 from support.makers.toy_bundle import make_bundle
 
-from dijiang_engines.building import build as build_module
+from dijiang_engines.building.lock import only_builder
 from dijiang_engines.building.memory import HOST_BASE, check_memory, estimate_memory
 from dijiang_engines.building.recipes import load_recipe
 from dijiang_engines.errors import (
@@ -233,7 +233,7 @@ def test_a_place_that_cannot_be_written_to(bundle: Path, tmp_path: Path) -> None
 def test_two_processes_and_one_folder(bundle: Path, tmp_path: Path) -> None:
     machine = FakeMachine(tmp_path / "machine")
     with (
-        build_module._only_builder(tmp_path / "e"),
+        only_builder(tmp_path / "e"),
         pytest.raises(OutputError, match="another process is building") as info,
     ):
         build(machine, bundle, tmp_path / "e")

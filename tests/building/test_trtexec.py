@@ -15,7 +15,7 @@ import pytest
 from support.makers.plugin_cache import make_build
 from support.paths import ROOT, TESTS
 
-from dijiang_engines.building.build import profile_shapes
+from dijiang_engines.building.plans import profile_shapes
 from dijiang_engines.building.recipes import load_recipe
 from dijiang_engines.building.trtexec import TrtexecCommands, trtexec_commands
 from dijiang_engines.errors import DijiangError, RunnerError, UsageError

@@ -12,6 +12,7 @@ import pytest
 from support.makers.machines import GPU, HERE, works
 
 from dijiang_engines import doctor, machine
+from dijiang_engines.runners.onnxruntime.trial import doubling_model
 from dijiang_export.cli import main
 
 
@@ -35,11 +36,11 @@ def test_the_one_node_model_is_valid_onnx_and_doubles() -> None:
     import onnx
     import onnxruntime as ort
 
-    model = onnx.load_from_string(doctor.doubling_model())
+    model = onnx.load_from_string(doubling_model())
     onnx.checker.check_model(model, full_check=True)
     assert model.ir_version == 8
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
-    session = ort.InferenceSession(doctor.doubling_model(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(doubling_model(), providers=["CPUExecutionProvider"])
     assert session.run(None, {"x": np.arange(4, dtype=np.float32)})[0].tolist() == [0, 2, 4, 6]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines.building.build import check_fit, plans
+from dijiang_engines.building.plans import check_fit, plans
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dijiang_engines.fresh_interpreter import command_for
 from dijiang_engines.machine import Gpu, find_gpus, package_version, run_tool
 
 LEAST_CUDA = (12, 0)
@@ -194,36 +195,10 @@ def find_architectures(gpus: tuple[Gpu, ...] | None = None, board: str | None = 
     return tuple(sorted(number for number in known if number is not None))
 
 
-def print_capabilities() -> None:
-    """What the process of its own runs: ask libcuda, print one compute capability a line."""
-    import ctypes
-
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return
-    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return
-    for index in range(count.value):
-        numbers = []
-        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR (cuda.h)
-            if cuda.cuDeviceGet(ctypes.byref(device), index) != 0:
-                return
-            if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
-                return
-            numbers.append(value.value)
-        print(10 * numbers[0] + numbers[1])
-
-
 def _ask_driver() -> list[int]:
-    code = f"import sys; sys.path[:] = {sys.path!r}; "
-    code += "from dijiang_engines.plugin.toolchain import print_capabilities; "
+    command = command_for("dijiang_engines.plugin.capabilities")
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code + "print_capabilities()"],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [int(line) for line in done.stdout.split() if line.isdigit()]

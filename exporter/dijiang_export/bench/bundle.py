@@ -7,15 +7,11 @@ begin. Nothing here needs PyTorch, but for a checkpoint: TensorRT may live in a 
 
 from __future__ import annotations
 
-import datetime
-import os
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +20,19 @@ from dijiang_engines.bench.runner import BATCHES, FAR, NEAR, PREFILL_LENGTHS, Ef
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.open import Model, open_model
-from dijiang_engines.machine import describe_machine, package_versions, usable_cpus
+from dijiang_engines.machine import usable_cpus
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners import Runner, open_runner
 from dijiang_engines.runners.base import HasSettings
 from dijiang_engines.sizes import part_sizes
 from dijiang_engines.tokenizer.load import load_tokenizer
 from dijiang_engines.validation.validate import validate
-from dijiang_engines.version import __version__
-from dijiang_export.bench.export import memory
+from dijiang_export.bench.about import about_run
+from dijiang_export.bench.process_memory import memory
 
 KIND = "bench"
 """What these documents call themselves; `bench report` reads them."""
 STARTUPS = 3
-_PACKAGES = (
-    "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "triton", "transformers", "onnx", "onnxscript",
-    "tensorrt", "cuda-bindings",
-)  # fmt: skip
 
 
 def measure_bundle(
@@ -123,17 +115,6 @@ def measure_bundle(
         "bench": found.to_json(),
         "reference": reference,
         "startup": _startup(model, opened.name, told),
-    }
-
-
-def about_run() -> dict[str, Any]:
-    """What was run, when, with what, on what, and how busy that was before (mean of a minute)."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"dijiang-export": __version__, **package_versions(_PACKAGES)},
-        "machine": asdict(describe_machine()),
-        "load_average": os.getloadavg()[0],
     }
 
 

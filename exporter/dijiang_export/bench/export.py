@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,37 +16,19 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from dijiang_engines.errors import OutputError, RunnerError, UsageError
+from dijiang_engines.errors import DijiangError, OutputError, RunnerError, UsageError
+from dijiang_engines.fresh_interpreter import command_for
 from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_export.bench.process_memory import memory, reset_peak
 from dijiang_export.bench.random_checkpoint import SHAPES, write_random_checkpoint
+from dijiang_export.export.cases import Cases
 
 SAMPLE_SECONDS = 0.02
 COPY_BLOCK = 16 << 20
 COPIES_ON_DISK = 4.5
 """Free space needed, in checkpoints: itself, then a copy or a bundle (twice its size in float32), slack."""
-
-_CHILD = """\
-import json, sys, time
-sys.path[:] = {path!r}
-import torch
-from dijiang_export.bench.export import memory, reset_peak
-reset_peak()
-print(json.dumps({{"baseline": memory("self")}}), flush=True)
-start = time.perf_counter()
-from dijiang_engines.errors import DijiangError
-from dijiang_export.export.to_onnx import export_bundle
-imported = time.perf_counter() - start
-try:
-    report = export_bundle({source!r}, {target!r}, dtype={dtype!r}, cases={cases!r})
-except DijiangError as error:
-    sys.exit(str(error))
-print(json.dumps({{
-    "seconds": time.perf_counter() - start, "parts": report.seconds | {{"imports": imported}},
-    "peak": memory("self"), "weights_bytes": report.weights_bytes,
-}}), flush=True)
-"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +37,7 @@ class ExportMeasurement:
 
     shape: str
     dtype: str
-    cases: str
+    cases: Cases
     checkpoint_bytes: int
     weights_bytes: int
     bundle_bytes: int
@@ -101,7 +82,7 @@ def measure_export(
     folder: Path,
     *,
     dtype: str = "float16",
-    cases: str = "short",
+    cases: Cases = "short",
     progress: ProgressFactory = silent,
 ) -> ExportMeasurement:
     """Write a random checkpoint of `shape`, copy it, export it, and say what that took.
@@ -146,14 +127,14 @@ def measure_export(
     )
 
 
-def _run_child(source: Path, target: Path, dtype: str, cases: str) -> tuple[Any, Any, int, int]:
+def _run_child(source: Path, target: Path, dtype: str, cases: Cases) -> tuple[Any, Any, int, int]:
     """The child's two messages, and the highest sampled Pss and Pss_Anon."""
-    code = _CHILD.format(path=sys.path, source=str(source), target=str(target), dtype=dtype, cases=cases)
+    command = command_for("dijiang_export.bench.export", str(source), str(target), dtype, cases)
     errors = target.with_suffix(".log")
     pss = anonymous = 0
     with (
         errors.open("w+b") as log,
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log) as child,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as child,
     ):
         assert child.stdout is not None
         try:
@@ -179,23 +160,6 @@ def _run_child(source: Path, target: Path, dtype: str, cases: str) -> tuple[Any,
 def _last_words(said: str) -> str:
     """An error as its author wrote it; of a traceback, the last line."""
     return said.splitlines()[-1] if "Traceback (most recent call last)" in said else said[-800:]
-
-
-def memory(process: str) -> dict[str, int]:
-    """VmRSS and VmHWM of a process, Pss and Pss_Anon where the kernel tells; bytes."""
-    found = {}
-    for file, names in (("status", "VmRSS|VmHWM"), ("smaps_rollup", "Pss|Pss_Anon")):
-        with suppress(OSError):
-            text = Path(f"/proc/{process}/{file}").read_text()
-            for match in re.finditer(rf"^({names}):\s+(\d+) kB", text, re.MULTILINE):
-                found[match[1]] = int(match[2]) << 10
-    return found
-
-
-def reset_peak() -> None:
-    """Let VmHWM start anew, where the kernel allows it: imports have peaks of their own."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def time_copy(source: Path, target: Path) -> float:
@@ -231,3 +195,35 @@ def _check_space(folder: Path, shape: str) -> None:
             expected=f"{COPIES_ON_DISK * size / 1e9:.1f} GB",
             hint="name a folder on another disk with --folder",
         )
+
+
+def main() -> None:
+    """Export once in this process: source, target, type and cases are its arguments.
+
+    Prints two lines of JSON: the memory before, and what the export took.
+    """
+    import torch  # noqa: F401 - the baseline is an interpreter that has it
+
+    reset_peak()
+    print(json.dumps({"baseline": memory("self")}), flush=True)
+    start = time.perf_counter()
+    from dijiang_export.export.to_onnx import export_bundle
+
+    imported = time.perf_counter() - start
+    source, target, dtype = sys.argv[1:4]
+    cases = cast(Cases, sys.argv[4])
+    try:
+        report = export_bundle(source, target, dtype=dtype, cases=cases)
+    except DijiangError as error:
+        sys.exit(str(error))
+    measured = {
+        "seconds": time.perf_counter() - start,
+        "parts": report.seconds | {"imports": imported},
+        "peak": memory("self"),
+        "weights_bytes": report.weights_bytes,
+    }
+    print(json.dumps(measured), flush=True)
+
+
+if __name__ == "__main__":
+    main()

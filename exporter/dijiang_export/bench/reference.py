@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dijiang_engines.bench.runner import NEAR, WARM_UP_STEPS, Effort, Timing, until_done
-from dijiang_engines.errors import RunnerError
+from dijiang_engines.errors import DijiangError, RunnerError
+from dijiang_engines.fresh_interpreter import command_for
 
 if TYPE_CHECKING:
     from dijiang_export.reference.model import ReferenceModel
@@ -34,15 +35,10 @@ def measure_in_subprocess(
     Raises:
         RunnerError: it failed.
     """
-    arguments = json.dumps([str(checkpoint), threads, list(lengths), asdict(effort)])
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; "
-        f"from dijiang_export.bench.reference import main; main({arguments!r})"
-    )
+    wanted = json.dumps({"threads": threads, "lengths": list(lengths), "effort": asdict(effort)})
+    command = command_for("dijiang_export.bench.reference", str(checkpoint), wanted)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, check=False
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise RunnerError(
             "measuring the PyTorch reference failed",
@@ -51,19 +47,6 @@ def measure_in_subprocess(
         )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def main(arguments: str) -> None:
-    """What the fresh interpreter runs; prints one line of JSON."""
-    from dijiang_engines.errors import DijiangError
-
-    checkpoint, threads, lengths, effort = json.loads(arguments)
-    try:
-        result = measure(Path(checkpoint), threads=threads, lengths=lengths, effort=Effort(**effort))
-    except DijiangError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    print(json.dumps(result))
 
 
 def measure(checkpoint: Path, *, threads: int, lengths: Sequence[int], effort: Effort) -> dict[str, Any]:
@@ -145,3 +128,21 @@ def _time(call: Callable[[], None], effort: Effort, warm_up: int) -> Timing:
         call()
         seconds.append(time.perf_counter() - start)
     return Timing.of(seconds)
+
+
+def main() -> None:
+    """Measure the checkpoint that the first argument names as the second, in JSON, says; print JSON."""
+    checkpoint, wanted = sys.argv[1], json.loads(sys.argv[2])
+    effort = Effort(**wanted["effort"])
+    try:
+        result = measure(
+            Path(checkpoint), threads=wanted["threads"], lengths=wanted["lengths"], effort=effort
+        )
+    except DijiangError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

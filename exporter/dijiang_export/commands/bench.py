@@ -196,7 +196,8 @@ def _export(given: BenchExportArguments, output: Output) -> dict[str, Any]:
     """The document of an export, with that of the bundle's run if it was asked for."""
     import tempfile
 
-    from dijiang_export.bench.bundle import about_run, measure_bundle
+    from dijiang_export.bench.about import about_run
+    from dijiang_export.bench.bundle import measure_bundle
     from dijiang_export.bench.export import measure_export
 
     with tempfile.TemporaryDirectory(prefix="dijiang-bench-") as temporary:

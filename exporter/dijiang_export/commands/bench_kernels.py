@@ -116,8 +116,8 @@ def kernels(output: Output, given: BenchKernelsArguments) -> None:
     models, 1 to 256 rows, prompts of 512 to 8192 tokens. Peers that are not installed are left out.
     """
     from dijiang_engines.errors import ValidationMismatch
-    from dijiang_export.bench.kernels.measure import wrong
     from dijiang_export.bench.kernels.plot import check_plot, plot_kernels
+    from dijiang_export.bench.kernels.record import wrong
     from dijiang_export.bench.kernels.tables import draw_kernels
 
     if given.plot is not None:
@@ -134,7 +134,7 @@ def kernels(output: Output, given: BenchKernelsArguments) -> None:
 
 
 def _read(given: BenchKernelsArguments, record: Path) -> dict[str, Any]:
-    from dijiang_export.bench.kernels.measure import read_record, requote
+    from dijiang_export.bench.kernels.record import read_record, requote
 
     result = read_record(record)
     return result if given.quoted is None else requote(result, given.quoted)
@@ -144,7 +144,7 @@ def _measure(given: BenchKernelsArguments, output: Output) -> dict[str, Any]:
     from dijiang_export.bench.kernels import cells, measure
     from dijiang_export.bench.kernels.tables import describe_cell
 
-    wanted = cells.plan_cells(
+    wanted = cells.make_cells(
         [cells.parse_shape(s) for s in given.shapes] or cells.SHAPES,
         given.batches or cells.BATCHES,
         [cells.parse_prompt(p) for p in given.prompts] or cells.PROMPTS,

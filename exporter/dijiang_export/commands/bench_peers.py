@@ -13,7 +13,8 @@ from dijiang_export.commands.arguments import COUNT, FILE, Dtype, Save, one_of, 
 from dijiang_export.commands.common import Output, finish, save_json
 
 if TYPE_CHECKING:
-    from dijiang_export.bench.peers.settings import PeerResult, Plan
+    from dijiang_export.bench.peers.measure import PeerResult
+    from dijiang_export.bench.peers.settings import PeerSettings
     from dijiang_export.bench.random_checkpoint import Shape
 
 
@@ -116,12 +117,12 @@ class BenchPeersArguments:
     ]
     save: Save
 
-    def settings(self, shape: Shape) -> Plan:
+    def settings(self, shape: Shape) -> PeerSettings:
         """What is asked of each peer."""
         from dijiang_engines.machine import find_gpus, usable_cpus
-        from dijiang_export.bench.peers.settings import BATCHES, CONTEXTS, LENGTHS, Plan
+        from dijiang_export.bench.peers.settings import BATCHES, CONTEXTS, LENGTHS, PeerSettings
 
-        return Plan(
+        return PeerSettings(
             shape, self.dtype, self.device or ("cuda" if find_gpus() else "cpu"),
             self.threads or usable_cpus(),
             self.batches or BATCHES,
@@ -155,8 +156,9 @@ def peers(output: Output, given: BenchPeersArguments) -> None:
 def _measure(given: BenchPeersArguments, output: Output) -> dict[str, Any]:
     """The document of all peers' results; what there is of it so far is saved after each."""
     from dijiang_engines.errors import UsageError
-    from dijiang_export.bench.bundle import about_run
-    from dijiang_export.bench.peers.settings import PEERS, measure_peers, peers_document
+    from dijiang_export.bench.about import about_run
+    from dijiang_export.bench.peers.measure import measure_peers, peers_document
+    from dijiang_export.bench.peers.settings import PEERS
 
     if given.no_prefill and given.no_decode:
         raise UsageError("--no-prefill and --no-decode leave nothing to measure")

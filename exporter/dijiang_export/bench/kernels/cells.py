@@ -129,7 +129,7 @@ def core_floor_seconds(cell: Cell, dtype: Dtype) -> float:
     return floor_seconds(core, operations, REFERENCE_COPY, REFERENCE_MATMUL)
 
 
-def plan_cells(
+def make_cells(
     shapes: Sequence[Shape] = SHAPES,
     batches: Sequence[int] = BATCHES,
     prompts: Sequence[tuple[int, int]] = PROMPTS,
@@ -141,7 +141,7 @@ def plan_cells(
         shapes: of the heads.
         batches: of decode steps.
         prompts: (batch, length) of prefills, length at least 2.
-        phases: which of the two to plan.
+        phases: which of the two.
     """
     cells: list[Cell] = []
     if "decode" in phases:

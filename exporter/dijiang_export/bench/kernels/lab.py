@@ -17,7 +17,7 @@ class CudaLab:
     """The current CUDA device, our library and the peers.
 
     Args:
-        peers: names in `bench_kernels.PEER_NAMES`.
+        peers: names in `measure.PEER_NAMES`.
         dtype: of qkv, gate and output.
         library: of our kernels; None for the default one.
         ours: False measures the peers alone, and needs no library.

@@ -11,7 +11,7 @@ from typing import Any
 
 from dijiang_engines.errors import OutputError, UsageError
 from dijiang_engines.formats.atomic_file import check_output_file, output_file
-from dijiang_export.bench.kernels.measure import medians
+from dijiang_export.bench.kernels.record import medians
 from dijiang_export.bench.kernels.tables import contestants
 
 FORMATS = (".svg", ".png")

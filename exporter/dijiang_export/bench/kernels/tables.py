@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dijiang_export.bench.kernels.cells import geometric_mean
-from dijiang_export.bench.kernels.measure import cell_name, medians
+from dijiang_export.bench.kernels.record import cell_name, medians
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dijiang_engines.fresh_interpreter import command_for
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.bench.kernels.cells import Cell, Dtype, Shape
 
 COMPILING = ("fla", "fla-phi", "torch-compile")
 TASK_SECONDS = 300
-
-
 PARTS = 4
 """Processes among which the configurations of one of flash-linear-attention's prefills are shared out."""
 
@@ -72,12 +71,10 @@ def _run(task: Task, dtype: str) -> str | None:
     """One process; its last words if it fails."""
     name, cells, part = task
     described = [[c.phase, c.shape.heads, c.shape.head_dim, c.batch, c.length] for c in cells]
-    request = json.dumps({"path": sys.path, "name": name, "dtype": dtype, "cells": described, "part": part})
-    code = "import json,sys; r = json.load(sys.stdin); sys.path[:] = r['path']\n"
-    code += f"from {__name__} import compile_all; compile_all(r)"
+    request = json.dumps({"name": name, "dtype": dtype, "cells": described, "part": part})
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], input=request, capture_output=True, text=True,
+            command_for("dijiang_export.bench.kernels.warm"), input=request, capture_output=True, text=True,
             timeout=TASK_SECONDS, check=False, env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -111,3 +108,12 @@ def compile_all(request: dict[str, Any]) -> None:
         except PeerError:
             continue
     torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Compile what the request on standard input, JSON, asks for."""
+    compile_all(json.load(sys.stdin))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_engines.op_contract import Attributes
-from dijiang_export.bench.peers.run import (
+from dijiang_export.bench.peers.settings import PeerSettings, neox_spec
+from dijiang_export.bench.peers.tools import (
     BLOCK,
     DTYPES,
     LeftOut,
@@ -19,7 +20,6 @@ from dijiang_export.bench.peers.run import (
     counting_skips,
     error_of,
 )
-from dijiang_export.bench.peers.settings import Plan, neox_spec
 from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import DEFAULT_CHUNK, Decay, Form, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel
@@ -36,20 +36,20 @@ class Dijiang:
     """The reference model with random weights, run eagerly, compiled, or compiled and captured.
 
     Args:
-        plan: the shape, the type and the sizes.
+        settings: the shape, the type and the sizes.
         device: where.
         mode: "eager", "compiled" or "graph".
     """
 
     forms: tuple[str, ...] = ("parallel", "chunked")
 
-    def __init__(self, plan: Plan, device: torch.device, mode: str) -> None:
-        self.plan, self.device, self.mode = plan, device, mode
-        self.model = make_model(plan, device)
+    def __init__(self, settings: PeerSettings, device: torch.device, mode: str) -> None:
+        self.settings, self.device, self.mode = settings, device, mode
+        self.model = make_model(settings, device)
         self._rng = torch.Generator(device).manual_seed(0)
 
     def _tokens(self, batch: int, length: int) -> Tensor:
-        vocab = self.plan.shape.vocab
+        vocab = self.settings.shape.vocab
         return torch.randint(vocab, (batch, length), generator=self._rng, device=self.device)
 
     def prefill(self, form: str, batch: int, length: int) -> Prepared:
@@ -63,7 +63,7 @@ class Dijiang:
             def read(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
                 return self._read(tokens, "parallel")
 
-            call = compiled(read, self.mode, self.plan, self.device)
+            call = compiled(read, self.mode, self.settings.backend, self.device)
         else:
             call = self._by_layers()
         with counting_skips(self.mode, notes):
@@ -85,7 +85,7 @@ class Dijiang:
             )
         if form == "parallel" and self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
-            need = SQUARES * 4 * batch * self.plan.shape.heads * length**2
+            need = SQUARES * 4 * batch * self.settings.shape.heads * length**2
             if need > MEMORY_SHARE * free:
                 raise LeftOut(
                     "the parallel form is quadratic", got=f"{need / 1e9:.0f} GB of {free / 1e9:.0f}"
@@ -95,7 +95,7 @@ class Dijiang:
         """Read in chunks, one layer compiled for all: the whole model unrolled would compile for hours."""
         layer_of = _run_layer
         if self.mode != "eager":
-            layer_of = torch.compile(_run_layer, dynamic=False, backend=self.plan.backend)
+            layer_of = torch.compile(_run_layer, dynamic=False, backend=self.settings.backend)
 
         def read(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
             batch, length = tokens.shape
@@ -137,7 +137,7 @@ class Dijiang:
                 state.copy_(new)
             return logits.argmax(-1), logits
 
-        step = compiled(one, self.mode, self.plan, self.device)
+        step = compiled(one, self.mode, self.settings.backend, self.device)
         with counting_skips(self.mode, notes):
             error = error_of(step(token, place)[1], exact)
 
@@ -167,11 +167,11 @@ def _run_layer(
     return layer(hidden, past, start, lens, inv_freq, _chunked)  # type: ignore[no-any-return]
 
 
-def make_model(plan: Plan, device: torch.device) -> ReferenceModel:
+def make_model(settings: PeerSettings, device: torch.device) -> ReferenceModel:
     """The reference with random weights that keep activations near one, and the official decay."""
     torch.manual_seed(0)
-    model = ReferenceModel(neox_spec(plan.shape), dtype=DTYPES[plan.dtype], device=str(device)).eval()
-    gammas = torch.as_tensor(official_gammas(plan.shape.heads))
+    model = ReferenceModel(neox_spec(settings.shape), dtype=DTYPES[settings.dtype], device=str(device)).eval()
+    gammas = torch.as_tensor(official_gammas(settings.shape.heads))
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         if leaf == "log_decay":

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dijiang_export.bench.peers.run import (
+from dijiang_export.bench.peers.settings import PeerSettings
+from dijiang_export.bench.peers.tools import (
     BLOCK,
     DTYPES,
     Prepared,
@@ -25,7 +26,6 @@ from dijiang_export.bench.peers.run import (
     counting_skips,
     error_of,
 )
-from dijiang_export.bench.peers.settings import Plan
 
 ROOM = 64
 """Tokens that a static cache holds after the context: a block and some, aligned for the kernels."""
@@ -35,16 +35,16 @@ class HuggingFace:
     """A GPT-NeoX model with random weights, run eagerly, compiled, or compiled and captured.
 
     Args:
-        plan: the shape, the type and the sizes.
+        settings: the shape, the type and the sizes.
         device: where.
         mode: "eager", "compiled" or "graph".
     """
 
     forms: tuple[str, ...] = ("",)
 
-    def __init__(self, plan: Plan, device: torch.device, mode: str) -> None:
-        self.plan, self.device, self.mode = plan, device, mode
-        self.model = make_model(plan, device)
+    def __init__(self, settings: PeerSettings, device: torch.device, mode: str) -> None:
+        self.settings, self.device, self.mode = settings, device, mode
+        self.model = make_model(settings, device)
         known = inspect.signature(self.model.forward).parameters
         self._takes_position = "cache_position" in known
         # Logits of the last token only; named differently by transformers' versions.
@@ -58,7 +58,7 @@ class HuggingFace:
         """Read `length` tokens a row into a cache that the call makes."""
         ids, notes = self._tokens(batch, length), list[str]()
         exact = self._whole(ids)
-        call = compiled(self._read, self.mode, self.plan, self.device)
+        call = compiled(self._read, self.mode, self.settings.backend, self.device)
         with counting_skips(self.mode, notes):
             logits = call(ids)[0].clone()
         error = error_of(logits, exact)
@@ -78,7 +78,7 @@ class HuggingFace:
         return logits.clone()
 
     def _tokens(self, batch: int, length: int) -> Tensor:
-        vocab = self.plan.shape.vocab
+        vocab = self.settings.shape.vocab
         return torch.randint(vocab, (batch, length), generator=self._rng, device=self.device)
 
     # -- decode ----------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class HuggingFace:
         batch, context = ids.shape[0], ids.shape[1] - 1
         options: dict[str, Any] = {"config": self.model.config, "max_cache_len": context + ROOM}
         if "max_batch_size" in inspect.signature(StaticCache.__init__).parameters:
-            options |= {"max_batch_size": batch, "device": self.device, "dtype": DTYPES[self.plan.dtype]}
+            options |= {"max_batch_size": batch, "device": self.device, "dtype": DTYPES[self.settings.dtype]}
         cache = StaticCache(**options)
         places = torch.arange(context, device=self.device)
         self._call(ids[:, :-1], places, cache)  # eager: the cache comes into being outside of any graph
@@ -129,7 +129,7 @@ class HuggingFace:
                 if isinstance(length := getattr(layer, "cumulative_length", None), Tensor):
                     length.fill_(context)
 
-        step = compiled(lambda t, p: self._step(t, p, cache), self.mode, self.plan, self.device)
+        step = compiled(lambda t, p: self._step(t, p, cache), self.mode, self.settings.backend, self.device)
         reset()
         with counting_skips(self.mode, notes):
             error = error_of(step(token, place)[1], exact)
@@ -168,12 +168,12 @@ def _nothing() -> None:
     """A prefill leaves nothing behind."""
 
 
-def make_model(plan: Plan, device: torch.device) -> Any:
+def make_model(settings: PeerSettings, device: torch.device) -> Any:
     """GPT-NeoX with random weights, attention through PyTorch's scaled_dot_product_attention."""
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-    shape = plan.shape
-    longest = max(shape.positions, *plan.lengths, *(n + ROOM for n in plan.contexts))
+    shape = settings.shape
+    longest = max(shape.positions, *settings.lengths, *(n + ROOM for n in settings.contexts))
     config = GPTNeoXConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, intermediate_size=shape.intermediate, hidden_act="gelu",
@@ -184,5 +184,5 @@ def make_model(plan: Plan, device: torch.device) -> Any:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     model = model.to(device).eval().requires_grad_(False)
     for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay float32
-        parameter.data = parameter.data.to(DTYPES[plan.dtype])
+        parameter.data = parameter.data.to(DTYPES[settings.dtype])
     return model

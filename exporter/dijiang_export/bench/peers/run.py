@@ -13,61 +13,26 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dijiang_engines.bench.runner import Effort, Timing, until_done
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.machine import package_versions
 from dijiang_export.bench.memory_rate import memory_rate
-from dijiang_export.bench.peers.settings import WORDS, Plan, wrong
+from dijiang_export.bench.peers.settings import WORDS, PeerSettings
+from dijiang_export.bench.peers.tools import BLOCK, LeftOut, Peer, Prepared, synchronize, wrong
 
-BLOCK = 16
 WARM_UP_BLOCKS = 2
 LEAST, MOST = 5, 400
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class LeftOut(DijiangError):
-    """A figure that a peer does not have, and why."""
-
-
-@dataclass
-class Prepared:
-    """One figure, ready to be timed."""
-
-    run: Callable[[], Any]
-    """One call; a decoder's is a block."""
-    reset: Callable[[], None]
-    """To be called before each run."""
-    error: float
-    """Of its logits against the eager whole, in their standard deviations."""
-    notes: list[str] = field(default_factory=list)
-
-
-class Peer(Protocol):
-    """A way to run a model."""
-
-    forms: tuple[str, ...]
-    """Of prefills; "" if there is one."""
-
-    def prefill(self, form: str, batch: int, length: int) -> Prepared:
-        """Get ready to read `length` tokens of each of `batch` rows."""
-        ...
-
-    def decode(self, batch: int, context: int) -> Prepared:
-        """Get ready to decode BLOCK tokens of each row after `context`."""
-        ...
-
-
-def main(arguments: str) -> None:
-    """What the fresh interpreter runs: a peer's name and a plan in JSON."""
+def main() -> None:
+    """Measure the peer that the first argument names; the second is its `PeerSettings` in JSON."""
     # The original stdout carries lines of JSON and nothing else, whatever libraries print.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -76,9 +41,9 @@ def main(arguments: str) -> None:
         channel.write(json.dumps(what, allow_nan=False) + "\n")
         channel.flush()
 
-    name, plan = json.loads(arguments)
+    name, settings = sys.argv[1:]
     try:
-        measure(name, Plan.from_json(plan), say)
+        measure(name, PeerSettings.from_json(json.loads(settings)), say)
     except Exception as error:  # noqa: BLE001 - others' code: any failure is the result
         say(error=describe(error))
         sys.exit(1)
@@ -91,23 +56,23 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:WORDS]
 
 
-def measure(name: str, plan: Plan, say: Callable[..., None]) -> None:
+def measure(name: str, settings: PeerSettings, say: Callable[..., None]) -> None:
     """Measure one peer.
 
     Args:
-        name: out of `bench_peers.PEERS`.
-        plan: what.
+        name: out of `settings.PEERS`.
+        settings: what is asked of it.
         say: called with what is known as soon as it is: versions, gpu, bandwidth, and one by one `begin`,
             `decode`, `prefill` and `left_out`.
     """
-    torch.set_num_threads(plan.threads)
+    torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     say(versions=package_versions(("torch", "transformers", "triton", "numpy")))
-    device = open_device(plan.device)
+    device = open_device(settings.device)
     if device.type == "cuda":
         say(gpu=describe_gpu(device))
-    say(begin="measuring the memory", bandwidth=asdict(memory_rate(device, plan.threads)))
+    say(begin="measuring the memory", bandwidth=asdict(memory_rate(device, settings.threads)))
     model, _, mode = name.partition("-")
     if mode == "graph" and device.type != "cuda":
         say(left_out={"what": "everything", "why": "CUDA graphs need a CUDA device"})
@@ -117,26 +82,26 @@ def measure(name: str, plan: Plan, say: Callable[..., None]) -> None:
     if model == "hf":
         from dijiang_export.bench.peers.hf import HuggingFace
 
-        peer = HuggingFace(plan, device, mode)
+        peer = HuggingFace(settings, device, mode)
     else:
         from dijiang_export.bench.peers.dijiang import Dijiang
 
-        peer = Dijiang(plan, device, mode)
+        peer = Dijiang(settings, device, mode)
     with torch.no_grad():
-        for batch, context in plan.decodes():
+        for batch, context in settings.decodes():
             row: dict[str, Any] = {"batch": batch, "context": context}
             what = f"steps, batch {batch}, context {context}"
-            _figure(plan, device, say, what, "decode", row, partial(peer.decode, batch, context), BLOCK)
-        for batch, length in plan.prefills():
+            _figure(settings, device, say, what, "decode", row, partial(peer.decode, batch, context), BLOCK)
+        for batch, length in settings.prefills():
             for form in peer.forms:
                 row = {"form": form, "batch": batch, "length": length}
                 what = f"prefill{f' ({form})' if form else ''}, batch {batch}, length {length}"
                 prepare = partial(peer.prefill, form, batch, length)
-                _figure(plan, device, say, what, "prefill", row, prepare, 1)
+                _figure(settings, device, say, what, "prefill", row, prepare, 1)
 
 
 def _figure(
-    plan: Plan,
+    settings: PeerSettings,
     device: torch.device,
     say: Callable[..., None],
     what: str,
@@ -153,9 +118,9 @@ def _figure(
         prepared = prepare()
         synchronize(device)
         ready = time.perf_counter() - start
-        if wrong(prepared.error, plan.dtype):
+        if wrong(prepared.error, settings.dtype):
             raise LeftOut("it computes something else", got=f"logits {prepared.error:.1e} deviations off")
-        timing = time_calls(prepared, device, plan.seconds, tokens)
+        timing = time_calls(prepared, device, settings.seconds, tokens)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         say(**{kind: row | {
             "timing": asdict(timing), "error": prepared.error, "compile_seconds": ready,
@@ -187,12 +152,6 @@ def time_calls(prepared: Prepared, device: torch.device, seconds: float, tokens:
     return Timing.of([once() for _ in until_done(Effort(seconds, LEAST, MOST))])
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def open_device(name: str) -> torch.device:
     """The device of that name.
 
@@ -221,59 +180,5 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
     }
 
 
-def error_of(logits: Tensor, exact: Tensor) -> float:
-    """Largest difference in standard deviations of `exact`; infinite if anything is not finite."""
-    found, want = logits.double().flatten(), exact.double().flatten()
-    if not (torch.isfinite(found).all() and torch.isfinite(want).all()):
-        return float("inf")
-    return float((found - want).abs().max() / want.std())
-
-
-def compiled(function: Callable[..., Any], mode: str, plan: Plan, device: torch.device) -> Callable[..., Any]:
-    """`function` as a peer of `mode` ("eager", "compiled" or "graph") runs it, for one set of shapes."""
-    if mode == "eager":
-        return function
-    options: dict[str, Any] = {"dynamic": False, "backend": plan.backend}
-    if mode == "compiled" and device.type == "cuda" and plan.backend == "inductor":
-        options["mode"] = "reduce-overhead"
-
-        made = torch.compile(function, **options)
-
-        def step(*arguments: Any) -> Any:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            return made(*arguments)
-
-        return step
-    return torch.compile(function, **options)
-
-
-@contextmanager
-def counting_skips(mode: str, notes: list[str]) -> Iterator[None]:
-    """Say so in `notes` if torch.compile gave up on CUDA graphs or broke the graph inside the block."""
-    from torch._dynamo.utils import counters
-
-    counters.clear()
-    yield
-    if mode == "compiled" and (skips := counters["inductor"]["cudagraph_skips"]):
-        notes.append(f"torch.compile left out CUDA graphs {skips} times")
-    if mode != "eager" and (breaks := sum(counters["graph_break"].values())):
-        notes.append(f"torch.compile broke the graph {breaks} times")
-
-
-def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """`call`, compiled and run before, as the replay of one CUDA graph; it must work in place."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-
-    def replay() -> Any:
-        graph.replay()
-        return kept
-
-    return replay
+if __name__ == "__main__":
+    main()

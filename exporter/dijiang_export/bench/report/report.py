@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dijiang_engines.errors import UsageError
 from dijiang_export.bench.bundle import KIND as RUN_KIND
-from dijiang_export.bench.peers.settings import KIND as PEERS_KIND
+from dijiang_export.bench.peers.measure import KIND as PEERS_KIND
 from dijiang_export.bench.report.records import (
     MOST_RECORDS,
     PEERS,

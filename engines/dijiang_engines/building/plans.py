@@ -1,0 +1,69 @@
+"""Which TensorRT plans a bundle and a recipe make: their files, their graphs, the sizes that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dijiang_engines.building.recipes import Recipe
+from dijiang_engines.building.request import Profile
+from dijiang_engines.building.step_products import MAX_BATCH, MAX_INPUT_BYTES
+from dijiang_engines.errors import UsageError
+from dijiang_engines.formats.bundle import Bundle
+from dijiang_engines.formats.engine import LAYOUTS, Profiles
+from dijiang_engines.io_names import INPUT_IDS, POSITIONS, SEQ_LENS, past_state
+
+
+def check_fit(bundle: Bundle, recipe: Recipe, precision: str | None) -> None:
+    """Compare a bundle's precision with what was asked for and what the recipe is meant for.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    if precision is not None and precision != bundle.dtype:
+        raise UsageError(
+            "the bundle has another precision than was asked for",
+            got=bundle.dtype, expected=precision,
+            hint=f"export the checkpoint again with `--dtype {precision}`",
+        )  # fmt: skip
+    if bundle.dtype not in recipe.precisions:
+        raise UsageError(
+            f"the recipe {recipe.name} is not meant for this bundle's precision",
+            got=bundle.dtype, expected=" or ".join(recipe.precisions),
+            hint=f"export the checkpoint again with `--dtype {recipe.precisions[0]}`",
+        )  # fmt: skip
+
+
+def plans(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[str, str, list[Profile]]]:
+    """(file, graph, profiles) of each plan."""
+    context = profile_shapes(bundle, recipe.profiles, step=False)
+    generation = profile_shapes(bundle, recipe.profiles, step=True)
+    files = LAYOUTS[recipe.layout]
+    if recipe.layout == "one":
+        yield files[0], "prefill_trt", [context, generation]
+    else:
+        yield files[0], "prefill_trt", [context]
+        yield files[1], "step_trt", [generation]
+
+
+def plugin_multiplies(bundle: Bundle, recipe: Recipe) -> bool:
+    """Are a step plan's matrix products the plugin's? Its kernels are for few rows of float16."""
+    if recipe.step_products != "plugin" or bundle.dtype != "float16" or recipe.max_batch > MAX_BATCH:
+        return False
+    spec = bundle.spec
+    width = spec.intermediate_size + (spec.hidden_size if spec.parallel_residual else 0)
+    return recipe.max_batch * max(width, spec.hidden_size) * 2 <= MAX_INPUT_BYTES
+
+
+def profile_shapes(bundle: Bundle, sizes: Profiles, *, step: bool) -> Profile:
+    """Least, best and most shape of every input: for prefill any length, for steps one token."""
+    lengths = (1, 1, 1) if step else (1, sizes.opt_length, sizes.max_length)
+    batches = (1, sizes.opt_batch, sizes.max_batch)
+    spec = bundle.spec
+    shapes: Profile = {
+        INPUT_IDS: [[b, n] for b, n in zip(batches, lengths, strict=True)],
+        POSITIONS: [[b] for b in batches],
+        SEQ_LENS: [[b] for b in batches],
+    }
+    for layer in range(spec.num_layers):
+        shapes[past_state(layer)] = [[b, *spec.state_shape] for b in batches]
+    return shapes

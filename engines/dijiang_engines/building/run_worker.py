@@ -1,0 +1,108 @@
+"""Runs `worker` in a process of its own and waits for its end, however that comes about."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dijiang_engines.building.request import BuildRequest
+from dijiang_engines.errors import RunnerError
+from dijiang_engines.fresh_interpreter import command_for
+from dijiang_engines.plugin.cache import cache_folder
+from dijiang_engines.progress import ProgressFactory
+
+_GRACE_SECONDS = 5
+
+
+def run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, title: str) -> dict[str, Any]:
+    """Build one plan; what the worker's "done" says.
+
+    Args:
+        request: which plan.
+        folder: for the request and the log while it runs; neither is left there.
+        progress: one unit for each step that TensorRT reports.
+        title: of the progress.
+
+    Raises:
+        RunnerError: it failed or died. Whatever else ends the wait also ends the process.
+    """
+    note = folder / "request.json"
+    request.write(note)
+    log_path = folder / "build.log"
+    command = command_for("dijiang_engines.building.worker", str(note))
+    with log_path.open("w", encoding="utf-8") as log_file, progress(title, None, "items") as bar:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        with process:
+            try:
+                done = _follow(process, bar)
+                status = process.wait()
+            except BaseException:
+                _end(process)
+                raise
+    text = log_path.read_text(encoding="utf-8", errors="replace")
+    note.unlink()
+    kept = _keep_log(log_path)
+    if "error" in done:
+        hint = "; ".join(part for part in (done["hint"], kept) if part)
+        raise RunnerError(done["what"], got=done["got"], expected=done["expected"], hint=hint or None)
+    if status != 0 or not done:
+        raise _died(status, text, kept)
+    return done
+
+
+def _keep_log(log_path: Path) -> str | None:
+    """Move the builder's log to where the next build replaces it; says where that is."""
+    target = cache_folder().parent / "build-engine.log"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(log_path, target)
+    except OSError:
+        log_path.unlink(missing_ok=True)
+        return None
+    return f"the builder's log is {target}"
+
+
+def _follow(process: subprocess.Popen[str], bar: Any) -> dict[str, Any]:
+    assert process.stdout is not None
+    last: dict[str, Any] = {}
+    for line in process.stdout:
+        with suppress(json.JSONDecodeError):
+            event = json.loads(line)
+            kind = event.pop("event", None)
+            if kind == "error":
+                last = event | {"error": True}
+            elif kind == "done":
+                last = event
+            elif kind in ("step", "phase"):
+                bar.advance()
+    return last
+
+
+def _died(status: int, log: str, kept: str | None) -> RunnerError:
+    lines = [line.strip() for line in log.splitlines() if line.strip()][-3:]
+    hint = kept
+    if status == -signal.SIGKILL:
+        hint = "host memory ran out: close other programs, add swap, or use a smaller --max-batch"
+    return RunnerError(
+        "the builder's process died",
+        got=f"signal {-status}" if status < 0 else " | ".join(lines)[:500] or f"exit code {status}",
+        hint=hint,
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+            return

@@ -1,0 +1,73 @@
+"""Does ONNX Runtime compute on this machine? A model of one node, run in a process of its own.
+
+`doctor` starts it through `fresh_interpreter`, so that a runtime which hangs or crashes is a finding and not
+the end: `python -m dijiang_engines.runners.onnxruntime.trial onnxruntime-cpu`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+
+
+def main() -> None:
+    """Try the runner that the first argument names; print the outcome as one line of JSON."""
+    try:
+        works, detail = run_one_node(sys.argv[1])
+    except Exception as error:  # noqa: BLE001 - whatever a broken runtime throws is the finding
+        works, detail = False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(json.dumps({"works": works, "detail": detail}))
+
+
+def run_one_node(runner: str) -> tuple[bool, str]:
+    """Run `doubling_model` in this process; whether the numbers were right, and a line about it.
+
+    Args:
+        runner: a name in `PROVIDERS`, as for `--runner`.
+    """
+    import numpy as np
+    import onnxruntime as ort
+
+    provider = PROVIDERS[runner]
+    if provider not in ort.get_available_providers():
+        return False, f"this build of ONNX Runtime has no {provider}"
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(doubling_model(), options, providers=[provider])
+    if session.get_providers()[0] != provider:
+        return False, f"{provider} could not be started; its libraries do not load"
+    x = np.arange(4, dtype=np.float32)
+    (y,) = session.run(None, {"x": x})
+    if not np.array_equal(y, x + x):
+        return False, f"0 1 2 3 doubled gave {y.tolist()}"
+    return True, f"ran a one-node model on {provider}"
+
+
+def doubling_model() -> bytes:
+    """An ONNX model y = x + x, float32 [4] (opset 17, IR 8), written field by field: `onnx` is not needed."""
+
+    def varint(value: int) -> bytes:
+        low, rest = value & 0x7F, value >> 7
+        return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+    def number(field: int, value: int) -> bytes:
+        return varint(field << 3) + varint(value)
+
+    def message(field: int, data: bytes) -> bytes:
+        return varint(field << 3 | 2) + varint(len(data)) + data
+
+    def value_info(name: bytes) -> bytes:
+        shape = message(2, message(1, number(1, 4)))  # TensorShapeProto.dim.dim_value
+        tensor = message(1, number(1, 1) + shape)  # TypeProto.tensor_type: elem_type FLOAT
+        return message(1, name) + message(2, tensor)
+
+    node = message(1, b"x") + message(1, b"x") + message(2, b"y") + message(4, b"Add")
+    graph = message(1, node) + message(2, b"double") + message(11, value_info(b"x"))
+    graph += message(12, value_info(b"y"))
+    return number(1, 8) + message(7, graph) + message(8, message(1, b"") + number(2, 17))
+
+
+if __name__ == "__main__":
+    main()
