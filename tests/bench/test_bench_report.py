@@ -22,15 +22,17 @@ from support.paths import ROOT
 from dijiang_engines.bench.bandwidth import Bandwidth
 from dijiang_engines.bench.runner import BenchReport, LoopTime, Prefill, Step, Timing
 from dijiang_engines.errors import OutputError, UsageError
+from dijiang_engines.svg_plot import PICTURE
 from dijiang_export.bench.peers.measure import PeerResult, peers_document, step_floor_bytes
 from dijiang_export.bench.peers.settings import PeerSettings, neox_spec
 from dijiang_export.bench.random_checkpoint import SHAPES
-from dijiang_export.bench.report.plot import HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, plot_report
+from dijiang_export.bench.report.plot import draw, plot_report
 from dijiang_export.bench.report.records import RecordError
 from dijiang_export.bench.report.report import KIND, Report, make_report, read_records
 from dijiang_export.bench.report.tables import draw_report
 from dijiang_export.cli import main
 
+SVG = "{http://www.w3.org/2000/svg}"
 SHAPE = SHAPES["pythia-410m"]
 SPEC = neox_spec(SHAPE)
 GPU = {"name": "NVIDIA H200", "memory_bytes": None, "driver": "1", "compute_capability": "9.0"}
@@ -297,15 +299,18 @@ def test_the_picture_shows_every_series_in_its_place() -> None:
     text = draw(report)
     assert text == draw(report)
     root = ElementTree.fromstring(text)
-    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    words = [element.text for element in root.iter(f"{SVG}text")]
     assert set(report.series("decode")) < set(words)
     lines = {}
-    for line in root.iter("{http://www.w3.org/2000/svg}polyline"):
-        places = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
-        lines[line.attrib["stroke"], line.get("stroke-dasharray")] = places
-        assert all(LEFT <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT for x, y in places)
+    for line in root.iter(f"{SVG}path"):
+        if line.attrib["class"].startswith("line ") and "h" not in line.attrib["d"]:  # "h": of the legend
+            pairs = re.findall(r"[ML]([\d.]+) ([\d.]+)", line.attrib["d"])
+            places = lines[line.attrib["class"]] = [(float(x), float(y)) for x, y in pairs]
+            assert all(
+                PICTURE.left <= x <= PICTURE.end and PICTURE.top <= y <= PICTURE.floor for x, y in places
+            )
     assert len(lines) == 7
-    solid = [places for (_, dash), places in lines.items() if dash is None]
+    solid = [places for name, places in lines.items() if "dashed" not in name]
     generate, step, gpu, compiled, eager = (places[1][1] for places in solid)
     # Upwards is slower: y falls.
     assert eager < compiled < step < generate < gpu
@@ -319,7 +324,7 @@ def test_one_place_at_position_zero_can_be_drawn() -> None:
     record["bench"]["steps"] = [record["bench"]["steps"][0] | {"position": 0, "gpu": None}]
     record["bench"]["loops"] = []
     text = draw(make_report([record]))
-    assert text.count("<circle") == 1
+    assert text.count('class="mark s0"') == 2  # the figure, and the legend
     assert "nan" not in text
 
 
@@ -395,3 +400,16 @@ def test_a_picture_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch:
         plot_report(make_report([engine()]), path)
     monkeypatch.undo()
     assert path.read_text() == "old"
+
+
+def test_the_picture_has_its_own_title_ticks_and_colours() -> None:
+    text = draw(make_report([engine(), peers()]))
+    root = ElementTree.fromstring(text)
+    words = [element.text for element in root.iter(f"{SVG}text")]
+    assert {"Time per token over context, one sequence", "tokens before it", "128", "2,048"} <= set(words)
+    [style] = [element.text or "" for element in root.iter(f"{SVG}style")]
+    for element in root.iter(f"{SVG}path"):
+        for name in element.attrib["class"].split():
+            assert f".{name}" in style
+    floors = [e for e in root.iter(f"{SVG}path") if e.attrib["class"].startswith("line dashed")]
+    assert len({floor.attrib["class"] for floor in floors}) == 2  # told apart, in the legend too

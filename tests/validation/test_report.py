@@ -17,8 +17,8 @@ from support.makers.toy_bundle import SPEC, ToyModel, make_bundle, write_manifes
 
 from dijiang_engines.errors import OutputError
 from dijiang_engines.formats.reference_cases import Reference
-from dijiang_engines.svg_plot import HEIGHT, MOST_SERIES, TOP, Axis, Series, plot
-from dijiang_engines.validation.report import file as report_file
+from dijiang_engines.svg_plot import MOST_SERIES, PAGE, Axis, Series, plot
+from dijiang_engines.validation.report.file import check_target, write_report
 from dijiang_engines.validation.report.page import MARKER, report_html
 from dijiang_engines.validation.tolerances import tolerance
 from dijiang_engines.validation.validate import Report, validate
@@ -147,7 +147,7 @@ def test_nothing_from_outside_becomes_markup(broken: Report, tmp_path: Path) -> 
         ),
     )
     page = report_html(worst, [("model", HOSTILE), (HOSTILE, HOSTILE)])
-    report_file.write_report(tmp_path / "r.html", page)
+    write_report(tmp_path / "r.html", page)
     shown = Reader((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "script" not in shown.tags
     assert shown.text.count("<script>alert('x')</script>&\"\\ud800") > 10
@@ -197,9 +197,9 @@ def test_zero_and_no_number_are_drawn_at_the_edges() -> None:
     svg = svgs(page)[0]
     points = marks(svg, "mark")
     assert len(points) == 2
-    assert points[0][1] == pytest.approx(HEIGHT - 46)  # zero: the bottom
+    assert points[0][1] == pytest.approx(PAGE.floor)  # zero: the bottom
     crosses = marks(svg, "bad")
-    assert len(crosses) == 1 and crosses[0][1] == TOP
+    assert len(crosses) == 1 and crosses[0][1] == PAGE.top
     assert marks(svg, "line") == points[:1]  # one path, that does not pass through what has no number
     assert len([e for e in svg if (e.get("class") or "").startswith("line")]) == 1
 
@@ -227,13 +227,13 @@ def test_other_files_are_kept_unless_forced_and_reports_replaced(tmp_path: Path)
     path = tmp_path / "notes.html"
     path.write_text("my notes")
     with pytest.raises(OutputError, match="not a report of this program") as info:
-        report_file.check_target(path, MARKER)
+        check_target(path, MARKER)
     assert "--force" in str(info.value)
-    report_file.check_target(path, MARKER, force=True)
+    check_target(path, MARKER, force=True)
     assert path.read_text() == "my notes"
-    report_file.write_report(path, f"<!DOCTYPE html>\n{MARKER}\nold")
-    report_file.check_target(path, MARKER)
-    report_file.write_report(path, f"{MARKER}new")
+    write_report(path, f"<!DOCTYPE html>\n{MARKER}\nold")
+    check_target(path, MARKER)
+    write_report(path, f"{MARKER}new")
     assert path.read_text() == f"{MARKER}new"
     assert os.listdir(tmp_path) == ["notes.html"]
 
@@ -241,7 +241,7 @@ def test_other_files_are_kept_unless_forced_and_reports_replaced(tmp_path: Path)
 def test_a_new_report_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        report_file.write_report(tmp_path / "r.html", MARKER)
+        write_report(tmp_path / "r.html", MARKER)
     finally:
         os.umask(before)
     assert (tmp_path / "r.html").stat().st_mode & 0o777 == 0o600
@@ -249,8 +249,8 @@ def test_a_new_report_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
 
 def test_the_marker_is_where_it_is_looked_for(reference: Reference, tmp_path: Path) -> None:
     report = validate(ToyRunner(MODEL), reference, cases=["far"], replays=["prefill"])
-    report_file.write_report(tmp_path / "r.html", report_html(report, [("model", "x" * 1000)]))
-    report_file.check_target(tmp_path / "r.html", MARKER)
+    write_report(tmp_path / "r.html", report_html(report, [("model", "x" * 1000)]))
+    check_target(tmp_path / "r.html", MARKER)
 
 
 def test_places_that_cannot_be_written_to_are_refused(tmp_path: Path) -> None:
@@ -259,17 +259,17 @@ def test_places_that_cannot_be_written_to_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe", "nowhere/r.html", "file/r.html", "x" * 300 + "/r.html"):
         with pytest.raises(OutputError):
-            report_file.check_target(tmp_path / name, MARKER, force=True)
+            check_target(tmp_path / name, MARKER, force=True)
     with pytest.raises(OutputError, match="cannot write the output"):
-        report_file.check_target(Path("/proc/report.html"), MARKER)
+        check_target(Path("/proc/report.html"), MARKER)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe"]
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "real.html").write_text(MARKER)
     (tmp_path / "link.html").symlink_to("real.html")
-    report_file.check_target(tmp_path / "link.html", MARKER)
-    report_file.write_report(tmp_path / "link.html", "new")
+    check_target(tmp_path / "link.html", MARKER)
+    write_report(tmp_path / "link.html", "new")
     assert (tmp_path / "link.html").is_symlink()
     assert (tmp_path / "real.html").read_text() == "new"
 
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_the_old_report(
 
     monkeypatch.setattr(os, name, full)
     with pytest.raises(OutputError, match="no space left to write") as info:
-        report_file.write_report(path, "new")
+        write_report(path, "new")
     assert "No space left" in str(info.value)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["r.html"]
