@@ -4,17 +4,11 @@
 #include <cinttypes>
 #include <cmath>
 
-#include "errors.h"
+#include "host/arguments.h"
+#include "host/errors.h"
 
 namespace dijiang {
 namespace {
-
-constexpr int64_t kMostStride = int64_t{1} << 40;  // elements; keeps every product below in 64 bits
-
-dijiang_status invalid_range(const char* what, int64_t got, const char* expected) {
-    return fail(DIJIANG_INVALID_ARGUMENT, "%s is out of range; got %" PRId64 "; expected %s", what, got,
-                expected);
-}
 
 int64_t element_size(const dijiang_geometry& g) { return g.dtype == DIJIANG_FLOAT32 ? 4 : 2; }
 
@@ -64,14 +58,6 @@ dijiang_status check_state_strides(const dijiang_geometry& g, int32_t batch,
 Region state_region(const char* name, const float* pointer, int64_t state, int64_t batch, int64_t stride,
                     bool written) {
     return {name, reinterpret_cast<uintptr_t>(pointer), 4 * state, 1, 0, batch, 4 * stride, written};
-}
-
-dijiang_status overlap(const Region& a, const Region& b) {
-    return fail(DIJIANG_INVALID_ARGUMENT,
-                "%s overlaps %s; got [0x%" PRIxPTR ", 0x%" PRIxPTR ") and [0x%" PRIxPTR ", 0x%" PRIxPTR
-                "); expected memory of its own",
-                b.name, a.name, a.begin, a.begin + static_cast<uintptr_t>(extent(a)), b.begin,
-                b.begin + static_cast<uintptr_t>(extent(b)));
 }
 
 // present_state is past_state itself, or has no byte of it.
@@ -170,39 +156,6 @@ dijiang_status check_overlaps(const dijiang_geometry& g, const AttentionParams& 
 
 }  // namespace
 
-Region dense(const char* name, const void* pointer, int64_t bytes, bool written) {
-    return {name, bytes > 0 ? reinterpret_cast<uintptr_t>(pointer) : 0, bytes, 1, 0, 1, 0, written};
-}
-
-dijiang_status check_apart(const Region* regions, int count, int one, int other) {
-    for (int i = 0; i < count; ++i)
-        for (int j = 0; j < i; ++j) {
-            const bool may = (i == one && j == other) || (i == other && j == one);
-            if (may || !(regions[i].written || regions[j].written) || disjoint(regions[i], regions[j]))
-                continue;
-            return regions[i].written ? overlap(regions[j], regions[i]) : overlap(regions[i], regions[j]);
-        }
-    return DIJIANG_OK;
-}
-
-dijiang_status check_pointer(const char* name, const void* pointer, uintptr_t alignment) {
-    if (pointer == nullptr)
-        return fail(DIJIANG_INVALID_ARGUMENT, "%s is missing; got NULL; expected a pointer to device memory",
-                    name);
-    if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
-        return fail(DIJIANG_INVALID_ARGUMENT,
-                    "%s is not aligned; got address %p; expected a multiple of %d bytes", name, pointer,
-                    static_cast<int>(alignment));
-    return DIJIANG_OK;
-}
-
-dijiang_status check_text(const char* text, size_t size) {
-    if (text != nullptr && size > 0) return DIJIANG_OK;
-    return fail(DIJIANG_INVALID_ARGUMENT,
-                "text is missing; got %s; expected at least one byte of host memory",
-                text == nullptr ? "NULL" : "size 0");
-}
-
 dijiang_status check_geometry(const dijiang_geometry* geometry) {
     if (geometry == nullptr)
         return fail(DIJIANG_INVALID_ARGUMENT, "geometry is missing; got NULL; expected a dijiang_geometry");
@@ -237,27 +190,6 @@ dijiang_status check_geometry(const dijiang_geometry* geometry) {
     if (g.reserved != 0)
         return fail(DIJIANG_INVALID_ARGUMENT, "geometry.reserved must be zero; got %d; expected 0",
                     g.reserved);
-    return DIJIANG_OK;
-}
-
-dijiang_status check_size(int32_t batch, int32_t length) {
-    const struct {
-        const char* name;
-        int32_t value, most;
-    } sizes[] = {{"batch", batch, DIJIANG_MAX_BATCH}, {"length", length, DIJIANG_MAX_LENGTH}};
-    for (const auto& it : sizes) {
-        if (it.value < 0) return invalid_range(it.name, it.value, "0 or more");
-        if (it.value > it.most)
-            return fail(DIJIANG_UNSUPPORTED, "%s is more than the kernels support; got %d; expected 0 to %d",
-                        it.name, it.value, it.most);
-    }
-    const int64_t tokens = int64_t{batch} * length;
-    if (tokens > INT32_MAX)
-        return fail(DIJIANG_UNSUPPORTED,
-                    "batch * length is more than the kernels support; got %" PRId64
-                    "; expected at "
-                    "most %d",
-                    tokens, INT32_MAX);
     return DIJIANG_OK;
 }
 

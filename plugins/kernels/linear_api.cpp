@@ -3,9 +3,9 @@
 #include <cmath>
 #include <cstdio>
 
-#include "checks.h"
-#include "device.h"
-#include "errors.h"
+#include "host/arguments.h"
+#include "host/device.h"
+#include "host/errors.h"
 #include "linear/linear.h"
 
 namespace dijiang {

@@ -3,15 +3,13 @@
 #include <cmath>
 #include <cstdio>
 
-#include "checks.h"
-#include "device.h"
-#include "errors.h"
+#include "host/arguments.h"
+#include "host/device.h"
+#include "host/errors.h"
 #include "sampling/sampling.h"
 
 namespace dijiang {
 namespace {
-
-constexpr int64_t kMostStride = int64_t{1} << 40;
 
 int64_t words(int32_t vocabulary) { return (int64_t{vocabulary} + 31) / 32; }
 

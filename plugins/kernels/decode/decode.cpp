@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "decode/internal.h"
-#include "device.h"
+#include "host/device.h"
 
 namespace dijiang {
 namespace decode {

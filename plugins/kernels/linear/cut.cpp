@@ -1,7 +1,7 @@
 // How products of few rows are cut, on the host.
 #include <algorithm>
 
-#include "errors.h"
+#include "host/errors.h"
 #include "linear/linear.h"
 
 namespace dijiang {

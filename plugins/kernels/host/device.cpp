@@ -1,11 +1,11 @@
-#include "device.h"
+#include "host/device.h"
 
 #include <cuda_runtime_api.h>
 
 #include <array>
 #include <mutex>
 
-#include "errors.h"
+#include "host/errors.h"
 
 namespace dijiang {
 namespace {

@@ -1,9 +1,9 @@
-#include "errors.h"
+#include "host/errors.h"
 
 #include <cstdarg>
 #include <cstdio>
 
-#include "device.h"
+#include "host/device.h"
 
 namespace dijiang {
 namespace {

@@ -1,7 +1,7 @@
 // nvcc's own list of what it compiles for, which it gives to CUDA sources only.
 #include <cstdio>
 
-#include "device.h"
+#include "host/device.h"
 
 namespace dijiang {
 namespace {
