@@ -1,8 +1,5 @@
-// Device code that decode and prefill share: types, decay terms, rotary angles, the gate.
+// Device code that decode and prefill share: decay terms and rotary angles.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "attention.h"
 
@@ -15,17 +12,6 @@ constexpr float kLeastLogDecay = -30.0f;
 // Just above float32's smallest normal number: what GroupNorm's epsilon may shrink to
 // (reference/attention.py).
 constexpr float kLeastEpsilon = 1e-37f;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
-}
 
 // a, b and r of one token: S = e^a S + b k v, o = r q S.
 struct Terms {
@@ -79,8 +65,5 @@ __device__ __forceinline__ void rotary_cos_sin(float turn, float& cosine, float&
     cosine = ((quarter + 1) & 2) != 0 ? -a : a;
     sine = (quarter & 2) != 0 ? -b : b;
 }
-
-// Division as exact as the exponential before it.
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 }  // namespace dijiang

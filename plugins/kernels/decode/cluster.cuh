@@ -3,14 +3,12 @@
 
 #include <cstdint>
 
+#include "device/copies.cuh"
+
 namespace dijiang {
 namespace decode {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // This block's place in its cluster, the cluster's place in the grid, and how many clusters there are.
 __device__ __forceinline__ uint32_t cluster_rank() {

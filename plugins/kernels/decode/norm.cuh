@@ -1,45 +1,12 @@
-// Pieces of the op that both decode kernels share: sums over a warp, one GroupNorm group, the last to arrive.
+// Pieces of the op that both decode kernels share: one GroupNorm group, the last to arrive.
 #pragma once
 
 #include "common.cuh"
+#include "device/elements.cuh"
+#include "device/math.cuh"
 
 namespace dijiang {
 namespace decode {
-
-constexpr float kLog2E = 1.4426950408889634f;
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-    return x;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-    return x;
-}
-
-// 2^x; what is below float32's normal numbers becomes 0.
-__device__ __forceinline__ float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// 16 bytes from global to this thread's place in shared memory, past L1 and the registers. Whole states are
-// read: L2 may fetch 256 bytes at once.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-                 "l"(global)
-                 : "memory");
-}
-__device__ __forceinline__ void close_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// All of this thread's groups of copies but the last `Pending` are there.
-template <int Pending> __device__ __forceinline__ void wait_async() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
 
 // One warp normalises one group: get(c) is its channel c in 0..channels-1, put(c, y) takes the value for it.
 // The group is divided by the power of two below its largest magnitude if that exceeds one, so that squares

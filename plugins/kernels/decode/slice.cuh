@@ -16,7 +16,10 @@
 #include "decode/internal.h"
 #include "decode/norm.cuh"
 #include "decode/slice_shape.cuh"
-#include "overlap.cuh"
+#include "device/copies.cuh"
+#include "device/elements.cuh"
+#include "device/math.cuh"
+#include "device/overlap.cuh"
 
 namespace dijiang {
 namespace decode {
@@ -111,10 +114,10 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
                 static_cast<int64_t>(ahead_head) * (D * D) + in_head;
     };
     const auto request_state = [&](float4* to, int j) {
-        if (ahead_item < cut.items && holds(j)) copy_async(to + j * kThreads, ahead + j * kSubs * D);
+        if (ahead_item < cut.items && holds(j)) copy_async_256(to + j * kThreads, ahead + j * kSubs * D);
     };
     const auto requested = [&] {
-        close_async();
+        commit_copies();
         ahead_item += stride;
         step_on(ahead_row, ahead_head);
     };
@@ -171,7 +174,7 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
                                static_cast<int64_t>(head) * (D * D) + in_head;
         aim();
         if (valid <= 0) {
-            wait_async<Ahead - 1>();
+            wait_copies<Ahead - 1>();
 #pragma unroll 2
             for (int j = 0; j < kSteps; ++j) {
                 if (p.present_state != p.past_state && holds(j)) {
@@ -270,11 +273,11 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
         const float other_most = __shfl_xor_sync(~0u, most, 16);
         const float2 most_of = lane < 16 ? make_float2(most, other_most) : make_float2(other_most, most);
 #pragma unroll
-        for (int i = 0; i < S::kLogits; ++i) total += power_of_two((mine[i] - most) * kLog2E);
+        for (int i = 0; i < S::kLogits; ++i) total += fast_exp2((mine[i] - most) * kLog2E);
         if (lane < kRows) {
             const float2 x = logits[buffer][first_row + lane];
-            features[first_row + lane] = {power_of_two((x.x - most_of.x) * kLog2E),
-                                          power_of_two((x.y - most_of.y) * kLog2E)};
+            features[first_row + lane] = {fast_exp2((x.x - most_of.x) * kLog2E),
+                                          fast_exp2((x.y - most_of.y) * kLog2E)};
         }
 #pragma unroll
         for (int offset = 8; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
@@ -289,7 +292,7 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
         float4 v = *reinterpret_cast<const float4*>(&values[buffer][4 * quad]);
         v = {write * v.x, write * v.y, write * v.z, write * v.w};
         float o[4] = {};
-        wait_async<Ahead - 1>();
+        wait_copies<Ahead - 1>();
 #pragma unroll(kSteps < 8 ? kSteps : 8)
         for (int j = 0; j < kSteps; ++j) {
             if (holds(j)) {

@@ -1,7 +1,7 @@
 // How the slice kernel lays a slice over a block's warps and lanes, and sums over lanes.
 #pragma once
 
-#include "common.cuh"
+#include "device/elements.cuh"
 
 namespace dijiang {
 namespace decode {
@@ -70,11 +70,6 @@ template <int Quads, int Subs, int N> struct SubSum {
 template <typename T> struct alignas(4 * sizeof(T)) Quad {
     T x, y, z, w;
 };
-
-template <typename T> __device__ __forceinline__ float4 load_quad(const T* from) {
-    const Quad<T> q = *reinterpret_cast<const Quad<T>*>(from);
-    return {to_float(q.x), to_float(q.y), to_float(q.z), to_float(q.w)};
-}
 
 }  // namespace decode
 }  // namespace dijiang

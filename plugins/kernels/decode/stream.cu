@@ -7,7 +7,10 @@
 #include "decode/cluster.cuh"
 #include "decode/internal.h"
 #include "decode/norm.cuh"
-#include "overlap.cuh"
+#include "device/copies.cuh"
+#include "device/elements.cuh"
+#include "device/math.cuh"
+#include "device/overlap.cuh"
 
 namespace dijiang {
 namespace decode {
@@ -92,7 +95,7 @@ __device__ __forceinline__ void softmax(float* x, int d) {
     most = warp_max(most);
     float sum = 0.0f;
     for (int i = lane; i < d; i += 32) {
-        const float e = power_of_two((x[i] - most) * kLog2E);
+        const float e = fast_exp2((x[i] - most) * kLog2E);
         x[i] = e;
         sum += e;
     }
@@ -133,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
             }
             const int row = first_row + ahead_step * rows;
             if (first_row < rows && row < d) {
-                copy_async(ring + ahead_place * kThreads, ahead + row * d);
+                copy_async_256(ring + ahead_place * kThreads, ahead + row * d);
             }
             ahead_place = (ahead_place + 1) % kStages;
             if (++ahead_step == steps) {
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
                 ahead_item += gridDim.x;
             }
         }
-        close_async();
+        commit_copies();
     };
     for (int i = 0; i < kStages; ++i) request();
 
@@ -168,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
 
         if (!valid) {
             for (int step = 0; step < steps; ++step) {
-                wait_async<kStages - 1>();
+                wait_copies<kStages - 1>();
                 const int row = first_row + step * rows;
                 if (p.present_state != p.past_state && first_row < rows && row < d) {
                     __stcg(reinterpret_cast<float4*>(present + row * d), ring[place * kThreads]);
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
         float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 2
         for (int step = 0; step < steps; ++step) {
-            wait_async<kStages - 1>();
+            wait_copies<kStages - 1>();
             const int row = first_row + step * rows;
             if (first_row < rows && row < d) {
                 float4 s = ring[place * kThreads];

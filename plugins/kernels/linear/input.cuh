@@ -1,19 +1,12 @@
 // The rows that a block multiplies: brought into shared memory, and normalised there.
 #pragma once
 
+#include "device/elements.cuh"
+#include "device/math.cuh"
 #include "linear/linear.h"
-#include "prefill/mma.cuh"
 
 namespace dijiang {
 namespace linear {
-
-using prefill::pack;
-using prefill::unpack;
-
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int apart = 16; apart > 0; apart /= 2) x += __shfl_xor_sync(~0u, x, apart);
-    return x;
-}
 
 // Eight elements as float32 and back.
 template <typename T> __device__ __forceinline__ void unpack_eight(const uint4& v, float (&x)[8]) {

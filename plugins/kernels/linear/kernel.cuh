@@ -9,17 +9,15 @@
 // runs, and it goes on being filled from one tile to the next.
 #pragma once
 
+#include "device/copies.cuh"
+#include "device/elements.cuh"
+#include "device/math.cuh"
+#include "device/mma.cuh"
+#include "device/overlap.cuh"
 #include "linear/input.cuh"
-#include "overlap.cuh"
 
 namespace dijiang {
 namespace linear {
-
-using prefill::commit_copies;
-using prefill::copy_async;
-using prefill::mma;
-using prefill::shared_address;
-using prefill::wait_copies;
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 __device__ __forceinline__ float gelu_tanh(float x) {

@@ -86,12 +86,6 @@ __device__ __forceinline__ void await_flag(const unsigned* flag) {
     __syncwarp();
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int s = 16; s; s >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, s));
-    return x;
-}
-
 // The power of two that brings numbers of magnitude up to `bound` below 2^12: room to grow up to float16's 2^16.
 __device__ __forceinline__ float power_below(float bound) {
     const int exponent = static_cast<int>(__float_as_uint(bound) >> 23 & 255) - 127;  // bound < 2^(exponent + 1)

@@ -46,12 +46,6 @@ __device__ __forceinline__ void store_rows(const AttentionParams& p, const Place
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(tile + t * Shape<D>::kValuePitch + v);
 }
 
-__device__ __forceinline__ float fast_rsqrt(float x) {
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Heads of one group that are read at different scales: each token's relative to the largest of its set.
 template <int R, int V> __device__ __forceinline__ void scale_rows(float (&out)[R][V][4], const float* read) {
 #pragma unroll

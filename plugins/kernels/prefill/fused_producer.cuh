@@ -5,8 +5,6 @@
 
 namespace dijiang::prefill {
 
-constexpr float kLog2e = 1.44269504f;
-
 // All threads: P, rounded to T and padded with zeros.
 template <typename T, int D, int kUnroll> __device__ __forceinline__ void load_proj(const AttentionParams& p, T* proj) {
 #pragma unroll kUnroll
@@ -110,13 +108,13 @@ __device__ __forceinline__ void softmax_rows(float (&x)[N][4], uint32_t (&packed
         for (int i = 0; i < R; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], s));
 #pragma unroll
     for (int i = 0; i < R; ++i) {
-        const float shift = -top[i] * kLog2e;
+        const float shift = -top[i] * kLog2E;
         total[i] = 0.0f;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float &a = x[n][2 * i], &b = x[n][2 * i + 1];
-            a = fast_exp2(fmaf(a, kLog2e, shift));
-            b = fast_exp2(fmaf(b, kLog2e, shift));
+            a = fast_exp2(fmaf(a, kLog2E, shift));
+            b = fast_exp2(fmaf(b, kLog2E, shift));
             total[i] += a + b;
         }
     }
@@ -157,7 +155,7 @@ __device__ __forceinline__ void project(float (&sum)[D / 8][4], uint32_t rows, u
 template <typename T>
 __device__ __forceinline__ void write_terms(const ChunkTerms& out, const Terms (&terms)[2], const float (&peak)[2], float epsilon) {
     const int lane = threadIdx.x % 32;
-    float total[2] = {terms[0].log_decay * kLog2e, terms[1].log_decay * kLog2e};
+    float total[2] = {terms[0].log_decay * kLog2E, terms[1].log_decay * kLog2E};
 #pragma unroll
     for (int s = 1; s < 32; s <<= 1) {
         const float x = __shfl_up_sync(~0u, total[0], s), y = __shfl_up_sync(~0u, total[1], s);

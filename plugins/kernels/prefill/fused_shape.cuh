@@ -1,11 +1,20 @@
 // Sizes, shared memory and coordinates of the fused kernel.
 #pragma once
 
-#include "mma.cuh"
+#include "common.cuh"
+#include "device/barriers.cuh"
+#include "device/copies.cuh"
+#include "device/math.cuh"
+#include "device/mma.cuh"
+#include "device/registers.cuh"
 #include "prefill/launch.h"
 #include "prefill/plan.h"
 
 namespace dijiang::prefill {
+
+// Features are kept this much larger in float16, whose smallest normal number is 6e-5. A power of two.
+template <typename T> constexpr float kFeatureUnit = 1.0f;
+template <> inline constexpr float kFeatureUnit<__half> = 256.0f;
 
 template <int D> struct Shape {
     // Heads of 256 are too large for one block: it owns 64 value columns, and finds the features in the workspace.

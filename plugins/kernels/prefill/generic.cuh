@@ -5,6 +5,8 @@
 #pragma once
 
 #include "common.cuh"
+#include "device/elements.cuh"
+#include "device/math.cuh"
 
 namespace dijiang::prefill {
 

@@ -1,0 +1,28 @@
+// Hints of what not to keep in registers, and when to compute it.
+#pragma once
+
+#include <cstdint>
+
+namespace dijiang {
+
+// The same number, but computed anew from here on: keeps what derives from it out of registers until it is needed.
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+// This thread's number and lane, read anew so that nothing derived from them is kept in a register between two uses.
+__device__ __forceinline__ int fresh_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+__device__ __forceinline__ int fresh_lane() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
+// x is computed before the next barrier, not after it.
+__device__ __forceinline__ void keep_before(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
+}  // namespace dijiang
