@@ -146,7 +146,7 @@ dijiang_status run(const dijiang_linear_call* call, cudaStream_t stream) {
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the kernel of products of few rows");
 }
 
-dijiang_status plan(const dijiang_linear_call* call, const dijiang_device* given, char* text, size_t size) {
+dijiang_status describe(const dijiang_linear_call* call, const dijiang_device* given, char* text, size_t size) {
     if (call == nullptr)
         return fail(DIJIANG_INVALID_ARGUMENT, "call is missing; got NULL; expected a dijiang_linear_call");
     if (size > 0) DIJIANG_TRY(check_text(text, size));
@@ -157,7 +157,7 @@ dijiang_status plan(const dijiang_linear_call* call, const dijiang_device* given
     if (some.rows == 0) some.rows = 1;
     Launch launch;
     DIJIANG_TRY(linear::cut(some, device, launch));
-    if (size > 0) std::snprintf(text, size, "%s", linear::plan(launch).c_str());
+    if (size > 0) std::snprintf(text, size, "%s", linear::describe(launch).c_str());
     return DIJIANG_OK;
 }
 
@@ -172,5 +172,5 @@ dijiang_status dijiang_linear(const dijiang_linear_call* call, dijiang_stream st
 
 dijiang_status dijiang_linear_plan(const dijiang_linear_call* call, const dijiang_device* device, char* text,
                                    size_t size) {
-    return guarded([&] { return plan(call, device, text, size); });
+    return guarded([&] { return describe(call, device, text, size); });
 }

@@ -132,12 +132,12 @@ __device__ bool possible(const dijiang_sampling_options& o) {
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    sample_kernel(const __grid_constant__ SampleParams params, const __grid_constant__ SamplePlan plan) {
+    sample_kernel(const __grid_constant__ SampleParams params, const __grid_constant__ SampleCut cut) {
     extern __shared__ float staging[];
     __shared__ Memory memory;
     const dijiang_sample_buffers& b = params.buffers;
-    const Team team = Team::mine(plan.team);
-    const int row = static_cast<int>(blockIdx.x) / plan.team;
+    const Team team = Team::mine(cut.team);
+    const int row = static_cast<int>(blockIdx.x) / cut.team;
     if (threadIdx.x == 0) memory.options = params.options_per_row ? b.row_options[row] : params.options;
     __syncthreads();
     const dijiang_sampling_options& options = memory.options;
@@ -156,10 +156,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     part.seen =
         b.seen == nullptr || options.repetition_penalty == 1 ? nullptr : b.seen + row * b.seen_row_stride;
     part.penalty = &options.repetition_penalty;
-    part.per_warp = plan.per_warp;
-    part.begin = min(team.rank * kWarps * plan.per_warp, b.vocabulary);
-    part.end = min(part.begin + kWarps * plan.per_warp, b.vocabulary);
-    float* const staged = plan.staged_bytes > 0 && !greedy ? staging : nullptr;
+    part.per_warp = cut.per_warp;
+    part.begin = min(team.rank * kWarps * cut.per_warp, b.vocabulary);
+    part.end = min(part.begin + kWarps * cut.per_warp, b.vocabulary);
+    float* const staged = cut.staged_bytes > 0 && !greedy ? staging : nullptr;
 
     // A part of its own warp, which has the fewest logits to read: the number takes a while.
     if (!greedy && threadIdx.x == kThreads - 1) {
@@ -203,9 +203,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                 memory.target = by_count ? static_cast<uint64_t>(options.top_k) : weight;
             }
             __syncthreads();
-            const Cut cut = selector.select(memory.target, by_count);
-            kept_from = max(kept_from, cut.first);
-            if (cut.first != 0) total = cut.weight;
+            const Cut found = selector.select(memory.target, by_count);
+            kept_from = max(kept_from, found.first);
+            if (found.first != 0) total = found.weight;
         }
     }
     const uint64_t least_weight = memory.least_weight;
@@ -227,7 +227,7 @@ int most_staged(const dijiang_device& device) {
 
 }  // namespace
 
-SamplePlan sample_plan(int32_t batch, int32_t vocabulary, const dijiang_device& device, bool greedy) {
+SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device& device, bool greedy) {
     constexpr int kEnough = 2048;  // ids for a block; fewer do not pay for another one
     const auto per_warp = [&](int team) { return 32 * ((vocabulary - 1) / (kThreads * team) + 1); };
     int team = 1;
@@ -235,13 +235,13 @@ SamplePlan sample_plan(int32_t batch, int32_t vocabulary, const dijiang_device& 
     while (clusters && team < kMostTeam && vocabulary / team > kEnough &&
            int64_t{2} * team * batch <= device.multiprocessors)
         team *= 2;
-    SamplePlan plan{team, per_warp(team), 0};
-    const int64_t bytes = int64_t{4} * kWarps * plan.per_warp;
-    if (!greedy && bytes <= most_staged(device)) plan.staged_bytes = static_cast<int>(bytes);
-    return plan;
+    SampleCut cut{team, per_warp(team), 0};
+    const int64_t bytes = int64_t{4} * kWarps * cut.per_warp;
+    if (!greedy && bytes <= most_staged(device)) cut.staged_bytes = static_cast<int>(bytes);
+    return cut;
 }
 
-cudaError_t launch_sample(const SampleParams& params, const SamplePlan& plan, const dijiang_device& device,
+cudaError_t launch_sample(const SampleParams& params, const SampleCut& cut, const dijiang_device& device,
                           cudaStream_t stream) {
     // Always the same value, because threads that launch at the same time share it.
     const cudaError_t error =
@@ -249,16 +249,16 @@ cudaError_t launch_sample(const SampleParams& params, const SamplePlan& plan, co
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(plan.team);
+    attribute.val.clusterDim.x = static_cast<unsigned>(cut.team);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(params.buffers.batch * plan.team));
+    config.gridDim = dim3(static_cast<unsigned>(params.buffers.batch * cut.team));
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(plan.staged_bytes);
+    config.dynamicSmemBytes = static_cast<size_t>(cut.staged_bytes);
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = plan.team > 1 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, sample_kernel, params, plan);
+    config.numAttrs = cut.team > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, sample_kernel, params, cut);
 }
 
 }  // namespace dijiang

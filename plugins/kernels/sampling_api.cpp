@@ -169,8 +169,8 @@ dijiang_status sample(const dijiang_sampling_options* options, const dijiang_sam
     dijiang_device device{};
     DIJIANG_TRY(current_device(device));
     const bool greedy = !params.options_per_row && params.options.temperature == 0;
-    const SamplePlan plan = sample_plan(buffers->batch, buffers->vocabulary, device, greedy);
-    const cudaError_t error = launch_sample(params, plan, device, stream);
+    const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, greedy);
+    const cudaError_t error = launch_sample(params, cut, device, stream);
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the sampling kernel");
 }
 
@@ -204,9 +204,9 @@ dijiang_status dijiang_sample_plan(int32_t batch, int32_t vocabulary, const diji
         DIJIANG_TRY(check_text(text, size));
         dijiang_device known{};
         DIJIANG_TRY(given_or_current(device, known));
-        const SamplePlan plan = sample_plan(batch, vocabulary, known, false);
-        std::snprintf(text, size, "sample team=%d ctas=%d ids_per_warp=%d staged=%d", plan.team,
-                      batch * plan.team, plan.per_warp, plan.staged_bytes);
+        const SampleCut cut = cut_sample(batch, vocabulary, known, false);
+        std::snprintf(text, size, "sample team=%d ctas=%d ids_per_warp=%d staged=%d", cut.team,
+                      batch * cut.team, cut.per_warp, cut.staged_bytes);
         return DIJIANG_OK;
     });
 }

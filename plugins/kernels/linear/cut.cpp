@@ -19,7 +19,7 @@ int32_t ceiling(int64_t x, int64_t by) { return static_cast<int32_t>((x + by - 1
 
 int32_t tiles_of(const dijiang_linear_output& output) { return ceiling(output.width, kTile); }
 
-// Do both terms read the same tensor? A plan is also made where there are none yet: then what usually is so counts.
+// Do both terms read the same tensor? A call is also described where there are none yet: then what usually is so counts.
 bool one_input(const dijiang_linear_output& output, const dijiang_linear_term* terms, int32_t count) {
     if (count != 2 || terms[0].inner != terms[1].inner) return false;
     if (terms[0].input != nullptr) return terms[0].input == terms[1].input;
@@ -110,7 +110,7 @@ dijiang_status cut(const dijiang_linear_call& call, const dijiang_device& device
                 launch.shared_memory, device.shared_memory);
 }
 
-std::string plan(const Launch& launch) {
+std::string describe(const Launch& launch) {
     std::string text = "linear blocks=" + std::to_string(launch.blocks) +
                        " threads=" + std::to_string(launch.threads) +
                        " rows=" + std::to_string(launch.params.rows_per_block) +

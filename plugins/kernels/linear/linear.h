@@ -49,7 +49,7 @@ constexpr int32_t staged_pitch(int32_t elements) { return elements % (2 * kChunk
 
 // Cuts a valid call of at least one row.
 dijiang_status cut(const dijiang_linear_call&, const dijiang_device&, Launch&);
-std::string plan(const Launch&);
+std::string describe(const Launch&);  // for people and tests
 
 // Only enqueue. overlap: programmatic dependent launch.
 cudaError_t launch_f16(const Launch&, bool overlap, cudaStream_t);

@@ -14,14 +14,14 @@ struct SampleParams {
 };
 
 // How the rows are cut.
-struct SamplePlan {
+struct SampleCut {
     int team;          // blocks per row
     int per_warp;      // ids per warp, a multiple of 32
     int staged_bytes;  // of a block's dynamic shared memory; 0: the logits are read again in each pass
 };
 
-SamplePlan sample_plan(int32_t batch, int32_t vocabulary, const dijiang_device&, bool greedy);
-cudaError_t launch_sample(const SampleParams&, const SamplePlan&, const dijiang_device&, cudaStream_t);
+SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device&, bool greedy);
+cudaError_t launch_sample(const SampleParams&, const SampleCut&, const dijiang_device&, cudaStream_t);
 cudaError_t launch_advance(const dijiang_advance_buffers&, cudaStream_t);  // strides are filled in
 
 }  // namespace dijiang

@@ -33,7 +33,7 @@ from dijiang_engines.runners.tensorrt.transfers import Transfers
 NAME = "tensorrt"
 KERNEL_POSITIONS = 2**24
 """Most tokens that the kernels turn by the right angle: they hold a position as float32, which is exact up
-to there (plugins/kernels/common.cuh, `rotary_turn`)."""
+to there (plugins/kernels/attention/rotary.cuh, `rotary_turn`)."""
 
 
 class TensorRTRunner:

@@ -1,0 +1,7 @@
+#include "attention/decode/slice.cuh"
+
+namespace dijiang {
+namespace decode {
+SliceKernel slice_kernel_f16(int32_t head_dim, bool many) { return slice_instance<__half>(head_dim, many); }
+}  // namespace decode
+}  // namespace dijiang

@@ -1,0 +1,32 @@
+// How a prefill call is cut into blocks: host arithmetic alone, so that it can be tested without a GPU.
+#pragma once
+
+#include "attention/attention.h"
+
+namespace dijiang::prefill {
+
+enum class Path {
+    generic,  // float32 arithmetic, any size: features, scan, norm
+    fused,    // tensor cores, d = 64, 80, 128: one kernel (and norm, if a block does not own whole groups)
+    wide      // tensor cores, d = 256: features first, then the same kernel over blocks of 64 value columns
+};
+
+struct Schedule {
+    Path path;
+    int set;             // heads per block (fused)
+    int stages;          // of features and scores (fused, wide)
+    int multiprocessors;
+    bool raw;            // outputs go through the workspace in float32 and are normalised by a last kernel
+    int segments;        // pieces of the sequence that run at the same time
+    int segment_chunks;  // chunks of 64 tokens per piece
+    int blocks, threads; // of the main kernel
+    size_t shared;       // bytes of shared memory per block of the main kernel
+    // Byte offsets into the workspace, then its size and that of the sync memory.
+    size_t features, states, outputs, workspace, sync;
+};
+
+constexpr int kChunk = 64;
+
+Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, const dijiang_device& device);
+
+}  // namespace dijiang::prefill

@@ -1,9 +1,0 @@
-#include "prefill/fused.cuh"
-
-namespace dijiang::prefill {
-
-cudaError_t launch_fused_80_bf16(const AttentionParams& p, const Plan& plan, cudaStream_t stream) {
-    return launch_fused<__nv_bfloat16, 80>(p, plan, stream);
-}
-
-}  // namespace dijiang::prefill
