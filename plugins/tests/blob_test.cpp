@@ -1,6 +1,6 @@
 // What a TensorRT 8.6 plan keeps of the plugins: written and read back, and refused in every other shape.
-#include "blob.h"
-#include "linear_blob.h"
+#include "v2/attention_blob.h"
+#include "v2/linear_blob.h"
 
 #include <array>
 #include <cstdio>

@@ -102,7 +102,7 @@ SOURCES = "dijiang_engines/plugin_sources/"
 def test_it_brings_the_sources_of_the_plugin_and_no_product_of_it(names: set[str]) -> None:
     shipped = {name.removeprefix(SOURCES) for name in names if name.startswith(SOURCES)}
     wanted = {path.relative_to(plugin_sources()).as_posix() for path in source_files()}
-    assert {"CMakeLists.txt", "kernels/api.cpp", "tensorrt/v3/plugin.cpp"} <= wanted
+    assert {"CMakeLists.txt", "kernels/attention/api.cpp", "tensorrt/v3/attention_plugin.cpp"} <= wanted
     assert shipped == wanted
 
 
@@ -165,7 +165,7 @@ def test_the_source_archive_can_be_built_and_tested(tmp_path: Path) -> None:
         "samples/tiny-stdlib/config.json",
         "docs/architecture.md",
     } <= names
-    assert {"plugins/CMakeLists.txt", "plugins/kernels/api.cpp", ".ci/plugin_headers.py"} <= names
+    assert {"plugins/CMakeLists.txt", "plugins/kernels/attention/api.cpp", ".ci/plugin_headers.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".a", ".ptxas"))]
 
 

@@ -1,4 +1,4 @@
-#include "field_table.h"
+#include "common/field_table.h"
 
 #include <cstring>
 

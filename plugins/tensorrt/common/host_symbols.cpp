@@ -1,4 +1,4 @@
-#include "host_symbols.h"
+#include "common/host_symbols.h"
 
 #include <NvInferVersion.h>
 #include <dlfcn.h>

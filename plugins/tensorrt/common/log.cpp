@@ -1,10 +1,10 @@
-#include "log.h"
+#include "common/log.h"
 
 #include <atomic>
 #include <cstdio>
 
-#include "attributes.h"
-#include "host_symbols.h"
+#include "common/host_symbols.h"
+#include "common/names.h"
 
 namespace dijiang::trt {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "attributes.h"
+#include "common/names.h"
 
 namespace dijiang::trt {
 

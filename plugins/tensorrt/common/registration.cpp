@@ -4,7 +4,7 @@
 //  - It calls IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which opens the library, asks it for
 //    its creators and registers them, and fails if they are registered already. So whoever asks for the
 //    creators takes them over: what the library registered by itself is withdrawn first.
-#include "registration.h"
+#include "common/registration.h"
 
 #include <cstdint>
 #include <mutex>
@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "attributes.h"
-#include "host_symbols.h"
-#include "log.h"
+#include "common/host_symbols.h"
+#include "common/log.h"
+#include "common/names.h"
 
 #define DIJIANG_EXPORT extern "C" __attribute__((visibility("default")))
 

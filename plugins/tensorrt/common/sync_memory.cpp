@@ -1,4 +1,4 @@
-#include "sync_memory.h"
+#include "common/sync_memory.h"
 
 #include <cuda_runtime_api.h>
 

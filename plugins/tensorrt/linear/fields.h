@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "field_table.h"
+#include "common/field_table.h"
 #include "linear/attributes.h"
 
 namespace dijiang::trt::linear {

@@ -1,14 +1,15 @@
 // Makes PluginV2 objects out of a node's attributes or a plan's bytes.
 #include <exception>
 
-#include "blob.h"
-#include "fields.h"
+#include "attention/fields.h"
+#include "common/log.h"
+#include "common/names.h"
+#include "common/registration.h"
 #include "linear/fields.h"
-#include "linear_blob.h"
-#include "linear_plugin.h"
-#include "log.h"
-#include "plugin.h"
-#include "registration.h"
+#include "v2/attention_blob.h"
+#include "v2/attention_plugin.h"
+#include "v2/linear_blob.h"
+#include "v2/linear_plugin.h"
 
 namespace dijiang::trt {
 namespace {

@@ -1,6 +1,6 @@
-#include "linear_blob.h"
+#include "v2/linear_blob.h"
 
-#include "bytes.h"
+#include "v2/bytes.h"
 
 namespace dijiang::trt::linear {
 namespace {

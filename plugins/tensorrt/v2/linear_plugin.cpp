@@ -1,10 +1,10 @@
-#include "linear_plugin.h"
+#include "v2/linear_plugin.h"
 
 #include <memory>
 
-#include "guard.h"
-#include "linear_blob.h"
-#include "log.h"
+#include "common/guard.h"
+#include "common/log.h"
+#include "v2/linear_blob.h"
 
 namespace dijiang::trt::linear {
 namespace {

@@ -5,7 +5,8 @@
 
 #include <string>
 
-#include "attributes.h"
+#include "attention/attributes.h"
+#include "common/names.h"
 #include "linear/layer.h"
 
 namespace dijiang::trt::linear {

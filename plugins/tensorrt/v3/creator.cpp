@@ -1,11 +1,12 @@
 // Makes PluginV3 objects out of a node's attributes or a plan's fields.
 #include <exception>
 
-#include "fields.h"
-#include "linear_plugin.h"
-#include "log.h"
-#include "plugin.h"
-#include "registration.h"
+#include "attention/fields.h"
+#include "common/log.h"
+#include "common/names.h"
+#include "common/registration.h"
+#include "v3/attention_plugin.h"
+#include "v3/linear_plugin.h"
 
 namespace dijiang::trt {
 namespace {

@@ -1,9 +1,9 @@
-#include "linear_plugin.h"
+#include "v3/linear_plugin.h"
 
 #include <memory>
 
-#include "guard.h"
-#include "log.h"
+#include "common/guard.h"
+#include "common/log.h"
 
 namespace dijiang::trt::linear {
 

@@ -9,10 +9,6 @@
 
 namespace dijiang::trt {
 
-constexpr char kPluginName[] = "DijiangAttention";
-constexpr char kPluginVersion[] = "1";
-constexpr char kPluginNamespace[] = "dijiang";
-
 // The op contract's attributes (docs/op-contract.md).
 struct Attributes {
     int32_t num_heads = 0, num_kv_heads = 0, head_dim = 0, rotary_dim = 0;

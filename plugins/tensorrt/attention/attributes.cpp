@@ -1,4 +1,4 @@
-#include "attributes.h"
+#include "attention/attributes.h"
 
 #include <cstdio>
 

@@ -1,4 +1,4 @@
-#include "fields.h"
+#include "attention/fields.h"
 
 #include <cstring>
 

@@ -5,7 +5,8 @@
 
 #include <string>
 
-#include "layer.h"
+#include "attention/layer.h"
+#include "common/names.h"
 
 namespace dijiang::trt {
 

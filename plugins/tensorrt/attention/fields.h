@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "attributes.h"
-#include "field_table.h"
+#include "attention/attributes.h"
+#include "common/field_table.h"
 
 namespace dijiang::trt {
 

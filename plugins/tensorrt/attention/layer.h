@@ -5,9 +5,9 @@
 
 #include <string>
 
-#include "attributes.h"
-#include "sync_memory.h"
-#include "tensors.h"
+#include "attention/attributes.h"
+#include "attention/tensors.h"
+#include "common/sync_memory.h"
 
 namespace dijiang::trt {
 

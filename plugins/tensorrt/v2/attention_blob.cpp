@@ -1,6 +1,6 @@
-#include "blob.h"
+#include "v2/attention_blob.h"
 
-#include "bytes.h"
+#include "v2/bytes.h"
 
 namespace dijiang::trt {
 namespace {

@@ -5,8 +5,9 @@
 
 #include <string>
 
-#include "fields.h"
-#include "layer.h"
+#include "attention/fields.h"
+#include "attention/layer.h"
+#include "common/names.h"
 
 namespace dijiang::trt {
 

@@ -1,4 +1,4 @@
-#include "tensors.h"
+#include "attention/tensors.h"
 
 #include <vector>
 

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "attributes.h"
+#include "attention/attributes.h"
 
 namespace dijiang::trt {
 

@@ -1,10 +1,10 @@
-#include "plugin.h"
+#include "v2/attention_plugin.h"
 
 #include <memory>
 
-#include "blob.h"
-#include "guard.h"
-#include "log.h"
+#include "common/guard.h"
+#include "common/log.h"
+#include "v2/attention_blob.h"
 
 namespace dijiang::trt {
 namespace {

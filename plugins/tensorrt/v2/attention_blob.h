@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <string>
 
-#include "attributes.h"
+#include "attention/attributes.h"
 
 namespace dijiang::trt {
 

@@ -1,4 +1,4 @@
-#include "layer.h"
+#include "attention/layer.h"
 
 #include <cuda_runtime_api.h>
 

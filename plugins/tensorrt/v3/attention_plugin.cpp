@@ -1,9 +1,9 @@
-#include "plugin.h"
+#include "v3/attention_plugin.h"
 
 #include <memory>
 
-#include "guard.h"
-#include "log.h"
+#include "common/guard.h"
+#include "common/log.h"
 
 namespace dijiang::trt {
 PluginV3::PluginV3(const Attributes& attributes, const Limits& limits)
