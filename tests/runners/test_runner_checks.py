@@ -41,10 +41,11 @@ from dijiang_engines.sampling import SamplingOptions
 A = np.array
 
 
-@pytest.fixture(params=["onnxruntime", "numpy", "toy"])
+@pytest.fixture(params=["onnxruntime", "tensorrt", "numpy", "toy"])
 def runner(request: pytest.FixtureRequest, toy: tuple[Path, ToyModel]) -> Runner:
     made: dict[str, Callable[[], Any]] = {
         "onnxruntime": lambda: open_runner(open_bundle(toy[0]), "cpu", threads=1),
+        "tensorrt": lambda: request.getfixturevalue("opened")()[0],  # on a fake machine
         "numpy": lambda: NumpyRunner(SPEC, random_parameters(SPEC)),
         "toy": lambda: ToyRunner(toy[1]),
     }

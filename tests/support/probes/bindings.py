@@ -35,7 +35,7 @@ from dijiang_engines.formats.manifest import graph_io  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_library  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_versions as versions  # noqa: E402
 from dijiang_engines.runners.tensorrt import checks as tensorrt_checks  # noqa: E402
-from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu  # noqa: E402
+from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu, integers_of  # noqa: E402
 
 SPEC: Any = SimpleNamespace(num_layers=2, state_shape=(2, 16, 16), vocab_size=100)
 PROFILES = profiles()
@@ -140,11 +140,12 @@ def runner(request: dict[str, Any]) -> None:
     )  # fmt: skip
     for place in (folder.prefill, folder.step):
         tensorrt_checks.check_tensors(folder, place, plan)
-    integers = np.dtype(trt.nptype(plan.get_tensor_dtype(io_names.INPUT_IDS)))
+    tensorrt = mock.Mock(trt=trt)
+    integers = integers_of(tensorrt, plan)
     assert integers == (np.int64 if DIALECT.strongly_typed else np.int32)
     cuda: Any = mock.MagicMock(buffer=lambda size: SimpleNamespace(address=4096, size=size))
     gpu = Gpu(cuda, mock.MagicMock(handle=77), integers)
-    made = Contexts(folder, {"model.plan": plan}, mock.Mock(trt=trt), gpu)
+    made = Contexts(folder, {"model.plan": plan}, tensorrt, gpu)
     assert made.activation_bytes == versions.activation_bytes(plan) == 1 << 20
     state: Any = mock.Mock(batch=2, graph=None)
     state.addresses.return_value = {io_names.INPUT_IDS: 4096, io_names.LOGITS: 8192}

@@ -36,7 +36,12 @@ class Gpu:
     cuda: Cuda
     stream: Stream
     integers: np.dtype[Any]
-    """The plans' I: int32 or int64, of token ids, positions and seq_lens."""
+    """`integers_of` the plans."""
+
+
+def integers_of(tensorrt: TensorRT, plan: Any) -> np.dtype[Any]:
+    """A plan's I, the type of its token ids, positions and seq_lens: int32 or int64."""
+    return np.dtype(tensorrt.trt.nptype(plan.get_tensor_dtype(io_names.INPUT_IDS)))
 
 
 class TensorRTState:

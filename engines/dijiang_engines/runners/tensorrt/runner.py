@@ -27,7 +27,7 @@ from dijiang_engines.runners.checks import (
 )
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest
 from dijiang_engines.runners.tensorrt.checks import check_made_for, check_tensors
-from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu, TensorRTState
+from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu, TensorRTState, integers_of
 from dijiang_engines.runners.tensorrt.transfers import Transfers
 
 NAME = "tensorrt"
@@ -73,8 +73,8 @@ class TensorRTRunner:
         for place in (engine.prefill, engine.step):
             check_tensors(engine, place, plans[place.file])
         self._weight_bytes = free - cuda.memory()[0]
-        kind = plans[engine.prefill.file].get_tensor_dtype(io_names.INPUT_IDS)
-        self.gpu = Gpu(cuda, cuda.stream(), np.dtype(self.tensorrt.trt.nptype(kind)))
+        integers = integers_of(self.tensorrt, plans[engine.prefill.file])
+        self.gpu = Gpu(cuda, cuda.stream(), integers)
         self.contexts = Contexts(engine, plans, self.tensorrt, self.gpu)
         self._transfers = Transfers(self.gpu, self.spec.vocab_size)
         self._kernels: Any = None
