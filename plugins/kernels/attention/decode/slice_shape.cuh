@@ -15,6 +15,8 @@ template <int D_, int W_, int Warps> struct Slice {
     static constexpr int kSteps = (kRows + kSubs - 1) / kSubs;     // rows of a lane
     static constexpr int kTurned = kRows <= 16 ? 1 : 2;            // elements of q and k that a lane turns
     static constexpr int kKeyLane = kRows <= 16 ? kRows : 0;       // where k's begin, in the last of them
+    static constexpr bool kExchange = kSplits > 1;                 // blocks share a head
+    static constexpr int kMostClusterChannels = 8 * W;
     static constexpr int kLogits = D / 16;                         // logits of q or of k of a lane
     // Of shared memory, beside the states; rounded up.
     static constexpr int kStaticBytes = 24 * D + 12 * kWarps * W + 88 * W + 128;
