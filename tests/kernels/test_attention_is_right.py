@@ -1,10 +1,11 @@
-"""Are the attention kernels right? The page to read first: what they compute, in twenty lines of PyTorch, and how
-close they come to it.
+"""Are the attention kernels right? The page to read first: what they compute, in twenty lines of PyTorch,
+and how close they come to it.
 
-`naive` is the op's definition (docs/mathematics.md) for one sequence, token by token. It runs in float64 here and
-is the truth; two programs are held to it: the project's reference model, on any CPU, and the CUDA library, where
-there is a GPU and a library (DIJIANG_KERNELS, or what `dijiang-export build-plugin` made). test_kernels_gpu.py is
-the long version: every head size, trained tables, strided and aliased memory, bounds that are derived.
+`naive` is the op's definition (docs/mathematics.md) for one sequence, token by token. It runs in float64
+here and is the truth. Two programs are held to it: the project's reference model, on any CPU, and the CUDA
+library, where there is a GPU and a library (DIJIANG_KERNELS, or what `dijiang-export build-plugin` made).
+test_kernels_gpu.py is the long version: every head size, trained tables, strided and aliased memory, bounds
+that are derived.
 
     pytest tests/kernels/test_attention_is_right.py
 """
@@ -50,7 +51,17 @@ def naive(x: Tensors, g: Geometry, row: int) -> tuple[Tensor, Tensor]:
 
 def reference_model(x: Tensors, g: Geometry) -> tuple[Tensor, Tensor]:
     """The reference model's op, chunk by chunk, on the CPU."""
-    names = ("qkv", "gate", "past_state", "positions", "seq_lens", "proj", "norm_weight", "norm_bias", "inv_freq")
+    names = (
+        "qkv",
+        "gate",
+        "past_state",
+        "positions",
+        "seq_lens",
+        "proj",
+        "norm_weight",
+        "norm_bias",
+        "inv_freq",
+    )
     attributes = reference.Geometry(g.num_heads, g.num_kv_heads, g.head_dim, g.rotary_dim, EPSILON)
     decay = reference.Decay(x["log_decay"])
     return reference.dijiang_attention(*(x[name] for name in names), decay=decay, geometry=attributes)
@@ -72,7 +83,10 @@ def cuda_library(x: Tensors, g: Geometry) -> tuple[Tensor, Tensor]:
 
 
 LIBRARY, MISSING = find_library()
-PROGRAMS = [reference_model, pytest.param(cuda_library, marks=pytest.mark.skipif(LIBRARY is None, reason=MISSING))]
+PROGRAMS = [
+    reference_model,
+    pytest.param(cuda_library, marks=pytest.mark.skipif(LIBRARY is None, reason=MISSING)),
+]
 SHAPES = [  # B, L, H, Hkv, d, r
     (1, 1, 4, 4, 64, 16),  # one token: the decode kernels
     (5, 1, 8, 2, 128, 32),

@@ -7,6 +7,8 @@
  *  - Every function returns DIJIANG_OK or a status; dijiang_last_error() then says, for the calling thread,
  *    what was wrong, what was given and what would be right.
  *  - T is the element type that dijiang_geometry.dtype names. Everything inside is computed in float32.
+ *  - What is marked "Reserved" works and is tested, and stays while DIJIANG_ABI_VERSION is 1, but nothing in
+ *    dijiang-export uses it.
  *
  * docs/op-contract.md defines DijiangAttention; docs/mathematics.md derives it.
  */
@@ -104,7 +106,7 @@ DIJIANG_API const char* dijiang_architectures(void);         /* compiled for, e.
 DIJIANG_API const char* dijiang_status_name(int32_t status); /* e.g. "DIJIANG_UNSUPPORTED" */
 DIJIANG_API const char* dijiang_last_error(void);            /* of this thread; "" after a success */
 
-/* The current device. */
+/* The current device. Reserved. */
 DIJIANG_API dijiang_status dijiang_query_device(dijiang_device* device);
 
 /* Sizes for calls with up to max_batch rows of up to max_length tokens: enough for every smaller call too.

@@ -20,7 +20,11 @@ extern "C" {
 #define DIJIANG_LINEAR_INNER_STEP 32 /* K is a multiple of it */
 #define DIJIANG_LINEAR_MAX_SIZE 1048576 /* of K and of N */
 
-typedef enum { DIJIANG_NORM_NONE = 0, DIJIANG_LAYER_NORM = 1, DIJIANG_RMS_NORM = 2 } dijiang_norm;
+typedef enum {
+    DIJIANG_NORM_NONE = 0,
+    DIJIANG_LAYER_NORM = 1,
+    DIJIANG_RMS_NORM = 2 /* Reserved: no step that is built has it */
+} dijiang_norm;
 
 typedef enum {
     DIJIANG_IDENTITY = 0,
@@ -28,7 +32,7 @@ typedef enum {
     DIJIANG_GELU = 2,      /* x Phi(x), by erf */
     DIJIANG_GELU_TANH = 3, /* its approximation by tanh */
     DIJIANG_SILU = 4,
-    DIJIANG_SWIGLU = 5 /* silu(first term) * second term */
+    DIJIANG_SWIGLU = 5 /* silu(first term) * second term. Reserved, likewise */
 } dijiang_activation;
 
 /* One product. Its sum, and everything else until the output is stored, is float32. */

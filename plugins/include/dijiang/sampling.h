@@ -63,7 +63,7 @@ typedef struct {
     const uint32_t* seen;       /* BITMASK the repetition penalty applies to; NULL: none */
     int64_t seen_row_stride;    /* words; 0: dense */
     const dijiang_sampling_options*
-        row_options;         /* [B] in device memory, one per row; NULL: `options` for all */
+        row_options;         /* [B] in device memory, one per row; NULL: `options` for all. Reserved */
     const uint64_t* streams; /* [B]; NULL: row r draws from stream r */
     const int64_t* draws;    /* [B], index of the random number; needed unless greedy. Not changed */
     void* tokens;            /* out: I [B]; -1 where row_status is not OK */
@@ -78,17 +78,24 @@ typedef struct {
 DIJIANG_API dijiang_status dijiang_sample(const dijiang_sampling_options* options,
                                           const dijiang_sample_buffers* buffers, dijiang_stream stream);
 
-/* One line that says how dijiang_sample would cut the work; see dijiang_attention_plan. */
+/* One line that says how dijiang_sample would cut the work; see dijiang_attention_plan. Reserved. */
 DIJIANG_API dijiang_status dijiang_sample_plan(int32_t batch, int32_t vocabulary,
                                                const dijiang_device* device, char* text, size_t size);
 
-/* What dijiang_advance does, row by row. A row goes on if it was not finished before and row_status is OK;
- * then history[row, history_lens[row]++] = token     if there is room seen[row] |= token draws[row] += 1 and
- * it finishes here if the token is one of stop_ids or history is full now. A row whose row_status is not OK
- * finishes without a token. For all rows, finished or not, positions[row] += seq_lens[row]               what
- * this step has read seq_lens[row]  = 1 if the row goes on, else 0 what the next step shall read
- *   input_ids[row] = the token, or pad_id for finished rows
- * so that finished rows are empty rows, whose state no kernel touches. */
+/* What dijiang_advance does, row by row. A row goes on if it was not finished before and row_status is OK; then
+ *
+ *     history[row, history_lens[row]++] = token     if there is room
+ *     seen[row] |= token
+ *     draws[row] += 1
+ *
+ * and it finishes here if the token is one of stop_ids or history is full now. A row whose row_status is not OK
+ * finishes without a token. For all rows, finished or not,
+ *
+ *     positions[row] += seq_lens[row]               what this step has read
+ *     seq_lens[row] = 1 if the row goes on, else 0  what the next step shall read
+ *     input_ids[row] = the token, or pad_id for finished rows
+ *
+ * so that finished rows are empty rows, whose state no kernel touches. history and active are Reserved. */
 typedef struct {
     const void* tokens;         /* I [B], of dijiang_sample */
     const int32_t* row_status;  /* [B], of dijiang_sample; NULL: all OK */
