@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.formats.bundle import MAX_GRAPH_BYTES, Bundle
+from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.formats.onnx_external import external_tensors
-from dijiang_engines.formats.safe_files import open_regular
+from dijiang_engines.formats.safe_files import LIMITS, open_regular
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.sizes import ITEM_BYTES, part_sizes, weight_bytes
 from dijiang_engines.spec import ModelSpec
@@ -202,7 +202,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
 
 
 def _bundle_decay(bundle: Bundle) -> list[LayerDecay]:
-    graph = external_tensors(bundle.opened.read(bundle.graph_path("step").name, MAX_GRAPH_BYTES))
+    graph = external_tensors(bundle.opened.read(bundle.graph_path("step").name, LIMITS["graph"]))
     places = {tensor.name: tensor for tensor in graph}
     layers = []
     with bundle.opened.unchanged(WEIGHTS) as root, open_regular(root / WEIGHTS) as file:

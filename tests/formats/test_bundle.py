@@ -17,7 +17,7 @@ from support.makers.toy_bundle import SPEC, ToyModel, make_bundle, write_manifes
 
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.bundle import Bundle, open_bundle
-from dijiang_engines.formats.manifest import MAX_MANIFEST_BYTES
+from dijiang_engines.formats.safe_files import LIMITS
 
 Toy = tuple[Path, ToyModel]
 
@@ -175,7 +175,7 @@ def test_a_manifest_that_is_not_utf8_is_refused(toy: Toy) -> None:
 
 def test_a_huge_manifest_is_not_read(toy: Toy) -> None:
     with open(toy[0] / "manifest.json", "r+b") as file:
-        file.truncate(MAX_MANIFEST_BYTES + 1)
+        file.truncate(LIMITS["manifest"] + 1)
     assert "too large" in str(refusal(toy[0]))
 
 

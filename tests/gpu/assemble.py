@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dijiang_engines.formats.manifest import MANIFEST, REFERENCE, WEIGHTS
+from dijiang_engines.formats.file_table import MANIFEST, REFERENCE
+from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.formats.safe_files import sha256_of
 from dijiang_export.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from dijiang_export.checkpoint.checkpoint import open_checkpoint

@@ -19,7 +19,7 @@ from dijiang_engines.errors import DijiangError, OutputError, PluginError, Usage
 from dijiang_engines.plugin import requirements, toolchain
 from dijiang_engines.plugin.build import build, copy_build
 from dijiang_engines.plugin.cache import KERNELS, find_tensorrt_library, library_hash, read_manifest
-from dijiang_engines.plugin.requirements import BuildPlan, parse_architecture, plan_build
+from dijiang_engines.plugin.requirements import BuildRequirements, find_requirements, parse_architecture
 from dijiang_export.cli import main
 
 
@@ -36,9 +36,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeToolchain:
     return made
 
 
-def plan(tools: FakeToolchain, *architectures: str, **options: object) -> BuildPlan:
+def needs(tools: FakeToolchain, *architectures: str, **options: object) -> BuildRequirements:
     options.setdefault("kernels_only", True)
-    return plan_build(
+    return find_requirements(
         architectures=architectures or ("90",),
         environment=tools.environment,
         **options,  # type: ignore[arg-type]
@@ -55,9 +55,9 @@ def failure(call: Callable[[], object], kind: type[DijiangError] = PluginError) 
 # What is found
 
 
-def test_the_plan_names_what_was_found(tools: FakeToolchain) -> None:
+def test_the_requirements_name_what_was_found(tools: FakeToolchain) -> None:
     tools.headers((8, 6, 1))
-    made = plan(tools, "sm_90", "8.7", "87", kernels_only=False)
+    made = needs(tools, "sm_90", "8.7", "87", kernels_only=False)
     assert made.architectures == (87, 90)
     assert made.architecture_names == ("sm_87", "sm_90", "compute_90")
     assert (made.nvcc.path, made.nvcc.release) == (tools.bin / "nvcc", "12.6")
@@ -65,7 +65,7 @@ def test_the_plan_names_what_was_found(tools: FakeToolchain) -> None:
     assert made.headers is not None
     assert made.headers.version == (8, 6, 1)
     assert made.libraries == [KERNELS, "libdijiang_tensorrt_8.so"]
-    assert plan(tools, "all").architectures == (80, 87, 89, 90)
+    assert needs(tools, "all").architectures == (80, 87, 89, 90)
 
 
 @pytest.mark.parametrize(("text", "number"), [("87", 87), ("sm_120", 120), ("8.7", 87), ("10.0", 100)])
@@ -80,21 +80,21 @@ def test_other_architectures_are_refused(text: str) -> None:
 
 def test_no_nvcc(tools: FakeToolchain) -> None:
     (tools.bin / "nvcc").unlink()
-    error = failure(lambda: plan(tools))
+    error = failure(lambda: needs(tools))
     assert "nvcc was not found" in error.what
     assert "CUDA_HOME" in str(error.hint)
 
 
 def test_an_old_nvcc(tools: FakeToolchain) -> None:
     tools.nvcc("11.4", "80 86 87")
-    error = failure(lambda: plan(tools, "87"))
+    error = failure(lambda: needs(tools, "87"))
     assert error.what == "nvcc is too old"
     assert "CUDA 11.4" in str(error.got)
     assert "12.0" in str(error.expected)
 
 
 def test_an_architecture_that_nvcc_does_not_know(tools: FakeToolchain) -> None:
-    error = failure(lambda: plan(tools, "87", "120"))
+    error = failure(lambda: needs(tools, "87", "120"))
     assert error.what == "nvcc does not know the architecture sm_120"
     assert "which knows sm_80, sm_87, sm_89, sm_90" in str(error.got)
     assert error.hint == "CUDA 12.8 or newer knows sm_120"
@@ -106,12 +106,12 @@ def test_a_second_toolkit_that_knows_it_is_taken(tools: FakeToolchain) -> None:
     tools.nvcc("13.0", "80 87 90 120")
     shutil.move(tools.bin / "nvcc", newer)
     tools.nvcc()
-    assert plan(tools, "120").nvcc.path == newer
-    assert plan(tools, "90").nvcc.path == tools.bin / "nvcc"
+    assert needs(tools, "120").nvcc.path == newer
+    assert needs(tools, "90").nvcc.path == tools.bin / "nvcc"
 
 
 def test_no_gpu_and_none_named(tools: FakeToolchain) -> None:
-    error = failure(lambda: plan_build(kernels_only=True, environment=tools.environment))
+    error = failure(lambda: find_requirements(kernels_only=True, environment=tools.environment))
     assert "no NVIDIA GPU" in str(error.got)
     assert "--architecture" in str(error.hint)
 
@@ -130,9 +130,9 @@ def test_the_board_tells_where_no_driver_does(
 
 def test_gpus_come_from_the_driver(tools: FakeToolchain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "_ask_driver", lambda: [90, 90, 89])
-    assert plan_build(kernels_only=True, environment=tools.environment).architectures == (89, 90)
+    assert find_requirements(kernels_only=True, environment=tools.environment).architectures == (89, 90)
     monkeypatch.setattr(toolchain, "_ask_driver", lambda: [75])
-    error = failure(lambda: plan_build(kernels_only=True, environment=tools.environment))
+    error = failure(lambda: find_requirements(kernels_only=True, environment=tools.environment))
     assert "sm_75" in str(error.got)
 
 
@@ -145,7 +145,7 @@ def test_no_cmake_or_an_old_one(
     else:
         tools.cmake(version)
     monkeypatch.setattr(sys, "executable", str(tools.bin / "python"))  # none beside Python either
-    error = failure(lambda: plan(tools))
+    error = failure(lambda: needs(tools))
     assert error.what == ("CMake was not found" if version is None else "CMake is too old")
     assert error.expected == "3.22 or newer"
     assert "pip install cmake" in str(error.hint)
@@ -158,12 +158,12 @@ def test_pips_toolkit_is_taken_where_there_is_no_other(
     (root / "bin").mkdir(parents=True)
     shutil.move(tools.bin / "nvcc", root / "bin/nvcc")
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
-    failure(lambda: plan(tools))  # a compiler without the runtime's headers
+    failure(lambda: needs(tools))  # a compiler without the runtime's headers
     for name in ("include/cuda_runtime.h", "lib/libcudart_static.a"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("")
     monkeypatch.setenv("LIBRARY_PATH", "/mine")
-    nvcc = plan(tools).nvcc
+    nvcc = needs(tools).nvcc
     assert nvcc.path == root / "bin/nvcc"
     assert nvcc.environment == {"LIBRARY_PATH": f"{root / 'lib'}:/mine"}
     (root / "lib64").mkdir()
@@ -176,15 +176,15 @@ def test_no_compiler_or_no_make(
 ) -> None:
     (tools.bin / name).unlink()
     monkeypatch.setattr(sys, "executable", str(tools.bin / "python"))
-    assert what in failure(lambda: plan(tools)).what
+    assert what in failure(lambda: needs(tools)).what
 
 
 def test_no_headers(tools: FakeToolchain, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = failure(lambda: plan(tools, kernels_only=False))
+    error = failure(lambda: needs(tools, kernels_only=False))
     assert error.got is None
     assert "--kernels-only" in str(error.hint)
     monkeypatch.setattr(toolchain, "package_version", {"tensorrt": "10.13.3"}.get)
-    error = failure(lambda: plan(tools, kernels_only=False))
+    error = failure(lambda: needs(tools, kernels_only=False))
     assert "pip's tensorrt 10.13.3" in str(error.got)
     assert "no headers" in str(error.got)
 
@@ -192,7 +192,7 @@ def test_no_headers(tools: FakeToolchain, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("version", [(8, 5, 3), (9, 1, 0), (10, 2, 0)])
 def test_headers_of_another_tensorrt(version: tuple[int, int, int], tools: FakeToolchain) -> None:
     tools.headers(version)
-    error = failure(lambda: plan(tools, kernels_only=False))
+    error = failure(lambda: needs(tools, kernels_only=False))
     assert ".".join(map(str, version)) in str(error.got)
     assert error.expected == "8.6, or 10.3 and newer"
 
@@ -201,11 +201,11 @@ def test_headers_of_another_tensorrt(version: tuple[int, int, int], tools: FakeT
 def test_headers_that_are_named(version: tuple[int, int, int], tools: FakeToolchain, tmp_path: Path) -> None:
     write_headers(tmp_path / "trt/include", version)
     for folder in (tmp_path / "trt", tmp_path / "trt/include"):
-        made = plan(tools, kernels_only=False, tensorrt_include=folder)
+        made = needs(tools, kernels_only=False, tensorrt_include=folder)
         assert made.headers == toolchain.Headers(tmp_path / "trt/include", version)
-    error = failure(lambda: plan(tools, kernels_only=False, tensorrt_include=tmp_path))
+    error = failure(lambda: needs(tools, kernels_only=False, tensorrt_include=tmp_path))
     assert "NvInfer.h" in str(error.expected)
-    failure(lambda: plan(tools, kernels_only=True, tensorrt_include=tmp_path), UsageError)
+    failure(lambda: needs(tools, kernels_only=True, tensorrt_include=tmp_path), UsageError)
 
 
 # What is made and kept
@@ -213,7 +213,7 @@ def test_headers_that_are_named(version: tuple[int, int, int], tools: FakeToolch
 
 def test_a_build_and_its_manifest(tools: FakeToolchain) -> None:
     tools.headers()
-    made = plan(tools, "87", "90", kernels_only=False)
+    made = needs(tools, "87", "90", kernels_only=False)
     logged: list[str] = []
     result = build(made, jobs=3, log=logged.append)
     assert not result.reused
@@ -235,22 +235,22 @@ def test_a_build_and_its_manifest(tools: FakeToolchain) -> None:
 
 
 def test_a_second_build_is_the_first(tools: FakeToolchain) -> None:
-    first, second = build(plan(tools)), build(plan(tools))
+    first, second = build(needs(tools)), build(needs(tools))
     assert (tools.compiled, second.reused, second.built) == (1, True, first.built)
-    forced = build(plan(tools), force=True)
+    forced = build(needs(tools), force=True)
     assert (tools.compiled, forced.reused) == (2, False)
     assert forced.built.libraries != first.built.libraries
     assert tools.leftovers() == []
 
 
 def test_whatever_decides_makes_another_build(tools: FakeToolchain, tmp_path: Path) -> None:
-    keys = {plan(tools).key, plan(tools, "87").key, plan(tools, "87", "90").key}
+    keys = {needs(tools).key, needs(tools, "87").key, needs(tools, "87", "90").key}
     tools.headers()
-    keys.add(plan(tools, kernels_only=False).key)
+    keys.add(needs(tools, kernels_only=False).key)
     tools.nvcc("12.8")
-    keys.add(plan(tools).key)
+    keys.add(needs(tools).key)
     tools.program("c++", "#!/bin/sh\necho 'c++ (Test) 13.1.0'\n")
-    keys.add(plan(tools).key)
+    keys.add(needs(tools).key)
     assert len(keys) == 6
 
 
@@ -261,20 +261,20 @@ def test_changed_sources_make_another_build(
     (sources / "kernels").mkdir(parents=True)
     (sources / "CMakeLists.txt").write_text("")
     monkeypatch.setattr(requirements, "plugin_sources", lambda: sources)
-    keys = [plan(tools).key]
+    keys = [needs(tools).key]
     for name in ("a.cu", "notes.md", "a.cu.o"):
         (sources / "kernels" / name).write_text("x")
-        keys.append(plan(tools).key)
+        keys.append(needs(tools).key)
     assert keys[0] != keys[1] == keys[2] == keys[3]
 
 
 def test_a_damaged_build_is_made_again(tools: FakeToolchain) -> None:
-    folder = build(plan(tools)).built.folder
+    folder = build(needs(tools)).built.folder
     (folder / KERNELS).write_text("something else")
-    assert not build(plan(tools)).reused
+    assert not build(needs(tools)).reused
     (folder / "plugin.json").write_text("{")
     # a folder that does not say that it is ours is not replaced silently, but this one is in our cache
-    assert not build(plan(tools)).reused
+    assert not build(needs(tools)).reused
     read_manifest(folder).library(KERNELS)
 
 
@@ -290,7 +290,7 @@ def test_a_build_that_fails(
     mode: str, what: str, got: str, tools: FakeToolchain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_CMAKE", mode)
-    made = plan(tools)
+    made = needs(tools)
     error = failure(lambda: build(made))
     assert error.what == what
     assert got in (error.got or "")
@@ -300,7 +300,7 @@ def test_a_build_that_fails(
     assert log.read_text().startswith("$ ")
     assert tools.leftovers() == [log.name]  # the log alone
     monkeypatch.delenv("FAKE_CMAKE")
-    assert not build(plan(tools)).reused
+    assert not build(needs(tools)).reused
     assert tools.leftovers() == []
 
 
@@ -310,13 +310,13 @@ def test_what_compilers_say_comes_with_a_remedy(tools: FakeToolchain) -> None:
         "#!/bin/sh\n[ \"$1\" = --version ] && echo 'cmake version 3.30.0' && exit\n"
         "echo '#error -- unsupported GNU version! gcc versions later than 13 are not supported!'\nexit 1\n",
     )
-    error = failure(lambda: build(plan(tools)))
+    error = failure(lambda: build(needs(tools)))
     assert "unsupported GNU version" in str(error.got)
     assert "CUDAHOSTCXX" in str(error.hint)
 
 
 def test_a_copy_elsewhere(tools: FakeToolchain, tmp_path: Path) -> None:
-    built = build(plan(tools)).built
+    built = build(needs(tools)).built
     for _ in range(2):  # an earlier copy is replaced
         copy_build(built, tmp_path / "out/plugin")
     copied = read_manifest(tmp_path / "out/plugin")
@@ -330,7 +330,7 @@ def test_a_copy_elsewhere(tools: FakeToolchain, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_made(tools: FakeToolchain) -> None:
     tools.cache.write_text("a file")
-    error = failure(lambda: build(plan(tools)), OutputError)
+    error = failure(lambda: build(needs(tools)), OutputError)
     assert "XDG_CACHE_HOME" in str(error.hint)
 
 
@@ -400,5 +400,5 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tools: FakeToolchain) -
     os.kill(int(hanging.read_text()), signal.SIGKILL)
     process.communicate(timeout=60)
     assert tools.leftovers() != []
-    assert not build(plan(tools)).reused
+    assert not build(needs(tools)).reused
     assert tools.leftovers() == []

@@ -22,7 +22,7 @@ from dijiang_engines.errors import PluginError
 from dijiang_engines.plugin import requirements, toolchain
 from dijiang_engines.plugin.build import build
 from dijiang_engines.plugin.cache import KERNELS, find_kernels_library
-from dijiang_engines.plugin.requirements import plan_build
+from dijiang_engines.plugin.requirements import find_requirements
 from dijiang_engines.version import __version__
 
 # Kernels for one of the tuned head sizes have it among their template's arguments. They spill nothing, but
@@ -187,7 +187,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_nvcc
 def test_build_plugin_compiles(small: Path) -> None:
-    result = build(plan_build(architectures=["90", "8.0"], kernels_only=True))
+    result = build(find_requirements(architectures=["90", "8.0"], kernels_only=True))
     assert result.built.architectures == ("sm_80", "sm_90", "compute_90")
     library = find_kernels_library(90)
     assert library == result.built.folder / KERNELS
@@ -202,7 +202,7 @@ def test_errors_of_the_compiler_are_shown(small: Path) -> None:
     with (small / "kernels/one.cu").open("a") as file:
         file.write("__global__ void two(float* x) { x[0] = nonsense; }\n")
     with pytest.raises(PluginError) as caught:
-        build(plan_build(architectures=["90"], kernels_only=True))
+        build(find_requirements(architectures=["90"], kernels_only=True))
     assert "one.cu(6): error" in str(caught.value.got)
     assert "nonsense" in str(caught.value.got)
     assert "the whole log is in " in str(caught.value.hint)

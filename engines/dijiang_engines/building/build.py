@@ -20,13 +20,13 @@ from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.engine import (
-    ENGINE_MANIFEST,
     LAYOUTS,
     EngineFolder,
     open_engine,
     write_engine_manifest,
 )  # fmt: skip
-from dijiang_engines.formats.manifest import MANIFEST, REFERENCE, WEIGHTS
+from dijiang_engines.formats.file_table import ENGINE_MANIFEST, MANIFEST, REFERENCE
+from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
 from dijiang_engines.nvidia.tensorrt_library import TensorRT
 from dijiang_engines.plugin.cache import cache_folder

@@ -13,7 +13,6 @@ program. docs/engines.md describes the format.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,22 +21,13 @@ from types import MappingProxyType
 from typing import Any
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.bundle import ModelIdentity
-from dijiang_engines.formats.manifest import (
-    CONFIG,
-    MAX_MANIFEST_BYTES,
-    REFERENCE,
-    TOKENIZER,
-    FileInfo,
-    file_table,
-)  # fmt: skip
+from dijiang_engines.formats.file_table import ENGINE_MANIFEST, REFERENCE, FileInfo, file_table
+from dijiang_engines.formats.folder import Model, ModelIdentity, Wording, spec_sha256
 from dijiang_engines.formats.opened_files import OpenedFiles
-from dijiang_engines.formats.reference_cases import Reference
-from dijiang_engines.formats.safe_files import parse_json, read_bounded, sha256_of
+from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded, sha256_of
 from dijiang_engines.op_contract import T_TYPES
 from dijiang_engines.spec import ModelSpec
 
-ENGINE_MANIFEST = "engine.json"
 FORMAT = "dijiang-engine"
 FORMAT_VERSION = 1
 LAYOUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -85,106 +75,55 @@ class MadeFor:
     plugin_version: str
 
 
-class EngineFolder:
+class EngineFolder(Model):
     """An opened engine folder. Make one with `open_engine`.
 
+    spec, dtype, logits, cases and identity are those of the bundle that it was built from.
+
     Attributes:
-        path: the folder.
-        manifest: engine.json, read-only by convention.
-        spec, dtype, logits, cases, identity: of the bundle that it was built from.
         layout: "one" or "two".
         prefill, step: where these are.
         profiles: the sizes that it was built for.
-        made_for: what it can be loaded with.
-        files: name -> FileInfo of every file but the manifest.
-        opened: through which files are read, so that they are those that were opened.
+        made_for: what it can be loaded with; and those of `Model`.
     """
 
+    wording = Wording(
+        kind="engine",
+        manifest=ENGINE_MANIFEST,
+        retry=REBUILD,
+        record="export the checkpoint with `--cases short` or `--cases full`, and build again",
+    )
+
     def __init__(self, path: Path, raw: Any, opened: OpenedFiles) -> None:
-        self.path = path
-        self.opened = opened
-        self.manifest: dict[str, Any] = _object(raw, ENGINE_MANIFEST)
-        _check_header(self.manifest)
-        self.spec = ModelSpec.from_json(self.manifest.get("spec", {}))
-        self.dtype: str = self.manifest["dtype"]
-        self.logits: str = self.manifest["logits"]
-        self.layout: str = self.manifest["layout"]
-        plans = LAYOUTS[self.layout]
-        self.prefill = PlanPlace(plans[0], 0)
-        self.step = PlanPlace(plans[-1], 1 if self.layout == "one" else 0)
-        table = file_table(self.manifest, plans, source=ENGINE_MANIFEST, hint=REBUILD)
-        self.files: Mapping[str, FileInfo] = MappingProxyType(table)
-        opened.files = self.files
-        self._checked: set[str] = set()
-        self.profiles = _profiles(self.manifest.get("profiles"))
-        self.made_for = _made_for(self.manifest.get("made_for"))
-        source = _object(self.manifest.get("source"), "source")
-        self.identity = ModelIdentity(
+        manifest = _object(raw, ENGINE_MANIFEST)
+        _check_header(manifest)
+        spec = ModelSpec.from_json(manifest.get("spec", {}))
+        self.layout: str = manifest["layout"]
+        self.prefill = PlanPlace(self.plans[0], 0)
+        self.step = PlanPlace(self.plans[-1], 1 if self.layout == "one" else 0)
+        files = file_table(manifest, self.plans, source=ENGINE_MANIFEST, hint=REBUILD)
+        self.profiles = _profiles(manifest.get("profiles"))
+        self.made_for = _made_for(manifest.get("made_for"))
+        source = _object(manifest.get("source"), "source")
+        identity = ModelIdentity(
             _text(source, "source", "spec_sha256"), _text(source, "source", "weights_sha256")
         )
-        if self.identity.spec_sha256 != spec_sha256(self.spec):
+        if identity.spec_sha256 != spec_sha256(spec):
             raise _bad("source.spec_sha256", "the hash of the model spec beside it")
-        self.name = _text(source, "source", "name")
-        reference = self.manifest.get("reference")
-        self.cases: list[str] | None = None if reference is None else _case_names(reference, self.files)
+        self._name = _text(source, "source", "name")
+        reference = manifest.get("reference")
+        cases = None if reference is None else _case_names(reference, files)
+        super().__init__(path, opened, manifest, spec=spec, files=files, cases=cases, identity=identity)
 
     @property
-    def all_logits(self) -> bool:
-        """True if prefill returns logits of every token."""
-        return self.logits == "all"
+    def name(self) -> str:
+        """Of the bundle that it was built from."""
+        return self._name
 
     @property
     def plans(self) -> tuple[str, ...]:
         """The plan files."""
         return LAYOUTS[self.layout]
-
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """tokenizer.json, if the bundle came with one."""
-        return self.path / TOKENIZER if TOKENIZER in self.files else None
-
-    @property
-    def config_path(self) -> Path | None:
-        """The checkpoint's config.json."""
-        return self.path / CONFIG if CONFIG in self.files else None
-
-    @property
-    def reference_path(self) -> Path | None:
-        """reference.safetensors, if there are recorded cases."""
-        return self.path / REFERENCE if self.cases is not None else None
-
-    def reference(self) -> Reference:
-        """The recorded cases, after their file's hash has been checked.
-
-        Raises:
-            BundleError: there are none, or the file is not what the manifest or the spec says.
-        """
-        if self.reference_path is None:
-            raise BundleError(
-                f"the engine {self.path} holds no recorded cases",
-                hint="export the checkpoint with `--cases short` or `--cases full`, and build again",
-            )
-        self.opened.verify(REFERENCE)
-        with self.opened.unchanged(REFERENCE) as root:
-            reference = Reference(
-                self.reference_path, self.spec, root / REFERENCE, lambda: self.opened.check(REFERENCE)
-            )
-        if list(reference.cases) != self.cases:
-            raise BundleError(
-                f"{REFERENCE} holds other cases than {ENGINE_MANIFEST} says",
-                got=list(reference.cases), expected=self.cases, hint=REBUILD,
-            )  # fmt: skip
-        return reference
-
-    def verify(self, names: tuple[str, ...] | None = None) -> None:
-        """Check the hashes of `names`, by default of every file.
-
-        Raises:
-            BundleError: one is missing or differs.
-        """
-        for name in self.files if names is None else names:
-            self.opened.verify(name)
-            self._checked.add(name)
 
     def verified_plan(self, name: str) -> Path:
         """The path of a plan whose hash is right: checked now, unless opening the engine did that.
@@ -194,16 +133,16 @@ class EngineFolder:
         Raises:
             BundleError: it is missing or differs.
         """
-        if name not in self._checked:
-            self.verify((name,))
+        if name not in self._verified:
+            self.verify_files((name,))
         return self.path / name
 
     def check_files(self, verify: bool) -> None:
         """Check that every file is there with the right size; hash all but the cases, plans if `verify`."""
         for name in self.files:
             self.opened.note(name)
-        self.verify(
-            tuple(name for name in self.files if name != REFERENCE and (verify or not name.endswith(".plan")))
+        self.verify_files(
+            name for name in self.files if name != REFERENCE and (verify or not name.endswith(".plan"))
         )
 
 
@@ -226,7 +165,7 @@ def open_engine(path: str | Path, *, verify: bool = True) -> EngineFolder:
         )
     opened = OpenedFiles(folder, "engine", f"copy the engine again, or {REBUILD}")
     with opened.named():
-        raw = parse_json(read_bounded(opened.root / ENGINE_MANIFEST, MAX_MANIFEST_BYTES), ENGINE_MANIFEST)
+        raw = parse_json(read_bounded(opened.root / ENGINE_MANIFEST, LIMITS["manifest"]), ENGINE_MANIFEST)
         engine = EngineFolder(folder, raw, opened)
     engine.check_files(verify)
     return engine
@@ -246,12 +185,6 @@ def write_engine_manifest(folder: Path, facts: dict[str, Any]) -> None:
                 files[path.name] = {"sha256": sha256_of(file), "bytes": path.stat().st_size}
     data = {"format": FORMAT, "format_version": FORMAT_VERSION, **facts, "files": files}
     (folder / ENGINE_MANIFEST).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def spec_sha256(spec: ModelSpec) -> str:
-    """As `Bundle.identity` has it."""
-    text = json.dumps(spec.to_json(), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # -- checking engine.json ------------------------------------------------------------------------------

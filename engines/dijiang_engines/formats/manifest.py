@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,21 +9,16 @@ from typing import Any
 
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.safe_files import is_plain_name, parse_json, read_bounded
+from dijiang_engines.formats.file_table import MANIFEST, REFERENCE, file_table
+from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION, T_TYPES
 from dijiang_engines.sizes import weight_bytes
 from dijiang_engines.spec import ModelSpec
 
 FORMAT = "dijiang-bundle"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 WEIGHTS = "weights.data"
-REFERENCE = "reference.safetensors"
-TOKENIZER = "tokenizer.json"
-CONFIG = "config.json"
 
-MAX_MANIFEST_BYTES = 16 << 20
-MAX_FILES = 1000
 MAX_GRAPHS = 64
 MAX_CASES = 100
 MAX_RANK = 8
@@ -57,14 +51,6 @@ class GraphInfo:
     file: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """What a file must be."""
-
-    sha256: str
-    bytes: int
 
 
 def graph_io(
@@ -114,7 +100,7 @@ class Manifest:
         self.spec = ModelSpec.from_json(raw.get("spec", {}))
         self.dtype: str = raw["dtype"]
         self.logits: str = raw["logits"]
-        self.files = file_table(raw, (WEIGHTS,))
+        self.files = file_table(raw, (WEIGHTS,), source=MANIFEST, hint=RETRY)
         self._check_weights()  # before anything is made in proportion to the spec
         self.graphs = self._graph_table()
         reference = raw.get("reference")
@@ -173,7 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         BundleError: it is too large, not JSON, of another version, or does not make sense.
     """
-    return Manifest(parse_json(read_bounded(folder / MANIFEST, MAX_MANIFEST_BYTES), MANIFEST))
+    return Manifest(parse_json(read_bounded(folder / MANIFEST, LIMITS["manifest"]), MANIFEST))
 
 
 def _check_header(manifest: dict[str, Any]) -> None:
@@ -219,46 +205,6 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME
 
 
-def file_table(
-    manifest: dict[str, Any], needed: Sequence[str], *, source: str = MANIFEST, hint: str = RETRY
-) -> dict[str, FileInfo]:
-    """The checked table of files of a bundle's or an engine's manifest.
-
-    Args:
-        manifest: the JSON object.
-        needed: names that must be in it.
-        source: name of the manifest's file, for messages.
-        hint: what to do if it is wrong.
-
-    Raises:
-        BundleError: a name that could leave the folder, a bad hash or size, or one of `needed` is missing.
-    """
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
-        raise _bad_manifest("files", f"an object of at most {MAX_FILES} files", source, hint)
-    table = {}
-    for name, entry in files.items():
-        if not is_plain_name(name) or name in (MANIFEST, "engine.json"):
-            raise BundleError(
-                "the manifest lists a file name that a bundle cannot have",
-                got=repr(name)[:200],
-                expected="letters, digits, '.', '_', '-' and '+', and no folders",
-            )
-        digest = entry.get("sha256") if isinstance(entry, dict) else None
-        size = entry.get("bytes") if isinstance(entry, dict) else None
-        hexadecimal = (
-            isinstance(digest, str) and len(digest) == 64 and not set(digest) - set("0123456789abcdef")
-        )
-        if not hexadecimal or not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise _bad_manifest(f"files.{name}", "a sha256 of 64 hex digits and a size", source, hint)
-        table[name] = FileInfo(str(digest), size)
-    missing = [name for name in needed if name not in table]
-    missing += [REFERENCE] if manifest.get("reference") and REFERENCE not in table else []
-    if missing:
-        raise _bad_manifest("files", " and ".join(missing), source, hint)
-    return table
-
-
 def _tensor_infos(entries: Any, where: str) -> tuple[TensorInfo, ...]:
     if not isinstance(entries, list):
         raise _bad_manifest(where, "a list of tensors")
@@ -284,10 +230,6 @@ def _tensor_infos(entries: Any, where: str) -> tuple[TensorInfo, ...]:
     return tuple(infos)
 
 
-def _is_dimension(value: Any) -> bool:
-    return _is_name(value) or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
-
-
 def _fixed_part(tensors: tuple[TensorInfo, ...]) -> set[tuple[str, str, tuple[int | None, ...]]]:
     """What two descriptions must agree in: not the order, and not the names of sizes that vary."""
     return {
@@ -301,5 +243,5 @@ def _differences(tensors: tuple[TensorInfo, ...], other: tuple[TensorInfo, ...])
     return "; ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in shown) or "no such tensor"
 
 
-def _bad_manifest(where: str, expected: str, source: str = MANIFEST, hint: str = RETRY) -> BundleError:
-    return BundleError(f"{source} has a bad or missing value for {where}", expected=expected, hint=hint)
+def _bad_manifest(where: str, expected: str) -> BundleError:
+    return BundleError(f"{MANIFEST} has a bad or missing value for {where}", expected=expected, hint=RETRY)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dijiang_engines.formats.bundle import Bundle, open_bundle
-from dijiang_engines.formats.engine import ENGINE_MANIFEST, EngineFolder, open_engine
+from dijiang_engines.formats.bundle import open_bundle
+from dijiang_engines.formats.engine import open_engine
+from dijiang_engines.formats.file_table import ENGINE_MANIFEST
+from dijiang_engines.formats.folder import Model
 
-Model = Bundle | EngineFolder
-"""Both have path, name, spec, dtype, logits, all_logits, identity, tokenizer_path, reference_path, cases,
-opened and reference()."""
+__all__ = ["Model", "open_model"]
 
 
 def open_model(path: str | Path, *, verify: bool = True) -> Model:

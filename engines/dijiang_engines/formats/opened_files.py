@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dijiang_engines.errors import BundleError, DijiangError
-from dijiang_engines.formats.manifest import FileInfo
+from dijiang_engines.formats.file_table import FileInfo
 from dijiang_engines.formats.safe_files import open_regular, sha256_of
 
 
@@ -60,7 +60,7 @@ class OpenedFiles:
     Attributes:
         folder: as it was given.
         root: the same folder, to read from: follows no change of `folder`'s name where the system can.
-        files: name -> FileInfo, what every file must be. Set once the manifest has been read.
+        files: name -> FileInfo, what every file must be; none before `expect`.
 
     Raises:
         BundleError: the folder cannot be opened.
@@ -84,6 +84,10 @@ class OpenedFiles:
             if os.path.samestat(os.stat(path), os.fstat(self._descriptor)):
                 return path
         return None
+
+    def expect(self, files: Mapping[str, FileInfo]) -> None:
+        """Say what the files must be, once the manifest has been read."""
+        self.files = files
 
     def note(self, name: str) -> None:
         """Remember a file that has the right size; its hash is checked later, or never.

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -73,6 +73,8 @@ class ReferenceCase:
     """[S]"""
     _file: Any
     _check: Callable[[], None]
+    _first: int = 0
+    """The file's row that is row 0 here."""
 
     @property
     def batch(self) -> int:
@@ -87,11 +89,24 @@ class ReferenceCase:
         """[B, S, H, d, d] of one layer, or [S, H, d, d] of one row, freshly read."""
         return self._read(f"state.{layer}", row)
 
+    def rows(self, start: int, stop: int) -> ReferenceCase:
+        """The case of the rows `start` to `stop` alone, cut to the longest of them."""
+        rows = slice(start, stop)
+        lens = self.seq_lens[rows]
+        return replace(
+            self,
+            input_ids=np.ascontiguousarray(self.input_ids[rows, : int(lens.max())]),
+            seq_lens=lens,
+            positions=self.positions[rows],
+            marks=self.marks[rows],
+            _first=self._first + start,
+        )
+
     def _read(self, field: str, row: int | None) -> npt.NDArray[np.float32]:
-        key = f"{self.name}.{field}"
-        data = self._file.get_tensor(key) if row is None else self._file.get_slice(key)[row : row + 1][0]
+        first, stop = (0, self.batch) if row is None else (row, row + 1)
+        data = self._file.get_slice(f"{self.name}.{field}")[self._first + first : self._first + stop]
         self._check()
-        return np.asarray(data, dtype=np.float32)
+        return np.asarray(data if row is None else data[0], dtype=np.float32)
 
 
 @dataclass(frozen=True)

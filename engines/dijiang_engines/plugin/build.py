@@ -1,8 +1,8 @@
 """Compile the kernels and the TensorRT plugin for this machine, into the cache.
 
-`build` takes a plan (plugin_plan.py) and compiles, unless the cache holds what the plan asks for. The cache's
-folder appears whole or not at all; of two processes that want the same build, one makes it and the other
-waits for it.
+`build` takes what `requirements` found and compiles, unless the cache holds such a build. The cache's folder
+appears whole or not at all; of two processes that want the same build, one makes it and the other waits for
+it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dijiang_engines.plugin.cache import (
     write_manifest,
 )
 from dijiang_engines.plugin.compiling import Step, run_step
-from dijiang_engines.plugin.requirements import BuildPlan
+from dijiang_engines.plugin.requirements import BuildRequirements
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.version import __version__
 
@@ -47,7 +47,7 @@ class BuildResult:
 
 
 def build(
-    plan: BuildPlan,
+    needs: BuildRequirements,
     *,
     force: bool = False,
     jobs: int | None = None,
@@ -55,10 +55,10 @@ def build(
     progress: ProgressFactory = silent,
     log: Callable[[str], None] = lambda line: None,
 ) -> BuildResult:
-    """Make what `plan` says, or take it from the cache.
+    """Make the libraries that `needs` describes, or take them from the cache.
 
     Args:
-        plan: from `plan_build`.
+        needs: from `find_requirements`.
         force: compile even if the cache holds it; the old build is replaced when the new one is complete.
         jobs: compilers at a time; default: one per usable CPU.
         cache: default: `cache_folder()`.
@@ -70,7 +70,7 @@ def build(
         OutputError: the cache cannot be written to.
     """
     cache = cache or cache_folder()
-    entry, started = cache / plan.key, time.monotonic()
+    entry, started = cache / needs.key, time.monotonic()
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -79,14 +79,14 @@ def build(
             got=error.strerror,
             hint="set XDG_CACHE_HOME to a folder of yours",
         ) from error
-    with _locked(cache / f".{plan.key}.lock", log) as waited:
-        if (not force or waited) and (found := _intact(entry, plan)) is not None:
+    with _locked(cache / f".{needs.key}.lock", log) as waited:
+        if (not force or waited) and (found := _intact(entry, needs)) is not None:
             return BuildResult(found, True, time.monotonic() - started)
-        log_file = cache / f"{plan.key}.log"
+        log_file = cache / f"{needs.key}.log"
         try:
             with output_folder(entry, force=True, markers=(MANIFEST,)) as temporary:
-                _compile(plan, temporary, log_file, jobs, progress, log)
-                write_manifest(temporary, _facts(plan, time.monotonic() - started), plan.libraries)
+                _compile(needs, temporary, log_file, jobs, progress, log)
+                write_manifest(temporary, _facts(needs, time.monotonic() - started), needs.libraries)
         except PluginError:  # its message names the log
             raise
         except BaseException:
@@ -113,10 +113,10 @@ def copy_build(built: BuiltPlugin, output: Path) -> None:
 _REPORTS = ("resource-report.txt", "resource-report.json")
 
 
-def _intact(entry: Path, plan: BuildPlan) -> BuiltPlugin | None:
+def _intact(entry: Path, needs: BuildRequirements) -> BuiltPlugin | None:
     try:
         built = read_manifest(entry)
-        for name in plan.libraries:
+        for name in needs.libraries:
             built.library(name)
     except PluginError:
         return None
@@ -124,7 +124,7 @@ def _intact(entry: Path, plan: BuildPlan) -> BuiltPlugin | None:
 
 
 def _compile(
-    plan: BuildPlan,
+    needs: BuildRequirements,
     folder: Path,
     log_file: Path,
     jobs: int | None,
@@ -132,30 +132,30 @@ def _compile(
     log: Callable[[str], None],
 ) -> None:
     work = folder / "work"
-    real = [f"{number}-real" for number in plan.architectures[:-1]]
+    real = [f"{number}-real" for number in needs.architectures[:-1]]
     define = {
         "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_MAKE_PROGRAM": plan.make,
-        "CMAKE_CXX_COMPILER": plan.cxx.path,
-        "CMAKE_CUDA_COMPILER": plan.nvcc.path,
-        "CMAKE_CUDA_HOST_COMPILER": plan.cxx.path,
-        "CMAKE_CUDA_ARCHITECTURES": ";".join([*real, str(plan.architectures[-1])]),
-        "TENSORRT_INCLUDE": plan.headers.folder.resolve() if plan.headers else "",
+        "CMAKE_MAKE_PROGRAM": needs.make,
+        "CMAKE_CXX_COMPILER": needs.cxx.path,
+        "CMAKE_CUDA_COMPILER": needs.nvcc.path,
+        "CMAKE_CUDA_HOST_COMPILER": needs.cxx.path,
+        "CMAKE_CUDA_ARCHITECTURES": ";".join([*real, str(needs.architectures[-1])]),
+        "TENSORRT_INCLUDE": needs.headers.folder.resolve() if needs.headers else "",
         "DIJIANG_VERSION": re.sub(r"[^0-9.].*", "", __version__),
     }
-    configure: list[str | Path] = [plan.cmake.path, "-S", plan.sources, "-B", work, "-G", plan.generator]
+    configure: list[str | Path] = [needs.cmake.path, "-S", needs.sources, "-B", work, "-G", needs.generator]
     configure += [f"-D{name}={value}" for name, value in define.items()]
     count = jobs or usable_cpus()
-    compile_: list[str | Path] = [plan.cmake.path, "--build", work, "--parallel", str(count)]
-    what = f"the kernels{f' and the plugin for TensorRT {plan.headers}' if plan.headers else ''}"
-    names = ", ".join(plan.architecture_names)
-    log(f"compiling {what} for {names} with CUDA {plan.nvcc.release}, {count} at a time")
+    compile_: list[str | Path] = [needs.cmake.path, "--build", work, "--parallel", str(count)]
+    what = f"the kernels{f' and the plugin for TensorRT {needs.headers}' if needs.headers else ''}"
+    names = ", ".join(needs.architecture_names)
+    log(f"compiling {what} for {names} with CUDA {needs.nvcc.release}, {count} at a time")
     with log_file.open("w", encoding="utf-8") as sink, progress("Compiling", 100, "items") as bar:
-        variables = plan.nvcc.environment
+        variables = needs.nvcc.environment
         step = Step("CMake could not configure the build", configure, variables)
         run_step(step, log_file, sink, lambda percent: None)
         run_step(Step("compiling failed", compile_, variables), log_file, sink, _percent(bar.advance))
-    for name in plan.libraries:
+    for name in needs.libraries:
         made = work / name
         if not made.is_file():
             raise PluginError(f"the build made no {name}", hint=f"the whole log is in {log_file}")
@@ -178,17 +178,17 @@ def _percent(advance: Callable[[float], None]) -> Callable[[float], None]:
     return show
 
 
-def _facts(plan: BuildPlan, seconds: float) -> dict[str, object]:
+def _facts(needs: BuildRequirements, seconds: float) -> dict[str, object]:
     return {
         "version": __version__,
-        "sources": source_hash(plan.sources),
-        "cuda": plan.nvcc.release,
-        "nvcc": str(plan.nvcc.path),
-        "host_compiler": plan.cxx.about,
-        "cmake": plan.cmake.about,
-        "architectures": plan.architecture_names,
-        "tensorrt": str(plan.headers) if plan.headers else None,
-        "tensorrt_include": str(plan.headers.folder) if plan.headers else None,
+        "sources": source_hash(needs.sources),
+        "cuda": needs.nvcc.release,
+        "nvcc": str(needs.nvcc.path),
+        "host_compiler": needs.cxx.about,
+        "cmake": needs.cmake.about,
+        "architectures": needs.architecture_names,
+        "tensorrt": str(needs.headers) if needs.headers else None,
+        "tensorrt_include": str(needs.headers.folder) if needs.headers else None,
         "machine": platform.machine(),
         "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
         "seconds": round(seconds, 1),

@@ -1,6 +1,6 @@
 """The compiled kernels and TensorRT plugins in the user's cache: what is there, and whether it may be loaded.
 
-`build-plugin` fills the cache (plugin_build.py), one folder per set of sources, compiler, architectures and
+`build-plugin` fills the cache (build.py), one folder per set of sources, compiler, architectures and
 TensorRT version. Each holds libdijiang_kernels.so, at most one libdijiang_tensorrt_<major>.so, and
 plugin.json, which says what they were made from and their hashes. A library whose hash differs is never
 loaded; neither is one in a folder that another user may write to. Hashes find damage, permissions keep

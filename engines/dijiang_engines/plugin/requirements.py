@@ -27,7 +27,7 @@ GET_CUDA = (
 
 
 @dataclass(frozen=True)
-class BuildPlan:
+class BuildRequirements:
     """Everything that decides what a build makes."""
 
     sources: Path
@@ -61,13 +61,13 @@ class BuildPlan:
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
-def plan_build(
+def find_requirements(
     *,
     architectures: Sequence[str] = (),
     kernels_only: bool = False,
     tensorrt_include: Path | None = None,
     environment: Mapping[str, str] = os.environ,
-) -> BuildPlan:
+) -> BuildRequirements:
     """Find what a build needs.
 
     Args:
@@ -101,7 +101,7 @@ def plan_build(
             hint="apt-get install g++, or set CUDAHOSTCXX",
         )
     generator, make = _need_make(environment)
-    return BuildPlan(
+    return BuildRequirements(
         sources=plugin_sources(),
         nvcc=nvcc,
         cxx=cxx,

@@ -1,6 +1,6 @@
 """What compiles the plugin (nvcc, a C++ compiler, CMake, make, TensorRT's headers), and the GPU it is for.
 
-Only looks; plugin_build.py decides and says what is missing.
+Only looks; requirements.py decides and says what is missing.
 """
 
 from __future__ import annotations

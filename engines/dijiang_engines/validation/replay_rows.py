@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import replace
 
 from dijiang_engines.formats.reference_cases import ReferenceCase
 from dijiang_engines.runners.base import LimitsBatch, Runner
 from dijiang_engines.validation.check import Check
 from dijiang_engines.validation.replay import Replayer
 from dijiang_engines.validation.tolerances import Bounds
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A safetensors file of which only some rows of each tensor are seen."""
-
-    file: Any
-    rows: slice
-
-    def get_tensor(self, key: str) -> npt.NDArray[Any]:
-        """The rows of tensor `key`."""
-        result: npt.NDArray[Any] = self.file.get_slice(key)[self.rows]
-        return result
 
 
 class RowsReplayer:
@@ -46,9 +29,7 @@ class RowsReplayer:
             self.groups = [
                 (
                     start,
-                    Replayer(
-                        runner, _part(case, slice(start, min(start + most, case.batch))), bounds, unit_of=case
-                    ),
+                    Replayer(runner, case.rows(start, min(start + most, case.batch)), bounds, unit_of=case),
                 )
                 for start in range(0, case.batch, most)
             ]
@@ -70,16 +51,3 @@ class RowsReplayer:
         for start, replayer in self.groups:
             for check in replayer.run(replay, on_call):
                 yield replace(check, row=check.row + start) if start else check
-
-
-def _part(case: ReferenceCase, rows: slice) -> ReferenceCase:
-    """Some rows of a case, cut to the longest of them."""
-    lens = case.seq_lens[rows]
-    return replace(
-        case,
-        input_ids=np.ascontiguousarray(case.input_ids[rows, : int(lens.max())]),
-        seq_lens=lens,
-        positions=case.positions[rows],
-        marks=case.marks[rows],
-        _file=_Rows(case._file, rows),
-    )

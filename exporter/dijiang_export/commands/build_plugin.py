@@ -82,9 +82,9 @@ def build_plugin(output: Output, given: BuildPluginArguments) -> None:
 
 def _build(given: BuildPluginArguments, output: Output) -> BuildResult:
     from dijiang_engines.plugin.build import build, copy_build
-    from dijiang_engines.plugin.requirements import plan_build
+    from dijiang_engines.plugin.requirements import find_requirements
 
-    needed = plan_build(
+    needed = find_requirements(
         architectures=given.architectures,
         kernels_only=given.kernels_only,
         tensorrt_include=given.tensorrt_include,

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dijiang_engines.errors import UsageError
-from dijiang_engines.formats import manifest
 from dijiang_engines.formats.atomic import output_folder
+from dijiang_engines.formats.file_table import CONFIG, MANIFEST, REFERENCE
 from dijiang_engines.formats.graph_check import check_graph
+from dijiang_engines.formats.manifest import FORMAT, FORMAT_VERSION
 from dijiang_engines.formats.safe_files import sha256_of
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
 from dijiang_engines.progress import ProgressFactory, silent
@@ -113,14 +114,14 @@ def export_bundle(
                     step=graph_file.kind == "step", all_logits=logits == "all",
                 )  # fmt: skip
         with clock("cases"):
-            recorded = record_cases(checkpoint, DTYPES[dtype], folder / manifest.REFERENCE, cases, progress)
-        for path in (checkpoint.path / manifest.CONFIG, *checkpoint.tokenizer_files):
+            recorded = record_cases(checkpoint, DTYPES[dtype], folder / REFERENCE, cases, progress)
+        for path in (checkpoint.path / CONFIG, *checkpoint.tokenizer_files):
             copy_file(path, folder)
         with clock("hashes"):
             files = _file_entries(sorted(folder.iterdir()))
             entries = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
             text = json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
-            (folder / manifest.MANIFEST).write_text(text, encoding="utf-8")
+            (folder / MANIFEST).write_text(text, encoding="utf-8")
         notes = [*checkpoint.notes, *checkpoint.decay_notes]
         report = ExportReport(Path(output), spec, dtype, logits, total, recorded, notes, clock.seconds)
     return report
@@ -138,8 +139,8 @@ def _manifest(
     libraries = ("torch", "onnx", "onnx-ir", "onnxscript")
     versions = {name: importlib.metadata.version(name) for name in libraries}
     return {
-        "format": manifest.FORMAT,
-        "format_version": manifest.FORMAT_VERSION,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
         "created_by": {"dijiang-export": __version__, **versions},
         "source": {
             "name": checkpoint.path.resolve().name,
@@ -154,7 +155,7 @@ def _manifest(
         "ir_version": opset.IR_VERSION,
         "graphs": graphs,
         "weights": {"file": weights.FILE_NAME},
-        "reference": {"file": manifest.REFERENCE, "cases": cases} if cases else None,
+        "reference": {"file": REFERENCE, "cases": cases} if cases else None,
         "decay_notes": checkpoint.decay_notes,
         "files": files,
     }

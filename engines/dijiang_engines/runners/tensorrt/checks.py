@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dijiang_engines.errors import BundleError, RunnerError
-from dijiang_engines.formats.engine import ENGINE_MANIFEST, REBUILD, EngineFolder, PlanPlace
+from dijiang_engines.formats.engine import REBUILD, EngineFolder, PlanPlace
+from dijiang_engines.formats.file_table import ENGINE_MANIFEST
 from dijiang_engines.formats.manifest import graph_io
 from dijiang_engines.nvidia.tensorrt_library import TensorRT
 

@@ -1,0 +1,76 @@
+"""Files of a bundle or an engine: their names, and the table in its manifest of what each must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dijiang_engines.errors import BundleError
+from dijiang_engines.formats.safe_files import is_plain_name
+
+MANIFEST = "manifest.json"
+"""Of a bundle."""
+ENGINE_MANIFEST = "engine.json"
+REFERENCE = "reference.safetensors"
+TOKENIZER = "tokenizer.json"
+CONFIG = "config.json"
+
+MAX_FILES = 1000
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a file must be."""
+
+    sha256: str
+    bytes: int
+
+
+def file_table(
+    manifest: dict[str, Any], needed: Sequence[str], *, source: str, hint: str
+) -> dict[str, FileInfo]:
+    """The checked table of files of a bundle's or an engine's manifest: name -> FileInfo.
+
+    Args:
+        manifest: the JSON object.
+        needed: names that must be in it.
+        source: name of the manifest's file, for messages.
+        hint: what to do if it is wrong.
+
+    Raises:
+        BundleError: a name that could leave the folder, a bad hash or size, or one of `needed` is missing.
+    """
+
+    def bad(where: str, expected: str) -> BundleError:
+        return BundleError(f"{source} has a bad or missing value for {where}", expected=expected, hint=hint)
+
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
+        raise bad("files", f"an object of at most {MAX_FILES} files")
+    table = {}
+    for name, entry in files.items():
+        if not is_plain_name(name) or name in (MANIFEST, ENGINE_MANIFEST):
+            raise BundleError(
+                "the manifest lists a file name that a bundle cannot have",
+                got=repr(name)[:200],
+                expected="letters, digits, '.', '_', '-' and '+', and no folders",
+            )
+        info = _file_info(entry)
+        if info is None:
+            raise bad(f"files.{name}", "a sha256 of 64 hex digits and a size")
+        table[name] = info
+    missing = [name for name in needed if name not in table]
+    missing += [REFERENCE] if manifest.get("reference") and REFERENCE not in table else []
+    if missing:
+        raise bad("files", " and ".join(missing))
+    return table
+
+
+def _file_info(entry: Any) -> FileInfo | None:
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    size = entry.get("bytes") if isinstance(entry, dict) else None
+    hexadecimal = isinstance(digest, str) and len(digest) == 64 and not set(digest) - set("0123456789abcdef")
+    if not hexadecimal or not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        return None
+    return FileInfo(str(digest), size)
