@@ -21,10 +21,10 @@ from types import MappingProxyType
 from typing import Any
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.file_table import ENGINE_MANIFEST, REFERENCE, FileInfo, file_table
+from dijiang_engines.formats.file_table import ENGINE_MANIFEST, REFERENCE, FileInfo, file_entries, file_table
 from dijiang_engines.formats.folder import Model, ModelIdentity, Wording, spec_sha256
 from dijiang_engines.formats.opened_files import OpenedFiles
-from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded, sha256_of
+from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 from dijiang_engines.op_contract import T_TYPES
 from dijiang_engines.spec import ModelSpec
 
@@ -178,12 +178,7 @@ def write_engine_manifest(folder: Path, facts: dict[str, Any]) -> None:
         folder: holds the plans and the copied files.
         facts: every key of engine.json but format, format_version and files.
     """
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != ENGINE_MANIFEST:
-            with path.open("rb") as file:
-                files[path.name] = {"sha256": sha256_of(file), "bytes": path.stat().st_size}
-    data = {"format": FORMAT, "format_version": FORMAT_VERSION, **facts, "files": files}
+    data = {"format": FORMAT, "format_version": FORMAT_VERSION, **facts, "files": file_entries(folder)}
     (folder / ENGINE_MANIFEST).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

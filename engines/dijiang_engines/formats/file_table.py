@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.safe_files import is_plain_name
+from dijiang_engines.formats.safe_files import is_plain_name, sha256_of
 
 MANIFEST = "manifest.json"
 """Of a bundle."""
@@ -65,6 +66,16 @@ def file_table(
     if missing:
         raise bad("files", " and ".join(missing))
     return table
+
+
+def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """The table that a manifest of `folder` has: hash and size of every file there but the manifest."""
+    entries = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in (MANIFEST, ENGINE_MANIFEST):
+            with path.open("rb") as file:
+                entries[path.name] = {"sha256": sha256_of(file), "bytes": path.stat().st_size}
+    return entries
 
 
 def _file_info(entry: Any) -> FileInfo | None:

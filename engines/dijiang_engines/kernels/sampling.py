@@ -53,7 +53,7 @@ class SamplingKernels(Library):
             options: for all rows.
             logits: float32 [B, V], dense along V.
             tokens: int32 or int64 [B], written; -1 where row_status is not 0.
-            row_status: int32 [B], written: 0, or an index of `kernels_abi.ROW_STATUS`.
+            row_status: int32 [B], written: 0, or an index of `abi.ROW_STATUS`.
             seed: of the random numbers, as `sampling.uniform`'s.
             streams: uint64 or int64 [B], as `sampling.uniform`'s; None: row r draws from stream r.
             draws: int64 [B], `index` of `sampling.uniform`; needed unless greedy.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dijiang_engines.formats.manifest import TOKENIZER
+from dijiang_engines.formats.file_table import TOKENIZER
 from dijiang_engines.formats.open import Model
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.atomic import output_folder
-from dijiang_engines.formats.file_table import CONFIG, MANIFEST, REFERENCE
+from dijiang_engines.formats.file_table import CONFIG, MANIFEST, REFERENCE, file_entries
 from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.manifest import FORMAT, FORMAT_VERSION
-from dijiang_engines.formats.safe_files import sha256_of
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
@@ -118,7 +117,7 @@ def export_bundle(
         for path in (checkpoint.path / CONFIG, *checkpoint.tokenizer_files):
             copy_file(path, folder)
         with clock("hashes"):
-            files = _file_entries(sorted(folder.iterdir()))
+            files = file_entries(folder)
             entries = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
             text = json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
             (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -159,14 +158,6 @@ def _manifest(
         "decay_notes": checkpoint.decay_notes,
         "files": files,
     }
-
-
-def _file_entries(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    entries = {}
-    for path in paths:
-        with path.open("rb") as file:
-            entries[path.name] = {"sha256": sha256_of(file), "bytes": path.stat().st_size}
-    return entries
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
