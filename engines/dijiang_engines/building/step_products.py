@@ -17,6 +17,7 @@ import numpy as np
 from dijiang_engines.building.step_graph import POINTWISE, Floats, Graph, Node, read_graph
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.kernels import abi
+from dijiang_engines.op_contract import DOMAIN
 
 MAX_BATCH = 8
 """Rows of a step above which TensorRT's products are used: more do not share one reading of the weights."""
@@ -24,7 +25,7 @@ MAX_BATCH = 8
 MAX_INPUT_BYTES = 96 << 10
 """Of all rows of the widest product's input: more does not fit shared memory beside the weights."""
 
-_NAME, _VERSION, _NAMESPACE = "DijiangLinear", "1", "dijiang"
+_NAME, _VERSION, _NAMESPACE = "DijiangLinear", "1", DOMAIN
 _SAMPLES = np.linspace(-6, 6, 61)
 _ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
     "relu": POINTWISE["RELU"], "gelu": POINTWISE["GELU_ERF"], "gelu_tanh": POINTWISE["GELU_TANH"],
