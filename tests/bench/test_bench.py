@@ -17,16 +17,9 @@ from support.makers.toy_bundle import SPEC, ToyModel, make_bundle, write_manifes
 from dijiang_engines.bench import runner as bench
 from dijiang_engines.bench.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
 from dijiang_engines.bench.loop import LOOP_STEPS, Loop, loop_start, loop_steps
-from dijiang_engines.bench.runner import (
-    BenchReport,
-    Effort,
-    LoopTime,
-    Prefill,
-    Step,
-    Timing,
-    bench_runner,
-    until_done,
-)
+from dijiang_engines.bench.report import BenchReport, LoopTime, Prefill, Step
+from dijiang_engines.bench.runner import bench_runner
+from dijiang_engines.bench.timing import Effort, Timing, until_done
 from dijiang_engines.errors import OutputError, RunnerError, UsageError
 from dijiang_engines.inspection import step_bytes
 from dijiang_engines.sizes import weight_bytes

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dijiang_engines.bench.runner import Timing
+from dijiang_engines.bench.timing import Timing
 from dijiang_engines.errors import OutputError, UsageError
 from dijiang_export.bench.about import find_commit
 from dijiang_export.bench.kernels import cells as sizes

@@ -20,7 +20,8 @@ from support.makers.record_mutants import mutants
 from support.paths import ROOT
 
 from dijiang_engines.bench.bandwidth import Bandwidth
-from dijiang_engines.bench.runner import BenchReport, LoopTime, Prefill, Step, Timing
+from dijiang_engines.bench.report import BenchReport, LoopTime, Prefill, Step
+from dijiang_engines.bench.timing import Timing
 from dijiang_engines.errors import OutputError, UsageError
 from dijiang_engines.svg_plot import PICTURE
 from dijiang_export.bench.peers.measure import PeerResult, peers_document, step_floor_bytes

@@ -158,7 +158,7 @@ def test_linear_times_takes_its_floor_from_it(
     script = load("linear_times")
     step = SimpleNamespace(bytes=lambda: 642_000_000, layers=1)
     monkeypatch.setattr(script, "Step", lambda *a: step)
-    monkeypatch.setattr(script, "load_kernels", lambda path: None)
+    monkeypatch.setattr(script, "AllKernels", lambda path: None)
     monkeypatch.setattr(script, "measure", lambda step: {"step": 0.5, "products": 0.4})
     monkeypatch.setattr(script, "say", lambda *a: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")

@@ -44,7 +44,7 @@ def test_the_description_is_what_the_parser_makes(family: str, site: Path, tmp_p
     assert parsed == description(family), f"`{NETWORKS / family}.json` is not what TensorRT makes any more"
 
     network = replay(parsed, initializers(graph))
-    replayed = rewrite(Trt(), network, "float16")
+    replayed = rewrite(Trt(), network)
     plugins = [layer.own["linear"] for layer in network.layers if "linear" in layer.own]
     fields = [{name: value.tolist() for name, value in plugin.items()} for plugin in plugins]
     assert found["fields"] == fields

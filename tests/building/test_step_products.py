@@ -50,7 +50,7 @@ def test_a_rewritten_network_computes_the_same(family: str) -> None:
     spec = FAMILIES[family]
     network, given = step_network(family), call(spec)
     before = network.evaluate(given)
-    done = rewrite(Trt(), network, "float16")
+    done = rewrite(Trt(), network)
     # The graph's GELU has constants rounded to float16, the plugin's has not.
     same(before, network.evaluate(given), 5e-5 if spec.activation == "gelu" else 1e-9)
     # qkv and gate, the MLP's first product and, with parallel residual, all three in one; the last products.
@@ -76,7 +76,7 @@ def needed_layers(network: Network) -> list[Any]:
 
 def test_what_is_fused() -> None:
     network = step_network("parallel")
-    rewrite(Trt(), network, "float16")
+    rewrite(Trt(), network)
     first, second, *_, head = (layer.own["linear"] for layer in plugins(network))
     assert first["term_output"].tolist() == [0, 1, 2] and first["output_norm"].tolist() == [1, 1, 1]
     assert first["output_activation"].tolist() == [0, 0, 2] and first["dtype"].tolist() == [1]
@@ -85,14 +85,14 @@ def test_what_is_fused() -> None:
     assert second["output_norm"].tolist() == [0]
     assert head["output_norm"].tolist() == [1] and head["output_residual"].tolist() == [0]
     llama = step_network("llama")
-    rewrite(Trt(), llama, "float16")
+    rewrite(Trt(), llama)
     assert [5] in [layer.own["linear"]["output_activation"].tolist() for layer in plugins(llama)]
 
 
 def test_weights_keep_their_bits() -> None:
     network = step_network("parallel")
     weight = next(layer for layer in network.layers if "qkv.weight" in layer.outputs[0].name).own["weights"]
-    rewrite(Trt(), network, "float16")
+    rewrite(Trt(), network)
     packed = plugins(network)[0].inputs[1]
     constant = next(layer for layer in network.layers if packed in layer.outputs).own["weights"]
     assert constant.dtype == np.int32 and np.array_equal(constant.view(np.uint16), weight.T.view(np.uint16))
@@ -129,7 +129,7 @@ class Small:
             self.network.add("CAST", [t], [t.shape], [""], function=lambda x: [x]).outputs[0] for t in outputs
         ]
         before = self.network.evaluate(self.given)
-        done = rewrite(Trt(), self.network, "float16")
+        done = rewrite(Trt(), self.network)
         same(before, self.network.evaluate(self.given))
         return done
 
@@ -206,7 +206,7 @@ def test_an_output_of_the_network_keeps_its_name() -> None:
     product = small.product(small.x, 8)
     small.network.outputs = [product]
     before = small.network.evaluate(small.given)
-    done = rewrite(Trt(), small.network, "float16")
+    done = rewrite(Trt(), small.network)
     assert (done.products, done.left) == (0, 1)
     same(before, small.network.evaluate(small.given))
 
@@ -222,4 +222,4 @@ def test_more_outputs_than_a_launch_takes() -> None:
 )
 def test_a_plugin_that_is_missing_or_refuses(registry: Registry, what: str) -> None:
     with pytest.raises(RunnerError, match=what):
-        rewrite(Trt(registry), step_network("parallel"), "float16")
+        rewrite(Trt(registry), step_network("parallel"))

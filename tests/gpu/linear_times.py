@@ -13,14 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dijiang_engines.kernels.attention import Geometry, Kernels, load_kernels
-from dijiang_engines.kernels.linear import LinearOutput, LinearTerm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
+
+from dijiang_engines.kernels.attention import Geometry, Kernels
 from dijiang_export.bench.memory_rate import memory_rate
 
 SHAPES = {  # layers, hidden, MLP, heads, head size, vocabulary
@@ -54,10 +58,14 @@ def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
+class AllKernels(Kernels, LinearKernels):
+    """Attention and the products around it."""
+
+
 class Step:
     """The tensors of a GPT-NeoX decoding step with parallel residual."""
 
-    def __init__(self, kernels: Kernels, shape: str, rows: int) -> None:
+    def __init__(self, kernels: AllKernels, shape: str, rows: int) -> None:
         self.kernels = kernels
         self.layers, hidden, inner, heads, d, vocabulary = SHAPES[shape]
         self.geometry = Geometry(heads, heads, d, rotary_dim=d // 4, dtype="float16")
@@ -204,7 +212,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--save", type=Path)
     given = parser.parse_args()
-    kernels = load_kernels(given.library)
+    kernels = AllKernels(given.library)
     gpu = torch.device("cuda")
     rates = [memory_rate(gpu, 0).copy]
     sizes: dict[str, int] = {}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from checks import POSITIONS
 
-from dijiang_engines.bench.runner import Effort, Timing, _step_timings, until_done
+from dijiang_engines.bench.runner import step_timings
+from dijiang_engines.bench.timing import Effort, Timing, until_done
 from dijiang_engines.generation.generator import PREFILL_TOKENS
 from dijiang_engines.runners.onnxruntime.config import LOWERINGS
 from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, MAX_CAPTURES
@@ -51,7 +52,7 @@ class OrtTimes:
         for name, runner in self._variants().items():
             for batch in BATCHES:
                 here = places if batch == 1 else [places[0], places[-1]]
-                timings = _step_timings(runner, batch, here, checks.tokens, self._effort)
+                timings = step_timings(runner, batch, here, checks.tokens, self._effort)
                 for position, timing in zip(here, timings, strict=True):
                     rows.append(
                         {"variant": name, "batch": batch, "position": position, **microseconds(timing)}
@@ -79,7 +80,7 @@ class OrtTimes:
         for name, runner in self._variants().items():
             for batch in (1, 8):
                 wall = checks.loop_seconds(batch, runner, runs=2, tokens=200)
-                step = _step_timings(runner, batch, [200], checks.tokens, self._effort)[0].median
+                step = step_timings(runner, batch, [200], checks.tokens, self._effort)[0].median
                 rows.append(
                     {"variant": name, "batch": batch, "wall_us": 1e6 * wall, "step_us": 1e6 * step,
                      "overhead_us": 1e6 * (wall - step)}

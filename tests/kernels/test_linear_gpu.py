@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
 
 from dijiang_engines.errors import PluginError
-from dijiang_engines.kernels.attention import Kernels, load_kernels
-from dijiang_engines.kernels.linear import LinearOutput, LinearTerm
+from dijiang_engines.plugin.cache import find_kernels_library
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -26,9 +27,9 @@ GUARD = 64
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Kernels:
+def kernels() -> LinearKernels:
     try:
-        return load_kernels(os.environ.get("DIJIANG_KERNELS"))
+        return LinearKernels(Path(os.environ.get("DIJIANG_KERNELS") or find_kernels_library()))
     except PluginError as error:
         pytest.skip(str(error))
 
@@ -134,7 +135,7 @@ def make(
     return Case(output, guarded, expected, bound)
 
 
-def run(kernels: Kernels, cases: list[Case], constant: bool = False) -> float:
+def run(kernels: LinearKernels, cases: list[Case], constant: bool = False) -> float:
     stream = torch.cuda.current_stream().cuda_stream
     kernels.linear([case.output for case in cases], constant_weights=constant, stream=stream)
     torch.cuda.synchronize()
@@ -144,14 +145,14 @@ def run(kernels: Kernels, cases: list[Case], constant: bool = False) -> float:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 40])
 @pytest.mark.parametrize("norm", ["norm_none", "layer_norm", "rms_norm"])
-def test_rows_and_norms(kernels: Kernels, dtype: Any, rows: int, norm: str) -> None:
+def test_rows_and_norms(kernels: LinearKernels, dtype: Any, rows: int, norm: str) -> None:
     print("linear", dtype, rows, norm, run(kernels, [make(dtype, rows, [768], 1000, norm=norm, seed=rows)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("inner", [32, 64, 96, 160, 256, 1024, 2560, 4096, 11008])
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 64, 515, 3072])
-def test_sizes(kernels: Kernels, dtype: Any, inner: int, width: int) -> None:
+def test_sizes(kernels: LinearKernels, dtype: Any, inner: int, width: int) -> None:
     for rows in (1, 3):
         run(kernels, [make(dtype, rows, [inner], width, seed=inner + width)], constant=rows == 1)
 
@@ -160,7 +161,7 @@ def test_sizes(kernels: Kernels, dtype: Any, inner: int, width: int) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_activations(kernels: Kernels, dtype: Any, activation: str, residual: bool, bias: bool) -> None:
+def test_activations(kernels: LinearKernels, dtype: Any, activation: str, residual: bool, bias: bool) -> None:
     inner = [512, 512] if activation == "swiglu" else [512]
     for rows, norm in ((1, "norm_none"), (8, "layer_norm"), (11, "rms_norm")):
         run(
@@ -171,14 +172,14 @@ def test_activations(kernels: Kernels, dtype: Any, activation: str, residual: bo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 4, 16])
-def test_two_terms_are_added(kernels: Kernels, dtype: Any, rows: int) -> None:
+def test_two_terms_are_added(kernels: LinearKernels, dtype: Any, rows: int) -> None:
     for inner in ([1024, 4096], [32, 4096], [2560, 10240], [96, 64], [256, 256]):
         run(kernels, [make(dtype, rows, inner, 520, residual=True, seed=inner[0])], constant=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 8, 13])
-def test_several_outputs_in_one_launch(kernels: Kernels, dtype: Any, rows: int) -> None:
+def test_several_outputs_in_one_launch(kernels: LinearKernels, dtype: Any, rows: int) -> None:
     run(kernels, [
         make(dtype, rows, [1024], 3072, norm="layer_norm", seed=1),
         make(dtype, rows, [1024], 1000, bias=False, seed=2),
@@ -190,7 +191,7 @@ def test_several_outputs_in_one_launch(kernels: Kernels, dtype: Any, rows: int) 
     ])  # fmt: skip
 
 
-def test_numbers_that_are_none_stay_so(kernels: Kernels) -> None:
+def test_numbers_that_are_none_stay_so(kernels: LinearKernels) -> None:
     for activation in ACTIVATIONS[:-1]:
         case = make(torch.float16, 3, [256], 64, activation=activation)
         case.output.terms[0].input[1, 17] = float("nan")
@@ -200,7 +201,7 @@ def test_numbers_that_are_none_stay_so(kernels: Kernels) -> None:
         assert not case.output.output[[0, 2]].isnan().any()
 
 
-def test_nothing_depends_on_how_often_or_where(kernels: Kernels) -> None:
+def test_nothing_depends_on_how_often_or_where(kernels: LinearKernels) -> None:
     case = make(torch.float16, 8, [1024, 4096], 1024, residual=True)
     first = None
     for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
@@ -214,7 +215,7 @@ def test_nothing_depends_on_how_often_or_where(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])
-def test_a_chain_in_a_graph_waits_for_what_it_reads(kernels: Kernels, rows: int) -> None:
+def test_a_chain_in_a_graph_waits_for_what_it_reads(kernels: LinearKernels, rows: int) -> None:
     """Each call reads what the one before wrote and overwrites what the one before that read, as
     in an engine, where buffers are used again; kernels begin before the previous ones have ended."""
     hidden, inner, depth = 1024, 4096, 40

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
 
 from dijiang_engines.errors import KernelError
-from dijiang_engines.kernels.attention import Kernels, load_kernels
 from dijiang_engines.kernels.library import Device
-from dijiang_engines.kernels.linear import LinearOutput, LinearTerm
 
 GIB = 1 << 30
 H200, ORIN, L4 = Device(90, 132, 232448), Device(87, 16, 166912), Device(89, 58, 101376)
@@ -47,11 +46,11 @@ def linear(rows: int, inner: int, width: int, **named: Any) -> LinearOutput:
 
 
 @pytest.fixture(scope="session")
-def kernels(kernels_library: Path) -> Kernels:
-    return load_kernels(kernels_library)
+def kernels(kernels_library: Path) -> LinearKernels:
+    return LinearKernels(kernels_library)
 
 
-def refused(kernels: Kernels, outputs: list[LinearOutput]) -> str:
+def refused(kernels: LinearKernels, outputs: list[LinearOutput]) -> str:
     with pytest.raises(KernelError) as caught:
         kernels.linear(outputs)
     return str(caught.value)
@@ -67,7 +66,7 @@ def numbers(plan: str) -> dict[str, int]:
     st.sampled_from([H200, ORIN, L4]),
 )  # fmt: skip
 def test_every_output_element_has_a_block(
-    kernels: Kernels, rows: int, chunks: int, widths: list[int], device: Device
+    kernels: LinearKernels, rows: int, chunks: int, widths: list[int], device: Device
 ) -> None:
     plan = numbers(kernels.linear_plan([linear(rows, 32 * chunks, width) for width in widths], device))
     tiles = [-(-width // 8) for width in widths]
@@ -82,7 +81,7 @@ def test_every_output_element_has_a_block(
     assert plan["blocks"] <= device.multiprocessors * max(resident, 1) + len(widths)
 
 
-def test_rows_that_do_not_fit_are_split(kernels: Kernels) -> None:
+def test_rows_that_do_not_fit_are_split(kernels: LinearKernels) -> None:
     assert numbers(kernels.linear_plan([linear(8, 1024, 64)], L4))["passes"] == 1
     assert numbers(kernels.linear_plan([linear(8, 12800, 2560)], L4))["passes"] > 1
     with pytest.raises(KernelError, match="too wide for this GPU"):
@@ -92,11 +91,11 @@ def test_rows_that_do_not_fit_are_split(kernels: Kernels) -> None:
 @pytest.mark.parametrize(
     ("inner", "expected"), [(33, "multiple of 32"), (16, "multiple of 32"), (2**21, "multiple of 32")]
 )
-def test_inner_sizes(kernels: Kernels, inner: int, expected: str) -> None:
+def test_inner_sizes(kernels: LinearKernels, inner: int, expected: str) -> None:
     assert expected in refused(kernels, [linear(1, inner, 8)])
 
 
-def test_what_does_not_fit_is_refused(kernels: Kernels) -> None:
+def test_what_does_not_fit_is_refused(kernels: LinearKernels) -> None:
     good = linear(2, 64, 8)
     term = good.terms[0]
     norm: dict[str, Any] = {"norm": "layer_norm", "norm_weight": floats(64), "epsilon": 1e-5}

@@ -12,13 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from dijiang_engines.bench.bandwidth import Bandwidth
 from dijiang_engines.bench.loop import Loop, loop_start, loop_steps
+from dijiang_engines.bench.report import BenchReport, LoopTime, Prefill, Step
+from dijiang_engines.bench.timing import Effort, Timing, until_done
 from dijiang_engines.errors import DijiangError, UsageError
 from dijiang_engines.inspection import step_bytes
 from dijiang_engines.progress import ProgressFactory, silent
@@ -33,165 +33,11 @@ NEAR, FAR = 100, 100_000
 WARM_UP_STEPS = 5
 BLOCK = 8
 """Near and far steps alternate in blocks of this many, so that a slow moment hits both."""
+USUAL_EFFORT = Effort()
 LEAST_LOOPS = 3
 """Generations for a figure of the loop, at least."""
 LONGEST_TEXT = 10_000_000
 """Tokens that the loop may start behind: it goes on from a text, of which the host holds every token."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of single calls."""
-
-    calls: int
-    median: float
-    low: float
-    """10th percentile."""
-    high: float
-    """90th percentile."""
-    best: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        """Summarise at least one measured call."""
-        low, median, high = np.percentile(np.asarray(seconds, np.float64), [10, 50, 90])
-        return cls(len(seconds), float(median), float(low), float(high), float(min(seconds)))
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """`length` tokens of each of `batch` rows in one call."""
-
-    batch: int
-    length: int
-    timing: Timing
-
-    @property
-    def tokens_per_second(self) -> float:
-        """All rows' tokens over the median time."""
-        return self.batch * self.length / self.timing.median
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of each of `batch` rows."""
-
-    batch: int
-    position: int
-    timing: Timing
-    gpu: Timing | None = None
-    """The GPU's own time for it, if the runner tells."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """All rows' tokens over the median time."""
-        return self.batch / self.timing.median
-
-
-@dataclass(frozen=True)
-class LoopTime:
-    """The loop of `generate`: one token of each of `batch` rows, chosen and handed out."""
-
-    batch: int
-    position: int
-    """Where the generations begin."""
-    steps: int
-    """Of each generation; a timing's calls are generations."""
-    timing: Timing
-    gpu: float | None = None
-    """Median GPU seconds of a step there, if the runner tells."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """All rows' tokens over the median time."""
-        return self.batch / self.timing.median
-
-    @property
-    def overhead(self) -> float | None:
-        """Seconds by which a token takes longer than its step on the GPU; None if that is not known."""
-        return None if self.gpu is None else self.timing.median - self.gpu
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure each figure."""
-
-    seconds: float = 2.0
-    """Stop after this much time, once there are `least` calls."""
-    least: int = 5
-    most: int = 400
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """What `bench_runner` measured."""
-
-    runner: str
-    dtype: str
-    weight_bytes: int
-    step_bytes: int
-    """Bytes of weights that a step reads."""
-    state_bytes: int
-    load_seconds: float
-    """Of the first prefill and the first step, which load the sessions."""
-    prefill: tuple[Prefill, ...]
-    steps: tuple[Step, ...]
-    bandwidth: Bandwidth | None
-    notes: tuple[str, ...] = field(default_factory=tuple)
-    loops: tuple[LoopTime, ...] = ()
-    memory: dict[str, int] | None = None
-    """Device bytes by kind, if the runner tells."""
-
-    def step(self, *, batch: int = 1, near: bool = True) -> Step | None:
-        """The steps of one batch size, near the beginning or far from it."""
-        of_batch = sorted((s for s in self.steps if s.batch == batch), key=lambda s: s.position)
-        return (of_batch[0] if near else of_batch[-1]) if of_batch else None
-
-    @property
-    def flatness(self) -> float | None:
-        """Median step time far from the beginning over that near it, batch 1."""
-        near, far = self.step(), self.step(near=False)
-        if near is None or far is None or near is far:
-            return None
-        return far.timing.median / near.timing.median
-
-    @property
-    def bandwidth_share(self) -> float | None:
-        """Weight bytes of a step over its median time, as a part of the measured reading speed."""
-        step = self.step()
-        if step is None or self.bandwidth is None:
-            return None
-        return self.step_bytes / step.timing.median / self.bandwidth.read
-
-    @property
-    def prefill_gain(self) -> float | None:
-        """How many times faster the longest prefill of one row is than as many steps (at their median)."""
-        step = self.step()
-        longest = max((p for p in self.prefill if p.batch == 1), key=lambda p: p.length, default=None)
-        if step is None or longest is None:
-            return None
-        return step.timing.median * longest.length / longest.timing.median
-
-    def with_bandwidth(self, bandwidth: Bandwidth | None) -> BenchReport:
-        """The same figures beside another measurement of the machine."""
-        return replace(self, bandwidth=bandwidth)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, derived figures included."""
-        rows = {
-            "prefill": [asdict(p) | {"tokens_per_second": p.tokens_per_second} for p in self.prefill],
-            "steps": [asdict(s) | {"tokens_per_second": s.tokens_per_second} for s in self.steps],
-            "loops": [
-                asdict(x) | {"tokens_per_second": x.tokens_per_second, "overhead": x.overhead}
-                for x in self.loops
-            ],
-        }
-        derived = {
-            "far_over_near": self.flatness,
-            "bandwidth_share": self.bandwidth_share,
-            "prefill_over_steps": self.prefill_gain,
-        }
-        return asdict(self) | rows | {"derived": derived}
 
 
 def bench_runner(
@@ -201,7 +47,7 @@ def bench_runner(
     lengths: Sequence[int] = PREFILL_LENGTHS,
     batches: Sequence[int] = BATCHES,
     positions: Sequence[int] = (NEAR, FAR),
-    effort: Effort = Effort(),
+    effort: Effort = USUAL_EFFORT,
     bandwidth: Bandwidth | None = None,
     tokenizer: Tokenizer | None = None,
     progress: ProgressFactory = silent,
@@ -307,14 +153,6 @@ def _load(runner: Runner, tokens: Callable[[int, int], IntArray]) -> float:
     return time.perf_counter() - start
 
 
-def until_done(effort: Effort) -> Iterator[None]:
-    """Yields once for each measured call, until there are enough."""
-    start, calls = time.perf_counter(), 0
-    while calls < effort.least or (calls < effort.most and time.perf_counter() - start < effort.seconds):
-        yield
-        calls += 1
-
-
 def _prefill_seconds(runner: Runner, ids: IntArray, effort: Effort) -> list[float]:
     batch, length = ids.shape
     positions, lens = np.zeros(batch, np.int64), np.full(batch, length, np.int64)
@@ -361,7 +199,7 @@ def _steps(
     effort: Effort,
 ) -> list[Step]:
     """One figure for each position, with the GPU's own times if the runner offers them."""
-    timings = _step_timings(runner, batch, places, tokens, effort)
+    timings = step_timings(runner, batch, places, tokens, effort)
     steps = []
     for position, timing in zip(places, timings, strict=True):
         gpu = None
@@ -374,14 +212,22 @@ def _steps(
     return steps
 
 
-def _step_timings(
+def step_timings(
     runner: Runner,
     batch: int,
     places: Sequence[int],
     tokens: Callable[[int, int], IntArray],
     effort: Effort,
 ) -> list[Timing]:
-    """One timing for each position; their steps alternate in blocks."""
+    """One timing for each position; their steps alternate in blocks.
+
+    Args:
+        runner: what is measured.
+        batch: rows.
+        places: positions.
+        tokens: makes random token ids of that many rows and columns.
+        effort: how long to measure each.
+    """
     state: State = runner.new_state(batch)
     ones = np.ones(batch, np.int64)
     limit = runner.spec.max_positions

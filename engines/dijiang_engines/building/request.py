@@ -1,4 +1,4 @@
-"""What the process that builds a plan is asked for: written by `build`, read by `build_worker`."""
+"""What the process that builds a plan is asked for: written by `run_worker`, read by `worker`."""
 
 from __future__ import annotations
 

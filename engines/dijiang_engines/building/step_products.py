@@ -84,13 +84,12 @@ class Rewritten:
         return {"launches": self.launches, "products": self.products, "left": self.left}
 
 
-def rewrite(trt: Any, network: Any, dtype: str) -> Rewritten:
+def rewrite(trt: Any, network: Any) -> Rewritten:
     """Replace products by plugin layers.
 
     Args:
         trt: the tensorrt module, with the plugin registered.
-        network: TensorRT's INetworkDefinition of a step, parsed and not yet typed.
-        dtype: "float16" or "bfloat16"; networks in float32 have no such kernels.
+        network: TensorRT's INetworkDefinition of a step in float16, parsed and not yet typed.
 
     Returns:
         Counts, and what must be kept alive.
@@ -103,7 +102,7 @@ def rewrite(trt: Any, network: Any, dtype: str) -> Rewritten:
     found: list[Product] = []
     for node in graph.nodes:
         if node.kind == "MATRIX_MULTIPLY":
-            product = _product(trt, graph, node, dtype)
+            product = _product(graph, node)
             if product is None:
                 done.left += 1
             else:
@@ -113,7 +112,7 @@ def rewrite(trt: Any, network: Any, dtype: str) -> Rewritten:
     launches.sort(key=lambda launch: max(order.get(t.name, -1) for o in launch for t in _reads(o)))
     now: dict[str, Any] = {}
     for launch in launches:
-        _replace(trt, network, graph, launch, dtype, now, done)
+        _replace(trt, network, graph, launch, now, done)
         done.launches += 1
         done.products += sum(len(output.terms) for output in launch)
     return done
@@ -122,7 +121,7 @@ def rewrite(trt: Any, network: Any, dtype: str) -> Rewritten:
 # -- finding --------------------------------------------------------------------------------------------
 
 
-def _product(trt: Any, graph: Graph, node: Node, dtype: str) -> Product | None:
+def _product(graph: Graph, node: Node) -> Product | None:
     plain = [str(op).rpartition(".")[2] == "NONE" for op in (node.layer.op0, node.layer.op1)]
     weight = graph.constant(node.inputs[1]) if all(plain) else None
     if weight is None or weight.size == 0 or weight.ndim < 2 or weight.itemsize not in (2, 4):
@@ -130,13 +129,11 @@ def _product(trt: Any, graph: Graph, node: Node, dtype: str) -> Product | None:
     weight = weight.reshape(weight.shape[-2:]) if weight.size == weight.shape[-2] * weight.shape[-1] else None
     if weight is None or weight.shape[0] % abi.LINEAR_INNER_STEP or node.outputs[0].name in graph.outputs:
         return None
-    if dtype == "float16" and weight.dtype != np.float16:
+    if weight.dtype != np.float16:
         narrow = weight.astype(np.float16)  # the parser may have widened them
         if not np.array_equal(narrow.astype(weight.dtype), weight):
             return None
         weight = narrow
-    if weight.itemsize != 2:
-        return None
     product = Product(node.inputs[0], weight, node.outputs[0])
     _take_norm(graph, product)
     _take_bias(graph, product)
@@ -321,7 +318,6 @@ def _replace(
     network: Any,
     graph: Graph,
     launch: list[Output],
-    dtype: str,
     now: dict[str, Any],
     done: Rewritten,
 ) -> None:
@@ -357,7 +353,7 @@ def _replace(
         "output_norm_bias": number([int(norm is not None) for norm in norms]),
         "output_epsilon": np.array([norm[2] if norm else 0.0 for norm in norms], np.float32),
         "output_residual": number([int(output.residual is not None) for output in launch]),
-        "dtype": number([abi.DTYPES[dtype]]),
+        "dtype": number([abi.DTYPES["float16"]]),
     }
     layer = _add_plugin(trt, network, inputs, values, done)
     layer.name = f"{_NAME} {launch[0].result.name}"

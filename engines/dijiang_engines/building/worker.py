@@ -1,4 +1,4 @@
-"""Builds one plan in a process of its own: `python -m dijiang_engines.building.worker REQUEST.json`.
+"""Builds one plan in a process of its own, which `run_worker` starts with the request's file.
 
 A process of its own, because the builder cannot be interrupted in TensorRT 8.6, takes several times the
 model's memory and gives little of it back, and ends the whole process if it crashes. What it has to say goes
@@ -98,7 +98,7 @@ def build(request: BuildRequest, events: Events) -> None:
         network = _parse(poly, request, dialect, messages)
         fix_sizes(network[1], request.profiles)
         if request.plugin_products:
-            products = rewrite(trt, network[1], request.dtype)
+            products = rewrite(trt, network[1])
             print(f"products of the plugin: {products.to_json()}", file=sys.stderr)
         if typed:
             print(f"held to types: {held}, {type_network(trt, network[1], held)}", file=sys.stderr)

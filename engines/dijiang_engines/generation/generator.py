@@ -1,4 +1,4 @@
-"""Generating text: one decode loop for every runner.
+"""The way in to generating text: prompts are checked here and become the rows of one generation (`loop`).
 
     generator = Generator(open_runner(bundle), Tokenizer(bundle.tokenizer_path))
     generation = generator.start(["def main("], GenerateOptions(max_tokens=50))

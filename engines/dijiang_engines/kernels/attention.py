@@ -1,4 +1,4 @@
-"""The CUDA kernels from Python: attention, products of few rows, sampling and counting on.
+"""The CUDA kernels from Python: attention, sampling and counting on.
 
 A thin layer over the C ABI of plugins/include/dijiang/: it never imports PyTorch, allocates nothing on the
 GPU, whose memory the caller owns, and does not synchronise. Every method that takes a `stream` (a
@@ -24,7 +24,6 @@ from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.device_arrays import device_array
 from dijiang_engines.kernels.library import Device, device_argument
-from dijiang_engines.kernels.linear import LinearKernels
 from dijiang_engines.kernels.sampling import SamplingKernels
 from dijiang_engines.op_contract import INPUTS, OUTPUTS, Attributes, Tensors, dimensions
 from dijiang_engines.plugin.cache import find_kernels_library
@@ -81,7 +80,7 @@ def load_kernels(path: Path | str | None = None) -> Kernels:
     return Kernels(Path(path))
 
 
-class Kernels(SamplingKernels, LinearKernels):
+class Kernels(SamplingKernels):
     """The loaded library. All methods may be called from several threads.
 
     Args:

@@ -14,8 +14,6 @@ goes through pieces and steps only.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +21,10 @@ import numpy.typing as npt
 from dijiang_engines.formats.reference_cases import ReferenceCase
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import FloatArray, IntArray, Runner, State
-from dijiang_engines.validation.check import Check, Quantity, bad_rows, trace_not_finite
-from dijiang_engines.validation.compare import Comparison, compare_bits, compare_logits, compare_state
+from dijiang_engines.validation.check import Check, bad_rows, trace_not_finite
+from dijiang_engines.validation.compare import Comparison
+from dijiang_engines.validation.record import CaseRecord, RunResult
 from dijiang_engines.validation.tolerances import Bounds
-
-__all__ = ["REPLAYS", "Check", "Quantity", "Replayer"]
 
 RESUME_STEPS = 32
 """At most this many tokens of each row go through the step graph in `resume`."""
@@ -35,18 +32,10 @@ PIECE_TOKENS = 512
 """At most this many tokens of a row in one call of `pieces`; marks may lie further apart."""
 WHOLE_TOKENS = 1024
 """A longer case goes only through `pieces` and `steps`: one call with all its tokens would need memory, and
-from an engine a profile, that nobody plans for, and would test what shorter cases test."""
+from an engine a profile, that nobody builds with, and would test what shorter cases test."""
 
 
 Replay = Callable[["Replayer"], Iterator[Check]]
-
-
-@dataclass(frozen=True)
-class _Result:
-    """What one run of the whole batch gave: last logits [V] and layers' states [H, d, d], per row."""
-
-    logits: list[FloatArray]
-    states: list[list[FloatArray]]
 
 
 def extra_padding(head_dim: int) -> int:
@@ -70,27 +59,20 @@ class Replayer:
         """
         self.runner = runner
         self.case = case
-        self._unit_of = unit_of
+        self.record = CaseRecord(
+            case, bounds, layers=runner.spec.num_layers, all_logits=runner.all_logits, unit_of=unit_of
+        )
         self._on_call: Callable[[], None] = lambda: None
-        layers = range(runner.spec.num_layers)
-        self._logits_tolerance = bounds.logits
-        self._state_tolerances = [bounds.state(layer) for layer in layers]
-        self._padding_tolerances = {layer: bounds.padding(layer) for layer in (None, *layers)}
-        self._state_index = {int(mark): s for s, mark in enumerate(case.state_marks)}
         self.length = int(case.input_ids.shape[1])
-        self._logits = case.logits()
-        self._states = [case.state(layer) for layer in range(runner.spec.num_layers)]
         # Not 0, which the record is padded with: were padding read, it should not go unnoticed.
         self._filler = runner.spec.vocab_size - 1
-        self._whole: _Result | None = None
+        self._whole: RunResult | None = None
         self._known_bad: set[int] = set()
         """Rows whose first non-finite values this replay has traced already."""
 
-    @cached_property
-    def _scale(self) -> float:
-        """The logits' unit, asked for once the record is known to be finite."""
-        logits = self._logits if self._unit_of is None else self._unit_of.logits()
-        return float(logits.astype(np.float64).std())
+    def bad_record(self) -> Check | None:
+        """A failed check if the record holds NaN or infinity: then nothing can be compared with it."""
+        return self.record.not_finite()
 
     def calls(self, replay: str) -> int:
         """How often `replay`, run next, calls the runner: for a progress bar."""
@@ -119,25 +101,6 @@ class Replayer:
         self._known_bad = set()
         return REPLAYS[replay](self)
 
-    def bad_record(self) -> Check | None:
-        """A failed check if the record holds NaN or infinity: then nothing can be compared with it."""
-        arrays = [(None, self._logits), *enumerate(self._states)]
-        for layer, array in arrays:
-            bad = ~np.isfinite(array)
-            if bad.any():
-                index = np.unravel_index(int(bad.argmax()), array.shape)
-                mark = int(index[1]) if layer is None else int(self.case.state_marks[index[1]])
-                row = int(index[0])
-                shown = Comparison(
-                    False,
-                    f"the recorded values are not finite: {array[index]}",
-                    worst=tuple(int(i) for i in index),
-                )
-                return Check(
-                    self.case.name, "record", "reference", row, int(self.case.marks[row, mark]), layer, shown
-                )
-        return None
-
     # -- the replays -----------------------------------------------------------------------------------
 
     def prefill(self) -> Iterator[Check]:
@@ -148,7 +111,7 @@ class Replayer:
         if logits is None:
             return
         states = runner.export_state(state)
-        yield from self._check_rows("prefill", logits, states)
+        yield from self.record.whole_run("prefill", logits, states)
 
     def pieces(self) -> Iterator[Check]:
         """Uneven pieces with carried state, and then a call without any token."""
@@ -166,11 +129,11 @@ class Replayer:
             done = target
             for row in range(case.batch):
                 if counts[row] == 0:
-                    yield from self._check_kept("pieces", row, int(done[row]), states, before)
+                    yield from self.record.kept("pieces", row, int(done[row]), states, before)
                 if mark is not None and done[row] == case.marks[row, mark]:
                     # A row that had no token has no logits, but its state is still what was recorded.
-                    vector = self._last_valid(logits, row, int(counts[row])) if counts[row] else None
-                    yield from self._check_mark("pieces", row, mark, vector, states)
+                    vector = self.record.last_valid(logits, row, int(counts[row])) if counts[row] else None
+                    yield from self.record.at_mark("pieces", row, mark, vector, states)
             before = states
 
     def steps(self) -> Iterator[Check]:
@@ -199,9 +162,9 @@ class Replayer:
             if logits is None:
                 return
             states = runner.export_state(state)
-            yield from self._check_rows("alone", logits, states, rows=[row])
-            vector = self._last_valid(logits, 0, length)
-            yield from self._check_same("alone", row, vector, [s[0] for s in states], whole)
+            yield from self.record.whole_run("alone", logits, states, rows=[row])
+            vector = self.record.last_valid(logits, 0, length)
+            yield from self.record.other_padding("alone", row, vector, [s[0] for s in states], whole)
 
     def padding(self) -> Iterator[Check]:
         """The batch with more padding, against the record and against the narrower batch."""
@@ -215,10 +178,10 @@ class Replayer:
         if logits is None:
             return
         states = runner.export_state(state)
-        yield from self._check_rows("padding", logits, states)
+        yield from self.record.whole_run("padding", logits, states)
         for row in range(case.batch):
-            vector = self._last_valid(logits, row, int(case.seq_lens[row]))
-            yield from self._check_same("padding", row, vector, [s[row] for s in states], whole)
+            vector = self.record.last_valid(logits, row, int(case.seq_lens[row]))
+            yield from self.record.other_padding("padding", row, vector, [s[row] for s in states], whole)
 
     def resume(self) -> Iterator[Check]:
         """Prefill a part, take the state out and put it back, and go on in steps."""
@@ -262,21 +225,21 @@ class Replayer:
                 return
             done = done + counts
             moved = [int(row) for row in np.flatnonzero(counts)]
-            hits = [(row, mark) for row in moved for mark in self._marks_at(row, int(done[row]))]
+            hits = [(row, mark) for row in moved for mark in self.record.marks_at(row, int(done[row]))]
             ended = [row for row in moved if done[row] == case.seq_lens[row]]
-            wanted = bool(ended) or any(mark in self._state_index for _, mark in hits)
+            wanted = bool(ended) or any(mark in self.record.state_index for _, mark in hits)
             states = runner.export_state(state) if wanted else None
             for row, mark in hits:
-                yield from self._check_mark(replay, row, mark, logits[row, 0], states)
+                yield from self.record.at_mark(replay, row, mark, logits[row, 0], states)
             for row in ended:
                 assert states is not None
                 finished[row] = [s[row].copy() for s in states]
         states = runner.export_state(state)
         for row, kept in finished.items():
-            yield from self._check_kept(replay, row, int(done[row]), states, kept, rows_only=True)
+            yield from self.record.kept(replay, row, int(done[row]), states, kept, rows_only=True)
 
-    def _whole_batch(self, replay: str) -> Generator[Check, None, _Result | None]:
-        """Run (once) the padded batch that `alone` and `padding` compare with; returns a `_Result`."""
+    def _whole_batch(self, replay: str) -> Generator[Check, None, RunResult | None]:
+        """Run (once) the padded batch that `alone` and `padding` compare with; returns a `RunResult`."""
         if self._whole is None:
             case, runner = self.case, self.runner
             state = runner.new_state(case.batch)
@@ -286,8 +249,8 @@ class Replayer:
                 return None
             states = runner.export_state(state)
             lens = case.seq_lens
-            self._whole = _Result(
-                [self._last_valid(logits, row, int(lens[row])).copy() for row in range(case.batch)],
+            self._whole = RunResult(
+                [self.record.last_valid(logits, row, int(lens[row])).copy() for row in range(case.batch)],
                 [[layer[row] for layer in states] for row in range(case.batch)],
             )
         return self._whole
@@ -334,78 +297,7 @@ class Replayer:
         yield Check(self.case.name, replay, "finite", first + index, found.tokens, found.layer, result)
         return logits
 
-    def _check_rows(
-        self, replay: str, logits: FloatArray, states: list[FloatArray], rows: list[int] | None = None
-    ) -> Iterator[Check]:
-        """A whole run's last mark, and with all logits every mark. `rows`: the case's rows that were run."""
-        for index, row in enumerate(range(self.case.batch) if rows is None else rows):
-            marks = self.case.marks[row]
-            if self.runner.all_logits:
-                for mark in range(len(marks) - 1):
-                    yield self._check_logits(replay, row, mark, logits[index, marks[mark] - 1])
-            vector = self._last_valid(logits, index, int(marks[-1]))
-            yield from self._check_mark(replay, row, len(marks) - 1, vector, states, index)
-
-    def _check_mark(
-        self,
-        replay: str,
-        row: int,
-        mark: int,
-        vector: FloatArray | None,
-        states: list[FloatArray] | None,
-        index: int | None = None,
-    ) -> Iterator[Check]:
-        """States (if recorded there), then logits, of one row at one mark; `index`: the row in `states`."""
-        at = self._state_index.get(mark)
-        if at is not None and states is not None:
-            for layer, recorded in enumerate(self._states):
-                got = states[layer][row if index is None else index]
-                result = compare_state(got, recorded[row, at], self._state_tolerances[layer])
-                tokens = int(self.case.marks[row, mark])
-                yield Check(self.case.name, replay, "state", row, tokens, layer, result)
-        if vector is not None:
-            yield self._check_logits(replay, row, mark, vector)
-
-    def _check_logits(self, replay: str, row: int, mark: int, vector: FloatArray) -> Check:
-        result = compare_logits(vector, self._logits[row, mark], self._logits_tolerance, scale=self._scale)
-        tokens = int(self.case.marks[row, mark])
-        return Check(self.case.name, replay, "logits", row, tokens, None, result)
-
-    def _check_same(
-        self, replay: str, row: int, vector: FloatArray, states: list[FloatArray], whole: _Result
-    ) -> Iterator[Check]:
-        tokens = int(self.case.seq_lens[row])
-        for layer, got in enumerate(states):
-            result = compare_state(got, whole.states[row][layer], self._padding_tolerances[layer])
-            yield Check(self.case.name, replay, "padding", row, tokens, layer, result)
-        result = compare_logits(vector, whole.logits[row], self._padding_tolerances[None], scale=self._scale)
-        yield Check(self.case.name, replay, "padding", row, tokens, None, result)
-
-    def _check_kept(
-        self,
-        replay: str,
-        row: int,
-        tokens: int,
-        states: list[FloatArray],
-        before: list[FloatArray],
-        *,
-        rows_only: bool = False,
-    ) -> Iterator[Check]:
-        for layer, values in enumerate(states):
-            old = before[layer] if rows_only else before[layer][row]
-            result = compare_bits(values[row], old)
-            yield Check(self.case.name, replay, "kept", row, tokens, layer, result)
-
     # -- tokens ----------------------------------------------------------------------------------------
-
-    def _marks_at(self, row: int, tokens: int) -> list[int]:
-        """Marks of a short row may coincide."""
-        return [int(mark) for mark in np.flatnonzero(self.case.marks[row] == tokens)]
-
-    def _last_valid(self, logits: FloatArray, row: int, count: int) -> FloatArray:
-        place = max(count - 1, 0) if self.runner.all_logits else 0
-        vector: FloatArray = logits[row, place]
-        return vector
 
     def _padded_ids(self, extra: int) -> IntArray:
         """The case's tokens with `extra` more columns; with any, all padding is the filler token."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.bench.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
-from dijiang_engines.bench.runner import BATCHES, FAR, NEAR, PREFILL_LENGTHS, Effort, bench_runner
+from dijiang_engines.bench.runner import BATCHES, FAR, NEAR, PREFILL_LENGTHS, bench_runner
+from dijiang_engines.bench.timing import Effort
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.open import Model, open_model

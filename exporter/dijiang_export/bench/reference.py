@@ -17,7 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dijiang_engines.bench.runner import NEAR, WARM_UP_STEPS, Effort, Timing, until_done
+from dijiang_engines.bench.runner import NEAR, WARM_UP_STEPS
+from dijiang_engines.bench.timing import Effort, Timing, until_done
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.fresh_interpreter import command_for
 

@@ -229,7 +229,7 @@ def products(trt: Any, network: Any) -> dict[str, Any]:
     )
     registry = SimpleNamespace(get_creator=lambda name, version, namespace: creator)
     with mock.patch.object(trt, "get_plugin_registry", return_value=registry):
-        done = rewrite(trt, changed, "float16")
+        done = rewrite(trt, changed)
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     return done.to_json() | {"fields": changed.launches, "outputs": [_tensor(t) for t in outputs]}
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from dijiang_engines.bench.bandwidth import measure_gpu_bandwidth
-from dijiang_engines.bench.runner import Timing
+from dijiang_engines.bench.timing import Timing
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_export.bench.kernels.cells import Cell, Dtype, Shape, buffer_sets, cell_bytes
 from dijiang_export.bench.kernels.inputs import Call, Layer, make_calls, make_layer, within

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dijiang_engines.bench.runner import Effort, Timing, until_done
+from dijiang_engines.bench.timing import Effort, Timing, until_done
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.machine import package_versions
 from dijiang_export.bench.memory_rate import memory_rate

@@ -1,4 +1,7 @@
-"""Matrix products of few rows on the GPU: plugins/include/dijiang/linear.h."""
+"""dijiang_linear (plugins/include/dijiang/linear.h) from Python.
+
+The project itself calls it through the TensorRT plugin only; tests and tests/gpu/linear_times.py do directly.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class LinearOutput:
 
 
 class LinearKernels(Library):
-    """Products of few rows. See `dijiang_engines.kernels.attention`."""
+    """Products of few rows; conventions as in `dijiang_engines.kernels.attention`."""
 
     def linear(
         self, outputs: Sequence[LinearOutput], *, constant_weights: bool = False, stream: int = 0
