@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
+import fcntl
+import hashlib
 import math
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -57,9 +57,26 @@ def compile_cpp(*arguments: str | Path) -> None:
 
 @cache
 def compiled_fakes() -> Path:
-    """A folder with the program on fakes, and with plugins that are right and wrong."""
-    folder = Path(tempfile.mkdtemp(prefix="dijiang-fakes-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """A folder with the program on fakes, and with plugins that are right and wrong.
+
+    Compiled once for all processes that test, and kept until a source changes.
+    """
+    every = sorted(path for at in (SOURCES, ROOT / "plugins/include") for path in at.rglob("*.[ch]*"))
+    content = b"".join(path.read_bytes() for path in (*every, Path(__file__)))
+    build = ROOT / "build/cpp-sample"
+    folder = build / hashlib.sha256(content).hexdigest()[:16]
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "libtext.so").exists():  # written last
+            for old in (path for path in build.iterdir() if path.is_dir()):
+                shutil.rmtree(old)
+            folder.mkdir()
+            compile_fakes(folder)
+    return folder
+
+
+def compile_fakes(folder: Path) -> None:
     tests = SOURCES / "tests"
     # Sanitizers: a crash or a wrong access is an error whatever it would have done.
     checks: list[str | Path] = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -79,7 +96,6 @@ def compiled_fakes() -> Path:
     (folder / "empty.cpp").write_text("")
     compile_cpp("-shared", folder / "empty.cpp", "-o", folder / "libempty.so")
     (folder / "libtext.so").write_text("no library")
-    return folder
 
 
 def spec(**changes: Any) -> ModelSpec:

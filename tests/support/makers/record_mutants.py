@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -28,17 +27,15 @@ def places(value: Any, at: Path = ()) -> Iterator[Path]:
 
 
 def replaced(document: Any, at: Path, value: Any) -> Any:
-    """A copy of the document with another value at a place."""
-    copy = json.loads(json.dumps(document))
+    """The document with another value at a place; the rest of it is shared, so it is not to be changed."""
     if not at:
         return None if value is ... else value
-    inner = copy
-    for step in at[:-1]:
-        inner = inner[step]
-    if value is ...:
-        del inner[at[-1]]
+    step, *rest = at
+    copy = document.copy()
+    if rest or value is not ...:
+        copy[step] = replaced(document[step], tuple(rest), value)
     else:
-        inner[at[-1]] = value
+        del copy[step]
     return copy
 
 
