@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.makers.checkpoints import llama, neox, of_family, opt, opt_350m
+from support.makers.decay_tables import geometric_tables
 from support.makers.weight_files import DTYPES, load_tensors
-from support.oracles.decay_tables import geometric_tables
 from support.oracles.official import inverse_frequencies, official_forward, rope
 from support.paths import GOLDENS
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.makers.decay_tables import geometric_tables, trained_tables
 from support.makers.decay_tables import official_gammas as reference_gammas
 from support.makers.decay_tables import official_tables as reference_tables
-from support.makers.decay_tables import trained_tables
 from support.makers.weight_files import DTYPES
-from support.oracles.decay_tables import geometric_tables
 
 from dijiang_engines.errors import CheckpointError
 from dijiang_export.checkpoint.decay import (

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Array = npt.NDArray[np.float64]
 
 
 def official_gammas(heads: int) -> torch.Tensor:
@@ -31,3 +35,9 @@ def trained_tables(heads: int, positions: int, rng: torch.Generator) -> tuple[to
     d2[:, :, positions // 3] = 0.0
     d2[:, 0, positions // 2] *= 100.0
     return d1, d2
+
+
+def geometric_tables(log_decay: Array, rows: int) -> tuple[Array, Array]:
+    """D1, D2 float64 [H, rows] that ln γ [H] stands for."""
+    exponents = np.asarray(log_decay, dtype=np.float64)[:, None] * np.arange(rows)
+    return np.exp(exponents), np.exp(-exponents)
