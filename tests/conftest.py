@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are to be as wide as in a file
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # so of a shell's background jobs and all that they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt processes
 # Elsewhere hypothesis looks for new examples each time; CI must say the same about the same commit.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -9,7 +9,7 @@ from support.fakes.strict_tensorrt import Calls, Strict
 
 from dijiang_engines import io_names
 
-INNER, WIDTH, BATCH = 64, 32, 4
+INNER, WIDTH = 64, 32
 
 
 def profiles(layers: int = 2) -> list[dict[str, list[list[int]]]]:
