@@ -31,9 +31,14 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # so of a shell's background jobs and all that they start
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt processes
+# A machine that does other things is slow, and no test is wrong for that.
+hypothesis.settings.register_profile(
+    "any", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any")
 # Elsewhere hypothesis looks for new examples each time; CI must say the same about the same commit.
-hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
+    hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("any"), derandomize=True)
     hypothesis.settings.load_profile("ci")
 
 

@@ -156,10 +156,10 @@ HOSTILE = {
 def test_a_hostile_recipe_is_refused_at_once(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(HOSTILE[kind])
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UsageError) as info:
         load_recipe(str(path))
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert len(str(info.value)) < 5000 and "\x1b" not in str(info.value) and "\u202e" not in str(info.value)
 
 

@@ -177,9 +177,17 @@ def test_a_bundle_of_such_a_name_opens_in_json(tmp_path: Path) -> None:
         assert os.fsencode(json.loads(done.stdout)["path"]) == folder or env is POSIX
         shown = shell(["inspect", folder], **env)
         assert shown.returncode == 0 and b"\x1b" not in shown.stdout
-        for words in (["generate", folder, "-p", "a"], ["bench", folder, *BRIEF]):
-            done = shell(words, **env)  # the libraries below take no such names
-            assert done.returncode in (0, 1) and is_clean(done), done.stderr
+        done = shell(["generate", folder, "-p", "a"], **env)  # the libraries below take no such names
+        assert done.returncode in (0, 1) and is_clean(done), done.stderr
+
+
+@pytest.mark.parametrize("env", [POSIX, {"PYTHONUTF8": "1"}], ids=["posix", "utf8"])
+def test_a_bundle_of_such_a_name_is_measured_or_refused(env: dict[str, str], tmp_path: Path) -> None:
+    folder = os.path.join(os.fsencode(tmp_path), b"b\xff\x1b\xe2\x80\xae")
+    make_bundle(tmp_path / "plain")
+    (tmp_path / "plain").rename(os.fsdecode(folder))
+    done = shell(["bench", folder, *BRIEF], **env)
+    assert done.returncode in (0, 1) and is_clean(done), done.stderr
 
 
 # -- files that are not files ------------------------------------------------------------------------------

@@ -164,10 +164,10 @@ LARGE: dict[str, Callable[[], onnx.ModelProto]] = {
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_a_value_that_no_model_of_this_size_needs_is_refused(kind: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(BundleError, match="more than a model of this size can need"):
         check(LARGE[kind]())
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 BY_DATA = {
@@ -243,10 +243,10 @@ def test_a_constant_of_100000_dimensions_is_refused_at_once() -> None:
     for bad in (tensor, inline):
         model = toy()
         model.graph.initializer.append(bad)
-        start = time.monotonic()
+        start = time.process_time()
         with pytest.raises(BundleError, match="dimensions"):
             check(model)
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2
 
 
 def test_a_bundle_with_such_a_graph_does_not_open(tmp_path: Path) -> None:
