@@ -41,7 +41,8 @@ class Gpu:
 
 def integers_of(tensorrt: TensorRT, plan: Any) -> np.dtype[Any]:
     """A plan's I, the type of its token ids, positions and seq_lens: int32 or int64."""
-    return np.dtype(tensorrt.trt.nptype(plan.get_tensor_dtype(io_names.INPUT_IDS)))
+    kind: np.dtype[Any] = np.dtype(tensorrt.trt.nptype(plan.get_tensor_dtype(io_names.INPUT_IDS)))
+    return kind
 
 
 class TensorRTState:
