@@ -28,6 +28,11 @@ PAGES = [
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
+OTHER_PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("samples", "plugins", "tests")
+    for path in sorted((ROOT / folder).glob("**/*.md"))
+]
 SOURCES = ("exporter", "engines", "tests", "samples", ".ci")
 
 
@@ -89,6 +94,14 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> FakeToolchain:
 
 
 # Commands
+
+
+@pytest.mark.parametrize("name", [*NAMES, *OTHER_PAGES])
+def test_lines_of_prose_are_short(name: str) -> None:
+    """Below 120 characters; a table's row, a line of code and a link cannot be broken."""
+    prose = re.sub(r"^ *```.*?^ *```", "", text(name), flags=re.DOTALL | re.MULTILINE)
+    long = [line for line in prose.splitlines() if len(line) >= 120]
+    assert [line for line in long if not line.startswith(("|", "    ")) and " " in line.strip()] == []
 
 
 def test_there_are_commands_and_each_is_of_a_known_kind() -> None:
@@ -266,7 +279,7 @@ def test_documents_named_in_the_code_exist() -> None:
 
 
 def test_tests_that_are_named_exist() -> None:
-    named = [pair for name in NAMES for pair in re.findall(r"`(tests/\w+\.py)::(\w+)`", text(name))]
+    named = [pair for name in NAMES for pair in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text(name))]
     assert len(named) >= 15
     missing = []
     for file, test in named:
