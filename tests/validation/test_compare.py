@@ -16,7 +16,7 @@ from dijiang_engines.validation.compare import (
     kl_divergence,
     log_softmax,
 )
-from dijiang_engines.validation.tolerances import DTYPES, Tolerance, all_tolerances, tolerance
+from dijiang_engines.validation.tolerances import DTYPES, Tolerance, tolerance
 
 LOOSE = Tolerance(max_error=1e9, min_cosine=None, max_kl=None, reason="test")
 TIGHT = tolerance("float32", "logits")
@@ -196,8 +196,7 @@ def test_results_are_json_and_frozen() -> None:
 
 
 def test_the_table_is_complete_ordered_and_reasoned() -> None:
-    table = all_tolerances()
-    assert set(table) == {(d, q) for d in DTYPES for q in ("logits", "state", "padding")}
+    table = {(d, q): tolerance(d, q) for d in DTYPES for q in ("logits", "state", "padding")}  # type: ignore[arg-type]
     assert tolerance("float32", "logits").max_error == 1e-4
     for row in table.values():
         assert len(row.reason) > 40

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.formats.reference_cases import EMBEDDING, EmbeddingCase
-from dijiang_engines.runners.base import FloatArray, Runner, State
+from dijiang_engines.runners.base import FloatArray, LimitsBatch, Runner, State
 from dijiang_engines.validation.check import Check, bad_rows, trace_not_finite
 from dijiang_engines.validation.compare import Comparison, compare_state
 from dijiang_engines.validation.tolerances import Bounds
@@ -48,7 +48,7 @@ class EmbeddingReplayer:
         tokens = case.input_ids.shape[1] if runner.all_logits else 1
         most = min(
             MOST_ROWS,
-            int(getattr(runner, "max_batch", MOST_ROWS)),
+            runner.max_batch if isinstance(runner, LimitsBatch) else MOST_ROWS,
             STATE_BYTES // spec.state_bytes,
             LOGITS_BYTES // (4 * spec.vocab_size * tokens),
         )

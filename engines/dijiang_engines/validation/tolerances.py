@@ -278,8 +278,3 @@ def tolerance(dtype: str, quantity: Quantity) -> Tolerance:
             got=f"{dtype} {quantity}",
             expected=f"one of {', '.join(T_TYPES)}, and logits, state or padding",
         ) from None
-
-
-def all_tolerances() -> dict[tuple[str, str], Tolerance]:
-    """A copy of the whole table, keyed by (dtype, quantity)."""
-    return dict(_TABLE)
