@@ -414,3 +414,12 @@ def test_the_picture_has_its_own_title_ticks_and_colours() -> None:
             assert f".{name}" in style
     floors = [e for e in root.iter(f"{SVG}path") if e.attrib["class"].startswith("line dashed")]
     assert len({floor.attrib["class"] for floor in floors}) == 2  # told apart, in the legend too
+
+
+def test_one_module_draws() -> None:
+    """Pages and pictures have their axes, grids, lines and legends from the same place."""
+    sources = [path for side in ("engines", "exporter") for path in (ROOT / side).rglob("*.py")]
+    drawing = [
+        path.name for path in sources if re.search(r"<(svg|path|line|polyline|circle)\b", path.read_text())
+    ]
+    assert drawing == ["svg_plot.py"]
