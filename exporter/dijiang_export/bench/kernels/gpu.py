@@ -25,6 +25,7 @@ from dijiang_export.bench.kernels.cells import Cell, Dtype, Shape, buffer_sets, 
 from dijiang_export.bench.kernels.inputs import Call, Layer, make_calls, make_layer, within
 from dijiang_export.bench.kernels.peers import Contestant, Prepared
 from dijiang_export.bench.memory_rate import TorchCopy
+from dijiang_export.reference.model import DTYPES
 
 WARM_UPS = 3
 LEAST_SAMPLES = 7
@@ -32,8 +33,6 @@ DECODE_CALLS, PREFILL_CALLS = 128, 16
 """Least calls in a graph: enough that the two events do not count."""
 MATRIX = 8192
 CEILING_SAMPLES = 30
-
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Gpu:
         """Rates of a large copy (bytes read and written) and of a large matrix product, per second."""
         copy = TorchCopy(self.device)
         rate = measure_gpu_bandwidth(copy).copy
-        a, b = (torch.randn(MATRIX, MATRIX, device=self.device).to(TORCH_DTYPES[self.dtype]) for _ in "ab")
+        a, b = (torch.randn(MATRIX, MATRIX, device=self.device).to(DTYPES[self.dtype]) for _ in "ab")
         product = _time_calls(lambda: a @ b)
         return {
             "copy": {"bytes": 2 * copy.size, "per_second": rate},
@@ -110,7 +109,7 @@ class Gpu:
         """
         layer = self._layers.setdefault(cell.shape, make_layer(cell.shape, self.device))
         sets = buffer_sets(cell_bytes(cell, self.dtype).op, self.l2_bytes)
-        calls = make_calls(cell, TORCH_DTYPES[self.dtype], self.device, sets)
+        calls = make_calls(cell, DTYPES[self.dtype], self.device, sets)
         found: dict[str, Measured | str] = {}
         with torch.no_grad():
             for contestant in contestants:

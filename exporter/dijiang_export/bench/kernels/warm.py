@@ -88,9 +88,9 @@ def compile_all(request: dict[str, Any]) -> None:
     """Call one contestant once at each of the request's cells, on the current GPU."""
     import torch
 
-    from dijiang_export.bench.kernels.gpu import TORCH_DTYPES
     from dijiang_export.bench.kernels.inputs import make_calls, make_layer
     from dijiang_export.bench.kernels.peers import PEERS, PeerError
+    from dijiang_export.reference.model import DTYPES
 
     device = torch.device("cuda")
     contestant = PEERS[request["name"]]()
@@ -101,7 +101,7 @@ def compile_all(request: dict[str, Any]) -> None:
     for phase, heads, head_dim, batch, length in request["cells"]:
         cell = Cell(phase, Shape(heads, head_dim), batch, length)
         layer = make_layer(cell.shape, device)
-        calls = make_calls(cell, TORCH_DTYPES[request["dtype"]], device)
+        calls = make_calls(cell, DTYPES[request["dtype"]], device)
         try:
             with torch.no_grad():
                 contestant.prepare(cell, layer, calls).run(0)

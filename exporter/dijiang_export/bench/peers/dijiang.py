@@ -12,7 +12,6 @@ from dijiang_engines.op_contract import Attributes
 from dijiang_export.bench.peers.settings import PeerSettings, neox_spec
 from dijiang_export.bench.peers.tools import (
     BLOCK,
-    DTYPES,
     LeftOut,
     Prepared,
     captured,
@@ -22,7 +21,7 @@ from dijiang_export.bench.peers.tools import (
 )
 from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import DEFAULT_CHUNK, Decay, Form, dijiang_attention
-from dijiang_export.reference.model import ReferenceModel
+from dijiang_export.reference.model import DTYPES, ReferenceModel
 
 SQUARES = 4
 """Float32 arrays [B, H, L, L] that the parallel form has at a time."""

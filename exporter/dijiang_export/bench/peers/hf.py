@@ -19,13 +19,13 @@ from torch import Tensor
 from dijiang_export.bench.peers.settings import PeerSettings
 from dijiang_export.bench.peers.tools import (
     BLOCK,
-    DTYPES,
     Prepared,
     captured,
     compiled,
     counting_skips,
     error_of,
 )
+from dijiang_export.reference.model import DTYPES
 
 ROOM = 64
 """Tokens that a static cache holds after the context: a block and some, aligned for the kernels."""

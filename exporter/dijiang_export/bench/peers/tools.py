@@ -17,7 +17,6 @@ from dijiang_engines.validation.tolerances import tolerance
 BLOCK = 16
 """Tokens that a decoder makes in one timed call."""
 ROUNDINGS = 4
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class LeftOut(DijiangError):
