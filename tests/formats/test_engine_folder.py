@@ -18,12 +18,12 @@ from support.makers.toy_bundle import SPEC, ToyModel
 
 from dijiang_engines.errors import BundleError, DijiangError
 from dijiang_engines.formats.engine import (
-    ENGINE_MANIFEST,
     EngineFolder,
     Profiles,
     open_engine,
     write_engine_manifest,
 )  # fmt: skip
+from dijiang_engines.formats.file_table import ENGINE_MANIFEST
 from dijiang_engines.formats.open import open_model
 from dijiang_export.cli import main
 

@@ -23,7 +23,8 @@ from support.oracles.numpy_runner import NumpyRunner
 
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError, PluginError, PositionError, RunnerError, UsageError
-from dijiang_engines.formats.engine import open_engine, spec_sha256, write_engine_manifest
+from dijiang_engines.formats.engine import open_engine, write_engine_manifest
+from dijiang_engines.formats.folder import spec_sha256
 from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.runners.tensorrt.contexts import KEPT_CONTEXTS

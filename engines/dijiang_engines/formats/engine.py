@@ -71,7 +71,7 @@ class MadeFor:
     compute_capability: int
     """10 * major + minor."""
     plugin_sources: str
-    """`plugin.source_hash` of the plugin that it was built with."""
+    """`plugin.cache.source_hash` of the plugin that it was built with."""
     plugin_version: str
 
 

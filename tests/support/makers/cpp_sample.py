@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from support.paths import ROOT
 
-from dijiang_engines.formats.engine import open_engine, spec_sha256, write_engine_manifest
+from dijiang_engines.formats.engine import open_engine, write_engine_manifest
+from dijiang_engines.formats.folder import spec_sha256
 from dijiang_engines.plugin import toolchain
 from dijiang_engines.spec import ModelSpec
 

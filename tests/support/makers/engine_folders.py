@@ -19,7 +19,8 @@ from dijiang_engines import io_names
 from dijiang_engines.building.build import BuildResult, build_engine
 from dijiang_engines.building.recipes import load_recipe
 from dijiang_engines.formats.bundle import Bundle, open_bundle
-from dijiang_engines.formats.engine import LAYOUTS, spec_sha256, write_engine_manifest
+from dijiang_engines.formats.engine import LAYOUTS, write_engine_manifest
+from dijiang_engines.formats.folder import spec_sha256
 from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
 SMALL = {"max_batch": 6, "max_length": 8}
