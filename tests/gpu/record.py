@@ -25,6 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TESTS = (
+    "tests/kernels/test_attention_is_right.py",
     "tests/kernels/test_linear_gpu.py",
     "tests/kernels/test_kernels_gpu.py",
     "tests/kernels/test_kernels_gpu_use.py",

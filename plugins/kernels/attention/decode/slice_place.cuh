@@ -11,7 +11,7 @@ namespace decode {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// A block's shared memory, beside the states of its next items.
+// A block's shared memory, beside the next item's state.
 template <typename S> struct SliceMemory {
     float2 (&logits)[2][S::D];  // (q, k); two sets, for this item and the next
     float2 (&features)[S::D];   // each warp's own rows, not yet divided by their sums
