@@ -52,16 +52,8 @@ def naive(x: Tensors, g: Geometry, row: int) -> tuple[Tensor, Tensor]:
 def reference_model(x: Tensors, g: Geometry) -> tuple[Tensor, Tensor]:
     """The reference model's op, chunk by chunk, on the CPU."""
     names = (
-        "qkv",
-        "gate",
-        "past_state",
-        "positions",
-        "seq_lens",
-        "proj",
-        "norm_weight",
-        "norm_bias",
-        "inv_freq",
-    )
+        "qkv", "gate", "past_state", "positions", "seq_lens", "proj", "norm_weight", "norm_bias", "inv_freq",
+    )  # fmt: skip
     attributes = reference.Geometry(g.num_heads, g.num_kv_heads, g.head_dim, g.rotary_dim, EPSILON)
     decay = reference.Decay(x["log_decay"])
     return reference.dijiang_attention(*(x[name] for name in names), decay=decay, geometry=attributes)
