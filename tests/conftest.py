@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +52,33 @@ def toy(tmp_path: Path) -> tuple[Path, ToyModel]:
     return folder, make_bundle(folder)
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """once(name, make) -> a folder that make(folder) filled, in one process for all workers of this run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    shared.mkdir(exist_ok=True)
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / hashlib.sha256(name.encode()).hexdigest()[:20]
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                part = folder.with_suffix(".part")
+                shutil.rmtree(part, ignore_errors=True)  # of a maker that failed
+                part.mkdir()
+                make(part)
+                part.rename(folder)
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def exported(once: Once) -> Exported:
     """export(checkpoint, **options of export_bundle) -> (bundle, oracle): really exported, once each."""
     made: dict[str, tuple[Path, NumpyRunner]] = {}
 
@@ -61,10 +89,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
             from dijiang_export.checkpoint.checkpoint import open_checkpoint
             from dijiang_export.export.to_onnx import export_bundle
 
-            folder = tmp_path_factory.mktemp("exported")
-            source = model.save(folder / "checkpoint")
-            export_bundle(source, folder / "bundle", **options)
-            with open_checkpoint(source, extend_decay=options.get("extend_decay", False)) as checkpoint:
+            def make(folder: Path) -> None:
+                export_bundle(model.save(folder / "checkpoint"), folder / "bundle", **options)
+
+            folder, extend = once(key, make), options.get("extend_decay", False)
+            with open_checkpoint(folder / "checkpoint", extend_decay=extend) as checkpoint:
                 weights = {k: v.numpy() for k, v in checkpoint.load_state_dict().items()}
                 made[key] = folder / "bundle", NumpyRunner(checkpoint.spec, weights)
         return made[key]
@@ -73,7 +102,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 @pytest.fixture(scope="session")
-def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sample_bundle(once: Once) -> Path:
     """The shipped sample checkpoint, exported. Read-only by convention.
 
     Where nothing can be exported: the copy that DIJIANG_SAMPLE_BUNDLE names.
@@ -83,17 +112,20 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dijiang_engines.shipped_sample import sample_checkpoint
     from dijiang_export.export.to_onnx import export_bundle
 
-    return export_bundle(sample_checkpoint(), tmp_path_factory.mktemp("sample") / "tiny-stdlib.bundle").path
+    name = "tiny-stdlib.bundle"
+    return once(name, lambda folder: export_bundle(sample_checkpoint(), folder / name)) / name
 
 
 @pytest.fixture(scope="session")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def variants(once: Once) -> Path:
     """The shipped sample with the graphs for ONNX Runtime on CUDA too. Read-only by convention."""
     from dijiang_engines.shipped_sample import sample_checkpoint
     from dijiang_export.export.to_onnx import export_bundle
 
-    folder = tmp_path_factory.mktemp("variants") / "b"
-    return export_bundle(sample_checkpoint(), folder, variants=("ort", "capture")).path
+    def make(folder: Path) -> None:
+        export_bundle(sample_checkpoint(), folder / "b", variants=("ort", "capture"))
+
+    return once("variants", make) / "b"
 
 
 @pytest.fixture(scope="session")

@@ -112,8 +112,9 @@ def test_every_sample_is_in_the_list() -> None:
 
 def test_recipes_and_architectures_are_those_of_the_package() -> None:
     page = text("samples/jetson.md")
+    recipes = ROOT / "engines/dijiang_engines/building/recipes"
     for recipe, number in (("jetson-orin", 87), ("jetson-thor", 110)):
-        values = (ROOT / f"engines/dijiang_engines/recipes/{recipe}.toml").read_text(encoding="utf-8")
+        values = (recipes / f"{recipe}.toml").read_text(encoding="utf-8")
         assert str(number) in values
         assert f"| sm_{number} | `{recipe}` |" in page
     orin = (ROOT / "engines/dijiang_engines/building/recipes/jetson-orin.toml").read_text(encoding="utf-8")

@@ -27,15 +27,13 @@ from dijiang_export.cli import main
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exported(once: Callable[..., Path]) -> dict[str, Path]:
     from dijiang_export.export.to_onnx import export_bundle
 
-    folder = tmp_path_factory.mktemp("whole")
-    paths = {}
-    for kind, golden in (("tables", "neox-trained-tables"), ("geometric", "neox-geometric")):
-        paths[kind] = folder / f"{kind}.bundle"
-        export_bundle(GOLDENS / golden, paths[kind])
-    return paths
+    def made(golden: str) -> Path:
+        return once(golden, lambda folder: export_bundle(GOLDENS / golden, folder / "b")) / "b"
+
+    return {"tables": made("neox-trained-tables"), "geometric": made("neox-geometric")}
 
 
 @pytest.fixture
