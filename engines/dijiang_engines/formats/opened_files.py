@@ -23,18 +23,19 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from dijiang_engines.errors import BundleError, DijiangError
 from dijiang_engines.formats.file_table import FileInfo
 from dijiang_engines.formats.safe_files import open_regular, sha256_of
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """What tells one state of a file from another unread; `changed` also sees renames and links."""
+class Stamp(NamedTuple):
+    """What tells one state of a file from another unread; `changed` also sees renames and links.
+
+    A tuple, since two are made and compared for every step.
+    """
 
     device: int
     inode: int
