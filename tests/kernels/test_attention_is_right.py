@@ -54,9 +54,8 @@ def reference_model(x: Tensors, g: Geometry) -> tuple[Tensor, Tensor]:
     names = (
         "qkv", "gate", "past_state", "positions", "seq_lens", "proj", "norm_weight", "norm_bias", "inv_freq",
     )  # fmt: skip
-    attributes = reference.Geometry(g.num_heads, g.num_kv_heads, g.head_dim, g.rotary_dim, EPSILON)
     decay = reference.Decay(x["log_decay"])
-    return reference.dijiang_attention(*(x[name] for name in names), decay=decay, geometry=attributes)
+    return reference.dijiang_attention(*(x[name] for name in names), decay=decay, attributes=g)
 
 
 def cuda_library(x: Tensors, g: Geometry) -> tuple[Tensor, Tensor]:
@@ -124,7 +123,7 @@ def error(got: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_it_computes_the_definition(program: Program, shape: tuple[int, ...], dtype: str) -> None:
     batch, length, heads, kv_heads, d, rotary = shape
-    geometry = Geometry(heads, kv_heads, d, rotary, dtype, EPSILON)  # type: ignore[arg-type]
+    geometry = Geometry(heads, kv_heads, d, rotary, dtype, epsilon=EPSILON)  # type: ignore[arg-type]
     x = inputs(geometry, batch, length, getattr(torch, dtype))
     output, state = program(x, geometry)
     wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in x.items()}
@@ -139,7 +138,7 @@ def test_it_computes_the_definition(program: Program, shape: tuple[int, ...], dt
 @pytest.mark.parametrize("part", ["log_decay", "positions", "proj", "past_state", "norm_weight", "gate"])
 def test_the_bound_is_tight_enough_to_see_a_wrong_part(part: str) -> None:
     """The same with one operand a little wrong fails in the widest type, so the bounds say something."""
-    geometry = Geometry(8, 8, 64, 16, "bfloat16", EPSILON)
+    geometry = Geometry(8, 8, 64, 16, "bfloat16", epsilon=EPSILON)
     x = inputs(geometry, 1, 100, torch.bfloat16)
     wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in x.items()}
     truth, _ = naive(wide, geometry, 0)

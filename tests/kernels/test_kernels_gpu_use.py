@@ -19,6 +19,7 @@ from support.paths import GOLDENS, SAMPLE
 
 from dijiang_engines.kernels.attention import Geometry as KernelGeometry
 from dijiang_engines.kernels.attention import load_kernels
+from dijiang_engines.op_contract import Attributes
 from dijiang_engines.validation.tolerances import tolerance
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.reference.attention import Decay
@@ -153,10 +154,10 @@ def test_drift_over_100_000_steps(engine: CudaEngine, dtype: str, d: int) -> Non
 def kernel_op(engine: CudaEngine) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The kernels as the op of a ReferenceModel."""
 
-    def op(*tensors: torch.Tensor, decay: Decay, geometry: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def op(*tensors: torch.Tensor, decay: Decay, attributes: Attributes) -> tuple[torch.Tensor, torch.Tensor]:
         dense = [t.detach().contiguous() for t in tensors]
         tables = [None if t is None else t.detach().contiguous() for t in vars(decay).values()]
-        arena = Arena(engine, Call(geometry, *dense, *tables))
+        arena = Arena(engine, Call(attributes, *dense, *tables))
         arena.launch(current_stream())
         return arena.results()
 
