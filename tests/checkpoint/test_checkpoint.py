@@ -217,7 +217,7 @@ def test_mixed_types_in_one_parameter(tmp_path: Path) -> None:
         qkv = checkpoint.tensor("layers.0.attention.qkv.weight")
         assert qkv.dtype == torch.float32
         assert torch.equal(qkv[64:128], stored[name])
-        assert checkpoint.dtype("final_norm.weight") == "float32"
+        assert checkpoint.tensor("final_norm.weight").dtype == torch.float32
         assert torch.equal(checkpoint.tensor("final_norm.weight"), stored["model.norm.weight"].float())
     check_against_oracle(folder)
 

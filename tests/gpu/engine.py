@@ -129,7 +129,7 @@ class Checks(RunnerChecks):
         return f"{texts[0][:2]}"
 
     def used_memory(self) -> dict[str, tuple[int, int]]:
-        return {"device": (-self.runner.cuda.memory()[0], 0)}
+        return {"device": (-self.runner.gpu.cuda.memory()[0], 0)}
 
     def times(self) -> str:
         found: dict[str, Any] = {"steps": [], "prefill": [], "loop": []}

@@ -143,7 +143,7 @@ def test_the_commands_about_the_plugin(tmp_path: Path, tools: FakeToolchain) -> 
 
 def test_the_table_of_messages_about_the_plugin() -> None:
     """Each message is one that the code prints, or that a compiler does."""
-    code = "\n".join(path.read_text() for path in (ROOT / "engines/dijiang_engines").glob("*.py"))
+    code = "\n".join(path.read_text() for path in (ROOT / "engines/dijiang_engines").rglob("*.py"))
     rows = table("docs/plugin.md", "When something goes wrong")
     assert len(rows) >= 8
     assert [message for message, _ in rows if message.split("...")[-1].strip() not in code] == []

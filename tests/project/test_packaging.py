@@ -79,13 +79,13 @@ def test_it_brings_the_sample_model(wheel: Path, names: set[str], tmp_path: Path
 def test_it_brings_recipes_and_the_report_s_style(wheel: Path, names: set[str], tmp_path: Path) -> None:
     """Data beside the code: an installed package builds engines and writes reports without a checkout."""
     package = ROOT / "engines/dijiang_engines"
-    wanted = {path.relative_to(package.parent).as_posix() for path in package.glob("recipes/*.toml")}
+    wanted = {path.relative_to(package.parent).as_posix() for path in package.glob("building/recipes/*.toml")}
     assert len(wanted) >= 4
     assert wanted | {"dijiang_engines/validation/report/report.css"} <= names
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = (
-        "from dijiang_engines import recipes\n"
+        "from dijiang_engines.building import recipes\n"
         "print(recipes.__file__, *(recipes.load_recipe(name).name for name in recipes.recipe_names()))"
     )
     done = subprocess.run(
@@ -111,7 +111,7 @@ def test_an_installed_package_can_compile_the_plugin(wheel: Path, tmp_path: Path
     """Up to the compiler's first call: that the rest compiles, test_plugin_compile.py shows."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "from dijiang_engines import plugin as p; print(p.plugin_sources(), p.source_hash())"
+    code = "from dijiang_engines.plugin import cache as p; print(p.plugin_sources(), p.source_hash())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
     )

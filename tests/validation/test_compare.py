@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dijiang_engines.errors import UsageError
+from dijiang_engines.op_contract import T_TYPES
 from dijiang_engines.validation.compare import (
     compare_bits,
     compare_logits,
@@ -16,7 +17,7 @@ from dijiang_engines.validation.compare import (
     kl_divergence,
     log_softmax,
 )
-from dijiang_engines.validation.tolerances import DTYPES, Tolerance, tolerance
+from dijiang_engines.validation.tolerances import Tolerance, tolerance
 
 LOOSE = Tolerance(max_error=1e9, min_cosine=None, max_kl=None, reason="test")
 TIGHT = tolerance("float32", "logits")
@@ -196,13 +197,13 @@ def test_results_are_json_and_frozen() -> None:
 
 
 def test_the_table_is_complete_ordered_and_reasoned() -> None:
-    table = {(d, q): tolerance(d, q) for d in DTYPES for q in ("logits", "state", "padding")}  # type: ignore[arg-type]
+    table = {(d, q): tolerance(d, q) for d in T_TYPES for q in ("logits", "state", "padding")}  # type: ignore[arg-type]
     assert tolerance("float32", "logits").max_error == 1e-4
     for row in table.values():
         assert len(row.reason) > 40
         assert 0 < row.max_error < 1
     for quantity in ("logits", "state", "padding"):
-        errors = [tolerance(d, quantity).max_error for d in DTYPES]  # type: ignore[arg-type]
+        errors = [tolerance(d, quantity).max_error for d in T_TYPES]  # type: ignore[arg-type]
         assert errors == sorted(errors)
 
 

@@ -21,8 +21,9 @@ from support.oracles.numpy_runner import NumpyRunner
 from dijiang_engines.errors import BundleError, UsageError
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.formats.rounding_cost import KEY, Cost, RoundingCost
+from dijiang_engines.op_contract import T_TYPES
 from dijiang_engines.validation.report.page import report_html
-from dijiang_engines.validation.tolerances import DTYPES, Bounds, scale_of, tolerance
+from dijiang_engines.validation.tolerances import Bounds, scale_of, tolerance
 from dijiang_engines.validation.validate import validate
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.export.cases import choose_cases, first_tokens
@@ -104,7 +105,7 @@ def test_numbers_that_are_not_finite_are_refused(number: str, tmp_path: Path) ->
         reference(tmp_path, text)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", T_TYPES)
 def test_bounds_lie_between_floor_and_ceiling(dtype: str) -> None:
     scale = scale_of(dtype)
     for quantity in ("logits", "state", "padding"):

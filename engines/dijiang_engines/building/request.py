@@ -10,11 +10,11 @@ from typing import Any
 
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.safe_files import parse_json, read_bounded
+from dijiang_engines.op_contract import T_TYPES
 
 Profile = dict[str, list[list[int]]]
 """Input -> its least, best and most shape."""
 
-DTYPES = ("float32", "float16", "bfloat16")
 _PATHS = ("onnx", "plan", "plugin", "timing_cache")
 _MOST_BYTES = 16 << 20  # a thousand layers take 0.2 MB
 _MOST_LEVEL = 5  # NvInfer.h, setBuilderOptimizationLevel
@@ -35,7 +35,7 @@ class BuildRequest:
     plugin: Path
     """Library of the plugin for this TensorRT."""
     dtype: str
-    """Of the graph's activations: one of DTYPES."""
+    """Of the graph's activations: one of `op_contract.T_TYPES`."""
     profiles: list[Profile]
     """One or more, all with the same inputs."""
     workspace: int
@@ -54,8 +54,8 @@ class BuildRequest:
             value = getattr(self, name)
             if not isinstance(value, Path) and not (value is None and name == "timing_cache"):
                 raise _wrong(name, value, "a path")
-        if self.dtype not in DTYPES:
-            raise _wrong("dtype", self.dtype, " or ".join(DTYPES))
+        if self.dtype not in T_TYPES:
+            raise _wrong("dtype", self.dtype, " or ".join(T_TYPES))
         for name, least in (("workspace", 1), ("optimization_level", 0), ("device", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
