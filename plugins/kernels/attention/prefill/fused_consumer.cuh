@@ -63,11 +63,15 @@ template <typename T, int D> struct Consumer {
     __device__ __forceinline__ T* tile(int offset) const {
         return reinterpret_cast<T*>(memory + opaque(offset)) + local;
     }
-    __device__ __forceinline__ const float* past_state() const {
-        return p.past_state + at.row * p.past_batch_stride + static_cast<int64_t>(head()) * d * d;
+    // Where its head's state begins. D itself where it is the size: of the member, which becomes a constant later,
+    // nvcc makes a 64-bit address for each element instead of one for all, and D = 256 has no registers left for it.
+    template <typename F> __device__ __forceinline__ F* state_of(F* states, int64_t batch_stride) const {
+        const int size = S::kWide ? D : d;
+        return states + at.row * batch_stride + static_cast<int64_t>(head()) * size * size;
     }
+    __device__ __forceinline__ const float* past_state() const { return state_of(p.past_state, p.past_batch_stride); }
     __device__ __forceinline__ float* present_state() const {
-        return p.present_state + at.row * p.present_batch_stride + static_cast<int64_t>(head()) * d * d;
+        return state_of(p.present_state, p.present_batch_stride);
     }
     __device__ __forceinline__ Exchange<D> exchange() const {
         return Exchange<D>(p, cut, at, opaque(unit) * S::kConsumers + warp);
