@@ -108,7 +108,7 @@ typedef struct {
     int64_t history_row_stride; /* elements, >= history_max; 0: dense */
     uint32_t* seen;             /* in, out: BITMASK; or NULL */
     int64_t seen_row_stride;    /* words; 0: dense */
-    int32_t* finished; /* in, out: [B], 0 or 1, zeroed by whoever starts rows; or NULL: no row ever is */
+    int32_t* finished;          /* in, out: [B], 0 or 1, zeroed by whoever starts rows; needed */
     const int32_t* stop_ids;   /* [stop_count]; or NULL */
     int32_t* active;           /* out: [1], rows that go on; or NULL */
     int32_t batch, vocabulary; /* vocabulary: tokens are 0..V-1; one that is not finishes its row */
