@@ -139,42 +139,46 @@ def test_cases_differ_between_rows_and_are_the_same_every_time(tmp_path: Path) -
     assert not np.array_equal(first[0].input_ids[0][:10], first[0].input_ids[1][:10])
 
 
+# VmHWM and not ru_maxrss: a process inherits the latter from the one that started it, which is larger here.
 MEASURE = """
-import resource, sys, torch
+import sys, torch
+from dijiang_export.bench.process_memory import memory
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.export import to_onnx
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-to_onnx.export_bundle(sys.argv[1], sys.argv[2], dtype="float16")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+before = memory("self")["VmHWM"]
+to_onnx.export_bundle(sys.argv[1], sys.argv[2], dtype="float16", cases=sys.argv[3])
+print(memory("self")["VmHWM"] - before)
 """
 
 
 @pytest.mark.slow
 def test_export_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Twelve times the layers cost a fraction of the weights that they add."""
+    """Seven times the layers cost a fraction of the weights that they add."""
     peaks = {}
-    for layers in (2, 24):
+    for layers in (2, 14):
         model = neox(hidden=512, heads=8, intermediate=2048, layers=layers)
         folder = model.stored_in("float16").save(tmp_path / f"model{layers}")
-        command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / f"out{layers}.bundle")]
+        command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / f"out{layers}.bundle"), "none"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[layers] = int(done.stdout) / 1024  # MiB
-    weights = sum(p.stat().st_size for p in (tmp_path / "model24").iterdir()) / 2**20
-    assert weights > 140
-    # Not zero: allocators keep some, and recorded states and embeddings are real. Far less than the weights.
-    assert peaks[24] - peaks[2] < 0.4 * weights, peaks
+        peaks[layers] = int(done.stdout) / 2**20
+    weights = sum(p.stat().st_size for p in (tmp_path / "model14").iterdir()) / 2**20
+    assert weights > 80
+    # Not zero: allocators keep some, and graphs grow. Far less than the weights. Recorded states would add.
+    assert min(peaks.values()) > 20, peaks  # something was measured
+    assert peaks[14] - peaks[2] < 0.4 * weights, peaks
 
 
 MEASURE_DRIFT = """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
+from dijiang_export.bench.process_memory import memory
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.export import cases, record, streamed_model
 cases.DRIFT_TOKENS = int(sys.argv[2])
 streamed_model.SEGMENT_BYTES = 8 << 20
 with open_checkpoint(sys.argv[1]) as checkpoint:
     record.record_cases(checkpoint, torch.float32, Path(sys.argv[3]), "full")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(memory("self")["VmHWM"])
 """
 
 
@@ -185,7 +189,7 @@ def test_memory_grows_with_the_hidden_vectors_of_drift_only(tmp_path: Path) -> N
     for tokens in (2000, 10_000):
         command = [sys.executable, "-c", MEASURE_DRIFT, str(folder), str(tokens), str(tmp_path / "r")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout) / 1024)
+        peaks.append(int(done.stdout) / 2**20)
     hidden = 8000 * 256 * 8 / 2**20
     # Of the MLP's activations alone, 8000 tokens in one segment would take 16 times the hidden vectors.
     assert peaks[1] - peaks[0] < 4 * hidden, peaks
