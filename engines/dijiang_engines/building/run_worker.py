@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,9 +14,8 @@ from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.fresh_interpreter import command_for
 from dijiang_engines.plugin.cache import cache_folder
+from dijiang_engines.process_group import end_group
 from dijiang_engines.progress import ProgressFactory
-
-_GRACE_SECONDS = 5
 
 
 def run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, title: str) -> dict[str, Any]:
@@ -46,7 +44,7 @@ def run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, t
                 done = _follow(process, bar)
                 status = process.wait()
             except BaseException:
-                _end(process)
+                end_group(process)
                 raise
     text = log_path.read_text(encoding="utf-8", errors="replace")
     note.unlink()
@@ -97,12 +95,3 @@ def _died(status: int, log: str, kept: str | None) -> RunnerError:
         got=f"signal {-status}" if status < 0 else " | ".join(lines)[:500] or f"exit code {status}",
         hint=hint,
     )
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
-            return

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from dijiang_engines.errors import PluginError
+from dijiang_engines.process_group import end_group
 
 _ERROR_LINE = re.compile(
     r"\berror\b\s*[:#]|\bfatal error\b|\bfatal\s*:|^nvcc (error|fatal)|^ptxas (error|fatal)"
@@ -21,7 +20,6 @@ _ERROR_LINE = re.compile(
 )
 _NOISE = re.compile(r"^(g?make|ninja)(\[\d+\])?:")  # that a compiler failed is no news
 _SHOWN_LINES = 4
-_GRACE_SECONDS = 5
 
 # A message of a tool -> what helps.
 _REMEDIES = (
@@ -86,7 +84,7 @@ def run_step(step: Step, log_file: Path, sink: IO[str], percent: Callable[[float
                     percent(done)
             status = process.wait()
         except BaseException:
-            _end(process)
+            end_group(process)
             raise
         finally:
             sink.flush()
@@ -123,12 +121,3 @@ def _failure(step: Step, status: int, lines: Sequence[str], log_file: Path) -> P
     hints.append(f"the whole log is in {log_file}")
     ended = f"signal {-status}" if status < 0 else f"exit code {status}"
     return PluginError(step.failure, got="\n    ".join(first_errors(lines)) or ended, hint="; ".join(hints))
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the step's whole process group, by force if it does not go."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
