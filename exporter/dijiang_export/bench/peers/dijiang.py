@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dijiang_engines.op_contract import Attributes
 from dijiang_export.bench.peers.settings import PeerSettings, neox_spec
 from dijiang_export.bench.peers.tools import (
-    BLOCK,
     LeftOut,
     Prepared,
+    block_decoder,
     captured,
     compiled,
     counting_skips,
@@ -122,7 +122,6 @@ class Dijiang:
             torch._dynamo.mark_static_address(state)
         token = ids[:, -1:].clone()
         place = torch.full((batch,), context, dtype=torch.int64, device=self.device)
-        notes: list[str] = []
 
         def reset() -> None:
             token.copy_(ids[:, -1:])
@@ -137,23 +136,7 @@ class Dijiang:
             return logits.argmax(-1), logits
 
         step = compiled(one, self.mode, self.settings.backend, self.device)
-        with counting_skips(self.mode, notes):
-            error = error_of(step(token, place)[1], exact)
-
-        def advance() -> None:
-            token.copy_(step(token, place)[0])
-            place.add_(1)
-
-        if self.mode == "graph":
-            reset()
-            advance = captured(advance, self.device)
-
-        def run() -> Tensor:
-            for _ in range(BLOCK):
-                advance()
-            return token
-
-        return Prepared(run, reset, error, notes)
+        return block_decoder(step, token, place, reset, exact, self.mode, self.device)
 
 
 def _chunked(*tensors: Tensor, decay: Decay, attributes: Attributes) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from dijiang_export.bench.peers.settings import PeerSettings
 from dijiang_export.bench.peers.tools import (
     BLOCK,
     Prepared,
+    block_decoder,
     captured,
     compiled,
     counting_skips,
@@ -120,7 +121,6 @@ class HuggingFace:
         places = torch.arange(context, device=self.device)
         self._call(ids[:, :-1], places, cache)  # eager: the cache comes into being outside of any graph
         token, place = ids[:, -1:].clone(), torch.tensor([context], device=self.device)
-        notes: list[str] = []
 
         def reset() -> None:
             token.copy_(ids[:, -1:])
@@ -130,24 +130,7 @@ class HuggingFace:
                     length.fill_(context)
 
         step = compiled(lambda t, p: self._step(t, p, cache), self.mode, self.settings.backend, self.device)
-        reset()
-        with counting_skips(self.mode, notes):
-            error = error_of(step(token, place)[1], exact)
-
-        def advance() -> None:
-            token.copy_(step(token, place)[0])
-            place.add_(1)
-
-        if self.mode == "graph":
-            reset()
-            advance = captured(advance, self.device)
-
-        def run() -> Tensor:
-            for _ in range(BLOCK):
-                advance()
-            return token
-
-        return Prepared(run, reset, error, notes)
+        return block_decoder(step, token, place, reset, exact, self.mode, self.device)
 
     def _step(self, token: Tensor, place: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         """token [B, 1] at `place` [1] -> the next [B, 1], and logits [B, 1, V]."""

@@ -92,6 +92,47 @@ def compiled(
     return torch.compile(function, **options)
 
 
+def block_decoder(
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    token: Tensor,
+    place: Tensor,
+    reset: Callable[[], None],
+    exact: Tensor,
+    mode: str,
+    device: torch.device,
+) -> Prepared:
+    """Decoding in place, BLOCK tokens a run, with what the model has read at fixed addresses.
+
+    Args:
+        step: token and place -> the next token, and logits; compiled already.
+        token: what is read next; overwritten.
+        place: its position; counted on.
+        reset: back to the end of the prompt.
+        exact: the logits that the first step should give.
+        mode: "eager", "compiled" or "graph".
+        device: where.
+    """
+    notes: list[str] = []
+    reset()
+    with counting_skips(mode, notes):
+        error = error_of(step(token, place)[1], exact)
+
+    def advance() -> None:
+        token.copy_(step(token, place)[0])
+        place.add_(1)
+
+    if mode == "graph":
+        reset()
+        advance = captured(advance, device)
+
+    def run() -> Tensor:
+        for _ in range(BLOCK):
+            advance()
+        return token
+
+    return Prepared(run, reset, error, notes)
+
+
 def wrong(error: float, dtype: str) -> bool:
     """Whether logits that are `error` standard deviations off are another model's.
 
