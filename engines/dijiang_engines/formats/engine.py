@@ -21,7 +21,14 @@ from types import MappingProxyType
 from typing import Any
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.file_table import ENGINE_MANIFEST, REFERENCE, FileInfo, file_entries, file_table
+from dijiang_engines.formats.file_table import (
+    ENGINE_MANIFEST,
+    REFERENCE,
+    FileInfo,
+    check_format,
+    file_entries,
+    file_table,
+)
 from dijiang_engines.formats.folder import Model, ModelIdentity, Wording, spec_sha256
 from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
@@ -186,18 +193,7 @@ def write_engine_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _check_header(raw: dict[str, Any]) -> None:
-    if raw.get("format") != FORMAT:
-        raise BundleError(
-            f"{ENGINE_MANIFEST} is not an engine's", got=repr(raw.get("format"))[:80], expected=repr(FORMAT)
-        )
-    version = raw.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        raise BundleError(
-            "the engine has a format version that this program does not know",
-            got=repr(version)[:80], expected=FORMAT_VERSION,
-            hint="update dijiang-export" if newer else REBUILD,
-        )  # fmt: skip
+    check_format(raw, "engine", FORMAT, FORMAT_VERSION, source=ENGINE_MANIFEST, again=REBUILD)
     for key, allowed in (("dtype", T_TYPES), ("logits", ("last", "all")), ("layout", tuple(LAYOUTS))):
         if raw.get(key) not in allowed:
             raise _bad(key, " | ".join(allowed))

@@ -28,6 +28,36 @@ class FileInfo:
     bytes: int
 
 
+def check_format(
+    manifest: dict[str, Any], kind: str, format_: str, version: int, *, source: str, again: str
+) -> None:
+    """A manifest is of this kind of folder, and of the version that is read here.
+
+    Args:
+        manifest: the JSON object.
+        kind: "bundle" or "engine", for messages.
+        format_, version: what `format` and `format_version` must be.
+        source: name of the manifest's file.
+        again: what to do about an older version.
+
+    Raises:
+        BundleError: it is not.
+    """
+    found = manifest.get("format")
+    if found != format_:
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise BundleError(f"{source} is not {article} {kind}'s", got=repr(found)[:80], expected=repr(format_))
+    number = manifest.get("format_version")
+    if number != version or isinstance(number, bool):
+        newer = isinstance(number, int) and number > version
+        raise BundleError(
+            f"the {kind} has a format version that this program does not know",
+            got=repr(number)[:80],
+            expected=version,
+            hint="update dijiang-export" if newer else again,
+        )
+
+
 def file_table(
     manifest: dict[str, Any], needed: Sequence[str], *, source: str, hint: str
 ) -> dict[str, FileInfo]:

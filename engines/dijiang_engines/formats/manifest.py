@@ -9,7 +9,7 @@ from typing import Any
 
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.file_table import MANIFEST, REFERENCE, file_table
+from dijiang_engines.formats.file_table import MANIFEST, REFERENCE, check_format, file_table
 from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION, T_TYPES
 from dijiang_engines.sizes import weight_bytes
@@ -163,19 +163,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_header(manifest: dict[str, Any]) -> None:
-    if manifest.get("format") != FORMAT:
-        raise BundleError(
-            f"{MANIFEST} is not a bundle's", got=repr(manifest.get("format"))[:80], expected=repr(FORMAT)
-        )
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        raise BundleError(
-            "the bundle has a format version that this program does not know",
-            got=repr(version)[:80],
-            expected=FORMAT_VERSION,
-            hint="update dijiang-export" if newer else "export the checkpoint again",
-        )
+    again = "export the checkpoint again"
+    check_format(manifest, "bundle", FORMAT, FORMAT_VERSION, source=MANIFEST, again=again)
     if manifest.get("dtype") not in T_TYPES:
         raise _bad_manifest("dtype", " | ".join(T_TYPES))
     if manifest.get("logits") not in ("last", "all"):
