@@ -12,8 +12,9 @@ GRACE_SECONDS = 5
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
-    """End the process's whole group: asked first, by force once its leader has gone or
-    GRACE_SECONDS are over: what it started may not have listened.
+    """End the process's whole group, asked first and then by force.
+
+    Force comes once the process has gone or GRACE_SECONDS are over: what it started may not have listened.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, PermissionError):

@@ -29,8 +29,9 @@ from checks import LENGTHS, Check, RunnerChecks, run_checks
 from ort_times import OrtTimes
 
 from dijiang_engines.formats.bundle import open_bundle
-from dijiang_engines.runners.onnxruntime.config import CPU, CUDA, LOWERINGS
+from dijiang_engines.runners.onnxruntime.config import LOWERINGS
 from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE, MAX_CAPTURES
+from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA
 from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 from dijiang_engines.runners.onnxruntime.sessions import onnxruntime_module
 from dijiang_engines.validation.compare import compare_logits, compare_state

@@ -33,8 +33,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.formats.bundle import Bundle, open_bundle
-from dijiang_engines.runners.onnxruntime.config import CPU, CUDA, LOWERINGS
+from dijiang_engines.runners.onnxruntime.config import LOWERINGS
 from dijiang_engines.runners.onnxruntime.cuda import CAPTURABLE
+from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA
 from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 from dijiang_engines.runners.onnxruntime.sessions import onnxruntime_module
 

@@ -26,7 +26,8 @@ from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners.onnxruntime import cuda as ort_cuda
 from dijiang_engines.runners.onnxruntime import sessions as ort_sessions
 from dijiang_engines.runners.onnxruntime import state as ort_state
-from dijiang_engines.runners.onnxruntime.config import CUDA, OrtConfig
+from dijiang_engines.runners.onnxruntime.config import OrtConfig
+from dijiang_engines.runners.onnxruntime.providers import CUDA
 from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 from dijiang_engines.runners.onnxruntime.sessions import Sessions, Tensors
 from dijiang_engines.validation.replay import REPLAYS

@@ -16,7 +16,7 @@ from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import open_engine, write_engine_manifest
 from dijiang_engines.machine import spinning_choice
 from dijiang_engines.runners import open_runner, registry
-from dijiang_engines.runners.onnxruntime.config import CPU
+from dijiang_engines.runners.onnxruntime.providers import CPU
 from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 from dijiang_export.cli import main
 

@@ -81,19 +81,7 @@ def load_kernels(path: Path | str | None = None) -> Kernels:
 
 
 class Kernels(SamplingKernels):
-    """The loaded library. All methods may be called from several threads.
-
-    Args:
-        path: libdijiang_kernels.so.
-
-    Attributes:
-        path: where it came from.
-        version: of the project that it was compiled from.
-        architectures: what it was compiled for, such as "sm_90 compute_90".
-
-    Raises:
-        KernelError: it cannot be loaded, or is of another ABI.
-    """
+    """The loaded library, as `Library` makes it. All methods may be called from several threads."""
 
     def workspace_size(
         self, geometry: Geometry, max_batch: int, max_length: int, device: Device | None = None

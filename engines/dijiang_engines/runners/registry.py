@@ -121,12 +121,11 @@ def check_options(runner: str, given: Mapping[str, Any]) -> None:
 
 
 def _best() -> str:
+    from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA, PROVIDERS
     from dijiang_engines.runners.onnxruntime.sessions import onnxruntime_module
 
     offered = onnxruntime_module().get_available_providers()
-    if "CUDAExecutionProvider" in offered and cuda_devices() > 0:
-        return "onnxruntime-cuda"
-    return "onnxruntime-cpu"
+    return CUDA if PROVIDERS[CUDA] in offered and cuda_devices() > 0 else CPU
 
 
 def cuda_devices() -> int:

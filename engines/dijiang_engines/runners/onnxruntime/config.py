@@ -11,6 +11,7 @@ from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.machine import Spinning, available_memory, container_threads, spinning_choice
+from dijiang_engines.runners.onnxruntime.providers import CPU
 
 Prepack = Literal["auto", "none", "step", "all"]
 Optimization = Literal["all", "extended", "basic", "none"]
@@ -18,7 +19,6 @@ Lowering = Literal["auto", "standard", "ort", "ort-step", "capture"]
 GraphName = Literal["prefill", "step"]
 """Which of a runner's two graphs; its file depends on the lowering."""
 
-CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
 LOWERINGS = {
     "standard": ("prefill", "step"),
     "ort": ("prefill_ort", "step_ort"),

@@ -25,7 +25,6 @@ from dijiang_engines.machine import Spinning
 from dijiang_engines.runners.base import FloatArray, IntArray
 from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_owner, check_rows
 from dijiang_engines.runners.onnxruntime.config import (
-    CPU,
     Lowering,
     Optimization,
     OrtOptions,
@@ -33,6 +32,7 @@ from dijiang_engines.runners.onnxruntime.config import (
     resolve,
 )
 from dijiang_engines.runners.onnxruntime.cuda import GPU_LOCK, choose_graphs, one_at_a_time
+from dijiang_engines.runners.onnxruntime.providers import CPU
 from dijiang_engines.runners.onnxruntime.sessions import (
     Sessions,
     Tensors,

@@ -16,11 +16,10 @@ from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.runners.base import IntArray
-from dijiang_engines.runners.onnxruntime.config import CPU, CUDA, OPTIMIZATIONS, GraphName, OrtConfig
+from dijiang_engines.runners.onnxruntime.config import OPTIMIZATIONS, GraphName, OrtConfig
 from dijiang_engines.runners.onnxruntime.cuda import CudaGraphs, find_cuda_libraries, zero_device_memory
+from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA, PROVIDERS
 from dijiang_engines.spec import ModelSpec
-
-_PROVIDERS = {CPU: "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
 
 
 def onnxruntime_module() -> Any:
@@ -46,7 +45,7 @@ def check_provider(ort: Any, name: str) -> None:
     Raises:
         RunnerError: it was not.
     """
-    provider = _PROVIDERS[name]
+    provider = PROVIDERS[name]
     offered = ort.get_available_providers()
     if provider not in offered:
         raise RunnerError(
@@ -133,14 +132,14 @@ class Sessions:
     def provider(self, cuda_graph: bool) -> Any:
         """What ONNX Runtime takes as a provider: a name, or a name with options."""
         if self.config.on_cpu:
-            return _PROVIDERS[CPU]
+            return PROVIDERS[CPU]
         options = {
             "device_id": str(self.config.device),
             "arena_extend_strategy": "kSameAsRequested",
             # On by default, and then a float32 graph is not float32 any more.
             "use_tf32": "0" if self.config.float32 else "1",
         }
-        return (_PROVIDERS[CUDA], options | ({"enable_cuda_graph": "1"} if cuda_graph else {}))
+        return (PROVIDERS[CUDA], options | ({"enable_cuda_graph": "1"} if cuda_graph else {}))
 
     def _load_or_plain(self, path: Path, name: GraphName) -> Any:
         """A session; without CUDA graphs if there is none with them."""
@@ -170,7 +169,7 @@ class Sessions:
             session = self.ort.InferenceSession(str(path), self._options(name), providers=[provider])
         except Exception as error:
             raise _failed(f"ONNX Runtime cannot load {path}", error) from error
-        if session.get_providers()[0] != _PROVIDERS[self.config.name]:
+        if session.get_providers()[0] != PROVIDERS[self.config.name]:
             raise RunnerError(  # it only warns, and goes on on the CPU
                 "ONNX Runtime cannot use CUDA here",
                 got=", ".join(session.get_providers()),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
-PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+from dijiang_engines.runners.onnxruntime.providers import PROVIDERS
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def run_one_node(runner: str) -> tuple[bool, str]:
     """Run `doubling_model` in this process; whether the numbers were right, and a line about it.
 
     Args:
-        runner: a name in `PROVIDERS`, as for `--runner`.
+        runner: a name in `providers.PROVIDERS`, as for `--runner`.
     """
     import numpy as np
     import onnxruntime as ort
