@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,42 @@ class Checkpoint:
                 out[name] = torch.from_numpy(decay).to(wide)
         return out
 
+    def stored_tensors(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The opposite of `load_state_dict`: canonical parameters as tensors under their official names.
+
+        For models that were trained on: same shapes, other values. Decay becomes D1 and D2 in float32, all
+        else keeps the type that it comes in. A tied head is stored once.
+
+        Args:
+            parameters: every name of `names`; more are not looked at.
+
+        Raises:
+            CheckpointError: this checkpoint's decay is not geometric, or a parameter is missing or of
+                another shape.
+        """
+        if self.spec.decay != "geometric":
+            raise CheckpointError(f"{self.path}: trained decay tables cannot be stored anew")
+        out: dict[str, torch.Tensor] = {}
+        for name, layout in self._layouts.items():
+            value = _parameter(parameters, name, layout.shape)
+            at = 0
+            for piece in layout.pieces:
+                rows = value[at : at + piece.rows]
+                at += piece.rows
+                if piece.transposed:
+                    out[piece.source] = rows.T.contiguous()
+                    continue
+                if piece.source not in out:
+                    shape = self._source.tensors[piece.source].shape
+                    out[piece.source] = torch.empty(shape, dtype=value.dtype, device=value.device)
+                out[piece.source][piece.start : piece.start + piece.rows] = rows
+        for layer in range(self.spec.num_layers):
+            log_decay = _parameter(parameters, f"layers.{layer}.attention.log_decay", (self.spec.num_heads,))
+            gammas = np.exp(log_decay.detach().cpu().double().numpy())
+            tables = decay_tables.geometric_tables(gammas, self.spec.max_position_embeddings)
+            out |= zip(self._source.family.decay_tables(layer), tables, strict=True)
+        return out
+
     @property
     def _decay_parts(self) -> tuple[str, ...]:
         return _DECAY_PARTS if self.spec.decay == "tables" else _DECAY_PARTS[:1]
@@ -255,6 +291,17 @@ class Checkpoint:
             max_positions=max_positions,
             keep_tables=keep_tables,
         )  # fmt: skip
+
+
+def _parameter(parameters: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    value = parameters.get(name)
+    if value is None or tuple(value.shape) != shape:
+        raise CheckpointError(
+            f"{name} cannot be stored",
+            got="nothing" if value is None else list(value.shape),
+            expected=list(shape),
+        )
+    return value
 
 
 _AFTER_LAYERS = ("final_norm.", "project_out.", "lm_head.")

@@ -249,12 +249,17 @@ def official_gammas(heads: int, *, float64: bool = False) -> Array:
 
 
 def official_tables(heads: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """D1 and D2 as the official code initialises them (@3459531:154-162): float32 [1, H, N, 1].
+    """D1 and D2 as the official code initialises them (@3459531:154-162): float32 [1, H, N, 1]."""
+    return geometric_tables(official_gammas(heads), positions)
 
-    Beyond float32's range (head 0 from row 2795 on) D2 is infinite there too; `find_gamma` reads through it.
+
+def geometric_tables(gammas: Array, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """D1 = γ^n and D2 = γ^-n for `gammas` float64 [H], as float32 [1, H, N, 1].
+
+    Beyond float32's range (for γ = 1 - 1/32 from row 2795 on) D2 is infinite, as it is in the official code;
+    `find_gamma` reads through it.
     """
     import torch
 
-    gammas = torch.from_numpy(official_gammas(heads)).float()
-    powers = gammas.view(heads, 1, 1) ** torch.arange(positions).unsqueeze(1)
+    powers = torch.from_numpy(gammas).float().view(-1, 1, 1) ** torch.arange(positions).unsqueeze(1)
     return powers.float().unsqueeze(0), (1 / powers).float().unsqueeze(0)
