@@ -188,7 +188,7 @@ class Recipe:
         length = min(512, settings.context)
         rows = -(-settings.samples_tokens // length)
         begins = {separator, config.bos_token_id} - {None}
-        teacher = self.teacher.half(compiled=False) if self.device.type == "cuda" else self.teacher
+        teacher = self.teacher.half() if self.device.type == "cuda" else self.teacher
         at_once = self._rows_at_once(length)
         parts = []
         with tqdm(

@@ -42,14 +42,14 @@ class Teacher(nn.Module):
         """[V, E]."""
         return self.net.get_output_embeddings().weight
 
-    def half(self, compiled: bool) -> Teacher:
+    def half(self) -> Teacher:
         """A copy in bfloat16, which training looks at."""
-        out = copy.deepcopy(self).bfloat16()
-        if compiled:
-            layers = out.net.get_submodule(self.family.attention.split(".{i}")[0])
-            for layer in layers:
-                layer.compile(dynamic=False)
-        return out
+        return copy.deepcopy(self).bfloat16()
+
+    def compile(self) -> None:  # type: ignore[override]
+        """Compile the layers, one code for all of them."""
+        for layer in self.net.get_submodule(self.family.attention.split(".{i}")[0]):
+            layer.compile(dynamic=False)
 
     def attentions(self) -> list[nn.Module]:
         """The layers' attention modules."""

@@ -103,7 +103,7 @@ class Trainer:
         self.state, self.save_seconds = state, save_seconds
         self.device = teacher.head_weight.device
         self.half = self.device.type == "cuda"
-        self.guide = teacher.half(compiled) if self.half else teacher
+        self.guide = teacher.half() if self.half else teacher
         self.tuned: Teacher | None = None
         self.at = Progress()
         self._optimizer: dict[str, Any] | None = None
@@ -118,6 +118,8 @@ class Trainer:
             OutputError: the state cannot be written.
         """
         watch = Watch(self.guide) if stage.kind == "align" else None
+        if self.compiled and stage.kind == "distill":
+            self.guide.compile()  # not before: hooks, which aligning needs, would make a code for each layer
         groups = self._groups(stage)
         parameters = [p for group in groups for p in group["params"]]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=self.half)
@@ -128,32 +130,29 @@ class Trainer:
         every, since, running = max(1, stage.steps // 40), 0, torch.zeros((), device=self.device)
         saved = started = time.monotonic()
         before = self.at.seconds
+        checked = _Checked(stage, self.state)
         with _memory(), self._bar(stage) as bar:
             for step in range(self.at.step, stage.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * _factor(step, stage.steps)
                 loss = self._loss(stage, self._batch(stage, step), watch)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                value, size = torch.stack((loss, norm)).tolist()
-                if not (math.isfinite(value) and math.isfinite(size)):
-                    raise TrainingError(
-                        f"step {step + 1} of '{stage.name}' is not finite: loss {value}, gradient {size}",
-                        hint=f"{self.state} holds the last good state; lower the learning rate and begin again",
-                    )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 running += loss
                 since += 1
-                if since == every or step + 1 == stage.steps:
-                    point = ((step + 1) * stage.rows * stage.context, running.item() / since)
-                    self.at.curve.append(point)
-                    running.zero_()
-                    since = 0
+                value = checked(step, loss, norm)
                 now = time.monotonic()
                 self.at.seconds = before + now - started
                 self.at.step = step + 1
                 bar.set_postfix(loss=f"{value:.4f}", refresh=False)
                 bar.update(stage.rows * stage.context)
+                if since == every or step + 1 == stage.steps:
+                    checked.wait()
+                    tokens = (step + 1) * stage.rows * stage.context
+                    self.at.curve.append((tokens, running.item() / since))
+                    running.zero_()
+                    since = 0
                 # A curve's point must not be cut in two by a resumption: states are saved at points.
                 if since == 0 and now - saved > self.save_seconds and step + 1 < stage.steps:
                     self.save(optimizer)
@@ -232,7 +231,9 @@ class Trainer:
             generator = torch.Generator().manual_seed(number(f"{seed} positions"))
             later = torch.randint(room + 1, (stage.rows,), generator=generator)
             first = torch.where(torch.rand(stage.rows, generator=generator) < self.shifted, later, first)
-        return windows.to(self.device), first.to(self.device)
+        if self.half:  # pinned memory: a copy from any other waits for everything before it
+            windows, first = windows.pin_memory(), first.pin_memory()
+        return windows.to(self.device, non_blocking=True), first.to(self.device, non_blocking=True)
 
     def _loss(self, stage: Stage, batch: tuple[Tensor, Tensor], watch: Watch | None) -> Tensor:
         """A step's loss, with gradients where they belong."""
@@ -276,6 +277,49 @@ class Trainer:
         return tqdm(
             total=stage.tokens, initial=done, desc=stage.name, unit="tok", unit_scale=True, mininterval=10
         )
+
+
+class _Checked:
+    """Sees that losses and gradients are finite, a step late: to wait for each would leave the GPU idle.
+
+    What a step that was not finite did to the weights is in memory only: no state is saved before `wait`.
+    """
+
+    def __init__(self, stage: Stage, state: Path) -> None:
+        self.stage, self.state = stage, state
+        self.due: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self.value = math.nan
+
+    def __call__(self, step: int, loss: Tensor, norm: Tensor) -> float:
+        """Take a step's numbers; the loss of the last step that was looked at."""
+        numbers = torch.stack((loss, norm.to(loss.dtype)))
+        event = None
+        if numbers.is_cuda:
+            here = torch.empty(2, pin_memory=True)
+            here.copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            numbers = here
+        earlier, self.due = self.due, (step, numbers, event)
+        if earlier is not None:
+            self._look(*earlier)
+        return self.value
+
+    def wait(self) -> None:
+        """Look at what is left."""
+        if self.due is not None:
+            self._look(*self.due)
+            self.due = None
+
+    def _look(self, step: int, numbers: Tensor, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.synchronize()
+        self.value, norm = numbers.tolist()
+        if not (math.isfinite(self.value) and math.isfinite(norm)):
+            raise TrainingError(
+                f"step {step + 1} of '{self.stage.name}' is not finite: loss {self.value}, gradient {norm}",
+                hint=f"{self.state} holds the last good state; begin anew with a lower learning rate",
+            )
 
 
 def _factor(step: int, steps: int) -> float:
