@@ -85,6 +85,10 @@ class PromptError(DijiangError):
     """A prompt that nothing can be generated from: empty, not UTF-8, or not readable."""
 
 
+class TextError(DijiangError):
+    """A text that cannot be scored: empty, binary, too short, or with tokens that the model does not have."""
+
+
 class SessionError(DijiangError):
     """A saved state that cannot be resumed: corrupt, or of another model."""
 

@@ -29,6 +29,7 @@ LIMITS: Mapping[str, int] = MappingProxyType(
         "plugin record": 1 << 20,
         "library": 1 << 30,
         "benchmark record": 64 << 20,
+        "text": 256 << 20,  # to score; one call of the tokenizer takes it whole
     }
 )
 """Bytes that a file of each kind may have; real ones are far smaller."""

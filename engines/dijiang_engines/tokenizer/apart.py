@@ -64,13 +64,28 @@ class TokenizerApart:
         """
         data = text.encode()
         ids = array.array("I", self._ask(b"S" if special_tokens else b"E", data))
-        most = _TOKENS + _TOKENS_PER_BYTE * len(data)
-        if len(ids) > most:
+        self._check_count(len(ids), len(data))
+        return ids.tolist()
+
+    def encode_with_ends(self, text: str, special_tokens: bool) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and the character before which each of them ends, 0 for those around it.
+
+        Raises:
+            BundleError: as `encode`.
+        """
+        data = text.encode()
+        both = array.array("I", self._ask(b"T" if special_tokens else b"O", data)).tolist()
+        count = len(both) // 2
+        self._check_count(count, len(data))
+        return both[:count], both[count:]
+
+    def _check_count(self, tokens: int, size: int) -> None:
+        most = _TOKENS + _TOKENS_PER_BYTE * size
+        if tokens > most:
             raise BundleError(
                 f"the tokenizer {self._name} makes too many tokens of a text",
-                got=f"{len(ids)} tokens of {len(data)} bytes", expected=f"at most {most}",
+                got=f"{tokens} tokens of {size} bytes", expected=f"at most {most}",
             )  # fmt: skip
-        return ids.tolist()
 
     def decode(self, tokens: Sequence[str]) -> str:
         """The text of tokens.
@@ -185,8 +200,9 @@ def main() -> None:
             elif kind == b"D":
                 answer = backend.decoder.decode(json.loads(data)).encode()
             else:
-                ids = backend.encode(data.decode(), add_special_tokens=kind == b"S").ids
-                answer = array.array("I", ids).tobytes()
+                encoding = backend.encode(data.decode(), add_special_tokens=kind in b"ST")
+                ends = [end for _, end in encoding.offsets] if kind in b"TO" else []
+                answer = array.array("I", [*encoding.ids, *ends]).tobytes()
             status = b"K"
         except BaseException as error:  # noqa: BLE001  the library's panics are no Exception
             status, answer = b"E", " ".join(str(error).split()).encode("utf-8", "replace")

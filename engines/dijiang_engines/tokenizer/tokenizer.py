@@ -110,6 +110,21 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
+    def encode_with_ends(self, text: str, special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids as `encode` gives them, and before which of the text's characters each token ends.
+
+        A token that the tokenizer puts around the text ends at 0, wherever it stands.
+
+        Raises:
+            PromptError, BundleError: as `encode`.
+        """
+        _check_text(text)
+        if self._apart is not None and not self._encodes_here:
+            return self._apart.encode_with_ends(text, special_tokens)
+        with library_call(f"the tokenizer {self._path} fails to encode a text"):
+            encoding = self._backend.encode(text, add_special_tokens=special_tokens)
+            return encoding.ids, [end for _, end in encoding.offsets]
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD.
 

@@ -1,0 +1,1 @@
+"""How well a model predicts given texts: perplexity, and how far two models' predictions are apart."""
