@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         PromptError,
         RunnerError,
         SessionError,
+        TextError,
         UsageError,
         ValidationMismatch,
     )
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from dijiang_engines.runners.checks import last_position, position_error
     from dijiang_engines.runners.registry import open_runner
     from dijiang_engines.sampling import SamplingOptions, sample, uniform
+    from dijiang_engines.scoring.perplexity import Cutting, Perplexity, perplexity
+    from dijiang_engines.scoring.texts import Joining
     from dijiang_engines.spec import ModelSpec
     from dijiang_engines.tokenizer.load import load_tokenizer
     from dijiang_engines.tokenizer.tokenizer import Tokenizer
@@ -52,7 +55,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "errors": (
         "BundleError", "CheckpointError", "DijiangError", "KernelError", "OutputError", "PluginError",
-        "PositionError", "PromptError", "RunnerError", "SessionError", "UsageError", "ValidationMismatch",
+        "PositionError", "PromptError", "RunnerError", "SessionError", "TextError", "UsageError",
+        "ValidationMismatch",
     ),
     "formats.open": ("Model", "open_model"),
     "generation.generator": ("Generator",),
@@ -62,6 +66,8 @@ _NAMES = {
     "runners.checks": ("last_position", "position_error"),
     "runners.registry": ("open_runner",),
     "sampling": ("SamplingOptions", "sample", "uniform"),
+    "scoring.perplexity": ("Cutting", "Perplexity", "perplexity"),
+    "scoring.texts": ("Joining",),
     "spec": ("ModelSpec",),
     "tokenizer.load": ("load_tokenizer",),
     "tokenizer.tokenizer": ("Tokenizer",),
@@ -69,11 +75,12 @@ _NAMES = {
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "BundleError", "CheckpointError", "Completion", "DijiangError", "GenerateOptions", "Generation",
-    "Generator", "KernelError", "Model", "ModelSpec", "OutputError", "PluginError", "PositionError",
-    "PromptError", "Runner", "RunnerError", "SamplingOptions", "Session", "SessionError", "Stats",
-    "TokenEvent", "Tokenizer", "UsageError", "ValidationMismatch", "__version__", "last_position",
-    "load_session", "load_tokenizer", "open_model", "open_runner", "position_error", "sample",
+    "BundleError", "CheckpointError", "Completion", "Cutting", "DijiangError", "GenerateOptions",
+    "Generation", "Generator", "Joining", "KernelError", "Model", "ModelSpec", "OutputError",
+    "Perplexity", "PluginError", "PositionError", "PromptError", "Runner", "RunnerError",
+    "SamplingOptions", "Session", "SessionError", "Stats", "TextError", "TokenEvent", "Tokenizer",
+    "UsageError", "ValidationMismatch", "__version__", "last_position", "load_session",
+    "load_tokenizer", "open_model", "open_runner", "perplexity", "position_error", "sample",
     "save_session", "uniform",
 ]  # fmt: skip
 

@@ -46,6 +46,7 @@ COMMANDS = {
     "to-onnx": ("to_onnx:to_onnx", "Export a DiJiang checkpoint to a bundle of ONNX graphs."),
     "validate": ("validate:validate", "Replay a bundle's recorded cases and compare with PyTorch's results."),
     "generate": ("generate:generate", "Generate text from a bundle."),
+    "perplexity": ("perplexity:perplexity", "How well a bundle, engine or checkpoint predicts text."),
     "inspect": ("inspect:inspect", "Describe a checkpoint or a bundle and what it takes to run."),
     "build-plugin": ("build_plugin:build_plugin", "Compile the CUDA kernels and the TensorRT plugin."),
     "build-engine": ("build_engine:build_engine", "Build a TensorRT engine from a bundle, and validate it."),

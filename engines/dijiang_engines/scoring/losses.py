@@ -51,8 +51,8 @@ def losses(logits: Logits, targets: IntArray) -> Doubles:
 def differences(this: Logits, other: Logits, targets: IntArray) -> tuple[Doubles, Differences]:
     """This model's losses, and how the other's predictions differ: logits [n, V] each.
 
-    The KL divergence is summed as p·(d + exp(-d) - 1), p the other's probabilities and d = ln p - ln q: that is
-    p·d, whose sum it is, and terms q - p, whose sum is zero. No term is negative, so that nearly equal
+    The KL divergence is summed as p·(d + exp(-d) - 1), p the other's probabilities and d = ln p - ln q: that
+    is p·d, whose sum it is, and terms q - p, whose sum is zero. No term is negative, so that nearly equal
     predictions do not cancel to noise.
     """
     count = len(targets)
@@ -70,7 +70,8 @@ def _kl(log_p: Doubles, log_q: Doubles) -> Doubles:
     p, d = np.exp(log_p), log_p - log_q
     near = np.abs(d) < 1  # where exp(-d) - 1 loses digits; far from there it may overflow
     terms = np.where(near, p * (d + np.expm1(-np.where(near, d, 0.0))), p * d + (np.exp(log_q) - p))
-    return np.maximum(terms.sum(-1), 0.0)
+    found: Doubles = np.maximum(terms.sum(-1), 0.0)
+    return found
 
 
 def _log_softmax(logits: Logits) -> Doubles:

@@ -34,7 +34,7 @@ class Cutting:
     """How streams are read."""
 
     window: int | None = None
-    """Tokens that are read from an empty state; None: `WINDOW`, or fewer if the model was trained on fewer."""
+    """Tokens that are read from an empty state; None: `WINDOW`, or the model's context if that is less."""
     stride: int | None = None
     """Tokens from one window's beginning to the next one's; None: no overlap."""
     carry: bool = False
@@ -283,7 +283,7 @@ class _Run:
             f"the model predicts no number (NaN or infinity) in {self._names[part.text]}",
             got=f"{reader.name}, after token {max(0, at - part.start)} of the text",
             expected="finite logits",
-            hint="`validate` and `inspect` say whether the model is damaged; float16 may be too narrow for it",
+            hint="`validate` says whether the model is damaged; float16 may be too narrow for it",
         )
 
     def texts(self) -> tuple[Score, ...]:

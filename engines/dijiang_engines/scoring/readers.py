@@ -1,8 +1,8 @@
 """What reads tokens and predicts the next ones: any runner, and models that are not run by one.
 
-A runner whose graphs return logits of every token (`to-onnx --logits all`) prefills in pieces. One that returns
-the last token's only goes token by token through its step graph, with many windows as rows, so that the
-weights are read once for all of them.
+A runner whose graphs return logits of every token (`to-onnx --logits all`) prefills in pieces. One that
+returns the last token's only goes token by token through its step graph, with many windows as rows, so that
+the weights are read once for all of them.
 """
 
 from __future__ import annotations
@@ -163,5 +163,3 @@ class RunnerReading:
         logits = run(np.ascontiguousarray(ids), positions, lens, self._state)
         self._done += count
         return logits
-
-

@@ -63,7 +63,7 @@ def cut_into_windows(
 
 
 def in_groups(windows: Sequence[Window], rows: int) -> list[list[Window]]:
-    """Windows that are read together, at most `rows` at a time: all skip as much, and the longest come first."""
+    """Windows that are read together, at most `rows` of them: all skip as many, the longest come first."""
     groups = []
     for skip in sorted({window.skip for window in windows}):
         alike = sorted((w for w in windows if w.skip == skip), key=lambda w: -w.length)
