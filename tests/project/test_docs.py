@@ -191,6 +191,7 @@ def test_the_examples_of_help(
             (tmp_path / model.name).symlink_to(model)
     if "to-onnx" not in words:
         (tmp_path / sample_bundle.name).symlink_to(sample_bundle)
+    (tmp_path / "held-out.txt").write_text("def main():\n    pass\n")
     if name == "bench":
         example += " --seconds 0.01 --length 16 --batch 1"  # what is measured, for less long
     machine = {"build-plugin": tools, "build-engine": FakeMachine(tools.bin.parent / "gpu")}.get(name)

@@ -142,3 +142,28 @@ def test_files_that_are_no_tokenizers(tmp_path: Path, content: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is missing"):
         Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_where_each_token_ends(tmp_path: Path, apart: bool) -> None:
+    """In characters of the text itself, whatever a tokenizer makes of it; here and in its own process."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    library = Library(models.WordLevel({"<s>": 0, "ab": 1, "é": 2, "?": 3}, unk_token="?"))
+    library.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    if apart:
+        from dijiang_engines.tokenizer.apart import TokenizerApart
+
+        tokenizer._encodes_here = False
+        tokenizer._apart = TokenizerApart((tmp_path / "tokenizer.json").read_bytes(), "tokenizer.json")
+    text = "AB  e\u0301 🐍ab "
+    ids, ends = tokenizer.encode_with_ends(text)
+    assert ids == tokenizer.encode(text) == [0, 1, 2, 3, 1]
+    assert ends == [0, 2, 5, 8, 10]  # the library says that é ends before its accent
+    assert tokenizer.encode_with_ends(text, special_tokens=False) == (ids[1:], ends[1:])
