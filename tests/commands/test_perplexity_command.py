@@ -201,7 +201,8 @@ def replace_tokenizer(bundle: Path, data: bytes) -> None:
     [
         ("--dtype", "float64"), ("--device", "cpu"), ("--carry", "--window", "5"),
         ("--stride", "5", "--carry"), ("--window", "5", "--stride", "6"), ("--begin", "a", "--no-begin"),
-        ("--begin", "nosuch"), ("--separator", "a", "--begin", "a"), ("--against-runner", "cpu"), ("--limit", "0"),
+        ("--begin", "nosuch"), ("--separator", "a", "--begin", "a"), ("--against-runner", "cpu"),
+        ("--limit", "0"),
         ("--window", "0"), ("--batch", "0"), ("--runner", "tensorrt"), ("--runner", "nosuch"), (),
     ],
 )  # fmt: skip

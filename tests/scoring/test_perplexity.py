@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.fakes.runner import ToyRunner
 from support.makers.byte_tokenizer import write_tokenizer
 from support.makers.checkpoints import RandomCheckpoint, llama, neox, opt, opt_350m
-from support.makers.engine_folders import Exported
+from support.makers.engine_folders import Exported, Open
 from support.makers.toy_bundle import SPEC, ToyModel
 from support.oracles.official import official_forward
 from support.paths import ROOT
@@ -492,3 +492,50 @@ def test_an_engine_of_few_rows(tokenizer: Tokenizer) -> None:
     assert found.total.loss == pytest.approx(want.total.loss, rel=1e-12)
     with pytest.raises(RunnerError, match="was not built for so many sequences"):
         perplexity(limited, TEXTS, tokenizer, cutting=Cutting(8, batch=3))
+
+
+def test_memory_that_is_short(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake: how PyTorch says so is its own; that the message names the options is ours."""
+    model = neox(vocab=VOCAB)
+    for number, one in enumerate((model, model.vanilla())):
+        reader: Any = read_checkpoint(one.save(tmp_path / str(number))).reader
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+        monkeypatch.setattr(reader.model, "forward", fail)
+        monkeypatch.setattr(getattr(reader.model, "base_model", reader.model), "forward", fail)
+        with pytest.raises(RunnerError, match="out of memory") as caught:
+            perplexity(reader, TEXTS, tokenizer, bos=0)
+        assert "--batch 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["one", "two"])
+@pytest.mark.parametrize("cutting", [Cutting(8), Cutting(8, 3), Cutting(carry=True)], ids=str)
+def test_an_engine(opened: Open, tmp_path: Path, cutting: Cutting, layout: str) -> None:
+    """On a fake machine: which calls are made. That the plan and the kernels are right, only a GPU shows."""
+    runner, oracle = opened("8.6.0", layout=layout)
+    write_tokenizer(tmp_path, 256)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    texts = ["a text of some length", "short", "yet another one"]
+    got, want = (
+        perplexity(r, texts, tokenizer, cutting=cutting, joining=Joining(bare=True)).total
+        for r in (runner, oracle)
+    )
+    assert got.tokens == want.tokens == sum(len(text) - 1 for text in texts)
+    assert got.loss == pytest.approx(want.loss, rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_checkpoints_on_the_gpu(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = llama(vocab=VOCAB, heads=4, kv_heads=2)
+    for number, one in enumerate((model, model.vanilla())):
+        folder = one.save(tmp_path / str(number))
+        got, want = (
+            perplexity(
+                read_checkpoint(folder, dtype="float64", device=device).reader, TEXTS, tokenizer,
+                cutting=Cutting(16, 5), bos=0,
+            ).total
+            for device in ("cuda", "cpu")
+        )  # fmt: skip
+        assert got.loss == pytest.approx(want.loss, rel=1e-9)

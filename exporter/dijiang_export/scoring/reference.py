@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from dijiang_engines.errors import RunnerError
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import MAX_POSITIONS, IntArray
 from dijiang_engines.scoring.readers import LOGITS_BYTES, MOST_ROWS, STATE_BYTES, Logits, piece_of, pieces
 from dijiang_export.reference.model import ReferenceModel
+
+
+@contextmanager
+def memory_is_enough() -> Iterator[None]:
+    """PyTorch's failures to allocate, of which a CPU's is a RuntimeError like any other, as an error.
+
+    Raises:
+        RunnerError: memory was short.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise RunnerError(
+                "PyTorch runs out of memory",
+                got=" ".join(str(error).split())[:200],
+                hint="read fewer windows at once (--batch 1), or shorter ones (--window)",
+            ) from error
+        raise
 
 
 class ReferenceReader:
@@ -53,12 +76,14 @@ class ReferenceReading:
 
     def skip(self, count: int) -> None:
         """Pieces without logits but of their last tokens."""
-        for start, stop in pieces(count, len(self._ids)):
-            self._call(stop - start, all_logits=False)
+        with memory_is_enough():
+            for start, stop in pieces(count, len(self._ids)):
+                self._call(stop - start, all_logits=False)
 
     def read(self, count: int) -> Logits:
         """One call of the model."""
-        found: Logits = self._call(count, all_logits=True).cpu().numpy()
+        with memory_is_enough():
+            found: Logits = self._call(count, all_logits=True).cpu().numpy()
         return found
 
     def keep(self, rows: int) -> None:

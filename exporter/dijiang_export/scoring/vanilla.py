@@ -17,6 +17,7 @@ from dijiang_engines.errors import CheckpointError
 from dijiang_engines.runners.base import MAX_POSITIONS, IntArray
 from dijiang_engines.scoring.readers import Logits, piece_of
 from dijiang_export.checkpoint.source import Source, check_finite
+from dijiang_export.scoring.reference import memory_is_enough
 
 CLASSES = {"gpt_neox": "GPTNeoX", "llama": "Llama", "opt": "OPT"}
 """Families, and how the names of transformers' classes for them begin."""
@@ -58,7 +59,8 @@ class VanillaReading:
 
     @torch.inference_mode()
     def __init__(self, model: Any, ids: Tensor) -> None:
-        self._hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        with memory_is_enough():
+            self._hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         self._head = model.get_output_embeddings()
         self._done = 0
 
@@ -69,10 +71,11 @@ class VanillaReading:
     @torch.inference_mode()
     def read(self, count: int) -> Logits:
         """The output projection of the next tokens."""
-        logits = self._head(self._hidden[:, self._done : self._done + count])
+        with memory_is_enough():
+            logits = self._head(self._hidden[:, self._done : self._done + count])
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            found: Logits = wide.cpu().numpy()
         self._done += count
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        found: Logits = wide.cpu().numpy()
         return found
 
     def keep(self, rows: int) -> None:
