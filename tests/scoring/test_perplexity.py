@@ -8,6 +8,7 @@ import math
 import re
 import runpy
 import shutil
+import socket
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from tokenizers import Tokenizer as Library
 from transformers import AutoModelForCausalLM
 
 import dijiang_engines as dj
-from dijiang_engines.errors import PositionError, RunnerError, TextError, UsageError
+from dijiang_engines.errors import CheckpointError, PositionError, RunnerError, TextError, UsageError
 from dijiang_engines.scoring import readers
 from dijiang_engines.scoring.perplexity import Cutting, Perplexity, perplexity
 from dijiang_engines.scoring.readers import RunnerReader
@@ -138,12 +139,27 @@ def test_a_vanilla_checkpoint_carries_nothing(tmp_path: Path, tokenizer: Tokeniz
         perplexity(reader, TEXTS, tokenizer, cutting=Cutting(carry=True), bos=0)
 
 
-def test_nothing_of_a_vanilla_checkpoint_is_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Its config.json names code, which lies beside it."""
+def test_nothing_of_a_vanilla_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config.json names code, which lies beside it; and nobody is asked for anything."""
     folder = neox(vocab=VOCAB).vanilla().save(tmp_path / "v")
     (folder / "modeling_gpt_neox_dijiang.py").write_text("raise SystemExit('run')\n")
     assert "auto_map" in json.loads((folder / "config.json").read_text())
+
+    def connect(*_: Any) -> None:
+        raise SystemExit("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
     assert read_checkpoint(folder).kind == "vanilla"
+
+
+@pytest.mark.parametrize(
+    "says", [{"hidden_dropout": "much"}, {"initializer_range": []}, {"pad_token_id": "x"}]
+)
+def test_configurations_that_transformers_refuses(tmp_path: Path, says: dict[str, Any]) -> None:
+    folder = neox(vocab=VOCAB).vanilla().config_says(**says).save(tmp_path / "v")
+    with pytest.raises(CheckpointError, match="transformers makes no model"):
+        read_checkpoint(folder)
 
 
 DIJIANG = {
