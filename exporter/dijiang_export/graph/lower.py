@@ -54,7 +54,7 @@ def _replace(graph: ir.Graph, body: Callable[[Builder, Op], tuple[ir.Value, ir.V
 
 
 def lower_to_tensorrt(model: ir.Model) -> None:
-    """Mark every DijiangAttention as a TensorRT plugin node, in place.
+    """Mark every DijiangAttention as a TensorRT plugin node, in place, and say shapes as its parsers read them.
 
     TensorRT's parsers differ in what they look a plugin up by: 8.6 reads the op type and the
     `plugin_version` and `plugin_namespace` attributes; later ones the node's domain too. All three are there.
@@ -63,6 +63,28 @@ def lower_to_tensorrt(model: ir.Model) -> None:
         values = (DOMAIN, str(OP_VERSION))
         for name, value in zip(PLUGIN_ATTRIBUTES, values, strict=True):
             node.attributes[name] = ir.AttrString(name, value)
+    _slice_shapes(model.graph)
+
+
+def _slice_shapes(graph: ir.Graph) -> None:
+    """Shape of some dimensions -> Shape of all, Slice.
+
+    The parser of TensorRT 8.6 does not look at `start` and `end` of Shape (opset 15): it goes on with all
+    dimensions, and the builder says later that a reshape changes the volume.
+    """
+    builder = Builder(graph)
+    for node in [node for node in graph if node.op_type == "Shape" and node.attributes]:
+        builder.scope, _, label = (node.name or "").rpartition("/")
+        start = node.attributes.get_int("start", 0)
+        end = node.attributes.get_int("end", 2**31 - 1)
+        whole = builder.op("Shape", node.inputs[0], label=f"{label}_whole")
+        part = builder.op("Slice", whole, builder.ints(start), builder.ints(end), label=f"{label}_part")
+        old = node.outputs[0]
+        part.shape, part.type = old.shape, old.type
+        old.replace_all_uses_with(part)
+        graph.insert_before(node, builder.nodes)
+        builder.nodes = []
+        graph.remove(node, safe=True)
 
 
 def _ops(graph: ir.Graph) -> list[ir.Node]:
