@@ -16,11 +16,12 @@ from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_export.bench.peers import measure as bench_peers
 from dijiang_export.bench.peers import run as bench_peers_run
 from dijiang_export.bench.peers.dijiang import Dijiang
+from dijiang_export.bench.peers.figures import BLOCK, LeftOut, Prepared, wrong
 from dijiang_export.bench.peers.hf import HuggingFace
 from dijiang_export.bench.peers.measure import measure_peers, run_peer, step_floor_bytes
 from dijiang_export.bench.peers.run import measure
 from dijiang_export.bench.peers.settings import PEERS, PeerSettings, neox_spec
-from dijiang_export.bench.peers.tools import BLOCK, LeftOut, Prepared, error_of, wrong
+from dijiang_export.bench.peers.tools import error_of
 from dijiang_export.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 from dijiang_export.cli import main
 
@@ -75,7 +76,7 @@ def test_what_softmax_attention_reads_is_what_transformers_has() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     count = sum(p.numel() for p in model.parameters()) - shape.vocab * shape.hidden
-    assert step_floor_bytes(shape, "float16")["hf"] == {
+    assert step_floor_bytes(neox_spec(shape), "float16")["hf"] == {
         "weights": 2 * count, "per_row": 0, "per_token": 2 * 2 * shape.layers * shape.hidden
     }  # fmt: skip
 

@@ -48,7 +48,7 @@ def engine(bandwidth: Bandwidth | None = None) -> dict[str, Any]:
     """What `bench run ENGINE` saves on a GPU."""
     figure = BenchReport(
         runner="tensorrt", dtype="float16", weight_bytes=900_000_000, load_seconds=1.0, bandwidth=bandwidth,
-        step_bytes=step_floor_bytes(SHAPE, "float16")["dijiang"]["weights"], state_bytes=SPEC.state_bytes,
+        step_bytes=step_floor_bytes(SPEC, "float16")["dijiang"]["weights"], state_bytes=SPEC.state_bytes,
         prefill=(Prefill(1, 2048, Timing(**timing(0.005))),),
         steps=(
             Step(1, 128, Timing(**timing(0.0008)), Timing(**timing(0.0006))),

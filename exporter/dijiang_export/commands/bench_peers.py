@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from dijiang_export.commands.arguments import COUNT, FILE, Dtype, Save, one_of, takes
+from dijiang_export.commands.arguments import COUNT, FILE, PATH, Dtype, Save, one_of, takes
 from dijiang_export.commands.common import Output, finish, save_json
 
 if TYPE_CHECKING:
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from dijiang_export.bench.peers.settings import PeerSettings
     from dijiang_export.bench.random_checkpoint import Shape
 
+DEFAULT_SHAPE = "pythia-160m"
+
 
 @dataclass(frozen=True)
 class ShapeArguments:
     """A model's shape by its name, and what is different."""
 
     name: Annotated[
-        str,
+        str | None,
         click.option(
-            "--shape", "name", default="pythia-160m", show_default=True, help="pythia-70m .. pythia-6.9b."
+            "--shape", "name", help="pythia-70m .. pythia-6.9b.  [default: pythia-160m, or --checkpoint]"
         ),
     ]
     layers: Annotated[int | None, click.option("--layers", type=COUNT, help="Instead of the shape's.")]
@@ -45,16 +47,22 @@ class ShapeArguments:
         from dijiang_engines.errors import UsageError
         from dijiang_export.bench.random_checkpoint import SHAPES
 
-        if self.name not in SHAPES:
-            raise UsageError(f"there is no shape {self.name!r}", expected=", ".join(SHAPES))
+        name = self.name or DEFAULT_SHAPE
+        if name not in SHAPES:
+            raise UsageError(f"there is no shape {name!r}", expected=", ".join(SHAPES))
+        changes = self.changes()
+        words = [f"{key} {value}" for key, value in changes.items()]
+        return replace(SHAPES[name], **changes), " ".join(
+            [name, *([f"with {', '.join(words)}"] if words else [])]
+        )
+
+    def changes(self) -> dict[str, int]:
+        """Sizes that were given, by their names."""
         sizes = {
             "layers": self.layers, "hidden": self.hidden, "heads": self.heads,
             "intermediate": self.intermediate, "vocab": self.vocab,
         }  # fmt: skip
-        changes = {key: value for key, value in sizes.items() if value is not None}
-        words = [f"{key} {value}" for key, value in changes.items()]
-        shape = replace(SHAPES[self.name], **changes)
-        return shape, " ".join([self.name, *([f"with {', '.join(words)}"] if words else [])])
+        return {key: value for key, value in sizes.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,24 @@ class BenchPeersArguments:
     """What `bench peers` is given."""
 
     shape: ShapeArguments
-    dtype: Annotated[Dtype, click.option("--dtype", type=one_of(Dtype), default="float16", show_default=True)]
+    checkpoint: Annotated[
+        Path | None,
+        click.option(
+            "--checkpoint", type=PATH,
+            help="Instead of a shape: the folder of a softmax model, GPT-NeoX, LLaMA or OPT, as `convert` "
+            "takes it.",
+        ),
+    ]  # fmt: skip
+    bundle: Annotated[
+        Path | None,
+        click.option("--bundle", type=PATH, help="Measure this bundle beside --checkpoint, on the CPU."),
+    ]
+    dtype: Annotated[
+        Dtype | None,
+        click.option(
+            "--dtype", type=one_of(Dtype), help="[default: float16, or float32 with --checkpoint on a CPU]"
+        ),
+    ]
     device: Annotated[
         str | None,
         click.option("--device", help="Of PyTorch: cpu, cuda, cuda:1; default: cuda if there is one."),
@@ -112,24 +137,50 @@ class BenchPeersArguments:
             help="Most seconds for each peer, compilation included; what it has by then counts.",
         ),
     ]  # fmt: skip
+    rounds: Annotated[
+        int,
+        click.option(
+            "--rounds", type=COUNT, default=1, show_default=True,
+            help="Turns of every peer, whose calls are pooled: what else the machine does hits all alike.",
+        ),
+    ]  # fmt: skip
     backend: Annotated[
         str, click.option("--backend", default="inductor", show_default=True, help="Of torch.compile.")
     ]
     save: Save
 
-    def settings(self, shape: Shape) -> PeerSettings:
-        """What is asked of each peer."""
+    def settings(self) -> tuple[PeerSettings, str]:
+        """What is asked of each peer, and what to call the model.
+
+        Raises:
+            UsageError: options that exclude each other, or there is no shape of that name.
+            CheckpointError: the checkpoint is not of a family that `convert` takes.
+        """
         from dijiang_engines.machine import find_gpus, usable_cpus
         from dijiang_export.bench.peers.settings import BATCHES, CONTEXTS, LENGTHS, PeerSettings
 
-        return PeerSettings(
-            shape, self.dtype, self.device or ("cuda" if find_gpus() else "cpu"),
-            self.threads or usable_cpus(),
+        shape, label = self.shape.shape() if self.checkpoint is None else self._sizes(self.checkpoint)
+        device = self.device or ("cuda" if find_gpus() else "cpu")
+        usual = "float32" if self.checkpoint is not None and device == "cpu" else "float16"
+        settings = PeerSettings(
+            shape, self.dtype or usual, device, self.threads or usable_cpus(),
             self.batches or BATCHES,
             () if self.no_decode else self.contexts or CONTEXTS,
             () if self.no_prefill else self.lengths or LENGTHS,
             self.seconds, self.backend,
+            None if self.checkpoint is None else str(self.checkpoint),
+            None if self.bundle is None else str(self.bundle),
         )  # fmt: skip
+        return settings, label
+
+    def _sizes(self, checkpoint: Path) -> tuple[Shape, str]:
+        from dijiang_engines.errors import UsageError
+        from dijiang_export.bench.peers.settings import read_spec, shape_of
+
+        given = [*([] if self.shape.name is None else ["shape"]), *self.shape.changes()]
+        if given:
+            raise UsageError(f"--checkpoint has sizes of its own: leave out --{given[0]}")
+        return shape_of(read_spec(checkpoint)), checkpoint.resolve().name
 
 
 @click.command(
@@ -139,12 +190,16 @@ class BenchPeersArguments:
 )
 @takes(BenchPeersArguments)
 def peers(output: Output, given: BenchPeersArguments) -> None:
-    """Measure how fast others run a model of the same shape, with random weights.
+    """Measure how fast others run a model of the same shape, with random weights or those of a checkpoint.
 
     hf-eager, hf-compiled and hf-graph are transformers' GPT-NeoX with softmax attention and a KV cache: as
     it comes, through torch.compile with a static cache, and that in one CUDA graph. dijiang-eager,
     dijiang-compiled and dijiang-graph are the PyTorch reference model. Each runs in a process of its own;
     one that fails is reported and stops nobody.
+
+    With --checkpoint it is the softmax model of that folder that is measured: transformers' four ways
+    (hf-static: a static cache, nothing compiled), ort-genai (onnxruntime-genai, if it is installed, on the
+    graph of its own builder) and, with --bundle, dijiang-bundle. Memory of each process comes with it.
     """
     from dijiang_export.bench.report.report import make_report
     from dijiang_export.bench.report.tables import draw_report
@@ -158,12 +213,14 @@ def _measure(given: BenchPeersArguments, output: Output) -> dict[str, Any]:
     from dijiang_engines.errors import UsageError
     from dijiang_export.bench.about import about_run
     from dijiang_export.bench.peers.measure import measure_peers, peers_document
-    from dijiang_export.bench.peers.settings import PEERS
 
     if given.no_prefill and given.no_decode:
         raise UsageError("--no-prefill and --no-decode leave nothing to measure")
-    shape, label = given.shape.shape()
-    settings = given.settings(shape)
+    if given.bundle is not None and given.checkpoint is None:
+        raise UsageError(
+            "--bundle is measured beside a checkpoint", hint="give --checkpoint, or use `bench run`"
+        )
+    settings, label = given.settings()
     about = about_run()
 
     def document(results: Sequence[PeerResult]) -> dict[str, Any]:
@@ -179,7 +236,12 @@ def _measure(given: BenchPeersArguments, output: Output) -> dict[str, Any]:
 
     return document(
         measure_peers(
-            settings, given.peers or PEERS, limit=given.limit, progress=output.progress, report=report
+            settings,
+            given.peers or None,
+            limit=given.limit,
+            rounds=given.rounds,
+            progress=output.progress,
+            report=report,
         )
     )
 

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_engines.op_contract import Attributes
-from dijiang_export.bench.peers.settings import PeerSettings, neox_spec
-from dijiang_export.bench.peers.tools import (
-    LeftOut,
-    Prepared,
-    block_decoder,
-    captured,
-    compiled,
-    counting_skips,
-    error_of,
-)
+from dijiang_export.bench.peers.figures import LeftOut, Prepared
+from dijiang_export.bench.peers.settings import PeerSettings
+from dijiang_export.bench.peers.tools import block_decoder, captured, compiled, counting_skips, error_of
 from dijiang_export.checkpoint.decay import official_gammas
 from dijiang_export.reference.attention import DEFAULT_CHUNK, Decay, Form, dijiang_attention
 from dijiang_export.reference.model import DTYPES, ReferenceModel
@@ -152,7 +145,7 @@ def _run_layer(
 def make_model(settings: PeerSettings, device: torch.device) -> ReferenceModel:
     """The reference with random weights that keep activations near one, and the official decay."""
     torch.manual_seed(0)
-    model = ReferenceModel(neox_spec(settings.shape), dtype=DTYPES[settings.dtype], device=str(device)).eval()
+    model = ReferenceModel(settings.spec(), dtype=DTYPES[settings.dtype], device=str(device)).eval()
     gammas = torch.as_tensor(official_gammas(settings.shape.heads))
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]

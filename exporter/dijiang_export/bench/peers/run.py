@@ -3,7 +3,7 @@
 Timing: synchronised wall times. Decoding goes in blocks of `BLOCK` tokens, each token chosen on the device
 (argmax) and fed to the next step without waiting; a figure is a block's time over its tokens, so neither
 sampling nor text nor a look at the token by the host is in it. Prefills are single calls up to the logits
-of the last token. TF32 is off.
+of the last token. TF32 is off. PyTorch is imported for peers that need it alone: memory is measured too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
-
 from dijiang_engines.bench.timing import Effort, Timing, until_done
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.machine import package_versions
-from dijiang_export.bench.memory_rate import memory_rate
-from dijiang_export.bench.peers.settings import WORDS, PeerSettings
-from dijiang_export.bench.peers.tools import BLOCK, LeftOut, Peer, Prepared, synchronize, wrong
+from dijiang_export.bench.peers.figures import BLOCK, Host, LeftOut, Peer, Place, Prepared, wrong
+from dijiang_export.bench.peers.settings import BUNDLE, GENAI, WITHOUT_TORCH, WORDS, PeerSettings
+from dijiang_export.bench.process_memory import memory, reset_peak
 
 WARM_UP_BLOCKS = 2
 LEAST, MOST = 5, 400
@@ -60,49 +58,74 @@ def measure(name: str, settings: PeerSettings, say: Callable[..., None]) -> None
     """Measure one peer.
 
     Args:
-        name: out of `settings.PEERS`.
+        name: out of `settings.PEERS` or `settings.MODEL_PEERS`.
         settings: what is asked of it.
         say: called with what is known as soon as it is: versions, gpu, bandwidth, and one by one `begin`,
             `decode`, `prefill` and `left_out`.
     """
-    torch.set_num_threads(settings.threads)
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    say(versions=package_versions(("torch", "transformers", "triton", "numpy")))
-    device = open_device(settings.device)
-    if device.type == "cuda":
-        say(gpu=describe_gpu(device))
-    say(begin="measuring the memory", bandwidth=asdict(memory_rate(device, settings.threads)))
-    model, _, mode = name.partition("-")
-    if mode == "graph" and device.type != "cuda":
+    place = open_place(name, settings)
+    say(versions=package_versions(place.packages))
+    if (gpu := place.gpu()) is not None:
+        say(gpu=gpu)
+    say(begin="measuring the memory", bandwidth=place.bandwidth(settings.threads))
+    if name.endswith("-graph") and gpu is None:
         say(left_out={"what": "everything", "why": "CUDA graphs need a CUDA device"})
         return
     say(begin="making the model")
-    peer: Peer
-    if model == "hf":
-        from dijiang_export.bench.peers.hf import HuggingFace
-
-        peer = HuggingFace(settings, device, mode)
-    else:
-        from dijiang_export.bench.peers.dijiang import Dijiang
-
-        peer = Dijiang(settings, device, mode)
-    with torch.no_grad():
+    peer = open_peer(name, settings, place)
+    with place.without_gradients():
         for batch, context in settings.decodes():
             row: dict[str, Any] = {"batch": batch, "context": context}
             what = f"steps, batch {batch}, context {context}"
-            _figure(settings, device, say, what, "decode", row, partial(peer.decode, batch, context), BLOCK)
+            prepare = partial(peer.decode, batch, settings.start(context))
+            _figure(settings, place, say, what, "decode", row, prepare, BLOCK)
         for batch, length in settings.prefills():
             for form in peer.forms:
                 row = {"form": form, "batch": batch, "length": length}
                 what = f"prefill{f' ({form})' if form else ''}, batch {batch}, length {length}"
                 prepare = partial(peer.prefill, form, batch, length)
-                _figure(settings, device, say, what, "prefill", row, prepare, 1)
+                _figure(settings, place, say, what, "prefill", row, prepare, 1)
+
+
+def open_place(name: str, settings: PeerSettings) -> Place:
+    """What that peer runs on.
+
+    Raises:
+        LeftOut: there is no such device.
+    """
+    if name in WITHOUT_TORCH:
+        return Host()
+    from dijiang_export.bench.peers.tools import TorchPlace
+
+    return TorchPlace(settings.device, settings.threads)
+
+
+def open_peer(name: str, settings: PeerSettings, place: Place) -> Peer:
+    """The peer of that name, with its model loaded.
+
+    Raises:
+        LeftOut: it does not run such a model.
+    """
+    if name == BUNDLE:
+        from dijiang_export.bench.peers.bundle import BundlePeer
+
+        return BundlePeer(settings)
+    if name == GENAI:
+        from dijiang_export.bench.peers.genai import GenaiPeer
+
+        return GenaiPeer(settings)
+    from dijiang_export.bench.peers.dijiang import Dijiang
+    from dijiang_export.bench.peers.hf import HuggingFace
+    from dijiang_export.bench.peers.tools import TorchPlace
+
+    assert isinstance(place, TorchPlace)
+    model, _, mode = name.partition("-")
+    return (HuggingFace if model == "hf" else Dijiang)(settings, place.device, mode)
 
 
 def _figure(
     settings: PeerSettings,
-    device: torch.device,
+    place: Place,
     say: Callable[..., None],
     what: str,
     kind: str,
@@ -111,73 +134,49 @@ def _figure(
     tokens: int,
 ) -> None:
     say(begin=what)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    place.reset_peak()
+    reset_peak()
     try:
         start = time.perf_counter()
         prepared = prepare()
-        synchronize(device)
+        place.synchronize()
         ready = time.perf_counter() - start
         if wrong(prepared.error, settings.dtype):
             raise LeftOut("it computes something else", got=f"logits {prepared.error:.1e} deviations off")
-        timing = time_calls(prepared, device, settings.seconds, tokens)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        preparing = memory("self").get("VmHWM")
+        reset_peak()
+        seconds = time_calls(prepared, place, settings.seconds, tokens)
         say(**{kind: row | {
-            "timing": asdict(timing), "error": prepared.error, "compile_seconds": ready,
-            "peak_bytes": peak, "notes": prepared.notes,
+            "timing": asdict(Timing.of(seconds)), "seconds": seconds, "error": prepared.error,
+            "compile_seconds": ready, "peak_bytes": place.peak(), "notes": prepared.notes,
+            "read_seconds": prepared.read_seconds, "context_bytes": prepared.context_bytes,
+            "process_bytes": {
+                "preparing": preparing, "timing": (now := memory("self")).get("VmHWM"),
+                "proportional": now.get("Pss"),
+            },
         }})  # fmt: skip
     except Exception as error:  # noqa: BLE001 - others' code; the other figures still count
         say(left_out={"what": what, "why": describe(error)})
     finally:
         prepared = None  # type: ignore[assignment]
-        torch._dynamo.reset()  # what was compiled for one size only takes memory from the next
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        place.clear()
 
 
-def time_calls(prepared: Prepared, device: torch.device, seconds: float, tokens: int) -> Timing:
-    """Synchronised wall seconds of one token: of calls of `prepared`, over `tokens`."""
+def time_calls(prepared: Prepared, place: Place, seconds: float, tokens: int) -> list[float]:
+    """Synchronised wall seconds of one token, for each call of `prepared`: its seconds over `tokens`."""
 
     def once() -> float:
         prepared.reset()
-        synchronize(device)
+        place.synchronize()
         start = time.perf_counter()
         prepared.run()
-        synchronize(device)
+        place.synchronize()
         return (time.perf_counter() - start) / tokens
 
     for _ in range(WARM_UP_BLOCKS):
         once()
-    return Timing.of([once() for _ in until_done(Effort(seconds, LEAST, MOST))])
-
-
-def open_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        LeftOut: PyTorch sees no such device.
-    """
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise LeftOut("there is no CUDA device", got=f"PyTorch {torch.__version__}")
-        device = torch.device("cuda", device.index or 0)  # some of PyTorch's calls need an index
-        torch.cuda.set_device(device)
-    return device
-
-
-def describe_gpu(device: torch.device) -> dict[str, Any]:
-    """Name and sizes, for the record."""
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "compute_capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "l2_bytes": int(found.L2_cache_size),
-        "memory_bytes": found.total_memory,
-        "cuda": torch.version.cuda,
-    }
+    return [once() for _ in until_done(Effort(seconds, LEAST, MOST))]
 
 
 if __name__ == "__main__":

@@ -1,68 +1,103 @@
-"""What peers share: what they hand over to be timed, how far off they are, and how a call is compiled."""
+"""What peers that run in PyTorch share: what they run on, how far off they are, how a call is compiled."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dijiang_engines.errors import DijiangError
-from dijiang_engines.validation.tolerances import tolerance
-
-BLOCK = 16
-"""Tokens that a decoder makes in one timed call."""
-ROUNDINGS = 4
+from dijiang_export.bench.memory_rate import memory_rate
+from dijiang_export.bench.peers.figures import BLOCK, LeftOut, Prepared, deviations
 
 
-class LeftOut(DijiangError):
-    """A figure that a peer does not have, and why."""
+class TorchPlace:
+    """A device as PyTorch uses it.
+
+    Args:
+        name: of the device.
+        threads: of operators on a CPU.
+
+    Raises:
+        LeftOut: PyTorch sees no such device.
+    """
+
+    packages: tuple[str, ...] = ("torch", "transformers", "triton", "numpy")
+
+    def __init__(self, name: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        self.device = open_device(name)
+        self._cuda = self.device.type == "cuda"
+
+    def gpu(self) -> dict[str, Any] | None:
+        """Name and sizes, for the record."""
+        return describe_gpu(self.device) if self._cuda else None
+
+    def bandwidth(self, threads: int) -> dict[str, Any]:
+        """Of the device, or of the CPU with so many threads."""
+        return asdict(memory_rate(self.device, threads))
+
+    def without_gradients(self) -> AbstractContextManager[Any]:
+        """Nothing is trained."""
+        return torch.no_grad()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
+
+    def reset_peak(self) -> None:
+        """Count device memory anew."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int | None:
+        """Most bytes of device memory since."""
+        return torch.cuda.max_memory_allocated(self.device) if self._cuda else None
+
+    def clear(self) -> None:
+        """What was compiled for one size only takes memory from the next."""
+        torch._dynamo.reset()
+        if self._cuda:
+            torch.cuda.empty_cache()
 
 
-@dataclass
-class Prepared:
-    """One figure, ready to be timed."""
+def open_device(name: str) -> torch.device:
+    """The device of that name.
 
-    run: Callable[[], Any]
-    """One call; a decoder's is a block."""
-    reset: Callable[[], None]
-    """To be called before each run."""
-    error: float
-    """Of its logits against the eager whole, in their standard deviations."""
-    notes: list[str] = field(default_factory=list)
-
-
-class Peer(Protocol):
-    """A way to run a model."""
-
-    forms: tuple[str, ...]
-    """Of prefills; "" if there is one."""
-
-    def prefill(self, form: str, batch: int, length: int) -> Prepared:
-        """Get ready to read `length` tokens of each of `batch` rows."""
-        ...
-
-    def decode(self, batch: int, context: int) -> Prepared:
-        """Get ready to decode BLOCK tokens of each row after `context`."""
-        ...
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    Raises:
+        LeftOut: PyTorch sees no such device.
+    """
+    device = torch.device(name)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        if not torch.cuda.is_available():
+            raise LeftOut("there is no CUDA device", got=f"PyTorch {torch.__version__}")
+        device = torch.device("cuda", device.index or 0)  # some of PyTorch's calls need an index
+        torch.cuda.set_device(device)
+    return device
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Name and sizes, for the record."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "l2_bytes": int(found.L2_cache_size),
+        "memory_bytes": found.total_memory,
+        "cuda": torch.version.cuda,
+    }
 
 
 def error_of(logits: Tensor, exact: Tensor) -> float:
     """Largest difference in standard deviations of `exact`; infinite if anything is not finite."""
-    found, want = logits.double().flatten(), exact.double().flatten()
-    if not (torch.isfinite(found).all() and torch.isfinite(want).all()):
-        return float("inf")
-    return float((found - want).abs().max() / want.std())
+    return deviations(logits.double().cpu().numpy(), exact.double().cpu().numpy())
 
 
 def compiled(
@@ -72,11 +107,11 @@ def compiled(
 
     Args:
         function: what is to be called.
-        mode: "eager", "compiled" or "graph".
+        mode: "eager" or "static" (nothing is compiled), "compiled" or "graph".
         backend: of torch.compile.
         device: where.
     """
-    if mode == "eager":
+    if mode in ("eager", "static"):
         return function
     options: dict[str, Any] = {"dynamic": False, "backend": backend}
     if mode == "compiled" and device.type == "cuda" and backend == "inductor":
@@ -133,15 +168,6 @@ def block_decoder(
     return Prepared(run, reset, error, notes)
 
 
-def wrong(error: float, dtype: str) -> bool:
-    """Whether logits that are `error` standard deviations off are another model's.
-
-    The bound is that of a bundle times ROUNDINGS: here both sides are rounded, through dozens of random
-    layers. A cache that is one token off, or stale, is off by several standard deviations.
-    """
-    return not (math.isfinite(error) and error <= ROUNDINGS * tolerance(dtype, "logits").max_error)
-
-
 @contextmanager
 def counting_skips(mode: str, notes: list[str]) -> Iterator[None]:
     """Say so in `notes` if torch.compile gave up on CUDA graphs or broke the graph inside the block."""
@@ -151,7 +177,7 @@ def counting_skips(mode: str, notes: list[str]) -> Iterator[None]:
     yield
     if mode == "compiled" and (skips := counters["inductor"]["cudagraph_skips"]):
         notes.append(f"torch.compile left out CUDA graphs {skips} times")
-    if mode != "eager" and (breaks := sum(counters["graph_break"].values())):
+    if mode in ("compiled", "graph") and (breaks := sum(counters["graph_break"].values())):
         notes.append(f"torch.compile broke the graph {breaks} times")
 
 

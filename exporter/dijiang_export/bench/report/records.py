@@ -234,7 +234,11 @@ _PEER = table(
                     "timing": _TIMING,
                     "peak_bytes": maybe(_BYTES),
                     "notes": _NOTES,
-                }
+                },
+                {
+                    "context_bytes": maybe(_BYTES),
+                    "process_bytes": maybe(table({"timing": maybe(_BYTES)}, {"proportional": maybe(_BYTES)})),
+                },
             )
         ),
         "prefill": rows(

@@ -286,16 +286,33 @@ def _add_peers(
         peaks = [row["peak_bytes"] for row in peer["decode"] if row["peak_bytes"] is not None]
         if peaks:
             report.memory.append((name, "most while decoding", max(peaks)))
+        report.memory += [(name, kind, size) for kind, size in _process_memory(peer)]
         report.left_out += [(name, left["what"], left["why"]) for left in peer["left_out"]]
         if peer["error"] is not None:
             report.left_out.append((name, "the rest", peer["error"]))
         notes = dict.fromkeys(note for row in (*peer["decode"], *peer["prefill"]) for note in row["notes"])
         report.notes += [f"{name}: {note}" for note in notes]
     for family, title in (("dijiang", "DiJiang"), ("hf", "softmax attention")):
-        peers = [peer for peer in record["peers"] if peer["name"].startswith(family)]
+        peers = [
+            peer for peer in record["peers"] if peer["name"].startswith("dijiang") == (family == "dijiang")
+        ]
         places = [(row["batch"], row["context"]) for peer in peers for row in peer["decode"]]
         size = record["floor_bytes"][family]
         _add_floor(report, f"floor, {title} {dtype}", "peers", size, places, rate, floors)
+
+
+def _process_memory(peer: Record) -> Iterator[tuple[str, int]]:
+    """Of one row: the process's resident memory while it decodes, and what of it holds the context."""
+    for row in peer["decode"]:
+        if row["batch"] == 1:
+            found = row.get("process_bytes") or {}
+            process = found.get("proportional") or found.get("timing")
+            for kind, size in (
+                ("process while decoding", process),
+                ("cache or state", row.get("context_bytes")),
+            ):
+                if size is not None and row["peak_bytes"] is None:
+                    yield f"{kind} after {row['context']:,} tokens", size
 
 
 def _floor(size: dict[str, int], batch: int, tokens: int, rate: float) -> float:

@@ -86,7 +86,7 @@ def _loops(report: Report) -> Table:
 
 
 def _memory(report: Report) -> Table:
-    table = _table("Device memory", "", "what", "MB")
+    table = _table("Memory", "", "what", "MB")
     for series, kind, size in report.memory:
         table.add_row(series, kind, f"{size / 1e6:,.1f}")
     return table
