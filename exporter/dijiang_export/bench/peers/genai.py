@@ -140,9 +140,9 @@ def main() -> None:
         "--extra_options", "prune_lm_head=true",
     ]  # fmt: skip
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
-    error = compare(source, target)
-    if wrong(error, "float32"):
-        sys.exit(f"the built model computes something else: logits {error:.1e} deviations off")
+    off = compare(source, target)
+    if wrong(off, "float32"):
+        sys.exit(f"the built model computes something else: logits {off:.1e} deviations off")
 
 
 def compare(source: str, target: str) -> float:
