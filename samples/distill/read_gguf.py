@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def _check_packages() -> None:
     for name in ("torch", "transformers", "gguf", "accelerate"):
         try:
             version(name)
-        except ImportError:
+        except PackageNotFoundError:
             raise UsageError(
                 f"reading GGUF takes the package {name}, which is not installed",
                 hint="pip install 'dijiang-export[export]' gguf accelerate",

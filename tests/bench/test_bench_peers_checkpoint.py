@@ -42,7 +42,7 @@ def settings_of(folder: Path, **changes: Any) -> PeerSettings:
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
     """A LLaMA with grouped keys and values."""
-    return llama(kv_heads=2).vanilla().save(tmp_path / "teacher")
+    return llama(kv_heads=2, vocab=260).vanilla().with_tokenizer().save(tmp_path / "teacher")
 
 
 @pytest.fixture
