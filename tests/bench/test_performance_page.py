@@ -73,3 +73,19 @@ def test_shares_on_the_h200_are_of_its_plain_copy() -> None:
         plain = times["floor"] * alone["copy_gb_s"] * 1e9 / rate
         assert f"{plain / times['step']:.0%}" in words
         assert words in PAGE
+
+
+def test_the_table_of_contexts_is_the_record() -> None:
+    found = record("decode-context-cpu.json")
+    peers = {peer["name"]: {row["context"]: row for row in peer["decode"]} for peer in found["peers"]}
+    rows = []
+    for context in (128, 2048, 8192):
+        cache, state = peers["ort-genai"][context], peers["dijiang-bundle"][context]
+        seconds = [row["timing"]["median"] for row in (state, cache)]
+        held = [row["context_bytes"] / 1e6 for row in (state, cache)]
+        process = [row["process_bytes"]["proportional"] / 1e6 for row in (state, cache)]
+        rows.append(
+            f"| {context:,} | {1 / seconds[0]:.1f} | {1 / seconds[1]:.1f} | {seconds[1] / seconds[0]:.2f} | "
+            f"{held[0]:.1f} MB | {held[1]:.1f} MB | {process[0]:,.0f} MB | {process[1]:,.0f} MB |"
+        )
+    assert "\n".join(rows) in PAGE
