@@ -76,7 +76,7 @@ def generated(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 # -- each peer computes the folder's model ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["eager", "static"])
+@pytest.mark.parametrize("mode", ["eager", "static", "compiled"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_transformers_generate(family: str, mode: str, tmp_path: Path) -> None:
     folder = of_family(family).vanilla().save(tmp_path / "teacher")
