@@ -50,3 +50,46 @@ foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
 endforeach()
 list(JOIN DIJIANG_ARCHITECTURES " " DIJIANG_ARCHITECTURES)
 message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${DIJIANG_ARCHITECTURES}")
+
+# nvcc's front end takes most of the time, once for each compute_*. What it makes of the first of a family runs on
+# all of it, and becomes the same machine code there (nvcc 13.0, byte for byte): these sources only ask whether
+# an architecture is 90 or newer. So a family is compiled from the first of it that is wanted; an architecture
+# that leaves PTX in the library too is compiled from its own compute_*.
+set(DIJIANG_FAMILIES "80-real 86-real 87-real 89-real" "100-real 101-real 103-real 110-real")
+
+# The number of the compute_* that `architecture`, one of CMAKE_CUDA_ARCHITECTURES, is compiled from.
+function(dijiang_front architecture result)
+    foreach(family IN LISTS DIJIANG_FAMILIES)
+        string(REPLACE " " ";" members "${family}")
+        if(architecture IN_LIST members)
+            foreach(member IN LISTS members)
+                if(member IN_LIST CMAKE_CUDA_ARCHITECTURES)
+                    set(architecture ${member})
+                    break()
+                endif()
+            endforeach()
+        endif()
+    endforeach()
+    string(REGEX REPLACE "-(real|virtual)$" "" front "${architecture}")
+    set(${result} ${front} PARENT_SCOPE)
+endfunction()
+
+set(fronts "")  # and codes_<front>: what is made of each
+foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
+    dijiang_front(${architecture} front)
+    string(REGEX REPLACE "-(real|virtual)$" "" number "${architecture}")
+    list(APPEND fronts ${front})
+    if(NOT architecture MATCHES "-virtual$")
+        list(APPEND codes_${front} sm_${number})
+    endif()
+    if(NOT architecture MATCHES "-real$")
+        list(APPEND codes_${front} compute_${number})
+    endif()
+endforeach()
+list(REMOVE_DUPLICATES fronts)
+foreach(front IN LISTS fronts)
+    list(REMOVE_DUPLICATES codes_${front})
+    list(JOIN codes_${front} "," codes)
+    string(APPEND CMAKE_CUDA_FLAGS " --generate-code=arch=compute_${front},code=[${codes}]")
+endforeach()
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # of targets: the flags say it

@@ -1,4 +1,4 @@
-// nvcc's own list of what it compiles for, which it gives to CUDA sources only.
+// nvcc's own list of the compute_* that it compiles from, which it gives to CUDA sources only.
 #include <cstdio>
 
 #include "host/device.h"

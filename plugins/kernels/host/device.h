@@ -13,7 +13,7 @@ const char* architectures() noexcept;
 // The same as nvcc itself knows it, which does not tell PTX from binaries (architectures.cu).
 const char* compiled_list() noexcept;
 
-// The newest architecture that the kernels are compiled for and a GPU can run, as 10 * major + minor.
+// The newest compute_* that the kernels are compiled from and a GPU can run, as 10 * major + minor.
 int32_t code_for(int32_t compute_capability) noexcept;
 
 // May a kernel begin before the one ahead of it in the stream has ended (programmatic dependent launch)? Only
