@@ -37,6 +37,9 @@ CLI := $(BIN)/dijiang-export
 INSTALLED := $(VENV)/.installed
 BUNDLE := build/demo/tiny-stdlib.bundle
 PROMPT := def read_file(path):
+# For as many tests at a time as there are cores: threads of PyTorch and ONNX Runtime that spin while they wait for
+# each other take those of other tests.
+SHARING := OMP_NUM_THREADS=1 DIJIANG_SPINNING=off
 
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
@@ -69,7 +72,7 @@ $(BUNDLE)/manifest.json: $(EXPORT_SOURCES) | $(INSTALLED)
 	$(CLI) to-onnx samples/tiny-stdlib $(BUNDLE) --force
 
 test: $(INSTALLED) ## all tests, on all cores
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(SHARING) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-pythons: $(BUNDLE)/manifest.json ## the tests that need no PyTorch, on the other PYTHONS that are here
 	rm -rf build/wheel
