@@ -221,6 +221,16 @@ def test_cmake_refuses_other_tensorrts(version: tuple[int, int, int], small: Pat
     assert f"is of TensorRT {'.'.join(map(str, version))}" in " ".join(done.stderr.split())
 
 
+@needs_nvcc
+def test_a_family_of_gpus_is_compiled_from_the_first_of_it(small: Path, tmp_path: Path) -> None:
+    wanted = "-DCMAKE_CUDA_ARCHITECTURES=87-real;89-real;89-virtual;90"
+    plugin_builds.run("cmake", "-S", small, "-B", tmp_path / "b", "-DDIJIANG_VERSION=0.0.0", wanted)
+    flags = (tmp_path / "b/CMakeFiles/dijiang_objects.dir/flags.make").read_text()
+    assert re.findall(r"arch=compute_(\d+),code=\[([\w,]+)\]", flags) == [
+        ("87", "sm_87,sm_89"), ("89", "compute_89"), ("90", "sm_90,compute_90"),
+    ]  # fmt: skip
+
+
 # TensorRT's headers, where they are
 
 
