@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dijiang_engines.machine import usable_cpus
 from dijiang_engines.runners.base import IntArray
 
 _ELEMENTS = 1 << 18
@@ -39,48 +43,62 @@ def first_not_finite(logits: Logits) -> int | None:
 def losses(logits: Logits, targets: IntArray) -> Doubles:
     """-ln softmax(logits)[target] in nats: logits [n, V] finite, targets [n] -> [n] float64."""
     out = np.empty(len(targets), np.float64)
-    for rows in _blocks(logits):
-        x = logits[rows].astype(np.float64)
-        most = x.max(-1)
-        wanted = np.take_along_axis(x, targets[rows, None], -1)[:, 0]
-        x -= most[:, None]
-        out[rows] = np.log(np.exp(x, out=x).sum(-1)) + (most - wanted)
+
+    def work(rows: slice) -> None:
+        x = _shifted(logits[rows])
+        wanted = _at(x, targets[rows])
+        out[rows] = np.log(np.exp(x, out=x).sum(-1)) - wanted
+
+    _in_blocks(work, logits)
     return out
 
 
 def differences(this: Logits, other: Logits, targets: IntArray) -> tuple[Doubles, Differences]:
-    """This model's losses, and how the other's predictions differ: logits [n, V] each.
+    """This model's losses, and how the other's predictions differ: logits [n, V] finite, targets [n].
 
-    The KL divergence is summed as p·(d + exp(-d) - 1), p the other's probabilities and d = ln p - ln q: that
-    is p·d, whose sum it is, and terms q - p, whose sum is zero. No term is negative, so that nearly equal
-    predictions do not cancel to noise.
+    With x and y the two models' logits and p = softmax(y),
+
+        KL = sum of p·(ln p - ln softmax(x)) = sum of p·(y - x) + lse(x) - lse(y).
     """
-    count = len(targets)
-    out = [np.empty(count, np.float64) for _ in range(3)]
-    for rows in _blocks(this):
-        log_q, log_p = _log_softmax(this[rows]), _log_softmax(other[rows])
-        for place, logs in ((0, log_q), (1, log_p)):
-            out[place][rows] = -np.take_along_axis(logs, targets[rows, None], -1)[:, 0]
-        out[2][rows] = _kl(log_p, log_q)
-    return out[0], Differences(out[2], this.argmax(-1) == other.argmax(-1), out[1])
+    own, loss, kl = (np.empty(len(targets), np.float64) for _ in range(3))
+
+    def work(rows: slice) -> None:
+        x, y = _shifted(this[rows]), _shifted(other[rows])
+        sum_x = np.exp(x).sum(-1)
+        exp_y = np.exp(y)
+        sum_y = exp_y.sum(-1)
+        own[rows] = np.log(sum_x) - _at(x, targets[rows])
+        loss[rows] = np.log(sum_y) - _at(y, targets[rows])
+        y -= x
+        y *= exp_y
+        kl[rows] = y.sum(-1) / sum_y + np.log(sum_x) - np.log(sum_y)
+
+    _in_blocks(work, this)
+    # Exactly zero or more in exact arithmetic; rounding may leave -1e-16.
+    return own, Differences(np.maximum(kl, 0.0), this.argmax(-1) == other.argmax(-1), loss)
 
 
-def _kl(log_p: Doubles, log_q: Doubles) -> Doubles:
-    """KL(p || q) along the last axis."""
-    p, d = np.exp(log_p), log_p - log_q
-    near = np.abs(d) < 1  # where exp(-d) - 1 loses digits; far from there it may overflow
-    terms = np.where(near, p * (d + np.expm1(-np.where(near, d, 0.0))), p * d + (np.exp(log_q) - p))
-    found: Doubles = np.maximum(terms.sum(-1), 0.0)
-    return found
-
-
-def _log_softmax(logits: Logits) -> Doubles:
+def _shifted(logits: Logits) -> Doubles:
+    """A float64 copy, less each row's largest: then no exp overflows, and their sum is at least 1."""
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
-    x -= np.log(np.exp(x).sum(-1, keepdims=True))
     return x
 
 
-def _blocks(logits: Logits) -> list[slice]:
+def _at(values: Doubles, targets: IntArray) -> Doubles:
+    return np.take_along_axis(values, targets[:, None], -1)[:, 0]
+
+
+def _in_blocks(work: Callable[[slice], None], logits: Logits) -> None:
+    """Call `work` for all rows, block after block on every core: NumPy lets go of the interpreter's lock."""
     step = max(1, _ELEMENTS // logits.shape[-1])
-    return [slice(first, first + step) for first in range(0, len(logits), step)]
+    blocks = [slice(first, first + step) for first in range(0, len(logits), step)]
+    if len(blocks) == 1:
+        work(blocks[0])
+    else:
+        list(_pool().map(work, blocks))  # the list: what one of them raises is raised here
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(usable_cpus(), "losses")
