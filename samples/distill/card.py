@@ -33,74 +33,94 @@ def curve(stages: list[dict[str, Any]]) -> str:
 
 def card(metrics: dict[str, Any]) -> str:
     """The card's text."""
-    model, data, settings = metrics["model"], metrics["data"], metrics["settings"]
+    return TEXT.format(
+        name=metrics["name"],
+        model=_model(metrics),
+        numbers="\n".join(_numbers(metrics["stages"])),
+        training="\n".join(_training(metrics["stages"])),
+        machine=_machine(metrics),
+        data="\n".join(_data(kind, facts) for kind, facts in metrics["data"].items()),
+        command=metrics["command"],
+        family=metrics["model"]["family"],
+    )
+
+
+TEXT = """---
+tags: [dijiang, linear-attention, {family}, distilled]
+---
+# {name}
+
+{model}
+
+![learning curve](curve.svg)
+
+## Held-out numbers
+
+In float32, windows that stand alone. The teacher's perplexity is of the same tokens. KL is of the teacher to
+the student, nats a token; top-1 is how often both hold the same token most likely.
+
+{numbers}
+
+## Training
+
+{training}
+
+{machine} Seconds are of the loop alone, compilation included, evaluation not.
+
+## Data
+
+{data}
+
+## Command
+
+    {command}
+
+How it works: samples/distill of dijiang-export.
+"""
+
+
+def _model(metrics: dict[str, Any]) -> str:
+    model, settings = metrics["model"], metrics["settings"]
     decay = "learned, one γ a head" if settings["learn_decay"] else "geometric, as the official code begins"
-    lines = [
-        "---",
-        f"tags: [dijiang, linear-attention, {model['family']}, distilled]",
-        "---",
-        f"# {metrics['name']}",
-        "",
-        f"A DiJiang model (linear attention; arXiv 2403.19928) distilled from `{model['teacher']}`: {model['layers']} "
-        f"layers, {model['heads']} heads of {model['head_dim']}, hidden size {model['hidden']}, "
-        f"{model['parameters'] / 1e6:.1f} million parameters. Its state is {model['state_bytes'] / 1e6:.2f} MB a text, "
-        f"however long. Weights are {settings['dtype']}; decay is {decay}.",
-        "",
-        "![learning curve](curve.svg)",
-        "",
-        "## Held-out numbers",
-        "",
-        "In float32, windows that stand alone. The teacher's perplexity is of the same tokens; KL is of the teacher "
-        "to the student, nats a token; top-1 is how often both hold the same token most likely.",
-        "",
-        *_numbers(metrics["stages"]),
-        "",
-        "## Training",
-        "",
-        *_training(metrics["stages"]),
-        "",
-        f"On {metrics['machine']['device']}; torch {metrics['machine']['torch']}, transformers "
-        f"{metrics['machine']['transformers']}, recurrence: {settings['recurrence']}"
-        f"{metrics['machine']['fla'] and ' ' + metrics['machine']['fla']}. Seconds are of the loop alone, compilation "
-        "included, evaluation not.",
-        "",
-        "## Data",
-        "",
-        *[
-            f"- {kind}: {facts['train']:,} tokens to train on, {facts['held_out']:,} held out. {facts['origin']}"
-            for kind, facts in data.items()
-        ],
-        "",
-        "## Command",
-        "",
-        f"    {metrics['command']}",
-        "",
-        "How it works: samples/distill of dijiang-export.",
-        "",
-    ]
-    return "\n".join(lines)
+    return (
+        f"A DiJiang model (linear attention; arXiv 2403.19928) distilled from `{model['teacher']}`:\n"
+        f"{model['layers']} layers, {model['heads']} heads of {model['head_dim']}, hidden size "
+        f"{model['hidden']}, {model['parameters'] / 1e6:.1f} million parameters.\n"
+        f"Its state is {model['state_bytes'] / 1e6:.2f} MB a text, however long. Weights are "
+        f"{settings['dtype']}; decay is {decay}."
+    )
+
+
+def _machine(metrics: dict[str, Any]) -> str:
+    machine = metrics["machine"]
+    fla = f" {machine['fla']}" if machine["fla"] else ""
+    return (
+        f"On {machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"recurrence: {metrics['settings']['recurrence']}{fla}."
+    )
+
+
+def _data(kind: str, facts: dict[str, Any]) -> str:
+    return (
+        f"- {kind}: {facts['train']:,} tokens to train on, {facts['held_out']:,} held out. {facts['origin']}"
+    )
 
 
 def _numbers(stages: list[dict[str, Any]]) -> list[str]:
-    out = [
-        "| after | text | tokens | perplexity | teacher's | ratio | KL | top-1 |",
-        "|---|---|---|---|---|---|---|---|",
+    head = "| after | text | tokens | perplexity | teacher's | ratio | KL | top-1 |"
+    return [head, "|---" * 8 + "|"] + [
+        f"| {stage['name']} | {kind} | {n['tokens']:,} | {n['perplexity']:.2f} | "
+        f"{n['teacher_perplexity']:.2f} | {n['ratio']:.3f} | {n['kl']:.3f} | {n['top1']:.1%} |"
+        for stage in stages
+        for kind, n in stage["held_out"].items()
     ]
-    for stage in stages:
-        for kind, n in stage["held_out"].items():
-            out.append(
-                f"| {stage['name']} | {kind} | {n['tokens']:,} | {n['perplexity']:.2f} | {n['teacher_perplexity']:.2f} | "
-                f"{n['ratio']:.3f} | {n['kl']:.3f} | {n['top1']:.1%} |"
-            )
-    return out
 
 
 def _training(stages: list[dict[str, Any]]) -> list[str]:
-    out = ["| step | tokens | windows | learning rate | seconds | tokens/s |", "|---|---|---|---|---|---|"]
-    for stage in stages:
-        if stage.get("tokens"):
-            out.append(
-                f"| {stage['name']} | {stage['tokens'] / 1e6:.1f} million | {stage['rows']} × {stage['context']} | "
-                f"{stage['peak']:g} | {stage['seconds']:.0f} | {stage['tokens'] / stage['seconds']:,.0f} |"
-            )
-    return out
+    head = "| step | tokens | windows | learning rate | seconds | tokens/s |"
+    return [head, "|---" * 6 + "|"] + [
+        f"| {stage['name']} | {stage['tokens']:,} | {stage['rows']} × {stage['context']} | "
+        f"{stage['peak']:g} | {stage['seconds']:.0f} | {stage['tokens'] / max(stage['seconds'], 1e-9):,.0f} |"
+        for stage in stages
+        if stage["tokens"]
+    ]

@@ -1,11 +1,13 @@
-"""Is the GPU's recurrence the one that it should be? Run it once on a GPU: `python -m samples.distill.check_kernel`.
+"""Is the GPU's recurrence the right one? Run it once on a GPU: `python -m samples.distill.check_kernel`.
 
-Compares `fla` and `chunked` with the project's reference in float64: outputs, and gradients of q, k, v and decay.
-Exits with 1 if a relative error ‖x - reference‖ / ‖reference‖ exceeds what bfloat16 products, or float32, allow.
+Compares `fla` and `chunked` with the project's reference in float64: outputs, and gradients of q, k, v and
+decay. Exits with 1 if a relative error ‖x - reference‖ / ‖reference‖ exceeds what bfloat16 products, or
+float32, allow.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from dijiang_export.reference.attention import TokenTerms, recurrent
 
-from .recurrence import RECURRENCES
+from .recurrence import RECURRENCES, Recurrence
 
 MOST = {"fla": 1e-2, "chunked": 1e-5}
 """bfloat16 has 8 bits; sums of a few hundred terms stay near one rounding. TF32 is off here."""
@@ -32,8 +34,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     return recurrent(q, k, v, terms, state)[0].transpose(1, 2)
 
 
-def errors(name: str, size: tuple[int, int, int, int], device: torch.device) -> dict[str, float]:
-    """Relative errors of the output and of four gradients."""
+def errors(
+    name: str, size: tuple[int, int, int, int], device: torch.device, learned: bool = True
+) -> dict[str, float]:
+    """Relative errors of the output and of its gradients, of decay's too if it is `learned`."""
     batch, length, heads, width = size
     generator = torch.Generator().manual_seed(length)
 
@@ -43,21 +47,24 @@ def errors(name: str, size: tuple[int, int, int, int], device: torch.device) -> 
     q, k = (draw(batch, length, heads, width).softmax(-1) for _ in range(2))
     v, towards = draw(batch, length, heads, width), draw(batch, length, heads, width)
     inputs = [q, k, v, -torch.linspace(0.002, 0.05, heads, dtype=torch.float64)]
-    wanted = _run(reference, inputs, towards)
+    wanted = _run(reference, inputs, towards, learned)
     kind = torch.float32
-    given = _run(RECURRENCES[name], [x.to(device, kind) for x in inputs], towards.to(device, kind))
+    given = _run(RECURRENCES[name], [x.to(device, kind) for x in inputs], towards.to(device, kind), learned)
     names = ("o", "dq", "dk", "dv", "d log_decay")
-    return {n: _off(a, b) for n, a, b in zip(names, given, wanted, strict=True)}
+    return {n: _off(a, b) for n, a, b in zip(names, given, wanted, strict=False)}
 
 
-def _run(recurrence: object, inputs: list[Tensor], towards: Tensor) -> list[Tensor]:
+def _run(recurrence: Recurrence, inputs: list[Tensor], towards: Tensor, learned: bool) -> list[Tensor]:
     leaves = [x.detach().requires_grad_(True) for x in inputs]
-    o = recurrence(*leaves)  # type: ignore[operator]
-    return [o, *torch.autograd.grad((o.to(towards.dtype) * towards).sum(), leaves)]
+    if not learned:
+        leaves[3] = leaves[3].detach()
+    o = recurrence(*leaves)
+    return [o, *torch.autograd.grad((o.to(towards.dtype) * towards).sum(), leaves[: 4 if learned else 3])]
 
 
 def _off(given: Tensor, wanted: Tensor) -> float:
-    return float((given.detach().double().cpu() - wanted.detach()).norm() / wanted.norm())
+    wanted = wanted.detach()
+    return float((given.detach().double().cpu() - wanted).norm() / wanted.norm())
 
 
 def main() -> int:
@@ -65,12 +72,12 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["chunked", "fla"] if device.type == "cuda" else ["chunked"]
     worst = 0
-    for name in names:
-        for size in SIZES:
-            found = errors(name, size, device)
-            right = all(error <= MOST[name] for error in found.values())
-            worst |= not right
-            print(json.dumps({"recurrence": name, "size": size, "right": right, "errors": found}))
+    for name, size, learned in itertools.product(names, SIZES, (False, True)):
+        found = errors(name, size, device, learned)
+        right = all(error <= MOST[name] for error in found.values())
+        worst |= not right
+        facts = {"recurrence": name, "size": size, "learned decay": learned, "right": right, "errors": found}
+        print(json.dumps(facts))
     return worst
 
 

@@ -1,4 +1,4 @@
-"""Held-out numbers: perplexity beside the teacher's, KL(teacher || student), how often both choose the same token.
+"""Held-out numbers: perplexity beside the teacher's, KL(teacher || student), how often both choose alike.
 
 In float32 without TF32, summed in float64. Each window stands alone.
 """

@@ -20,7 +20,7 @@ def own_samples(
     starts: Sequence[int],
     rows: int,
     length: int,
-    seed: int,
+    seed: str,
     on_token: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Sample `rows` texts with a KV cache.

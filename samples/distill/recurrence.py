@@ -3,8 +3,8 @@
     o_n = Σ_{m≤n} γ^(n-m) (φ(q_n)·φ(k_m)) v_m          for each head (docs/mathematics.md)
 
     chunked   batched matrix products in chunks, in plain PyTorch: any device, any type
-    fla       flash-linear-attention's kernel (`fla.ops.simple_gla`, fla-core on PyPI), CUDA only: the same sum in
-              bfloat16 products with float32 accumulators and decay
+    fla       flash-linear-attention's kernel (`fla.ops.simple_gla`, fla-core on PyPI), CUDA only: the same
+              sum in bfloat16 products with float32 accumulators and decay
 
 tests/samples/test_distill.py compares `chunked` with the project's reference in float64, gradients too;
 `python -m samples.distill.check_kernel` does it for `fla` on a GPU.
@@ -22,7 +22,7 @@ CHUNK = 64
 """Tokens that meet in one matrix product of `chunked`."""
 
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v, log_decay) -> o. q and k [B, L, H, d] after φ, v and o [B, L, H, d], log_decay [H] = ln γ <= 0."""
+"""(q, k, v, log_decay) -> o: q, k [B, L, H, d] after φ; v, o [B, L, H, d]; log_decay [H] = ln γ <= 0."""
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:

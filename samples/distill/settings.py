@@ -13,6 +13,7 @@ import torch
 from dijiang_engines.errors import UsageError
 
 from .recurrence import RECURRENCES
+from .student import Mixing
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
     positions: int | None
     learn_decay: bool
     freeze_projection: bool
-    mixing: str
+    mixing: Mixing
     recurrence: str
     checkpointing: bool
     compile: bool

@@ -9,6 +9,7 @@ one here, made for whole windows and gradients.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -29,15 +30,15 @@ from dijiang_export.reference.rope import rotate, rotation
 from .recurrence import Recurrence
 
 Mixing = Literal["dijiang", "softmax"]
-"""How tokens are mixed. softmax is a control: the same gate, GroupNorm and training, but the teacher's kind of
-attention in the place of the recurrence. It shows what the recurrence costs by itself."""
+"""How tokens are mixed. softmax is a control: the same gate, GroupNorm and training, but the teacher's kind
+of attention in the place of the recurrence. It shows what the recurrence costs by itself."""
 
 NEW = ("proj", "norm_weight", "norm_bias", "gate.weight")
 """Ends of the names of parameters that the teacher does not have, below a layer's attention."""
 
 
 class Rate(nn.Module):
-    """Learned decay: ln γ = -exp(θ), which is negative for every θ, and for which a step is a relative one."""
+    """Learned decay: ln γ = -exp(θ): negative for every θ, and a step of θ is a relative one."""
 
     def forward(self, theta: Tensor) -> Tensor:
         """θ [H] -> ln γ [H]."""
@@ -97,7 +98,7 @@ class Student(nn.Module):
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
     def forward(self, ids: Tensor, first: Tensor) -> Tensor:
-        """ids int64 [B, L] of windows that begin at positions `first` [B] -> what the head takes, [B, L, E]."""
+        """ids int64 [B, L], windows that begin at positions `first` [B] -> what the head takes, [B, L, E]."""
         angles = self.angles(first, ids.shape[1])
         hidden = self.net.embed(ids, first)
         run = self._layer if self.training else _layer  # what is compiled is compiled for training's shapes
@@ -165,7 +166,8 @@ class Student(nn.Module):
 
     def parameters_by_age(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Attention's trained parameters: those that are new, and those that the teacher has."""
-        new, old = [], []
+        new: list[nn.Parameter] = []
+        old: list[nn.Parameter] = []
         for layer in self.net.layers:
             for name, parameter in layer.attention.named_parameters():
                 if parameter.requires_grad:
@@ -201,8 +203,6 @@ def save(student: Student, like: Path, folder: Path, dtype: torch.dtype) -> None
 
 
 def _with_dtype(config: str, dtype: str) -> str:
-    import json
-
     content = json.loads(config)
     content["dtype" if "dtype" in content else "torch_dtype"] = dtype
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

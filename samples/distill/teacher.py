@@ -9,29 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dijiang_engines.errors import CheckpointError
-from dijiang_export.checkpoint.families import FAMILIES, Family
+from dijiang_export.checkpoint.source import Source
+from dijiang_export.scoring.vanilla import load_vanilla
 
 
 class Teacher(nn.Module):
     """A vanilla checkpoint that answers with what the head takes.
 
     Args:
-        folder: Hugging Face folder; no code of it is run.
+        folder: Hugging Face folder, read as `convert` reads it; no code of it is run.
         device: where.
+
+    Raises:
+        CheckpointError: it cannot be read.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM
-
         super().__init__()
-        self.net = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-        self.net = self.net.to(device).eval().requires_grad_(False)
-        if self.net.config.model_type not in FAMILIES:
-            raise CheckpointError(f"{folder} is of no family that can be converted")
-        self.family: Family = FAMILIES[self.net.config.model_type]
+        source = Source(folder)
+        try:
+            self.family = source.family
+            self.net = load_vanilla(source, torch.float32).to(device).eval().requires_grad_(False)
+        finally:
+            source.close()
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [B, L], windows that begin at position 0 -> what the head takes, [B, L, E]."""
@@ -60,7 +60,7 @@ class Teacher(nn.Module):
 
 
 class Watch:
-    """What goes into each attention of a teacher and what comes out, of its last call, while in a with statement."""
+    """What goes into each attention of a teacher and what comes out, while in a with statement."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher

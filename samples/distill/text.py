@@ -1,7 +1,8 @@
 """Text to learn from: the user's files, or the documentation that lies on any Debian and Python machine.
 
-Split by file, by a hash of the content, so that the split is the same everywhere. What occurs twice is dropped
-first (a package's README is often its METADATA too), so that nothing held out was trained on under another name.
+Split by file, by a hash of the content, so that the split is the same everywhere. Documentation that occurs
+twice is dropped first (a package's README is often its METADATA too): nothing held out is trained on under
+another name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Streams of tokens, and the windows that are cut from them.
 
-A stream is separator, document, separator, document, ... Training windows begin anywhere in it; which ones a step
-gets follows from the seed, the stage and the step alone, so that a resumed run sees what it would have seen.
+A stream is separator, document, separator, document, ... Training windows begin anywhere in it; which ones a
+step gets follows from the seed, the stage and the step alone: a resumed run sees what it would have seen.
 Held-out windows lie side by side.
 """
 
@@ -25,24 +25,16 @@ LIBRARY_LIMIT = 1 << 16
 """Characters that are given to the tokenizer at a time: some slow down on long texts without a break."""
 
 
-def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
-    """tokenizer.json of a checkpoint.
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json of a checkpoint, which `convert` has seen to fit.
 
     Raises:
-        UsageError: there is none, or it has more tokens than the model.
+        UsageError: there is none.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UsageError(f"{folder} has no tokenizer.json", hint="save the tokenizer with the model")
-    tokenizer = Tokenizer.from_file(str(path))
-    size = tokenizer.get_vocab_size()
-    if size > vocabulary:
-        raise UsageError(
-            f"the tokenizer in {folder} does not fit the model",
-            got=f"{size} tokens",
-            expected=f"at most {vocabulary}",
-        )
-    return tokenizer
+    return Tokenizer.from_file(str(path))
 
 
 def encode(documents: Sequence[Document], tokenizer: Tokenizer, separator: int) -> Tensor:
@@ -117,9 +109,11 @@ class Streams:
         return ids[: count * context].view(count, context).long()
 
     def save(self, path: Path) -> None:
-        """Keep the streams for a run that goes on."""
+        """Keep the streams for a run that goes on, all or none."""
         tensors = {f"train.{k}": v for k, v in self.train.items()}
-        save_file(tensors | {f"held_out.{k}": v for k, v in self.held_out.items()}, path)
+        beside = path.with_suffix(".new")
+        save_file(tensors | {f"held_out.{k}": v for k, v in self.held_out.items()}, beside)
+        beside.replace(path)
 
 
 def load_streams(path: Path, shares: Mapping[str, float]) -> Streams:

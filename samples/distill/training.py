@@ -1,18 +1,19 @@
 """One loop for every step: which tokens, which loss, which parameters, and a state that survives an end.
 
-The steps follow RADLADS (arXiv 2505.03005, section 3): attention's outputs are aligned with the teacher's layer by
-layer, then logits are distilled, then once more in longer windows. What differs: the new parameters learn three
-times as fast as the kept ones while aligning, and the learning rate of the logits' step decays.
+The steps follow RADLADS (arXiv 2505.03005): attention's outputs are aligned with the teacher's layer by
+layer, then logits are distilled, then once more in longer windows. What differs: the new parameters learn
+three times as fast as the kept ones while aligning, and the learning rate falls in every step.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,13 @@ from .teacher import Teacher, Watch
 from .tokens import Streams, number
 
 Kind = Literal["align", "distill", "tune", "tune teacher"]
+LOSSES: dict[str, str] = {
+    "align": "relative error of attention",
+    "distill": "KL to the teacher, nats",
+    "tune": "nats a token",
+    "tune teacher": "nats a token",
+}
+"""What the loss of each kind of step is."""
 NEW_FACTOR = 3.0
 """How much faster parameters learn while aligning that the teacher does not have."""
 LEAST_FACTOR = 0.03
@@ -53,6 +61,10 @@ class Stage:
     def tokens(self) -> int:
         """In all."""
         return self.steps * self.rows * self.context
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "tokens": self.tokens, "loss": LOSSES[self.kind]}
 
 
 @dataclass
@@ -110,8 +122,8 @@ class Trainer:
         self._divergence = torch.compile(divergence, dynamic=False) if compiled else divergence
         self._surprise = torch.compile(surprise, dynamic=False) if compiled else surprise
 
-    def run(self, index: int, stage: Stage) -> None:
-        """Bring stage number `index` to its end.
+    def run(self, stage: Stage) -> None:
+        """Bring a stage to its end, from the step that the state has.
 
         Raises:
             TrainingError: a loss that is not finite, which is not learned from; too little memory.
@@ -196,13 +208,10 @@ class Trainer:
         self.at = Progress(**content["at"])
         self.student.load_state_dict(content["student"])
         if content["tuned"] is not None:
-            self._copy_teacher()
-            self.tuned.load_state_dict(content["tuned"])
+            self._copy_teacher().load_state_dict(content["tuned"])
         self._optimizer = content["optimizer"]
 
     def _copy_teacher(self) -> Teacher:
-        import copy
-
         self.tuned = copy.deepcopy(self.teacher).requires_grad_(True)
         return self.tuned
 
@@ -220,8 +229,8 @@ class Trainer:
     def _batch(self, stage: Stage, step: int) -> tuple[Tensor, Tensor]:
         """Windows int64 [B, L + 1] of a step, and the positions [B] at which the student sees them begin.
 
-        RoPE makes the teacher blind to where a window begins. The student is not: RoPE comes before φ's softmax.
-        A model with learned positions is taught from position 0 on only.
+        RoPE makes the teacher blind to where a window begins. The student is not: it has RoPE before φ's
+        softmax. A model with learned positions is taught from position 0 on only.
         """
         seed = f"{self.seed} {stage.name} {step}"
         windows = self.streams.batch(seed, stage.rows, stage.context)
@@ -259,7 +268,7 @@ class Trainer:
         return loss.detach()
 
     def _align(self, ids: Tensor, first: Tensor, watch: Watch) -> Tensor:
-        """The mean over layers of ‖student - teacher‖² / ‖teacher‖², each layer fed what the teacher's was."""
+        """The mean over layers of ‖student - teacher‖² / ‖teacher‖², each fed what the teacher's was."""
         seen = watch(ids)
         angles = self.student.angles(first, ids.shape[1])
         total = torch.zeros((), device=self.device)

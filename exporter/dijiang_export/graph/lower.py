@@ -54,7 +54,7 @@ def _replace(graph: ir.Graph, body: Callable[[Builder, Op], tuple[ir.Value, ir.V
 
 
 def lower_to_tensorrt(model: ir.Model) -> None:
-    """Mark every DijiangAttention as a TensorRT plugin node, in place, and say shapes as its parsers read them.
+    """Mark every DijiangAttention as a plugin node, in place, and say shapes as TensorRT's parsers read them.
 
     TensorRT's parsers differ in what they look a plugin up by: 8.6 reads the op type and the
     `plugin_version` and `plugin_namespace` attributes; later ones the node's domain too. All three are there.
