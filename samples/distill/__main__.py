@@ -7,6 +7,8 @@ import sys
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # for caches that grow
 
+from safetensors import SafetensorError
+
 from dijiang_engines.errors import DijiangError
 
 from .recipe import Recipe
@@ -21,6 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     except DijiangError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (OSError, SafetensorError) as error:
+        print(f"error: a file cannot be read or written\n  got: {error}", file=sys.stderr)
+        print("hint: make room; the same command goes on from the last saved state", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last saved state", file=sys.stderr)
         return 130

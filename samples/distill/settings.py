@@ -108,8 +108,11 @@ def _check(settings: Settings) -> None:
         raise UsageError("--recurrence fla needs flash-linear-attention", hint="pip install fla-core")
     if settings.recurrence == "fla" and settings.device == "cpu":
         raise UsageError("--recurrence fla needs a GPU", hint="--recurrence chunked")
-    if settings.device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"there is no device {settings.device} here", hint="--device cpu")
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch's CPU build asserts that it has CUDA
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"no device {settings.device} here", got=reason, hint="--device cpu") from None
 
 
 def _parser() -> argparse.ArgumentParser:

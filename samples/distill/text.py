@@ -108,7 +108,8 @@ def _documentation_files() -> Iterator[Path]:
                 path = os.path.join(folder, name)
                 plain = name.lower().removesuffix(".gz")
                 wanted = plain.endswith(DOCUMENTATION) or plain.startswith(NAMES) or MANUAL.search(path)
-                if wanted and not plain.startswith(("changelog", "licen", "copying")) and path not in met:
+                unwanted = plain.startswith(("changelog", "licen", "copying")) or path in met
+                if wanted and not unwanted and _size(path) <= MOST_BYTES:
                     met.add(path)
                     yield Path(path)
 
@@ -167,6 +168,13 @@ _CHARACTERS = {
 
 def _character(match: re.Match[str]) -> str:
     return _CHARACTERS.get(match[1], "")
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0  # reading it will say why
 
 
 def _text(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from samples.distill import losses, own_samples, student, training
+from samples.distill import losses, own_samples, student, text, tokens, training
 from samples.distill.__main__ import main
 from samples.distill.card import card
 from samples.distill.evaluate import measure
@@ -207,12 +209,12 @@ OPTIONS = (
 TOKENS = ("--align-tokens=2k", "--distill-tokens=2k", "--long-tokens=1k")
 
 
-def arguments(teacher: Path, out: Path, *more: str, tokens: tuple[str, ...] = TOKENS) -> list[str]:
-    text = text_file(teacher.parent)
+def arguments(teacher: Path, out: Path, *more: str, steps: tuple[str, ...] = TOKENS) -> list[str]:
+    words = text_file(teacher.parent)
     held = text_file(teacher.parent, 3000, "held.txt")
     return [
-        f"--teacher={teacher}", f"--out={out}", "--text", str(text), "--held-out", str(held),
-        "--also", f"other={held}", *OPTIONS, *tokens, *more,
+        f"--teacher={teacher}", f"--out={out}", "--text", str(words), "--held-out", str(held),
+        "--also", f"other={held}", *OPTIONS, *steps, *more,
     ]  # fmt: skip
 
 
@@ -229,12 +231,12 @@ def test_a_whole_run(vanilla: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert kl["this checkpoint"] == pytest.approx(kl["longer windows"], rel=1e-3)
     with open_checkpoint(out / "dijiang") as checkpoint:
         assert checkpoint.spec.decay == "geometric"
-    text = (out / "dijiang" / "README.md").read_text()
-    assert text == card(metrics)
-    assert f"{metrics['stages'][3]['held_out']['samples']['kl']:.3f}" in text
+    page = (out / "dijiang" / "README.md").read_text()
+    assert page == card(metrics)
+    assert f"{metrics['stages'][3]['held_out']['samples']['kl']:.3f}" in page
     assert (out / "dijiang" / "curve.svg").read_text().startswith("<svg")
     for stage in metrics["stages"][1:4]:
-        assert [tokens for tokens, _ in stage["curve"]][-1] == stage["tokens"]
+        assert [seen for seen, _ in stage["curve"]][-1] == stage["tokens"]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 4])
@@ -283,7 +285,7 @@ def refused(capsys: pytest.CaptureFixture[str], given: list[str], *words: str, c
 def test_a_loss_that_is_no_number(teacher: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     assert (
-        main(arguments(teacher, out, tokens=("--align-tokens=512", "--distill-tokens=0", "--long-tokens=0")))
+        main(arguments(teacher, out, steps=("--align-tokens=512", "--distill-tokens=0", "--long-tokens=0")))
         == 0
     )
     (out / "dijiang").rename(tmp_path / "gone")
@@ -292,7 +294,7 @@ def test_a_loss_that_is_no_number(teacher: Path, tmp_path: Path, capsys: Any) ->
     settings |= {"distill_tokens": 2000, "lr": 1e30}
     (out / "settings.json").write_text(json.dumps(settings))
     given = arguments(
-        teacher, out, "--lr=1e30", tokens=("--align-tokens=512", "--distill-tokens=2k", "--long-tokens=0")
+        teacher, out, "--lr=1e30", steps=("--align-tokens=512", "--distill-tokens=2k", "--long-tokens=0")
     )
     refused(capsys, given, "of 'distilled' is not finite", "last good state")
     assert (out / "state.pt").read_bytes() == state and not (out / "dijiang").exists()
@@ -316,6 +318,49 @@ def test_a_full_disk(teacher: Path, tmp_path: Path, monkeypatch: Any, capsys: An
     assert not list((tmp_path / "out").glob("state*"))
 
 
+def test_a_disk_that_is_full_before_any_state(
+    teacher: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: IoError(No space left on device)")
+
+    monkeypatch.setattr(tokens, "save_file", full)
+    refused(capsys, arguments(teacher, tmp_path / "out"), "No space left", "goes on")
+    assert not (tmp_path / "out" / "tokens.safetensors").exists()
+    monkeypatch.undo()
+    assert main(arguments(teacher, tmp_path / "out")) == 0
+
+
+def test_documentation_is_read_once_and_as_words(tmp_path: Path, monkeypatch: Any) -> None:
+    for folder in ("doc/one", "doc/two", "man/man1", "man/de/man1"):
+        (tmp_path / folder).mkdir(parents=True)
+    prose = "\n\n".join(
+        f"Paragraph {i} says, in some words of its own, what there is to say." for i in range(20000)
+    )
+    (tmp_path / "doc/one/README").write_text(prose)
+    (tmp_path / "doc/two/METADATA").write_text(prose + "\n\nName: two")  # the same again
+    (tmp_path / "doc/two/numbers.txt").write_text("1 2 3 4 5\n" * 2000)
+    page = '.TH X 1\n.SH NAME\nx \\- a thing\n.SH "SEE ALSO"\n.BR tar (1)\n'
+    page += "and \\fBmore\\fR words, so many of them that the paragraph counts as one.\n"
+    (tmp_path / "man/man1/x.1.gz").write_bytes(gzip.compress(page.encode()))
+    (tmp_path / "man/de/man1/x.1.gz").write_bytes(gzip.compress(page.encode()))
+    monkeypatch.setattr(text, "PLACES", (str(tmp_path / "doc"), str(tmp_path / "man")))
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda _: str(tmp_path / "none"))
+    monkeypatch.setattr(text.sys, "prefix", str(tmp_path / "none"))
+    found = {Path(one.name).relative_to(tmp_path).as_posix(): one.text for one in text.documentation()}
+    assert set(found) == {"doc/one/README", "man/man1/x.1.gz"}
+    assert found["man/man1/x.1.gz"].split("\n\n") == [
+        "NAME\nx - a thing", "SEE ALSO\ntar (1)\nand more words, so many of them that the paragraph counts as one.",
+    ]  # fmt: skip
+
+
+def test_the_split_follows_the_content() -> None:
+    documents = [text.Document(str(i), f"text {i}") for i in range(2000)]
+    held = sum(document.held_out for document in documents)
+    assert 50 < held < 110  # one in 25
+    assert all(d.held_out == text.Document("elsewhere", d.text).held_out for d in documents)
+
+
 def test_teachers_that_are_none(tmp_path: Path, capsys: Any) -> None:
     done = FAMILIES["llama"].with_tokenizer().save(tmp_path / "d")
     refused(capsys, arguments(done, tmp_path / "out"), "is a DiJiang model already")
@@ -332,10 +377,10 @@ def test_folders_of_something_else(teacher: Path, tmp_path: Path, capsys: Any) -
     (tmp_path / "mine").mkdir()
     refused(capsys, arguments(teacher, tmp_path / "mine"), "no run of this recipe")
     few = ("--align-tokens=0", "--distill-tokens=128", "--long-tokens=0")
-    assert main(arguments(teacher, tmp_path / "out", tokens=few)) == 0
+    assert main(arguments(teacher, tmp_path / "out", steps=few)) == 0
     refused(
         capsys,
-        arguments(teacher, tmp_path / "out", "--lr=2e-3", tokens=few),
+        arguments(teacher, tmp_path / "out", "--lr=2e-3", steps=few),
         "other settings",
         "lr 0.002",
         code=2,
@@ -357,7 +402,7 @@ def test_text_that_is_none(teacher: Path, tmp_path: Path, capsys: Any, content: 
 @pytest.mark.parametrize(
     "option",
     ["--batch=0", "--context=1", "--samples-share=1.5", "--align-tokens=-1", "--also=x",
-     "--recurrence=fla", "--device=cuda", "--separator=<nothing>"],
+     "--recurrence=fla", "--device=cuda", "--device=toaster", "--separator=<nothing>"],
 )  # fmt: skip
 def test_options_that_make_no_sense(teacher: Path, tmp_path: Path, capsys: Any, option: str) -> None:
     if option == "--device=cuda" and torch.cuda.is_available():
