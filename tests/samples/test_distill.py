@@ -350,8 +350,9 @@ def test_documentation_is_read_once_and_as_words(tmp_path: Path, monkeypatch: An
     found = {Path(one.name).relative_to(tmp_path).as_posix(): one.text for one in text.documentation()}
     assert set(found) == {"doc/one/README", "man/man1/x.1.gz"}
     assert found["man/man1/x.1.gz"].split("\n\n") == [
-        "NAME\nx - a thing", "SEE ALSO\ntar (1)\nand more words, so many of them that the paragraph counts as one.",
-    ]  # fmt: skip
+        "NAME\nx - a thing",
+        "SEE ALSO\ntar (1)\nand more words, so many of them that the paragraph counts as one.",
+    ]
 
 
 def test_the_split_follows_the_content() -> None:
