@@ -16,6 +16,7 @@ from dijiang_engines.bench.bandwidth import Bandwidth, measure_bandwidth
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_export.bench.peers import measure as bench_peers
 from dijiang_export.bench.peers import run as bench_peers_run
+from dijiang_export.bench.peers import tools as bench_peers_tools
 from dijiang_export.bench.peers.dijiang import Dijiang
 from dijiang_export.bench.peers.figures import BLOCK, LeftOut, Prepared, wrong
 from dijiang_export.bench.peers.hf import HuggingFace
@@ -49,7 +50,7 @@ def collect(name: str, settings: PeerSettings = SETTINGS) -> dict[str, list[Any]
         return measure_bandwidth(threads, buffer_bytes=1 << 20)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_peers_run, "memory_rate", memory_rate)
+        patch.setattr(bench_peers_tools, "memory_rate", memory_rate)
         measure(name, settings, say)
     return said
 

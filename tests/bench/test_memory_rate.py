@@ -20,6 +20,7 @@ from dijiang_export.bench import memory_rate as bench_memory
 from dijiang_export.bench.kernels import gpu as bench_kernels_cuda
 from dijiang_export.bench.memory_rate import TorchCopy, memory_rate
 from dijiang_export.bench.peers import run as bench_peers_run
+from dijiang_export.bench.peers import tools as bench_peers_tools
 
 CPU = torch.device("cpu")
 RATE = 3.21e12
@@ -139,8 +140,8 @@ def test_bench_peers_takes_its_rate_from_it(monkeypatch: pytest.MonkeyPatch) -> 
     settings: Any = SimpleNamespace(
         threads=torch.get_num_threads(), device="cuda", decodes=list, prefills=list
     )
-    monkeypatch.setattr(bench_peers_run, "open_device", lambda name: torch.device(name))
-    monkeypatch.setattr(bench_peers_run, "describe_gpu", lambda device: {"name": "a GPU"})
+    monkeypatch.setattr(bench_peers_tools, "open_device", lambda name: torch.device(name))
+    monkeypatch.setattr(bench_peers_tools, "describe_gpu", lambda device: {"name": "a GPU"})
     with pytest.raises(RuntimeError, match="enough"):
         bench_peers_run.measure("hf-eager", settings, lambda **what: said.append(what) or _stop(what))  # type: ignore[func-returns-value]
     assert {"threads": 0, "read": RATE, "copy": RATE} in [each.get("bandwidth") for each in said]

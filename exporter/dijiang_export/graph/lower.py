@@ -63,11 +63,11 @@ def lower_to_tensorrt(model: ir.Model) -> None:
         values = (DOMAIN, str(OP_VERSION))
         for name, value in zip(PLUGIN_ATTRIBUTES, values, strict=True):
             node.attributes[name] = ir.AttrString(name, value)
-    _slice_shapes(model.graph)
+    _gather_shapes(model.graph)
 
 
-def _slice_shapes(graph: ir.Graph) -> None:
-    """Shape of some dimensions -> Shape of all, Slice.
+def _gather_shapes(graph: ir.Graph) -> None:
+    """Shape of some dimensions -> Shape of all, Gather.
 
     The parser of TensorRT 8.6 does not look at `start` and `end` of Shape (opset 15): it goes on with all
     dimensions, and the builder says later that a reshape changes the volume.
@@ -75,10 +75,12 @@ def _slice_shapes(graph: ir.Graph) -> None:
     builder = Builder(graph)
     for node in [node for node in graph if node.op_type == "Shape" and node.attributes]:
         builder.scope, _, label = (node.name or "").rpartition("/")
-        start = node.attributes.get_int("start", 0)
-        end = node.attributes.get_int("end", 2**31 - 1)
-        whole = builder.op("Shape", node.inputs[0], label=f"{label}_whole")
-        part = builder.op("Slice", whole, builder.ints(start), builder.ints(end), label=f"{label}_part")
+        x = node.inputs[0]
+        assert x is not None and x.shape is not None
+        span = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", len(x.shape)))
+        taken = builder.ints(*range(len(x.shape))[span])
+        whole = builder.op("Shape", x, label=f"{label}_whole")
+        part = builder.op("Gather", whole, taken, label=f"{label}_part", axis=0)
         old = node.outputs[0]
         part.shape, part.type = old.shape, old.type
         old.replace_all_uses_with(part)
