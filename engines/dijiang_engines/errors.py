@@ -86,7 +86,8 @@ class PromptError(DijiangError):
 
 
 class TextError(DijiangError):
-    """A text that cannot be scored: empty, binary, too short, or with tokens that the model does not have."""
+    """A text that cannot be scored or learned from: empty, binary, too short, or with tokens that the model
+    does not have."""
 
 
 class SessionError(DijiangError):

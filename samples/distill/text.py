@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dijiang_engines.errors import DijiangError
+from dijiang_engines.errors import TextError
 
 HELD_OUT = 25
 """One file in so many is held out."""
@@ -37,10 +37,6 @@ REPEATED = 0.3
 """A file of which more than this share was seen in others is dropped."""
 LEAST_PARAGRAPH = 60
 """Characters of a paragraph that counts as seen."""
-
-
-class TextError(DijiangError):
-    """Text that nothing can be learned from: not readable, not UTF-8, empty, or too short."""
 
 
 @dataclass(frozen=True)
@@ -134,36 +130,12 @@ def plain_manual(source: str) -> str:
 
 _NEW_PARAGRAPH = ("SH", "SS", "Sh", "Ss", "PP", "P", "LP", "Pp", "TP", "IP", "HP", "sp")
 _WORDS = (
-    "B",
-    "I",
-    "BR",
-    "RB",
-    "IR",
-    "RI",
-    "BI",
-    "IB",
-    "SM",
-    "Nm",
-    "Nd",
-    "Fl",
-    "Ar",
-    "Xr",
-    "It",
-    "Em",
-    "Va",
-    "Dv",
-)
+    "B", "I", "BR", "RB", "IR", "RI", "BI", "IB", "SM", "Nm", "Nd", "Fl", "Ar", "Xr", "It", "Em", "Va", "Dv"
+)  # fmt: skip
 _CHARACTERS = {
-    "(em": "—",
-    "(en": "–",
-    "(aq": "'",
-    "(lq": "“",
-    "(rq": "”",
-    "(bu": "•",
-    "(co": "©",
-    '*(L"': '"',
-    '*(R"': '"',
-}
+    "(em": "—", "(en": "–", "(aq": "'", "(lq": "“", "(rq": "”", "(bu": "•", "(co": "©",
+    '*(L"': '"', '*(R"': '"',
+}  # fmt: skip
 
 
 def _character(match: re.Match[str]) -> str:

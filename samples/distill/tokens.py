@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dijiang_engines.errors import UsageError
+from dijiang_engines.errors import TextError, UsageError
 
-from .text import Document, TextError
+from .text import Document
 
 LIBRARY_LIMIT = 1 << 16
 """Characters that are given to the tokenizer at a time: some slow down on long texts without a break."""

@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from dijiang_engines.errors import TextError, UsageError
 from dijiang_engines.formats.safe_files import LIMITS, read_bounded
+from dijiang_engines.runners.base import IntArray
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,13 @@ Save = Annotated[
     click.option("--save", type=PATH, callback=_writable, help="Also write the result as JSON to a file."),
 ]
 
+NoVerify = Annotated[
+    bool,
+    click.option(
+        "--no-verify", is_flag=True, help="Do not hash the weights first (large models start sooner)."
+    ),
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class RunnerArguments:

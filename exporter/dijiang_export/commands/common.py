@@ -191,6 +191,12 @@ def jsonable(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a checkpoint, and is neither a bundle nor an engine."""
+    manifests = ("manifest.json", "engine.json")
+    return (path / "config.json").is_file() and not any((path / name).exists() for name in manifests)
+
+
 def finish(
     output: Output, result: dict[str, Any], save: Path | None, table: Callable[[], RenderableType]
 ) -> None:

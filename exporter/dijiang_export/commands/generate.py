@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from dijiang_export.commands.arguments import COUNT, PATH, RunnerArguments, takes
+from dijiang_export.commands.arguments import COUNT, PATH, NoVerify, RunnerArguments, takes
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output
 
 if TYPE_CHECKING:
@@ -168,12 +168,7 @@ class GenerateArguments:
     tokenizer: Annotated[
         Path | None, click.option("--tokenizer", type=PATH, help="A tokenizer.json to use instead.")
     ]
-    no_verify: Annotated[
-        bool,
-        click.option(
-            "--no-verify", is_flag=True, help="Do not hash the weights first (large models start sooner)."
-        ),
-    ]
+    no_verify: NoVerify
 
     def inputs(self) -> tuple[Path, list[str]]:
         """The bundle's path and the prompts, in the order: --prompt, --prompt-file, standard input.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from dijiang_export.commands.arguments import PATH, takes
-from dijiang_export.commands.common import DEFAULT_BUNDLE, Output
+from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, is_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -48,7 +48,7 @@ def inspect(output: Output, given: InspectArguments) -> None:
 
 
 def _inspect(given: InspectArguments, output: Output) -> Inspection:
-    if (given.path / "config.json").is_file() and not (given.path / "manifest.json").exists():
+    if is_checkpoint(given.path):
         from dijiang_export.checkpoint.inspection import inspect_checkpoint
 
         return inspect_checkpoint(given.path)

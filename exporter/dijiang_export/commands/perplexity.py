@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 
-from dijiang_export.commands.arguments import COUNT, FILE, PATH, RunnerArguments, Save, one_of, takes
-from dijiang_export.commands.common import Output, finish
+from dijiang_export.commands.arguments import (
+    COUNT,
+    FILE,
+    PATH,
+    NoVerify,
+    RunnerArguments,
+    Save,
+    one_of,
+    takes,
+)
+from dijiang_export.commands.common import Output, finish, is_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -130,12 +139,7 @@ class PerplexityArguments:
     tokenizer: Annotated[
         Path | None, click.option("--tokenizer", type=FILE, help="A tokenizer.json to use instead.")
     ]
-    no_verify: Annotated[
-        bool,
-        click.option(
-            "--no-verify", is_flag=True, help="Do not hash the weights first (large models start sooner)."
-        ),
-    ]
+    no_verify: NoVerify
     save: Save
 
 
@@ -198,11 +202,6 @@ def _score(
     return found, (model, other)
 
 
-def _is_checkpoint(path: Path) -> bool:
-    manifests = ("manifest.json", "engine.json")
-    return (path / "config.json").is_file() and not any((path / name).exists() for name in manifests)
-
-
 def _check_options(given: PerplexityArguments) -> None:
     """Options that nothing here would take are refused, as runners do it.
 
@@ -212,7 +211,7 @@ def _check_options(given: PerplexityArguments) -> None:
     from dijiang_engines.errors import UsageError
 
     models = [given.model] + ([] if given.against is None else [given.against])
-    checkpoints = [path for path in models if _is_checkpoint(path)]
+    checkpoints = [path for path in models if is_checkpoint(path)]
     for name, value in (("--dtype", given.dtype), ("--device", given.device)):
         if value is not None and not checkpoints:
             raise UsageError(f"{name} is for checkpoints", got=given.model, hint="a bundle has its own type")
@@ -228,7 +227,7 @@ def _check_options(given: PerplexityArguments) -> None:
 
 
 def _load(output: Output, given: PerplexityArguments, path: Path, runner: str) -> _Loaded:
-    return _checkpoint(output, given, path) if _is_checkpoint(path) else _model(given, path, runner)
+    return _checkpoint(output, given, path) if is_checkpoint(path) else _model(given, path, runner)
 
 
 def _checkpoint(output: Output, given: PerplexityArguments, path: Path) -> _Loaded:

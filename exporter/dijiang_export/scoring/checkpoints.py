@@ -12,16 +12,11 @@ from dijiang_engines.scoring.readers import Reader
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
 from dijiang_export.checkpoint.source import Source
-from dijiang_export.reference.model import ReferenceModel
+from dijiang_export.reference.model import DTYPES, ReferenceModel
 from dijiang_export.scoring.reference import ReferenceReader
 from dijiang_export.scoring.vanilla import VanillaReader, load_vanilla
 
-TYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+TYPES = DTYPES | {"float64": torch.float64}
 
 _DEVICES = "cpu, cuda, cuda:1, ..."
 
