@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dijiang_engines.errors import UsageError
 
-from .own_samples import own_samples
+from .own_samples import Writer
 from .settings import Settings
 from .teacher import Teacher
 from .text import documentation, read_files
@@ -21,7 +21,7 @@ HELD_SAMPLES = 16
 """One of so many of the teacher's own samples is held out."""
 SAMPLE = 512
 """Tokens of one."""
-MEMORY_SHARE = 5
+MEMORY_SHARE = 3
 """Their caches take one part of so many of a GPU's memory."""
 
 
@@ -79,19 +79,15 @@ def _own_samples(settings: Settings, teacher: Teacher, separator: int) -> Tensor
     rows = -(-settings.samples_tokens // length)
     starts = sorted({separator, config.bos_token_id} - {None})
     on_gpu = teacher.head_weight.is_cuda
-    writer = teacher.half() if on_gpu else teacher
-    at_once = _rows_at_once(teacher, length)
-    parts = []
-    with tqdm(
-        total=rows * length, desc="teacher's own samples", unit="tok", unit_scale=True, mininterval=10
-    ) as bar:
-        for start in range(0, rows, at_once):
-            count = min(at_once, rows - start)
-            parts.append(own_samples(writer, starts, count, length, f"{settings.seed} {start}", bar.update))
+    turns = -(-rows // _rows_at_once(teacher, length))
+    writer = Writer(teacher.half() if on_gpu else teacher, -(-rows // turns), length)
+    total = turns * writer.rows * length
+    with tqdm(total=total, desc="teacher's own samples", unit="tok", unit_scale=True, mininterval=10) as bar:
+        parts = [writer.write(starts, f"{settings.seed} {turn}", bar.update) for turn in range(turns)]
     del writer
     if on_gpu:
         torch.cuda.empty_cache()
-    return torch.cat(parts)
+    return torch.cat(parts)[:rows]
 
 
 def _rows_at_once(teacher: Teacher, length: int) -> int:

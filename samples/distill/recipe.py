@@ -126,10 +126,27 @@ class Recipe:
     def _streams(self) -> Streams:
         kept = self.out / "tokens.safetensors"
         if not kept.is_file():
-            streams = make_streams(self.settings, self.teacher)
+            streams = self._new_streams()
             streams.check(max((stage.context for stage in self.stages), default=self.settings.context))
             streams.save(kept)
         return load_streams(kept, shares(self.settings))
+
+    def _new_streams(self) -> Streams:
+        settings = self.settings
+        if settings.tokens_from is None:
+            return make_streams(settings, self.teacher)
+        earlier = settings.tokens_from / "tokens.safetensors"
+        if not earlier.is_file():
+            raise UsageError(f"{settings.tokens_from} holds no run's tokens", expected=earlier)
+        streams = load_streams(earlier, shares(settings))
+        most = max(int(ids.max()) for ids in (*streams.train.values(), *streams.held_out.values()))
+        if most >= (vocabulary := self.teacher.net.config.vocab_size):
+            raise UsageError(
+                f"{settings.tokens_from} was another tokenizer's run",
+                got=most,
+                expected=f"below {vocabulary}",
+            )
+        return streams
 
     def _student(self) -> Student:
         settings = self.settings
@@ -190,16 +207,18 @@ class Recipe:
         }
 
     def _data(self, kind: str) -> dict[str, Any]:
-        files = self.settings.text
+        files, earlier = self.settings.text, self.settings.tokens_from
+        if earlier is not None:
+            return self._counts(kind) | {"origin": f"Taken from the run {earlier.name}."}
         origins = {
             "text": f"From {', '.join(map(str, files))}." if files else "Documentation found on the machine.",
             "samples": "Written by the teacher itself.",
         }
-        return {
-            "train": len(self.streams.train.get(kind, ())),
-            "held_out": len(self.streams.held_out[kind]),
-            "origin": origins.get(kind, "To evaluate on only."),
-        }
+        return self._counts(kind) | {"origin": origins.get(kind, "To evaluate on only.")}
+
+    def _counts(self, kind: str) -> dict[str, Any]:
+        trained, held_out = self.streams.train.get(kind, ()), self.streams.held_out[kind]
+        return {"train": len(trained), "held_out": len(held_out)}
 
 
 def stages_of(settings: Settings, spec: ModelSpec) -> list[Stage]:

@@ -13,6 +13,7 @@ tests/samples/test_distill.py compares `chunked` with the project's reference in
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,39 @@ CHUNK = 64
 
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q, k, v, log_decay) -> o: q, k [B, L, H, d] after φ; v, o [B, L, H, d]; log_decay [H] = ln γ <= 0."""
+
+
+class _Fading(torch.autograd.Function):
+    """q and k as they are; backward, what their gradients say about the decay.
+
+    γ^(n-m) is γ^n on q_n and γ^-m on k_m, so that dL/d ln γ = Σ_n n (q_n·dL/dq_n - k_n·dL/dk_n): no gradient
+    has to flow through powers of γ. Σ_n q_n·dL/dq_n = Σ_n k_n·dL/dk_n: positions are counted from the middle,
+    where rounding matters less.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k)
+        ctx.dtype = log_decay.dtype
+        return q.view_as(q), k.view_as(k)
+
+    @staticmethod
+    def backward(ctx: Any, to_q: Tensor, to_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        q, k = ctx.saved_tensors
+        at = torch.arange(q.shape[1], device=q.device, dtype=q.dtype) - (q.shape[1] - 1) / 2
+        each = ((q * to_q).sum(-1) - (k * to_k).sum(-1)).sum(0)  # [L, H]
+        return to_q, to_k, (at @ each).to(ctx.dtype)
+
+
+def _with_learned_decay(recurrence: Recurrence) -> Recurrence:
+    """A recurrence that takes decay for fixed, for one that is learned too."""
+
+    def learned(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        if log_decay.requires_grad:
+            q, k = _Fading.apply(q, k, log_decay)
+        return recurrence(q, k, v, log_decay.detach())
+
+    return learned
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -65,11 +99,10 @@ def fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     from fla.ops.simple_gla import chunk_simple_gla
 
     q, k, v = (x.to(torch.bfloat16).contiguous() for x in (q, k, v))
-    if not log_decay.requires_grad:
-        return chunk_simple_gla(q, k, v, g_gamma=log_decay.float(), scale=1.0)[0]
-    # Only decay that is given for every token has gradients in that library.
-    each = log_decay.float().expand(*q.shape[:3]).contiguous()
-    return chunk_simple_gla(q, k, v, g=each, scale=1.0)[0]
+    return chunk_simple_gla(q, k, v, g_gamma=log_decay.float(), scale=1.0)[0]
 
 
-RECURRENCES: dict[str, Recurrence] = {"chunked": chunked, "fla": fla}
+RECURRENCES: dict[str, Recurrence] = {
+    "chunked": _with_learned_decay(chunked),
+    "fla": _with_learned_decay(fla),
+}

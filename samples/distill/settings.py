@@ -24,6 +24,7 @@ class Settings:
     text: tuple[Path, ...]
     held_out: tuple[Path, ...]
     also: tuple[tuple[str, Path], ...]
+    tokens_from: Path | None
     samples_tokens: int
     samples_share: float
     separator: str | None
@@ -102,6 +103,8 @@ def _check(settings: Settings) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')} is a share from 0 to 1", got=getattr(settings, name)
             )
+    if settings.tokens_from and (settings.text or settings.held_out or settings.also):
+        raise UsageError("--tokens-from takes the place of --text, --held-out and --also")
     if settings.held_out and not settings.text:
         raise UsageError("--held-out goes with --text", hint="name the files to train on too")
     if settings.recurrence == "fla" and not importlib.util.find_spec("fla"):
@@ -137,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--also", nargs="+", default=[], metavar="NAME=FILE", help="texts of other kinds, to evaluate on only"
     )
+    add("--tokens-from", type=Path, metavar="RUN", help="the tokens of an earlier run; nothing else is read")
     add("--samples-tokens", type=_count, default=8_000_000, help="of the teacher's own samples; 0: none")
     add("--samples-share", type=float, default=0.25, help="of each batch, that is the teacher's own samples")
     add("--separator", help="token between documents (default: the model's begin, else end of text)")

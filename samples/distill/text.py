@@ -20,13 +20,15 @@ from pathlib import Path
 
 from dijiang_engines.errors import TextError
 
+from .plain import HTML, plain_html, plain_manual
+
 HELD_OUT = 25
 """One file in so many is held out."""
 
 MOST_BYTES = 4 << 20
 """Of one file: what is longer is a table or a log."""
 
-DOCUMENTATION = (".rst", ".md", ".pod", ".info", ".txt")
+DOCUMENTATION = (".rst", ".md", ".pod", ".info", ".txt", *HTML)
 NAMES = ("readme", "metadata", "news", "faq")
 PLACES = ("/usr/share/doc", "/usr/share/man", "/usr/share/perl", "/usr/share/info")
 MANUAL = re.compile(r"/man/man\d\w*/[^/]+$")
@@ -110,38 +112,6 @@ def _documentation_files() -> Iterator[Path]:
                     yield Path(path)
 
 
-def plain_manual(source: str) -> str:
-    """The words of a manual page: roff's requests and escapes taken off, roughly."""
-    out = []
-    for line in source.splitlines():
-        request = re.match(r"[.']\s*(\w*)\s*(.*)", line)
-        if request is None:
-            out.append(line)
-        elif request[1] in _NEW_PARAGRAPH:
-            out += ["", request[2].strip('"')] if request[2] else [""]
-        elif request[1] in _WORDS:
-            out.append(request[2].replace('"', ""))
-    text = re.sub(r"\\f(\[\w*\]|\(\w\w|.)|\\[&|^/,:c%]|\\s[-+]?\d", "", "\n".join(out))
-    text = re.sub(r"\\(\(..|\[\w+\]|\*\(..|\*.)", _character, text)
-    return re.sub(
-        r"\n{3,}", "\n\n", text.replace("\\-", "-").replace("\\e", "\\").replace("\\ ", " ")
-    ).strip()
-
-
-_NEW_PARAGRAPH = ("SH", "SS", "Sh", "Ss", "PP", "P", "LP", "Pp", "TP", "IP", "HP", "sp")
-_WORDS = (
-    "B", "I", "BR", "RB", "IR", "RI", "BI", "IB", "SM", "Nm", "Nd", "Fl", "Ar", "Xr", "It", "Em", "Va", "Dv"
-)  # fmt: skip
-_CHARACTERS = {
-    "(em": "—", "(en": "–", "(aq": "'", "(lq": "“", "(rq": "”", "(bu": "•", "(co": "©",
-    '*(L"': '"', '*(R"': '"',
-}  # fmt: skip
-
-
-def _character(match: re.Match[str]) -> str:
-    return _CHARACTERS.get(match[1], "")
-
-
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
@@ -159,6 +129,8 @@ def _text(path: Path) -> str:
         raise TextError(f"{path} cannot be read", got=str(error)) from None
     if "\0" in text:
         raise TextError(f"{path} is binary, not text")
+    if path.name.lower().removesuffix(".gz").endswith(HTML):
+        text = plain_html(text)
     if not text.strip():
         raise TextError(f"{path} is empty")
     return text

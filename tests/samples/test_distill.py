@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from samples.distill import losses, own_samples, student, text, tokens, training
 from samples.distill.__main__ import main
 from samples.distill.card import card
 from samples.distill.evaluate import measure
-from samples.distill.recurrence import chunked
+from samples.distill.recurrence import RECURRENCES
 from samples.distill.settings import parse
 from samples.distill.student import Student
 from samples.distill.teacher import Teacher
@@ -31,6 +31,7 @@ from dijiang_export.convert import convert_checkpoint
 from dijiang_export.reference.attention import TokenTerms, recurrent
 from dijiang_export.reference.model import ReferenceModel
 
+CHUNKED = RECURRENCES["chunked"]
 CPU = torch.device("cpu")
 VOCAB = 300
 FAMILIES: dict[str, RandomCheckpoint] = {
@@ -70,7 +71,7 @@ def test_the_chunked_recurrence_is_the_definition(length: int) -> None:
         o = function(*leaves)
         return [o, *torch.autograd.grad((o * towards).sum(), leaves, allow_unused=True)]
 
-    for given, wanted in zip(run(chunked), run(definition), strict=True):
+    for given, wanted in zip(run(CHUNKED), run(definition), strict=True):
         wanted = torch.zeros_like(given) if wanted is None else wanted
         torch.testing.assert_close(given, wanted, rtol=1e-11, atol=1e-11)
 
@@ -83,7 +84,7 @@ def test_a_student_is_the_reference(converted: Path, first: int) -> None:
     ids = torch.randint(VOCAB, (2, 70), generator=torch.Generator().manual_seed(0))
     start = torch.full((2,), first)
     wanted, _ = reference(ids, start)
-    net = Student(converted, chunked).eval()
+    net = Student(converted, CHUNKED).eval()
     with torch.no_grad():
         given = torch.nn.functional.linear(net(ids, start), net.head_weight)
     assert (given - wanted).norm() / wanted.norm() < 1e-5
@@ -93,7 +94,7 @@ def test_checkpointing_changes_no_gradient(converted: Path) -> None:
     ids = torch.randint(VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
 
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
-        net = Student(converted, chunked, checkpointing=checkpointing).train()
+        net = Student(converted, CHUNKED, checkpointing=checkpointing).train()
         net(ids, torch.zeros(2, dtype=torch.int64)).square().sum().backward()
         return {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
 
@@ -105,7 +106,7 @@ def test_checkpointing_changes_no_gradient(converted: Path) -> None:
 
 @pytest.mark.parametrize("learn_decay", [False, True])
 def test_what_is_saved_is_what_is_read(converted: Path, tmp_path: Path, learn_decay: bool) -> None:
-    net = Student(converted, chunked, learn_decay=learn_decay)
+    net = Student(converted, CHUNKED, learn_decay=learn_decay)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.requires_grad:
@@ -131,7 +132,7 @@ def test_what_is_saved_is_what_is_read(converted: Path, tmp_path: Path, learn_de
 def test_the_official_code_computes_the_same_of_what_is_saved(tmp_path: Path) -> None:
     folder = neox(vocab=VOCAB).vanilla().save(tmp_path / "v")
     convert_checkpoint(folder, tmp_path / "c")
-    net = Student(tmp_path / "c", chunked, learn_decay=True).eval()
+    net = Student(tmp_path / "c", CHUNKED, learn_decay=True).eval()
     student.save(net, tmp_path / "c", tmp_path / "s", torch.float32)
     ids = torch.randint(VOCAB, (1, 40), generator=torch.Generator().manual_seed(2))
     config = json.loads((tmp_path / "s/config.json").read_text())
@@ -186,10 +187,12 @@ def test_a_teacher_writes_what_transformers_generates(vanilla: Path, monkeypatch
     """The likeliest token instead of a drawn one: then the cache is all that can be wrong."""
     monkeypatch.setattr(torch, "multinomial", lambda chances, *_, **__: chances.argmax(-1, keepdim=True))
     teacher = Teacher(vanilla, CPU)
-    given = own_samples.own_samples(teacher, [5], rows=2, length=12, seed="0")
+    monkeypatch.setattr(own_samples, "REACH", 5)
+    writer = own_samples.Writer(teacher, rows=2, length=12)
+    given, again = (writer.write([5], seed="0") for _ in range(2))
     teacher.net.generation_config.eos_token_id = None  # an end of text is a token like any other here
     wanted = teacher.net.generate(torch.tensor([[5]]), do_sample=False, max_new_tokens=11)
-    assert given[0].tolist() == given[1].tolist() == wanted[0].tolist()
+    assert given[0].tolist() == given[1].tolist() == again[0].tolist() == wanted[0].tolist()
 
 
 def text_file(folder: Path, size: int = 12000, name: str = "text.txt") -> Path:
@@ -237,6 +240,25 @@ def test_a_whole_run(vanilla: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (out / "dijiang" / "curve.svg").read_text().startswith("<svg")
     for stage in metrics["stages"][1:4]:
         assert [seen for seen, _ in stage["curve"]][-1] == stage["tokens"]
+
+
+def test_the_tokens_of_an_earlier_run(teacher: Path, tmp_path: Path, capsys: Any) -> None:
+    few = ("--align-tokens=256", "--distill-tokens=256", "--long-tokens=0")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(arguments(teacher, first, steps=few)) == 0
+    again = [f"--teacher={teacher}", *OPTIONS, *few, f"--tokens-from={first}"]
+    assert main([*again, f"--out={second}"]) == 0
+    one, another = (json.loads((out / "metrics.json").read_text()) for out in (first, second))
+    assert [stage["held_out"] for stage in one["stages"]] == [
+        stage["held_out"] for stage in another["stages"]
+    ]
+    assert "first" in another["data"]["samples"]["origin"]
+    refused(capsys, [*again, f"--out={tmp_path / 'c'}", "--text=x"], "--tokens-from takes the place", code=2)
+    wrong = [one.replace(str(first), str(tmp_path)) for one in again]
+    refused(capsys, [*wrong, f"--out={tmp_path / 'd'}"], "holds no run's tokens", code=2)
+    other = {name: ids + 10_000 for name, ids in load_file(first / "tokens.safetensors").items()}
+    save_file(other, first / "tokens.safetensors")
+    refused(capsys, [*again, f"--out={tmp_path / 'e'}"], "another tokenizer's run", code=2)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 4])
