@@ -1,8 +1,11 @@
 #include "plugin.h"
 
 #include <dlfcn.h>
+#include <elf.h>
 
+#include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <string_view>
 
 #include "engine_folder.h"
@@ -14,6 +17,32 @@ namespace {
 
 constexpr const char* kBuild =
     "make one on this machine with `dijiang-export build-plugin --output DIR`, or with CMake";
+
+// The kind of processor that a library or a program is for, a number of elf.h; 0: it is neither.
+int machine_of(const std::filesystem::path& path) {
+    unsigned char head[sizeof(Elf64_Ehdr)] = {};
+    std::ifstream file(path, std::ios::binary);
+    file.read(reinterpret_cast<char*>(head), sizeof head);
+    if (!file || std::memcmp(head, ELFMAG, SELFMAG) != 0) return 0;
+    const size_t low = head[EI_DATA] == ELFDATA2MSB ? 19 : 18;  // e_machine is the bytes 18 and 19
+    return head[low] | head[37 - low] << 8;
+}
+
+std::string machine_name(int number) {
+    if (number == EM_AARCH64) return "aarch64";
+    if (number == EM_X86_64) return "x86_64";
+    return "ELF machine " + std::to_string(number);
+}
+
+// dlopen says of a library for another kind of processor that there is no such file.
+void check_machine(const std::string& path) {
+    const int machine = machine_of(path);
+    const int own = machine_of("/proc/self/exe");
+    if (machine == 0 || own == 0 || machine == own) return;
+    throw Failure(path + " is compiled for " + machine_name(machine) + " and cannot be loaded on " +
+                      machine_name(own),
+                  kBuild);
+}
 
 template <typename Function>
 void find(void* handle, const std::string& path, const char* name, Function& function) {
@@ -28,6 +57,7 @@ Plugin::Plugin(const std::string& path, const char* entry, const std::string& te
     if (!std::filesystem::is_regular_file(path, failed)) {
         throw Failure("there is no plugin at " + path, kBuild);
     }
+    check_machine(path);
     // With a slash in it, the name is a file's and is not looked for elsewhere. Local: what this library
     // exports shall not get in the way of another that holds the same kernels.
     handle_ = dlopen(std::filesystem::absolute(path).c_str(), RTLD_NOW | RTLD_LOCAL);

@@ -10,6 +10,7 @@ from typing import Any
 from dijiang_engines.errors import KernelError
 from dijiang_engines.formats.safe_files import LIMITS, open_regular
 from dijiang_engines.kernels import abi
+from dijiang_engines.plugin.elf import check_machine
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Library:
         architectures: what it was compiled for, such as "sm_90 compute_90".
 
     Raises:
-        KernelError: it cannot be loaded, or is of another ABI.
+        KernelError: it cannot be loaded, is for another kind of processor, or is of another ABI.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,10 +45,15 @@ class Library:
         try:
             with open_regular(path, most=LIMITS["library"], links=True, error=KernelError):
                 pass  # dlopen would wait on a pipe
+        except KernelError as error:
+            raise KernelError(
+                f"cannot load the CUDA kernels from {path}", got=error.what, hint=hint
+            ) from error
+        check_machine(path, KernelError, hint)
+        try:
             self._library = ctypes.CDLL(str(path.absolute()))
-        except (OSError, KernelError) as error:
-            why = error.what if isinstance(error, KernelError) else error
-            raise KernelError(f"cannot load the CUDA kernels from {path}", got=why, hint=hint) from error
+        except OSError as error:
+            raise KernelError(f"cannot load the CUDA kernels from {path}", got=error, hint=hint) from error
         try:
             version = self._library.dijiang_abi_version()  # returns an int, ctypes' default
             if version == abi.ABI_VERSION:

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import mmap
 import os
+import platform
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from dijiang_engines.plugin.cache import (
     runs_on,
     tensorrt_name,
 )  # fmt: skip
+from dijiang_engines.plugin.elf import check_machine
 from dijiang_engines.printable import printable
 
 ENVIRONMENT = "DIJIANG_PLUGIN"
@@ -151,8 +153,9 @@ def find_plugin(major: int, compute_capability: int) -> tuple[Path, BuiltPlugin]
     if not built.is_current() or not runs_on(built.architectures, compute_capability):
         raise PluginError(
             f"the plugin in {folder} does not fit this program and this GPU",
-            got=f"version {built.version}, sources {built.sources[:12]}, {', '.join(built.architectures)}",
-            expected=f"made from this version's sources, for sm_{compute_capability}",
+            got=f"version {built.version}, sources {built.sources[:12]}, {', '.join(built.architectures)} on "
+            f"{built.machine}",
+            expected=f"made from this version's sources, for sm_{compute_capability} on {platform.machine()}",
             hint=f"unset {ENVIRONMENT}, or build it again: dijiang-export build-plugin --output {folder}",
         )
     return built.library(tensorrt_name(major)), built
@@ -162,8 +165,9 @@ def load_plugin(trt: Any, library: Path) -> None:
     """Open the plugin's library, which registers itself with the TensorRT that is loaded.
 
     Raises:
-        PluginError: it does not load, or does not register.
+        PluginError: it is for another kind of processor, does not load, or does not register.
     """
+    check_machine(library, PluginError, "dijiang-export build-plugin")
     try:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Compile the kernels and the TensorRT plugin for this machine, into the cache.
+"""Compile the kernels and the TensorRT plugin, into the cache.
 
 `build` takes what `requirements` found and compiles, unless the cache holds such a build. The cache's folder
 appears whole or not at all; of two processes that want the same build, one makes it and the other waits for
@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import fcntl
 import os
-import platform
 import re
 import shutil
 import time
@@ -136,9 +135,7 @@ def _compile(
     define = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_MAKE_PROGRAM": needs.make,
-        "CMAKE_CXX_COMPILER": needs.cxx.path,
-        "CMAKE_CUDA_COMPILER": needs.nvcc.path,
-        "CMAKE_CUDA_HOST_COMPILER": needs.cxx.path,
+        **_compilers(needs),
         "CMAKE_CUDA_ARCHITECTURES": ";".join([*real, str(needs.architectures[-1])]),
         "TENSORRT_INCLUDE": needs.headers.folder.resolve() if needs.headers else "",
         "DIJIANG_VERSION": re.sub(r"[^0-9.].*", "", __version__),
@@ -148,10 +145,10 @@ def _compile(
     count = jobs or usable_cpus()
     compile_: list[str | Path] = [needs.cmake.path, "--build", work, "--parallel", str(count)]
     what = f"the kernels{f' and the plugin for TensorRT {needs.headers}' if needs.headers else ''}"
-    names = ", ".join(needs.architecture_names)
+    names = ", ".join(needs.architecture_names) + (f" on {needs.machine}" if needs.target else "")
     log(f"compiling {what} for {names} with CUDA {needs.nvcc.release}, {count} at a time")
     with log_file.open("w", encoding="utf-8") as sink, progress("Compiling", 100, "items") as bar:
-        variables = needs.nvcc.environment
+        variables = {} if needs.target else needs.nvcc.environment
         step = Step("CMake could not configure the build", configure, variables)
         run_step(step, log_file, sink, lambda percent: None)
         run_step(Step("compiling failed", compile_, variables), log_file, sink, _percent(bar.advance))
@@ -164,6 +161,22 @@ def _compile(
         if (work / name).is_file():
             shutil.move(work / name, folder / name)
     shutil.rmtree(work)
+
+
+def _compilers(needs: BuildRequirements) -> dict[str, str | Path]:
+    """CMake's variables for them."""
+    if needs.target is None:
+        return {
+            "CMAKE_CXX_COMPILER": needs.cxx.path,
+            "CMAKE_CUDA_COMPILER": needs.nvcc.path,
+            "CMAKE_CUDA_HOST_COMPILER": needs.cxx.path,
+        }
+    return {
+        "CMAKE_TOOLCHAIN_FILE": needs.sources / f"cmake/{needs.machine}.cmake",
+        "DIJIANG_CXX": needs.cxx.path,
+        "DIJIANG_NVCC": needs.nvcc.path,
+        "DIJIANG_CUDA_TARGET": needs.target.folder,
+    }
 
 
 def _percent(advance: Callable[[float], None]) -> Callable[[float], None]:
@@ -189,7 +202,8 @@ def _facts(needs: BuildRequirements, seconds: float) -> dict[str, object]:
         "architectures": needs.architecture_names,
         "tensorrt": str(needs.headers) if needs.headers else None,
         "tensorrt_include": str(needs.headers.folder) if needs.headers else None,
-        "machine": platform.machine(),
+        "machine": needs.machine,
+        "cuda_target": str(needs.target.folder) if needs.target else None,
         "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
         "seconds": round(seconds, 1),
     }

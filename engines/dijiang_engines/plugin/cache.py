@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import stat
 from collections.abc import Iterator
@@ -67,9 +68,14 @@ class BuiltPlugin:
         """Of `tensorrt`."""
         return None if self.tensorrt is None else int(self.tensorrt.split(".")[0])
 
+    @property
+    def is_foreign(self) -> bool:
+        """True if it is for another kind of processor: made for it here, or in a cache that several share."""
+        return self.machine != platform.machine()
+
     def is_current(self) -> bool:
-        """True if it was made from these sources, by this version."""
-        return (self.sources, self.version) == (source_hash(), __version__)
+        """True if it was made from these sources, by this version, for this kind of processor."""
+        return (self.sources, self.version) == (source_hash(), __version__) and not self.is_foreign
 
     def library(self, name: str) -> Path:
         """The path of library `name` in it, after checking hash and permissions.
@@ -287,14 +293,13 @@ def write_manifest(folder: Path, facts: dict[str, Any], libraries: list[str]) ->
 
 def _find(name: str, major: int | None, architecture: int | None, cache: Path | None) -> Path:
     every = built_plugins(cache)
-    having = [built for built in every if name in built.libraries]
+    having = [built for built in every if name in built.libraries and not built.is_foreign]
     command = REBUILD + (" --kernels-only" if major is None else "")
     what = "the CUDA kernels are" if major is None else f"the plugin for TensorRT {major} is"
     if not having:
-        others = sorted({f"TensorRT {b.tensorrt}" for b in every if b.tensorrt is not None})
         raise PluginError(
             f"{what} not built",
-            got=f"builds for {', '.join(others)}" if others and major is not None else None,
+            got=_others(every, name),
             expected=f"{name} in {cache or cache_folder()}",
             hint=command,
         )
@@ -319,6 +324,16 @@ def _find(name: str, major: int | None, architecture: int | None, cache: Path | 
         # Machine code before PTX, which the driver would have to compile first.
         current = sorted(fitting, key=lambda built: f"sm_{architecture}" not in built.architectures)
     return current[0].library(name)
+
+
+def _others(builds: list[BuiltPlugin], name: str) -> str | None:
+    """What there is instead of library `name` for this machine, in words."""
+    machines = {built.machine for built in builds if built.is_foreign and name in built.libraries}
+    found = [f"{name} for {machine}, not for {platform.machine()}" for machine in sorted(machines)]
+    versions = {built.tensorrt for built in builds if built.tensorrt is not None and not built.is_foreign}
+    if name != KERNELS and versions:
+        found.append(f"builds for {', '.join(f'TensorRT {version}' for version in sorted(versions))}")
+    return "; ".join(found) or None
 
 
 def _check_permissions(folder: Path) -> None:

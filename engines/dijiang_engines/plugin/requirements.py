@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dijiang_engines.errors import PluginError, UsageError
-from dijiang_engines.plugin import toolchain
+from dijiang_engines.plugin import targets, toolchain
 from dijiang_engines.plugin.cache import KERNELS, plugin_sources, source_hash, tensorrt_name
 from dijiang_engines.version import __version__
 
@@ -40,6 +40,13 @@ class BuildRequirements:
     """As 10 * major + minor, rising; the last one also as PTX."""
     headers: toolchain.Headers | None
     """TensorRT's; None: kernels alone."""
+    target: targets.CudaTarget | None = None
+    """CUDA for another kind of processor than this machine's."""
+
+    @property
+    def machine(self) -> str:
+        """The kind of processor that it is for, such as "aarch64"."""
+        return self.target.processor.name if self.target else platform.machine()
 
     @property
     def architecture_names(self) -> tuple[str, ...]:
@@ -56,7 +63,7 @@ class BuildRequirements:
         """The cache's name for this build, 16 hexadecimal digits."""
         decisive = [
             __version__, source_hash(self.sources), self.nvcc.release, self.cxx.about, self.architectures,
-            str(self.headers), platform.machine(),
+            str(self.headers), self.machine, str(self.target.folder) if self.target else None,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
@@ -66,6 +73,7 @@ def find_requirements(
     architectures: Sequence[str] = (),
     kernels_only: bool = False,
     tensorrt_include: Path | None = None,
+    target: str | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> BuildRequirements:
     """Find what a build needs.
@@ -75,6 +83,7 @@ def find_requirements(
             those of this machine's GPUs.
         kernels_only: build no TensorRT plugin.
         tensorrt_include: TensorRT's headers; default: looked for.
+        target: the kind of processor to compile for, or a folder with CUDA for it; default: this machine's.
         environment: variables that name tools and folders.
 
     Raises:
@@ -83,8 +92,13 @@ def find_requirements(
     """
     if kernels_only and tensorrt_include is not None:
         raise UsageError("--kernels-only and --tensorrt-include exclude each other")
-    wanted = _wanted_architectures(architectures)
-    nvcc = _choose_nvcc(toolchain.find_nvccs(environment), wanted)
+    nvccs = toolchain.find_nvccs(environment)
+    cuda = targets.find_target(target, nvccs) if target else None
+    if cuda is not None:
+        targets.check_whole(cuda)
+        nvccs = targets.choose_nvcc(nvccs, cuda)
+    wanted = _wanted_architectures(architectures, here=cuda is None)
+    nvcc = _choose_nvcc(nvccs, wanted)
     numbers = wanted or tuple(n for n in toolchain.TUNED_ARCHITECTURES if n in nvcc.architectures)
     if not numbers:
         raise PluginError(
@@ -93,23 +107,17 @@ def find_requirements(
             expected=f"one of {_names(toolchain.TUNED_ARCHITECTURES)}",
             hint=GET_CUDA,
         )
-    cxx = toolchain.find_cxx(environment)
-    if cxx is None:
-        raise PluginError(
-            "there is no C++ compiler",
-            expected="g++ or clang++",
-            hint="apt-get install g++, or set CUDAHOSTCXX",
-        )
     generator, make = _need_make(environment)
     return BuildRequirements(
         sources=plugin_sources(),
         nvcc=nvcc,
-        cxx=cxx,
+        cxx=targets.find_compiler(cuda.processor, environment) if cuda else _need_cxx(environment),
         cmake=_need_cmake(environment),
         generator=generator,
         make=make,
         architectures=numbers,
-        headers=None if kernels_only else _need_headers(tensorrt_include, environment),
+        headers=None if kernels_only else _need_headers(tensorrt_include, environment, cuda),
+        target=cuda,
     )
 
 
@@ -131,14 +139,21 @@ def parse_architecture(text: str) -> int:
     return number
 
 
-def _wanted_architectures(texts: Sequence[str]) -> tuple[int, ...]:
-    """Rising; empty for all that the compiler knows."""
+def _wanted_architectures(texts: Sequence[str], *, here: bool) -> tuple[int, ...]:
+    """Rising; empty for all that the compiler knows. here: the build is for this machine, and its GPUs."""
     if "all" in texts:
         if len(texts) > 1:
             raise UsageError("--architecture all stands alone", got=", ".join(texts))
         return ()
     if texts:
         return tuple(sorted({parse_architecture(text) for text in texts}))
+    if not here:
+        raise PluginError(
+            "the architecture to compile for is not known",
+            got="--target without --architecture",
+            expected="that of the other machine's GPU",
+            hint="--architecture 87 (Jetson Orin) or 110 (Jetson Thor)",
+        )
     found = toolchain.find_architectures()
     supported = tuple(number for number in found if number >= toolchain.LEAST_ARCHITECTURE)
     if not supported:
@@ -182,6 +197,17 @@ def _choose_nvcc(nvccs: list[toolchain.Nvcc], wanted: tuple[int, ...]) -> toolch
     )
 
 
+def _need_cxx(environment: Mapping[str, str]) -> toolchain.Tool:
+    cxx = toolchain.find_cxx(environment)
+    if cxx is None:
+        raise PluginError(
+            "there is no C++ compiler",
+            expected="g++ or clang++",
+            hint="apt-get install g++, or set CUDAHOSTCXX",
+        )
+    return cxx
+
+
 def _need_cmake(environment: Mapping[str, str]) -> toolchain.Tool:
     cmake, least = toolchain.find_cmake(environment), ".".join(map(str, toolchain.LEAST_CMAKE))
     if cmake is None or cmake.version < toolchain.LEAST_CMAKE:
@@ -203,7 +229,9 @@ def _need_make(environment: Mapping[str, str]) -> tuple[str, Path]:
     return found
 
 
-def _need_headers(given: Path | None, environment: Mapping[str, str]) -> toolchain.Headers:
+def _need_headers(
+    given: Path | None, environment: Mapping[str, str], cuda: targets.CudaTarget | None
+) -> toolchain.Headers:
     if given is not None:
         headers = toolchain.read_headers(given)
         if headers is None:
@@ -215,7 +243,7 @@ def _need_headers(given: Path | None, environment: Mapping[str, str]) -> toolcha
             )
         candidates = [headers]
     else:
-        candidates = toolchain.find_headers(environment)
+        candidates = toolchain.find_headers(environment, cuda.processor.triplet if cuda else None)
     usable = [headers for headers in candidates if headers.usable]
     if usable:
         return usable[0]

@@ -33,8 +33,11 @@ class BuiltStatus:
 
     folder: str
     state: str
-    """"current", "stale" (made from other sources), or "damaged" (a library is not what was built)."""
+    """"current", "foreign" (for another kind of processor), "stale" (made from other sources), or "damaged"
+    (a library is not what was built)."""
     architectures: tuple[str, ...]
+    machine: str
+    """The kind of processor that it is for, such as "aarch64"."""
     cuda: str
     tensorrt: str | None
     """Version of the headers; None: kernels alone."""
@@ -108,7 +111,7 @@ def _look_at_builds() -> list[BuiltStatus]:
     except PluginError:  # an installation without sources: what it has cannot be compared
         digest = ""
     for built in built_plugins():
-        state, detail = "current", None
+        state, detail = "foreign" if built.is_foreign else "current", None
         if (built.sources, built.version) != (digest, __version__):
             state = "stale"
         try:
@@ -116,8 +119,9 @@ def _look_at_builds() -> list[BuiltStatus]:
                 built.library(name)
         except PluginError as error:
             state, detail = "damaged", error.what
+        folder = str(built.folder)
         found.append(
-            BuiltStatus(str(built.folder), state, built.architectures, built.cuda, built.tensorrt, detail)
+            BuiltStatus(folder, state, built.architectures, built.machine, built.cuda, built.tensorrt, detail)
         )
     return found
 

@@ -121,7 +121,7 @@ def read_nvcc(path: Path) -> Nvcc | None:
 def find_cxx(environment: Mapping[str, str] = os.environ) -> Tool | None:
     """The C++ compiler: $CUDAHOSTCXX, $CXX, else c++, g++ or clang++."""
     for name in (environment.get("CUDAHOSTCXX"), environment.get("CXX"), "c++", "g++", "clang++"):
-        if name and (tool := _tool(name, environment)) is not None:
+        if name and (tool := find_tool(name, environment)) is not None:
             return tool
     return None
 
@@ -129,7 +129,7 @@ def find_cxx(environment: Mapping[str, str] = os.environ) -> Tool | None:
 def find_cmake(environment: Mapping[str, str] = os.environ) -> Tool | None:
     """The newest of the system's CMake and the one that pip installed beside this Python."""
     here = Path(sys.executable).parent / "cmake"
-    found = [tool for name in ("cmake", str(here)) if (tool := _tool(name, environment)) is not None]
+    found = [tool for name in ("cmake", str(here)) if (tool := find_tool(name, environment)) is not None]
     return max(found, key=lambda tool: tool.version >= LEAST_CMAKE, default=None)
 
 
@@ -142,14 +142,25 @@ def find_make(environment: Mapping[str, str] = os.environ) -> tuple[str, Path] |
     return None
 
 
-def find_headers(environment: Mapping[str, str] = os.environ) -> list[Headers]:
+def find_tool(name: str, environment: Mapping[str, str] = os.environ) -> Tool | None:
+    """A program by its name or path; None if it is not there, or does not say its version."""
+    path = shutil.which(name, path=environment.get("PATH"))
+    said = run_tool(path, "--version") if path else None
+    if path is None or not said:
+        return None
+    first = said.strip().splitlines()[0]
+    match = re.search(r"\d+(?:\.\d+)+", re.sub(r"\(.*?\)", "", first))
+    return Tool(Path(path), _numbers(match[0]) if match else (), first)
+
+
+def find_headers(environment: Mapping[str, str] = os.environ, triplet: str | None = None) -> list[Headers]:
     """TensorRT's headers, the preferred first; none twice.
 
-    Looked for, in this order: $TENSORRT_ROOT, /usr/include/<this machine's triplet> (Debian packages and
-    JetPack), /usr/include, /usr/local/tensorrt and similar.
+    Looked for, in this order: $TENSORRT_ROOT, /usr/include/<triplet> (Debian packages and JetPack; default:
+    this machine's), /usr/include, /usr/local/tensorrt and similar.
     """
     found: dict[Path, Headers] = {}
-    for folder in _header_places(environment):
+    for folder in _header_places(environment, triplet):
         headers = read_headers(folder)
         if headers is not None:
             found.setdefault(headers.folder.resolve(), headers)
@@ -234,24 +245,14 @@ def _nvcc_places(environment: Mapping[str, str]) -> Iterator[Path]:
                 yield nvcc
 
 
-def _header_places(environment: Mapping[str, str]) -> Iterator[Path]:
+def _header_places(environment: Mapping[str, str], triplet: str | None) -> Iterator[Path]:
     if root := environment.get("TENSORRT_ROOT"):
         yield Path(root)
-    triplet = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
+    triplet = triplet or sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
     yield SYSTEM / "usr/include" / triplet
     yield SYSTEM / "usr/include"
     for top in ("usr/local", "opt"):
         yield from sorted((SYSTEM / top).glob("[Tt]ensor[Rr][Tt]*"), reverse=True)
-
-
-def _tool(name: str, environment: Mapping[str, str]) -> Tool | None:
-    path = shutil.which(name, path=environment.get("PATH"))
-    said = run_tool(path, "--version") if path else None
-    if path is None or not said:
-        return None
-    first = said.strip().splitlines()[0]
-    match = re.search(r"\d+(?:\.\d+)+", re.sub(r"\(.*?\)", "", first))
-    return Tool(Path(path), _numbers(match[0]) if match else (), first)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""`dijiang-export build-plugin`: compile the CUDA kernels and the TensorRT plugin for this machine."""
+"""`dijiang-export build-plugin`: compile the CUDA kernels and the TensorRT plugin."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ class BuildPluginArguments:
             "--architecture", "architectures", multiple=True, metavar="ARCH",
             help="GPU to compile for: 87, sm_87 or 8.7, may be repeated; all: every tuned one that nvcc "
             "knows. Default: this machine's GPUs.",
+        ),
+    ]  # fmt: skip
+    target: Annotated[
+        str | None,
+        click.option(
+            "--target", metavar="MACHINE|FOLDER",
+            help="Compile for another kind of processor: aarch64 (Jetson, Arm servers), or a folder with "
+            "CUDA for it. Default: this machine's own.",
         ),
     ]  # fmt: skip
     tensorrt_include: Annotated[
@@ -71,6 +79,7 @@ def build_plugin(output: Output, given: BuildPluginArguments) -> None:
             "reused": result.reused,
             "seconds": round(result.seconds, 1),
             "architectures": built.architectures,
+            "machine": built.machine,
             "cuda": built.cuda,
             "tensorrt": built.tensorrt,
             "libraries": built.libraries,
@@ -88,6 +97,7 @@ def _build(given: BuildPluginArguments, output: Output) -> BuildResult:
         architectures=given.architectures,
         kernels_only=given.kernels_only,
         tensorrt_include=given.tensorrt_include,
+        target=given.target,
     )
     result = build(needed, force=given.force, jobs=given.jobs, progress=output.progress, log=output.log)
     if given.folder is not None:
@@ -98,8 +108,11 @@ def _build(given: BuildPluginArguments, output: Output) -> BuildResult:
 def _describe(result: BuildResult, where: Path) -> str:
     built = result.built
     done = "nothing changed; built before" if result.reused else f"built in {result.seconds:.0f} s"
-    lines = [f"{where}: {done}", f"for {', '.join(built.architectures)}, CUDA {built.cuda}"]
+    machine = f" on {built.machine}" if built.is_foreign else ""
+    lines = [f"{where}: {done}", f"for {', '.join(built.architectures)}{machine}, CUDA {built.cuda}"]
     lines += [f"  {name}" for name in built.libraries]
     if built.tensorrt is not None:
         lines.append(f"the plugin is for TensorRT {built.tensorrt_major} (headers of {built.tensorrt})")
+    if built.is_foreign:
+        lines.append("copy the folder to the other machine, where DIJIANG_PLUGIN names it")
     return "\n".join(lines)

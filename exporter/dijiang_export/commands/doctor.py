@@ -100,8 +100,9 @@ def _plugin(plugin: PluginStatus) -> Group:
     for column in ("state", "TensorRT", "for", "CUDA", "where"):
         table.add_column(column)
     for built in plugin.built:
-        state = Text(built.state, style="green" if built.state == "current" else "red")
-        names = Text(" ".join(built.architectures))
+        style = {"current": "green", "foreign": ""}.get(built.state, "red")
+        state = Text(built.state, style=style)
+        names = Text(" ".join((*built.architectures, f"on {built.machine}")))
         table.add_row(state, built.tensorrt or "-", names, built.cuda, Text(built.folder))
     return Group(title, facts, table)
 

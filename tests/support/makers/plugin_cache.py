@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ def make_build(cache: Path, name: str, **changes: Any) -> Path:
     for library in libraries:
         (folder / library).write_text(f"{name} {library}")
     facts = {
-        "version": __version__, "sources": plugin_cache.source_hash(), "cuda": "13.0", "machine": "x86_64",
-        "architectures": ["sm_90", "compute_90"], "tensorrt": tensorrt, "made": "2026-01-01T00:00:00+00:00",
+        "version": __version__, "sources": plugin_cache.source_hash(), "cuda": "13.0",
+        "machine": platform.machine(), "architectures": ["sm_90", "compute_90"], "tensorrt": tensorrt,
+        "made": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     plugin_cache.write_manifest(folder, facts | changes, libraries)
     return folder
