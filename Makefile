@@ -11,6 +11,7 @@
 # ENGINE_PYTHON  the Python that has TensorRT, for `make engine-test`          default: that of .venv
 # ENGINE_TEST  more options of tests/gpu/engine_test.py                      e.g. ENGINE_TEST="--dtypes float16"
 # KERNELS      more options of `make bench-kernels`                          e.g. KERNELS="--shape 32x128"
+# FORM         of `make test-arm64`: whole, or short as in CI                 default: whole
 # PYTHONS      versions for `make test-pythons`                               default: 3.10 3.12 3.13
 # SHAPES       what `make bench-export` exports                              default: 410M, 1B and 2.8B
 
@@ -27,6 +28,7 @@ ARCHITECTURES ?=
 JOBS ?= $(shell nproc)
 TRT_INCLUDE ?=
 KERNELS ?=
+FORM ?= whole
 PYTHONS ?= 3.10 3.12 3.13
 SHAPES ?= pythia-410m pythia-1b pythia-2.8b
 
@@ -44,7 +46,7 @@ SHARING := OMP_NUM_THREADS=1 DIJIANG_SPINNING=off
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup demo test test-pythons lint format plugin plugin-headers bindings registry-test engine-test bench bench-export bench-kernels clean distclean
+.PHONY: help setup demo test test-pythons test-arm64 lint format plugin plugin-headers bindings registry-test engine-test bench bench-export bench-kernels clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +80,13 @@ test-pythons: $(BUNDLE)/manifest.json ## the tests that need no PyTorch, on the 
 	rm -rf build/wheel
 	$(BIN)/python -m hatchling build -t wheel -d build/wheel
 	$(BIN)/python .ci/test_pythons.py --wheel build/wheel/*.whl --bundle $(BUNDLE) --least 1300 $(if $(CI),--require) $(PYTHONS)
+
+test-arm64: $(BUNDLE)/manifest.json ## compile for arm64 and run it under qemu; TRT_INCLUDE: the plugin too (fetches 300 MB)
+	rm -rf build/arm64-wheel
+	$(BIN)/python -m hatchling build -t wheel -d build/arm64-wheel
+	$(BIN)/python .ci/fetch_arm64.py --form $(FORM) --wheel build/arm64-wheel/*.whl build/arm64
+	env -u MAKEFLAGS -u MAKELEVEL $(SHARING) DIJIANG_ARM64=$(FORM) DIJIANG_TENSORRT_INCLUDE="$(TRT_INCLUDE)" \
+		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/arm64 $(ARGS)
 
 lint: $(INSTALLED) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
