@@ -49,7 +49,7 @@ EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines s
 .PHONY: help setup demo test test-pythons test-arm64 lint format plugin plugin-headers bindings registry-test engine-test bench bench-export bench-kernels clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make the virtual environment, with the versions of constraints.txt
 

@@ -87,6 +87,8 @@ def make_root(folder: Path, wheel: Path, form: str) -> None:
     pip(part / "opt/dijiang", *wanted, python=versions[0])
     if form == "whole":
         pip(part / "wheels", *wanted, python=versions[0], command="download")
+    for name in ("proc", "dev", "tmp", "checkout"):  # where tests/arm64/enter.sh mounts
+        (part / name).mkdir(exist_ok=True)
     part.rename(root)
 
 

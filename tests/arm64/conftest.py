@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from support.arm64 import COMPILER, CUDA, FOLDER, FORM, SYSTEM, Arm, need, one_at_a_time, python
 
+from dijiang_engines.errors import PluginError
 from dijiang_engines.plugin import toolchain
-from dijiang_engines.plugin.cache import BuiltPlugin, read_manifest
+from dijiang_engines.plugin.cache import KERNELS, BuiltPlugin, read_manifest, source_hash
 
 collect_ignore_glob = [] if FORM else ["test_*.py"]
 
@@ -56,5 +57,16 @@ def kernels(cross_tools: None) -> BuiltPlugin:
     command = ["-m", "dijiang_export", "build-plugin", "--kernels-only", "--architecture", "87"]
     command += ["--architecture", "110"] if FORM == "whole" else []
     with one_at_a_time("kernels"):
-        python(*command, "--target", str(CUDA), "--output", str(folder))
+        if not is_made(folder):
+            python(*command, "--target", str(CUDA), "--output", str(folder))
     return read_manifest(folder)
+
+
+def is_made(folder: Path) -> bool:
+    """True if the kernels are there, of these sources and for the wanted GPUs; others may be reading them."""
+    try:
+        built = read_manifest(folder)
+        built.library(KERNELS)
+    except PluginError:
+        return False
+    return built.sources == source_hash() and ("sm_110" in built.architectures) == (FORM == "whole")

@@ -29,7 +29,6 @@ if [ "$root" = / ]; then
     cd "$folder"
     exec "$@"
 fi
-for name in proc dev tmp checkout; do mkdir -p "$root/$name"; done
 for name in proc dev; do mount --rbind "/$name" "$root/$name"; done
 mount --bind "$CPUINFO" "$root/proc/cpuinfo"
 mount --bind "$CHECKOUT" "$root/checkout"

@@ -39,8 +39,9 @@ def test_it_exports_the_c_abi_and_nothing_else(kernels: BuiltPlugin) -> None:
 def test_this_machine_takes_it_for_what_it_is(kernels: BuiltPlugin) -> None:
     """doctor does not count it, and opening it says why it cannot be."""
     found = json.loads(python("-m", "dijiang_export", "doctor", "--json"))["plugin"]["built"]
-    (built,) = [built for built in found if built["folder"].startswith(str(FOLDER))]
-    assert (built["state"], built["machine"]) == ("foreign", "aarch64")
+    assert {built["machine"] for built in found if built["folder"].startswith(str(FOLDER))} == {"aarch64"}
+    assert "foreign" in {built["state"] for built in found}  # others may be of earlier sources
+    assert "current" not in {built["state"] for built in found}
     script = (
         "import sys; from pathlib import Path; from dijiang_engines.errors import KernelError\n"
         "from dijiang_engines.kernels.library import Library\n"

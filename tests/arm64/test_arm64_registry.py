@@ -82,14 +82,16 @@ def test_in_the_real_registry(folder: Path, built: Path, arm: Arm) -> None:
 
 @whole
 def test_the_cpp_sample_on_its_fakes(emulator: Arm, cross_tools: None) -> None:
-    """tests/samples/test_samples_cpp.py, with programs for arm64, which the kernel hands to qemu."""
+    """The sample's own tests with programs for arm64, which the kernel hands to qemu."""
     variables = {
         "CXX": COMPILER, "CUDA_HOME": str(next(CUDA.glob("nvidia/cu*"))), "QEMU_LD_PREFIX": str(SYSROOT),
         "TRT_INCLUDE": ":".join(map(str, HEADERS)), "DIJIANG_ARM64": "",
     }  # fmt: skip
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0")
-    sample = "tests/samples/test_samples_cpp.py"
-    done = emulator.start(Path("/"), ROOT, *command, sample, limit=1800, **variables)
+    plugins = ("libraries_that_are_no_plugin", "a_plugin_for_another_processor")
+    tests = ["tests/samples/test_samples_cpp.py"]
+    tests += [f"tests/samples/test_samples_cpp_files.py::test_{name}" for name in plugins]
+    done = emulator.start(Path("/"), ROOT, *command, *tests, limit=1800, **variables)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     print(done.stdout)
     counted = re.search(r"(\d+) passed", done.stdout)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fakes.elf_files import elf
 from support.makers.cpp_sample import (
     Make,
     compiled_fakes,
@@ -29,6 +30,7 @@ from support.makers.cpp_sample import (
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.engine import open_engine
 from dijiang_engines.formats.safe_files import parse_json
+from dijiang_engines.plugin.elf import machine_of
 
 pytestmark = needs_compiler
 
@@ -232,6 +234,16 @@ def test_no_engine(fakes: Path, tmp_path: Path) -> None:
 )
 def test_libraries_that_are_no_plugin(fakes: Path, make: Make, library: str, message: str) -> None:
     assert message in failed(fakes, "--plugin", fakes / library, make(), "1")
+
+
+def test_a_plugin_for_another_processor(fakes: Path, make: Make, tmp_path: Path) -> None:
+    """In words: dlopen says that there is no such file. Both ways round: tests/arm64."""
+    own = machine_of(fakes / "dijiang_generate")
+    other = "x86_64" if own == "aarch64" else "aarch64"
+    plugin = tmp_path / "libdijiang_tensorrt_10.so"
+    plugin.write_bytes(elf(other))
+    said = failed(fakes, "--plugin", plugin, make(), "1")
+    assert said.startswith(f"error: {plugin} is compiled for {other} and cannot be loaded on {own}\nhint: ")
 
 
 def test_a_plugin_of_other_sources(fakes: Path, make: Make, tmp_path: Path) -> None:
