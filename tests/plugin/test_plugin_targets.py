@@ -48,14 +48,8 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeToolchain:
         monkeypatch.delenv(name)
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)
-    compiler(made)
+    made.cross_compiler()
     return made
-
-
-def compiler(tools: FakeToolchain, name: str = CROSS, machine: str = "aarch64-linux-gnu") -> Path:
-    return tools.program(
-        name, f"#!/bin/sh\n[ \"$1\" = -dumpmachine ] && echo {machine} || echo '{name} (Test) 12.2.0'\n"
-    )
 
 
 def needs(
@@ -245,7 +239,7 @@ def test_compilers_that_are_not_for_it(tools: FakeToolchain, tmp_path: Path) -> 
     error = failure(lambda: needs(tools, tmp_path))
     assert (error.what, error.expected) == ("there is no C++ compiler for aarch64", CROSS)
     assert "apt-get install g++-aarch64-linux-gnu" in str(error.hint)
-    tools.variables["CUDAHOSTCXX"] = str(compiler(tools, "own-g++", "aarch64-unknown-linux-gnu"))
+    tools.variables["CUDAHOSTCXX"] = str(tools.cross_compiler("own-g++", "aarch64-unknown-linux-gnu"))
     assert needs(tools, tmp_path).cxx.path == tools.bin / "own-g++"
 
 

@@ -1,4 +1,7 @@
-"""The heads of compiled files for any kind of processor, and CUDA folders of them: nothing here can run."""
+"""The heads of compiled files for any kind of processor, and CUDA folders of them: nothing here can run.
+
+They prove orchestration only; tests/arm64 has the real ones.
+"""
 
 from __future__ import annotations
 

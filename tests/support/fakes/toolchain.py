@@ -98,6 +98,13 @@ class FakeToolchain:
     def cmake(self, version: str = "3.25.1") -> None:
         self.program("cmake", _CMAKE.format(python=_PYTHON, cmake=version))
 
+    def cross_compiler(self, name: str = "aarch64-linux-gnu-g++", triplet: str = "aarch64-linux-gnu") -> Path:
+        """A C++ compiler for another kind of processor."""
+        return self.program(
+            name,
+            f"#!/bin/sh\n[ \"$1\" = -dumpmachine ] && echo {triplet} || echo '{name} (Test) 12.2.0'\n",
+        )
+
     def headers(self, version: tuple[int, int, int] = TENSORRT, folder: Path | None = None) -> Path:
         folder = folder or self.system / "opt/TensorRT/include"
         write_headers(folder, version)
