@@ -286,6 +286,21 @@ def test_a_build_for_it(tools: FakeToolchain, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "copied").machine == "aarch64"
 
 
+def test_a_compiler_for_another_processor_is_noticed(
+    tools: FakeToolchain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CMAKE", "other-processor")
+    monkeypatch.setenv("FAKE_LIBRARY", elf(OTHER).hex())
+    error = failure(lambda: build(needs(tools, HERE)))
+    assert error.what == f"{tools.bin / 'c++'} compiled for another kind of processor"
+    assert (error.got, error.expected) == (OTHER, HERE)
+    assert "CUDAHOSTCXX" in str(error.hint)
+    (log,) = tools.leftovers()
+    assert log in str(error.hint)
+    monkeypatch.setenv("FAKE_LIBRARY", elf(HERE).hex())
+    assert build(needs(tools, HERE)).built.machine == HERE
+
+
 @on_x86
 def test_it_is_another_build_than_this_machines(tools: FakeToolchain, tmp_path: Path) -> None:
     folders = [cuda_target(tmp_path / name) for name in ("a", "b")]

@@ -30,6 +30,7 @@ from dijiang_engines.plugin.cache import (
     write_manifest,
 )
 from dijiang_engines.plugin.compiling import Step, run_step
+from dijiang_engines.plugin.elf import machine_of
 from dijiang_engines.plugin.requirements import BuildRequirements
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.version import __version__
@@ -156,6 +157,13 @@ def _compile(
         made = work / name
         if not made.is_file():
             raise PluginError(f"the build made no {name}", hint=f"the whole log is in {log_file}")
+        if (machine := machine_of(made)) not in (None, needs.machine):
+            raise PluginError(
+                f"{needs.cxx.path} compiled for another kind of processor",
+                got=machine,
+                expected=needs.machine,
+                hint=f"unset CXX and CUDAHOSTCXX, or --target {machine}; the whole log is in {log_file}",
+            )
         shutil.move(made, folder / name)
     for name in _REPORTS:
         if (work / name).is_file():

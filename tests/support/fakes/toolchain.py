@@ -1,8 +1,9 @@
 """A CUDA toolkit, CMake and compilers that compile nothing: to test what `build-plugin` does around them.
 
 It proves orchestration only; that the sources compile is plugin_builds.py's to show.
-FAKE_CMAKE in the environment makes cmake misbehave: "configure-fails", "compile-fails", "makes-nothing", or
-"hangs" (until it is killed). Every call is one line in calls.txt.
+FAKE_CMAKE in the environment makes cmake misbehave: "configure-fails", "compile-fails", "makes-nothing",
+"other-processor" (a library that starts as FAKE_LIBRARY says), or "hangs" (until it is killed). Every call is
+one line in calls.txt.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ else:
     if mode != "makes-nothing":
         code = os.urandom(16).hex()  # two builds differ
         (work / "libdijiang_kernels.so").write_text(f"kernels {{code}}")
+        if mode == "other-processor":
+            (work / "libdijiang_kernels.so").write_bytes(bytes.fromhex(os.environ["FAKE_LIBRARY"]))
         include = defines["TENSORRT_INCLUDE"]
         if include:
             text = pathlib.Path(include, "NvInferVersion.h").read_text()
