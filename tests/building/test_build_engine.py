@@ -202,8 +202,8 @@ def test_an_engine_says_what_it_is(bundle: Path, tmp_path: Path) -> None:
     manifest = opened.manifest
     assert (opened.spec, opened.dtype, opened.identity) == (source.spec, "float32", source.identity)
     assert manifest["made_for"] | {"plugin_sources": "", "plugin_version": ""} == {
-        "tensorrt": "8.6.0", "gpu": "NVIDIA Test", "compute_capability": 90, "plugin_sources": "",
-        "plugin_version": "",
+        "runtime": "tensorrt", "tensorrt": "8.6.0", "gpu": "NVIDIA Test", "compute_capability": 90,
+        "compute_capabilities": [90], "graphs": "plugin", "plugin_sources": "", "plugin_version": "",
     }  # fmt: skip
     assert manifest["made_with"]["cuda_driver"] == "12.8" and manifest["made_with"]["tf32"] is False
     assert manifest["validated"]["passed"] and manifest["validated"]["checks"] > 100

@@ -64,7 +64,8 @@ def run(
     ],
 )
 def test_what_is_not_installed(bundle: Path, tmp_path: Path, without: tuple[str, ...], words: str) -> None:
-    done = run(FakeMachine(tmp_path / "machine"), bundle, "-o", tmp_path / "e", without=without)
+    options = ("-o", tmp_path / "e", "--runtime", "tensorrt")
+    done = run(FakeMachine(tmp_path / "machine"), bundle, *options, without=without)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and words in done.stderr.splitlines()[0]
     assert done.stderr.splitlines()[-1].startswith("hint: ") and "Traceback" not in done.stderr
@@ -159,7 +160,7 @@ def test_the_estimate_follows_what_is_asked_for(tmp_path: Path) -> None:
     assert estimate_memory(last, recipe.with_changes(max_batch=1)).device < usual.device
     assert estimate_memory(last, recipe.with_changes(workspace_mb=2048)).device == usual.device + (1 << 30)
     assert estimate_memory(every, recipe).device > usual.device
-    assert "GB on the GPU" in str(usual)
+    assert "GB on the GPU" in usual.text(True) and "GPU" not in usual.text(False)
 
 
 # The builder fails

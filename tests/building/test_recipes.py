@@ -25,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NAMES = ["datacenter", "jetson-orin", "jetson-thor", "rtx"]
+NAMES = ["datacenter", "jetson-orin", "jetson-thor", "rtx", "rtx-portable"]
 
 
 def test_the_names() -> None:
@@ -53,6 +53,8 @@ def test_boards_are_told_by_their_gpu() -> None:
     assert load_recipe("jetson-orin").architectures == (87,)
     assert load_recipe("jetson-thor").architectures == (101, 110)  # CUDA 12's and 13's number for it
     assert load_recipe("datacenter").architectures == ()
+    assert load_recipe("rtx").architectures == (86, 89, 120)
+    assert load_recipe("rtx-portable").architectures == (80, 86, 89, 120, 121)
 
 
 def test_an_own_recipe(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_right_folder(engine: Path) -> None:
     opened = open_engine(engine)
     assert (opened.spec, opened.dtype, opened.all_logits, opened.name) == (SPEC, "float32", False, "toy")
     assert opened.profiles == Profiles(max_batch=4, max_length=64, opt_batch=1, opt_length=16)
-    assert opened.made_for.compute_capability == 90
+    assert opened.made_for.compute_capabilities == (90,)
     assert (opened.prefill.file, opened.prefill.profile) == ("model.plan", 0)
     assert (opened.step.file, opened.step.profile) == ("model.plan", 1)
     assert opened.config_path == engine / "config.json"
@@ -165,6 +165,10 @@ BAD = [
     (("made_for", "compute_capability"), "90", "made_for.compute_capability"),
     (("made_for", "compute_capability"), 10**9, "made_for.compute_capability"),
     (("made_for", "plugin_sources"), None, "made_for.plugin_sources"),
+    (("made_for", "runtime"), "tensorrt-lean", "made_for.runtime"),
+    (("made_for", "runtime"), ["tensorrt"], "made_for.runtime"),
+    (("made_for", "graphs"), {}, "made_for.graphs"),
+    (("made_for", "runtime"), "tensorrt-rtx", "made_for.compute_capabilities"),
     (("source",), None, "source"),
     (("source", "name"), 5, "source.name"),
     (("source", "weights_sha256"), None, "source.weights_sha256"),

@@ -21,7 +21,7 @@ def refusal(major: int | None = None, cache: Path | None = None, architecture: i
     def find() -> Path:
         if major is None:
             return find_kernels_library(architecture, cache)
-        return find_tensorrt_library(major, architecture, cache)
+        return find_tensorrt_library(major, () if architecture is None else (architecture,), cache)
 
     with pytest.raises(PluginError) as caught:
         find()
@@ -53,7 +53,7 @@ def test_the_newest_that_fits_is_found(tmp_path: Path) -> None:
     for_orin = make_build(tmp_path, "orin", tensorrt=None, architectures=["sm_87", "compute_87"])
     assert find_kernels_library(cache=tmp_path) == new / KERNELS
     assert find_tensorrt_library(8, cache=tmp_path) == tmp_path / "old/libdijiang_tensorrt_8.so"
-    assert find_tensorrt_library(10, 90, tmp_path) == new / "libdijiang_tensorrt_10.so"
+    assert find_tensorrt_library(10, (90,), tmp_path) == new / "libdijiang_tensorrt_10.so"
     # machine code before newer PTX; PTX where there is nothing else
     assert find_kernels_library(87, tmp_path) == for_orin / KERNELS
     assert find_kernels_library(89, tmp_path) == for_orin / KERNELS
@@ -161,9 +161,9 @@ def test_any_value_of_a_manifest_may_be_anything(tmp_path: Path) -> None:
                 assert build.is_current() in (True, False)
                 assert runs_on(build.architectures, 90) in (True, False)
                 assert build.tensorrt_major is None or build.tensorrt_major >= 0
-            for major, architecture in ((None, None), (None, 90), (10, 90)):
+            for major, architectures in ((None, ()), (None, (90,)), (10, (90, 89))):
                 with suppress(PluginError):
-                    plugin_cache._find(KERNELS, major, architecture, tmp_path)
+                    plugin_cache._find(KERNELS, major, architectures, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dijiang_engines.building.lock import only_builder
 from dijiang_engines.building.memory import MemoryEstimate, check_memory, estimate_memory
-from dijiang_engines.building.plans import check_fit, plans, plugin_multiplies
+from dijiang_engines.building.plans import PlanSource, check_fit, plans, plugin_multiplies
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.building.run_worker import run_worker
+from dijiang_engines.building.target import Target, choose_target
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.formats.bundle import Bundle
@@ -28,7 +29,7 @@ from dijiang_engines.formats.engine import (
 from dijiang_engines.formats.file_table import ENGINE_MANIFEST, MANIFEST, REFERENCE
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
-from dijiang_engines.nvidia.tensorrt_library import TensorRT
+from dijiang_engines.nvidia.private_link import parser_environment
 from dijiang_engines.plugin.cache import cache_folder
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
@@ -60,23 +61,30 @@ def build_engine(
     use_timing_cache: bool = True,
     validate: bool = True,
     check_estimate: bool = True,
+    runtime: str | None = None,
+    capabilities: Sequence[str] = (),
+    use_plugin: bool | None = None,
     progress: ProgressFactory = silent,
     log: Callable[[str], None] = lambda text: None,
 ) -> BuildResult:
-    """Build an engine for this machine's GPU and the TensorRT that is installed.
+    """Build an engine: for this machine's GPU with TensorRT, for several GPUs with TensorRT for RTX.
 
     Args:
         bundle: what to build.
         output: the engine folder; appears only when everything is done, validated and complete.
         recipe: for which sizes, and how.
         precision: must be the bundle's type if given: it is fixed when a bundle is exported.
-        device: index of the GPU.
+        device: index of the GPU that TensorRT builds for, and that validates.
         force: replace an engine that is there.
         timing_cache: file of kernel timings to start from and add to; default: one per TensorRT and GPU in
             the user's cache folder.
         use_timing_cache: False measures everything anew.
-        validate: replay the recorded cases on the new engine; a difference means that there is no engine.
+        validate: replay the recorded cases on the new engine, if this machine has a GPU for it; a difference
+            means that there is no engine.
         check_estimate: refuse to begin if memory will not suffice.
+        runtime: "tensorrt" or "tensorrt-rtx"; default: what is installed, TensorRT first.
+        capabilities: TensorRT for RTX: the GPUs to build for, such as "8.6"; default: the recipe's.
+        use_plugin: TensorRT for RTX: False builds from standard graphs, None does so if no plugin was built.
         progress: for the parts.
         log: takes lines for people.
 
@@ -88,42 +96,88 @@ def build_engine(
         OutputError: `output` exists, cannot be written, or is being written by another process.
     """
     check_fit(bundle, recipe, precision)
-    cuda = Cuda(device)
-    facts = cuda.facts()
-    tensorrt = TensorRT(facts.compute_capability)
-    _check_dialect(bundle, recipe, tensorrt, facts)
+    target = choose_target(
+        bundle, recipe, runtime=runtime, capabilities=capabilities, use_plugin=use_plugin, device=device,
+        log=log,
+    )  # fmt: skip
     estimate = estimate_memory(bundle, recipe)
-    log(f"TensorRT {tensorrt.version}, {facts.name}; {estimate}")
+    log(f"{target.about}; {estimate.text(target.gpu is not None)}")
     if check_estimate:
-        check_memory(estimate, facts)
-    cache = None
-    if use_timing_cache:
-        cache = timing_cache or timing_cache_path(tensorrt.version, facts)
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        check_memory(estimate, target.gpu)
+    cache = _timing_cache(target, timing_cache, use_timing_cache)
     with (
         only_builder(output),
         output_folder(output, force=force, markers=(ENGINE_MANIFEST,)) as folder,
         bundle.opened.unchanged_by_name(*bundle.files),
     ):
-        builds = []
-        for file, graph, profiles in plans(bundle, recipe):
-            request = BuildRequest(
-                onnx=bundle.graph_path(graph), plan=folder / file, plugin=tensorrt.plugin_library,
-                dtype=bundle.dtype, profiles=profiles, workspace=recipe.workspace_mb << 20,
-                optimization_level=recipe.optimization_level, timing_cache=cache, device=device,
-                plugin_products=file == LAYOUTS["two"][1] and plugin_multiplies(bundle, recipe),
-            )  # fmt: skip
-            log(f"building {file}; this takes minutes for a large model")
-            builds.append({"file": file} | run_worker(request, folder, progress, f"Building {file}"))
+        builds = [
+            {"file": plan.file} | _build(bundle, recipe, target, plan, folder, cache, device, progress, log)
+            for plan in plans(bundle, recipe, standard=target.plugin is None)
+        ]
         _copy_files(bundle, folder)
-        about = _facts(bundle, recipe, tensorrt, facts, builds)
+        about = _facts(bundle, recipe, target, builds)
         write_engine_manifest(folder, about)
         report = None
-        if validate and bundle.cases is not None:
+        if validate and bundle.cases is not None and _runs_here(target, device):
             report = _validate(folder, device, progress)
             write_engine_manifest(folder, about | {"validated": validation_summary(report)})
     seconds = sum(float(b["seconds"]) for b in builds)
     return BuildResult(open_engine(output, verify=False), seconds, report, estimate)
+
+
+def _build(
+    bundle: Bundle,
+    recipe: Recipe,
+    target: Target,
+    plan: PlanSource,
+    folder: Path,
+    cache: Path | None,
+    device: int,
+    progress: ProgressFactory,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Build one plan in a process of its own; what that said of it."""
+    request = BuildRequest(
+        onnx=bundle.graph_path(plan.graph), plan=folder / plan.file,
+        plugin=None if target.plugin is None else target.plugin[0], dtype=bundle.dtype,
+        profiles=plan.profiles, workspace=recipe.workspace_mb << 20,
+        optimization_level=recipe.optimization_level, timing_cache=cache, device=device,
+        plugin_products=plan.file == LAYOUTS["two"][1] and not target.dialect.ahead_of_time
+        and plugin_multiplies(bundle, recipe),
+        runtime=target.product.name, capabilities=() if target.gpu else target.capabilities,
+    )  # fmt: skip
+    log(f"building {plan.file}; this takes minutes for a large model")
+    with parser_environment(target.dialect, target.version) as environment:
+        return run_worker(request, folder, progress, f"Building {plan.file}", environment)
+
+
+def _timing_cache(target: Target, given: Path | None, use: bool) -> Path | None:
+    """The file to keep timings in; None: nothing is measured, or nothing shall be kept.
+
+    Raises:
+        UsageError: a file was named for a builder that measures nothing.
+    """
+    if target.gpu is None:
+        if given is not None:
+            raise UsageError(
+                f"{target.product.title} measures nothing when it builds: it has no use for --timing-cache"
+            )
+        return None
+    if not use:
+        return None
+    cache = given or timing_cache_path(target.version, target.gpu)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def _runs_here(target: Target, device: int) -> bool:
+    """Is the GPU that the engine is for, or one of them, in this machine?"""
+    if target.gpu is not None:
+        return True
+    try:
+        return Cuda(device).facts().compute_capability in target.capabilities
+    except RunnerError:  # no driver, no GPU, or no bindings of CUDA
+        return False
 
 
 def timing_cache_path(version: str, facts: DeviceFacts) -> Path:
@@ -131,22 +185,6 @@ def timing_cache_path(version: str, facts: DeviceFacts) -> Path:
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", facts.name).strip("-")
     name = f"tensorrt-{version}-sm{facts.compute_capability}-{gpu}.cache"
     return cache_folder().parent / "timing" / name
-
-
-def _check_dialect(bundle: Bundle, recipe: Recipe, tensorrt: TensorRT, facts: DeviceFacts) -> None:
-    if bundle.dtype not in tensorrt.dialect.dtypes:
-        raise RunnerError(
-            f"TensorRT {tensorrt.version} has no {bundle.dtype}",
-            expected=" or ".join(tensorrt.dialect.dtypes),
-            hint="export the checkpoint again with `--dtype float16`",
-        )
-    if recipe.architectures and facts.compute_capability not in recipe.architectures:
-        raise UsageError(
-            f"the recipe {recipe.name} is for other GPUs",
-            got=f"{facts.name}, sm_{facts.compute_capability}",
-            expected=", ".join(f"sm_{number}" for number in recipe.architectures),
-            hint="choose another with --recipe; engines are built on the GPU that runs them",
-        )
 
 
 def validation_summary(report: Report) -> dict[str, Any]:
@@ -172,10 +210,9 @@ def _copy_files(bundle: Bundle, folder: Path) -> None:
             shutil.copyfile(bundle.path / name, folder / name)
 
 
-def _facts(
-    bundle: Bundle, recipe: Recipe, tensorrt: TensorRT, facts: DeviceFacts, builds: list[dict[str, Any]]
-) -> dict[str, Any]:
-    plugin = tensorrt.plugin
+def _facts(bundle: Bundle, recipe: Recipe, target: Target, builds: list[dict[str, Any]]) -> dict[str, Any]:
+    plugin = None if target.plugin is None else target.plugin[1]
+    gpu = target.gpu
     return {
         "created_by": {"dijiang-export": __version__, "python": sys.version.split()[0]},
         "source": {
@@ -188,19 +225,13 @@ def _facts(
         "logits": bundle.logits,
         "layout": recipe.layout,
         "profiles": recipe.profiles.to_json(),
-        "made_for": {
-            "tensorrt": tensorrt.version,
-            "gpu": facts.name,
-            "compute_capability": facts.compute_capability,
-            "plugin_sources": plugin.sources,
-            "plugin_version": plugin.version,
-        },
+        "made_for": target.made_for().to_json(),
         "made_with": {
-            "cuda_driver": facts.driver,
-            "cuda_runtime": facts.runtime,
-            "plugin_cuda": plugin.cuda,
-            "plugin_tensorrt_headers": plugin.tensorrt,
-            "strongly_typed": tensorrt.dialect.strongly_typed,
+            "cuda_driver": gpu.driver if gpu else None,
+            "cuda_runtime": gpu.runtime if gpu else None,
+            "plugin_cuda": plugin.cuda if plugin else None,
+            "plugin_tensorrt_headers": plugin.tensorrt if plugin else None,
+            "strongly_typed": target.dialect.strongly_typed,
             "tf32": False,
             "recipe": {k: v for k, v in asdict(recipe).items() if k != "description"},
             "plans": builds,

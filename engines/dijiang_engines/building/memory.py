@@ -29,11 +29,10 @@ class MemoryEstimate:
     device: int
     host: int
 
-    def __str__(self) -> str:
-        return (
-            f"the build needs about {self.device / 1e9:.1f} GB on the GPU and "
-            f"{self.host / 1e9:.1f} GB on the host"
-        )
+    def text(self, on_gpu: bool) -> str:
+        """For people; without the GPU's part for a builder that takes none."""
+        device = f"{self.device / 1e9:.1f} GB on the GPU and " if on_gpu else ""
+        return f"the build needs about {device}{self.host / 1e9:.1f} GB on the host"
 
 
 def estimate_memory(bundle: Bundle, recipe: Recipe) -> MemoryEstimate:
@@ -51,15 +50,19 @@ def estimate_memory(bundle: Bundle, recipe: Recipe) -> MemoryEstimate:
     return MemoryEstimate(math.ceil(device) + DEVICE_BASE, math.ceil(host) + HOST_BASE)
 
 
-def check_memory(estimate: MemoryEstimate, facts: DeviceFacts) -> None:
+def check_memory(estimate: MemoryEstimate, facts: DeviceFacts | None) -> None:
     """Refuse what cannot work.
+
+    Args:
+        estimate: of the build.
+        facts: of the GPU that it takes; None: it takes none.
 
     Raises:
         RunnerError: the GPU or the host has too little free memory; says what to change.
     """
     host = available_memory()
     hint = "a smaller --max-length, --max-batch or --workspace, a float16 bundle, or --ignore-memory to try"
-    if facts.integrated:
+    if facts is not None and facts.integrated:
         if estimate.device + estimate.host - HOST_BASE > host:
             raise RunnerError(
                 "this board has too little free memory to build the engine",
@@ -68,7 +71,7 @@ def check_memory(estimate: MemoryEstimate, facts: DeviceFacts) -> None:
                 hint=f"stop the desktop; {hint} with swap added",
             )
         return
-    if estimate.device > facts.free_bytes:
+    if facts is not None and estimate.device > facts.free_bytes:
         raise RunnerError(
             "the GPU has too little free memory to build the engine",
             got=f"{facts.free_bytes / 1e9:.1f} GB free of {facts.memory_bytes / 1e9:.1f}",

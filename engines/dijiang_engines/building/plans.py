@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.request import Profile
@@ -33,16 +34,32 @@ def check_fit(bundle: Bundle, recipe: Recipe, precision: str | None) -> None:
         )  # fmt: skip
 
 
-def plans(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[str, str, list[Profile]]]:
-    """(file, graph, profiles) of each plan."""
+class PlanSource(NamedTuple):
+    """What one plan is made from."""
+
+    file: str
+    """The plan's."""
+    graph: str
+    """The bundle's name for the graph."""
+    profiles: list[Profile]
+
+
+def plans(bundle: Bundle, recipe: Recipe, *, standard: bool = False) -> Iterator[PlanSource]:
+    """The plans that there will be.
+
+    Args:
+        bundle: for which model.
+        recipe: for which sizes, in one plan or two.
+        standard: of the graphs in standard operators, not of those with the plugin's node.
+    """
     context = profile_shapes(bundle, recipe.profiles, step=False)
     generation = profile_shapes(bundle, recipe.profiles, step=True)
-    files = LAYOUTS[recipe.layout]
+    files, suffix = LAYOUTS[recipe.layout], "" if standard else "_trt"
     if recipe.layout == "one":
-        yield files[0], "prefill_trt", [context, generation]
+        yield PlanSource(files[0], f"prefill{suffix}", [context, generation])
     else:
-        yield files[0], "prefill_trt", [context]
-        yield files[1], "step_trt", [generation]
+        yield PlanSource(files[0], f"prefill{suffix}", [context])
+        yield PlanSource(files[1], f"step{suffix}", [generation])
 
 
 def plugin_multiplies(bundle: Bundle, recipe: Recipe) -> bool:

@@ -9,9 +9,12 @@ from typing import Any
 from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.engine import LAYOUTS, Profiles
 from dijiang_engines.formats.safe_files import LIMITS, parse_toml, read_bounded
+from dijiang_engines.nvidia.tensorrt_versions import TENSORRT, TENSORRT_RTX
 from dijiang_engines.op_contract import T_TYPES
 
 FOLDER = Path(__file__).parent / "recipes"
+DEFAULTS = {TENSORRT: "datacenter", TENSORRT_RTX: "rtx"}
+"""The recipe that is taken if none is named, by runtime."""
 STEP_PRODUCTS = ("plugin", "tensorrt")
 
 

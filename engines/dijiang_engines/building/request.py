@@ -10,12 +10,14 @@ from typing import Any
 
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.safe_files import parse_json, read_bounded
+from dijiang_engines.nvidia.tensorrt_versions import RUNTIMES, TENSORRT
 from dijiang_engines.op_contract import T_TYPES
 
 Profile = dict[str, list[list[int]]]
 """Input -> its least, best and most shape."""
 
 _PATHS = ("onnx", "plan", "plugin", "timing_cache")
+_OPTIONAL = ("plugin", "timing_cache")
 _MOST_BYTES = 16 << 20  # a thousand layers take 0.2 MB
 _MOST_LEVEL = 5  # NvInfer.h, setBuilderOptimizationLevel
 
@@ -32,8 +34,8 @@ class BuildRequest:
     """The graph, its weights beside it."""
     plan: Path
     """Is written; must not exist."""
-    plugin: Path
-    """Library of the plugin for this TensorRT."""
+    plugin: Path | None
+    """Library of the plugin for this TensorRT; None: the graph is of standard operators."""
     dtype: str
     """Of the graph's activations: one of `op_contract.T_TYPES`."""
     profiles: list[Profile]
@@ -45,14 +47,18 @@ class BuildRequest:
     timing_cache: Path | None
     """Read if it is there, and written; None: every kernel is measured anew."""
     device: int
-    """Index of the GPU."""
+    """Index of the GPU; of no interest if `capabilities` are named."""
     plugin_products: bool
     """Are matrix products to be the plugin's?"""
+    runtime: str = TENSORRT
+    """Who builds: a key of `tensorrt_versions.RUNTIMES`."""
+    capabilities: tuple[int, ...] = ()
+    """Compute capabilities that the plan is for, as 10 * major + minor, where the builder needs no GPU."""
 
     def __post_init__(self) -> None:
         for name in _PATHS:
             value = getattr(self, name)
-            if not isinstance(value, Path) and not (value is None and name == "timing_cache"):
+            if not isinstance(value, Path) and not (value is None and name in _OPTIONAL):
                 raise _wrong(name, value, "a path")
         if self.dtype not in T_TYPES:
             raise _wrong("dtype", self.dtype, " or ".join(T_TYPES))
@@ -62,6 +68,11 @@ class BuildRequest:
                 raise _wrong(name, value, f"a whole number, {least} or more")
         if self.optimization_level > _MOST_LEVEL:
             raise _wrong("optimization_level", self.optimization_level, f"at most {_MOST_LEVEL}")
+        if not isinstance(self.runtime, str) or self.runtime not in RUNTIMES:
+            raise _wrong("runtime", self.runtime, " or ".join(RUNTIMES))
+        numbers = self.capabilities
+        if not isinstance(numbers, tuple) or any(type(n) is not int or not 0 < n < 1000 for n in numbers):
+            raise _wrong("capabilities", numbers, "numbers such as 86")
         if type(self.plugin_products) is not bool:
             raise _wrong("plugin_products", self.plugin_products, "true or false")
         if not isinstance(self.profiles, list) or not self.profiles:
@@ -88,7 +99,9 @@ class BuildRequest:
             got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
             raise _wrong("the request", got, ", ".join(sorted(names)))
         paths = {name: Path(data[name]) if isinstance(data[name], str) else data[name] for name in _PATHS}
-        return cls(**(dict(data) | paths))
+        numbers = data["capabilities"]
+        capabilities = tuple(numbers) if isinstance(numbers, list) else numbers
+        return cls(**(dict(data) | paths | {"capabilities": capabilities}))
 
     def write(self, path: Path) -> None:
         """Into a file for the worker."""

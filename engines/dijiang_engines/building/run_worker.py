@@ -6,10 +6,12 @@ import json
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dijiang_engines.building.events import NODE, PARSING
 from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.fresh_interpreter import command_for
@@ -18,7 +20,13 @@ from dijiang_engines.process_group import end_group
 from dijiang_engines.progress import ProgressFactory
 
 
-def run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, title: str) -> dict[str, Any]:
+def run_worker(
+    request: BuildRequest,
+    folder: Path,
+    progress: ProgressFactory,
+    title: str,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Build one plan; what the worker's "done" says.
 
     Args:
@@ -26,6 +34,7 @@ def run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, t
         folder: for the request and the log while it runs; neither is left there.
         progress: one unit for each step that TensorRT reports.
         title: of the progress.
+        environment: of the process; default: this one's.
 
     Raises:
         RunnerError: it failed or died. Whatever else ends the wait also ends the process.
@@ -37,11 +46,11 @@ def run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, t
     with log_path.open("w", encoding="utf-8") as log_file, progress(title, None, "items") as bar:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file, text=True,
-            start_new_session=True,
+            start_new_session=True, env=environment,
         )  # fmt: skip
         with process:
             try:
-                done = _follow(process, bar)
+                done, phase = _follow(process, bar)
                 status = process.wait()
             except BaseException:
                 end_group(process)
@@ -53,7 +62,7 @@ def run_worker(request: BuildRequest, folder: Path, progress: ProgressFactory, t
         hint = "; ".join(part for part in (done["hint"], kept) if part)
         raise RunnerError(done["what"], got=done["got"], expected=done["expected"], hint=hint or None)
     if status != 0 or not done:
-        raise _died(status, text, kept)
+        raise _died(status, text, kept, request, phase)
     return done
 
 
@@ -69,9 +78,11 @@ def _keep_log(log_path: Path) -> str | None:
     return f"the builder's log is {target}"
 
 
-def _follow(process: subprocess.Popen[str], bar: Any) -> dict[str, Any]:
+def _follow(process: subprocess.Popen[str], bar: Any) -> tuple[dict[str, Any], str]:
+    """What it said last, and the phase that it was in when it ended."""
     assert process.stdout is not None
     last: dict[str, Any] = {}
+    phase = ""
     for line in process.stdout:
         with suppress(json.JSONDecodeError):
             event = json.loads(line)
@@ -81,17 +92,20 @@ def _follow(process: subprocess.Popen[str], bar: Any) -> dict[str, Any]:
             elif kind == "done":
                 last = event
             elif kind in ("step", "phase"):
+                phase = event["name"] if kind == "phase" else phase
                 bar.advance()
-    return last
+    return last, phase
 
 
-def _died(status: int, log: str, kept: str | None) -> RunnerError:
-    lines = [line.strip() for line in log.splitlines() if line.strip()][-3:]
-    hint = kept
+def _died(status: int, log: str, kept: str | None, request: BuildRequest, phase: str) -> RunnerError:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    nodes = [line.partition(NODE)[2] for line in lines if NODE in line]
+    what, hint = "the builder's process died", kept
+    if phase == PARSING:
+        what += f" while it parsed {request.onnx.name}" + (f", at the node {nodes[-1]}" if nodes else "")
     if status == -signal.SIGKILL:
         hint = "host memory ran out: close other programs, add swap, or use a smaller --max-batch"
-    return RunnerError(
-        "the builder's process died",
-        got=f"signal {-status}" if status < 0 else " | ".join(lines)[:500] or f"exit code {status}",
-        hint=hint,
-    )
+    words = " | ".join([line for line in lines if NODE not in line][-3:])[:500]
+    if status < 0:
+        words = f"signal {-status}" + (f": {words}" if words and phase == PARSING else "")
+    return RunnerError(what, got=words or f"exit code {status}", hint=hint)

@@ -9,7 +9,6 @@ print goes to standard error, which the parent keeps as a log.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import resource
 import sys
@@ -17,8 +16,10 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from dijiang_engines.building.ahead import build_ahead
+from dijiang_engines.building.events import PARSING, Events, list_layers, progress_monitor
 from dijiang_engines.building.request import BuildRequest, read_request
 from dijiang_engines.building.step_products import Rewritten, rewrite
 from dijiang_engines.building.typed_network import ATTEMPTS, fix_sizes, type_network
@@ -28,20 +29,6 @@ from dijiang_engines.nvidia.tensorrt_library import failure, load_plugin, tensor
 from dijiang_engines.nvidia.tensorrt_versions import Dialect, context_without_memory, dialect_of
 
 POLL_SECONDS = 0.1
-
-
-class Events:
-    """The way to the parent."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._file: TextIO = os.fdopen(descriptor, "w", encoding="utf-8")
-        self._lock = threading.Lock()
-
-    def send(self, event: str, **values: Any) -> None:
-        """One line."""
-        with self._lock, suppress(BrokenPipeError):
-            self._file.write(json.dumps({"event": event, **values}) + "\n")
-            self._file.flush()
 
 
 class PeakMemory:
@@ -77,16 +64,20 @@ def build(request: BuildRequest, events: Events) -> None:
     Raises:
         RunnerError: TensorRT could not build it.
     """
+    trt = tensorrt_module(request.runtime)
+    version = tensorrt_version(trt, request.runtime)
+    dialect = dialect_of(version, request.runtime)
+    if request.plugin is not None:
+        load_plugin(trt, request.plugin, request.runtime)
+    if dialect.ahead_of_time:
+        build_ahead(trt, request, events)
+        return
     cuda = Cuda(request.device)
-    trt = tensorrt_module()
-    version = tensorrt_version(trt)
-    dialect = dialect_of(version)
-    load_plugin(trt, request.plugin)
     poly = _polygraphy()
     poly.get_trt_logger()  # Polygraphy's, which prints to standard output: that is the log
     messages = _keep_messages()
     peak = PeakMemory(cuda)
-    events.send("phase", name="Parsing", steps=None)
+    events.send("phase", name=PARSING, steps=None)
     started = time.perf_counter()
     plan: Any = None
     network: Any = None
@@ -102,7 +93,7 @@ def build(request: BuildRequest, events: Events) -> None:
             print(f"products of the plugin: {products.to_json()}", file=sys.stderr)
         if typed:
             print(f"held to types: {held}, {type_network(trt, network[1], held)}", file=sys.stderr)
-        _list_layers(network[1])
+        list_layers(network[1])
         events.send("phase", name="Building", steps=None)
         config = _config(trt, poly, request, dialect, constraints, events)
         try:
@@ -166,15 +157,6 @@ def _parse(poly: Any, request: BuildRequest, dialect: Dialect, messages: list[st
         raise failure(f"TensorRT cannot parse {request.onnx}", [*messages, str(error)]) from error
 
 
-def _list_layers(network: Any) -> None:
-    """What was parsed, for the log."""
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        types = [str(layer.get_output(i).dtype) for i in range(layer.num_outputs)]
-        precision = getattr(layer, "precision", None)  # 11: layers have none
-        print(f"layer {layer.name} {layer.type} {precision} {types}", file=sys.stderr)
-
-
 def _config(
     trt: Any, poly: Any, request: BuildRequest, dialect: Dialect, constraints: str, events: Events
 ) -> Any:
@@ -200,31 +182,8 @@ def _config(
     if constraints != "none":
         options |= {"fp16": True, "precision_constraints": constraints}
     if dialect.progress_monitor and hasattr(trt, "IProgressMonitor"):
-        options["progress_monitor"] = _monitor(trt, events)
+        options["progress_monitor"] = progress_monitor(trt, events)
     return poly.CreateConfig(**options)
-
-
-def _monitor(trt: Any, events: Events) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self._outer: list[str] = []
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._outer.append(phase_name)
-            if len(self._outer) <= 2:
-                events.send("phase", name=phase_name, steps=num_steps)
-
-        def phase_finish(self, phase_name: str) -> None:
-            with suppress(ValueError):
-                self._outer.remove(phase_name)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._outer[:2]:
-                events.send("step", name=phase_name, step=step)
-            return True
-
-    return Monitor()
 
 
 def _keep_messages() -> list[str]:

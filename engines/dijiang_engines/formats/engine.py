@@ -1,4 +1,4 @@
-"""The engine folder: TensorRT plans that were built from one bundle, for one GPU and one TensorRT.
+"""The engine folder: TensorRT plans that were built from one bundle, for one TensorRT and one or more GPUs.
 
     engine.json                          what it is, what made it, the hash of every other file
     model.plan                           layout "one": profile 0 reads prompts, profile 1 makes steps
@@ -40,6 +40,9 @@ FORMAT_VERSION = 1
 LAYOUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"one": ("model.plan",), "two": ("prefill.plan", "step.plan")}
 )
+RUNTIMES = ("tensorrt", "tensorrt-rtx")
+"""What may have built an engine; a manifest that does not say so is of the first."""
+MOST_CAPABILITIES = 100
 REBUILD = "build it again with `dijiang-export build-engine BUNDLE -o ENGINE --force`"
 
 
@@ -72,14 +75,28 @@ class PlanPlace:
 class MadeFor:
     """What a plan can be loaded with: all of these must be the same."""
 
+    runtime: str
+    """One of RUNTIMES."""
     tensorrt: str
-    """Version of the library, such as "8.6.0"."""
-    gpu: str
-    compute_capability: int
-    """10 * major + minor."""
-    plugin_sources: str
-    """`plugin.cache.source_hash` of the plugin that it was built with."""
-    plugin_version: str
+    """Version of its library, such as "8.6.0"."""
+    gpu: str | None
+    """The GPU's name; None: any of `compute_capabilities`, for it was built without one."""
+    compute_capabilities: tuple[int, ...]
+    """Each 10 * major + minor; one, unless the plan was built without a GPU."""
+    plugin_sources: str | None
+    """`plugin.cache.source_hash` of the plugin that it was built with; None: of standard operators alone."""
+    plugin_version: str | None
+
+    @property
+    def graphs(self) -> str:
+        """ "plugin" or "standard": which of the bundle's graphs the plans were made from."""
+        return "standard" if self.plugin_sources is None else "plugin"
+
+    def to_json(self) -> dict[str, Any]:
+        """As engine.json has it."""
+        values = asdict(self) | {"compute_capabilities": list(self.compute_capabilities)}
+        single = {} if self.gpu is None else {"compute_capability": self.compute_capabilities[0]}
+        return values | single | {"graphs": self.graphs}
 
 
 class EngineFolder(Model):
@@ -211,16 +228,36 @@ def _profiles(raw: Any) -> Profiles:
 
 def _made_for(raw: Any) -> MadeFor:
     values = _object(raw, "made_for")
-    capability = values.get("compute_capability")
-    if not isinstance(capability, int) or isinstance(capability, bool) or not 0 < capability < 1000:
-        raise _bad("made_for.compute_capability", "a number such as 90")
+    runtime = values.get("runtime", RUNTIMES[0])
+    if runtime not in RUNTIMES:
+        raise _bad("made_for.runtime", " | ".join(RUNTIMES))
+    with_plugin = values.get("graphs", "plugin")
+    if with_plugin not in ("plugin", "standard"):
+        raise _bad("made_for.graphs", "plugin | standard")
+
+    def plugin_text(key: str) -> str | None:
+        return _text(values, "made_for", key) if with_plugin == "plugin" else None
+
     return MadeFor(
+        runtime,
         _text(values, "made_for", "tensorrt"),
-        _text(values, "made_for", "gpu"),
-        capability,
-        _text(values, "made_for", "plugin_sources"),
-        _text(values, "made_for", "plugin_version"),
+        None if runtime != RUNTIMES[0] else _text(values, "made_for", "gpu"),
+        _capabilities(values, runtime),
+        plugin_text("plugin_sources"),
+        plugin_text("plugin_version"),
     )
+
+
+def _capabilities(values: dict[str, Any], runtime: str) -> tuple[int, ...]:
+    """Of one GPU by name, or of all that a plan without one is for."""
+    key, numbers = "compute_capabilities", values.get("compute_capabilities")
+    if runtime == RUNTIMES[0]:
+        key, numbers = "compute_capability", [values.get("compute_capability")]
+    if not isinstance(numbers, list) or not 0 < len(numbers) <= MOST_CAPABILITIES:
+        raise _bad(f"made_for.{key}", "numbers such as 86")
+    if any(type(number) is not int or not 0 < number < 1000 for number in numbers):
+        raise _bad(f"made_for.{key}", "numbers such as 86")
+    return tuple(numbers)
 
 
 def _case_names(reference: Any, files: Mapping[str, FileInfo]) -> list[str]:

@@ -17,6 +17,8 @@ from dijiang_engines.errors import RunnerError
 
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation."""
+OLD_DRIVER = 35
+"""cudaErrorInsufficientDriver."""
 
 
 def cuda_runtime() -> Any:
@@ -60,7 +62,7 @@ class Cuda:
         device: its index.
 
     Raises:
-        RunnerError: there is no driver, or no such GPU.
+        RunnerError: there is no driver, it is too old, or there is no such GPU.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -77,6 +79,15 @@ class Cuda:
 
     def _count(self) -> int:
         error, count = self.runtime.cudaGetDeviceCount()
+        driver = self.check(self.runtime.cudaDriverGetVersion()) if int(error) == OLD_DRIVER else 0
+        if int(driver):  # without any driver the error is the same, and its version 0
+            runtime = _version(self.check(self.runtime.cudaRuntimeGetVersion()))
+            raise RunnerError(
+                "NVIDIA's driver is too old for this CUDA",
+                got=f"a driver for CUDA {_version(driver)}",
+                expected=f"CUDA {runtime} or newer, as cuda-bindings is",
+                hint="update the driver, or install the cuda-bindings of its CUDA: `nvidia-smi` shows which",
+            )
         return int(count) if int(error) == 0 else 0
 
     def check(self, result: tuple[Any, ...]) -> Any:

@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,12 @@ def find_kernels_library(architecture: int | None = None, cache: Path | None = N
     Raises:
         PluginError: there is none, or it is stale or damaged.
     """
-    return _find(KERNELS, None, architecture, cache)
+    return _find(KERNELS, None, () if architecture is None else (architecture,), cache)
 
 
-def find_tensorrt_library(major: int, architecture: int | None = None, cache: Path | None = None) -> Path:
-    """The plugin for TensorRT `major` in the cache; else as `find_kernels_library`."""
-    return _find(tensorrt_name(major), major, architecture, cache)
+def find_tensorrt_library(major: int, architectures: Sequence[int] = (), cache: Path | None = None) -> Path:
+    """The plugin for TensorRT `major` in the cache, for all of these GPUs; else as `find_kernels_library`."""
+    return _find(tensorrt_name(major), major, architectures, cache)
 
 
 def tensorrt_name(major: int) -> str:
@@ -291,7 +291,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], libraries: list[str]) ->
     (folder / MANIFEST).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _find(name: str, major: int | None, architecture: int | None, cache: Path | None) -> Path:
+def _find(name: str, major: int | None, architectures: Sequence[int], cache: Path | None) -> Path:
     every = built_plugins(cache)
     having = [built for built in every if name in built.libraries and not built.is_foreign]
     command = REBUILD + (" --kernels-only" if major is None else "")
@@ -312,17 +312,21 @@ def _find(name: str, major: int | None, architecture: int | None, cache: Path | 
             expected=f"version {__version__}, sources {digest[:12]}",
             hint=command,
         )
-    if architecture is not None:
-        fitting = [built for built in current if runs_on(built.architectures, architecture)]
+    if architectures:
+        fitting = [b for b in current if all(runs_on(b.architectures, number) for number in architectures)]
         if not fitting:
             raise PluginError(
-                f"{what} not built for this GPU",
+                f"{what} not built for this GPU"
+                if len(architectures) == 1
+                else f"{what} not built for all of these GPUs",
                 got=", ".join(current[0].architectures),
-                expected=f"sm_{architecture}",
-                hint=f"{command} --architecture {architecture}",
+                expected=", ".join(f"sm_{number}" for number in architectures),
+                hint=command + "".join(f" --architecture {number}" for number in architectures),
             )
         # Machine code before PTX, which the driver would have to compile first.
-        current = sorted(fitting, key=lambda built: f"sm_{architecture}" not in built.architectures)
+        current = sorted(
+            fitting, key=lambda built: sum(f"sm_{n}" not in built.architectures for n in architectures)
+        )
     return current[0].library(name)
 
 

@@ -135,6 +135,24 @@ class CountsMemory(Protocol):
 
 
 @runtime_checkable
+class HasNotes(Protocol):
+    """Has something to tell whoever runs the model here."""
+
+    def notes(self) -> list[str]:
+        """A line each; none if all is as it should be."""
+        ...
+
+
+@runtime_checkable
+class RemembersValidation(Protocol):
+    """Keeps that the recorded cases passed on this device."""
+
+    def remember_validation(self) -> None:
+        """They all did."""
+        ...
+
+
+@runtime_checkable
 class HasSettings(Protocol):
     """Says how it was set up, for records of what was measured."""
 

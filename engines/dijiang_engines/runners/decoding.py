@@ -69,8 +69,9 @@ class Decoder(Protocol):
 class Decodes(Protocol):
     """Has a decode loop of its own."""
 
-    def start_decoding(self, state: State, request: DecodeRequest) -> Decoder:
-        """Choose tokens on the device from here on; `state` is the loop's until it is closed.
+    def start_decoding(self, state: State, request: DecodeRequest) -> Decoder | None:
+        """Choose tokens on the device from here on; `state` is the loop's until it is closed. None if the
+        runner finds that it cannot here: logits come to the host then.
 
         Raises:
             RunnerError, PositionError: the request does not fit the state, the model or the runner.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dijiang_engines.building.trtexec import TrtexecCommands
 
 Layout = Literal["one", "two"]
+RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
 StepProducts = Literal["plugin", "tensorrt"]
 
 
@@ -25,10 +26,11 @@ class RecipeArguments:
     """Which recipe, and what it is to be changed to; None leaves the recipe's value."""
 
     recipe: Annotated[
-        str,
+        str | None,
         click.option(
-            "--recipe", default="datacenter", show_default=True,
-            help="What to build for: jetson-orin, jetson-thor, rtx, datacenter, or a .toml file.",
+            "--recipe",
+            help="What to build for: jetson-orin, jetson-thor, rtx, rtx-portable, datacenter, or a .toml "
+            "file. [default: datacenter; rtx for TensorRT for RTX]",
         ),
     ]  # fmt: skip
     precision: Annotated[
@@ -77,11 +79,11 @@ class RecipeArguments:
         ),
     ]  # fmt: skip
 
-    def read(self) -> Recipe:
-        """The recipe with these changes; raises as `load_recipe`."""
-        from dijiang_engines.building.recipes import load_recipe
+    def read(self, runtime: str) -> Recipe:
+        """The recipe with these changes, for a runtime; raises as `load_recipe`."""
+        from dijiang_engines.building.recipes import DEFAULTS, load_recipe
 
-        return load_recipe(self.recipe).with_changes(
+        return load_recipe(self.recipe or DEFAULTS[runtime]).with_changes(
             max_batch=self.max_batch,
             max_length=self.max_length,
             opt_batch=self.opt_batch,
@@ -105,12 +107,36 @@ class BuildEngineArguments:
             help="The engine folder. Default: the bundle's name with .engine.",
         ),
     ]  # fmt: skip
+    runtime: Annotated[
+        RuntimeName | None,
+        click.option(
+            "--runtime", type=one_of(RuntimeName),
+            help="Who builds and runs the engine: TensorRT on this machine's GPU, or TensorRT for RTX, which "
+            "builds without one. [default: what is installed, TensorRT first]",
+        ),
+    ]  # fmt: skip
+    capabilities: Annotated[
+        tuple[str, ...],
+        click.option(
+            "--compute-capability", "capabilities", multiple=True, metavar="X.Y",
+            help="TensorRT for RTX: a GPU to build for, such as 8.6; may be repeated. [default: those of the "
+            "recipe that the plugin holds]",
+        ),
+    ]  # fmt: skip
+    no_plugin: Annotated[
+        bool,
+        click.option(
+            "--no-plugin", is_flag=True,
+            help="TensorRT for RTX: build from the standard graphs. It does so too if no plugin was built.",
+        ),
+    ]  # fmt: skip
     recipe: RecipeArguments
     timing_cache: Annotated[
         Path | None,
         click.option(
             "--timing-cache", type=FILE,
-            help="Kernel timings to start from and add to. Default: a file in the user's cache folder.",
+            help="TensorRT: kernel timings to start from and add to. Default: a file in the user's cache "
+            "folder.",
         ),
     ]  # fmt: skip
     no_timing_cache: Annotated[
@@ -171,11 +197,14 @@ class BuildEngineArguments:
 )
 @takes(BuildEngineArguments)
 def build_engine(output: Output, given: BuildEngineArguments) -> None:
-    """Build a TensorRT engine from BUNDLE for this machine's GPU, and validate it there.
+    """Build a TensorRT engine from BUNDLE, and validate it on this machine's GPU.
 
     Needs TensorRT, the plugin (`build-plugin`) and an NVIDIA GPU. An engine runs on the kind of GPU and the
     TensorRT version that it was built with. Nothing is written unless everything worked: the engine's results
     are compared with those recorded from PyTorch first.
+
+    With TensorRT for RTX neither a GPU nor the plugin is needed, and an engine is for several kinds of GPU.
+    What was built without one of them is validated on the device, with `validate`.
     """
     given.check()
     if given.print_trtexec:
@@ -199,9 +228,11 @@ def build_engine(output: Output, given: BuildEngineArguments) -> None:
 
 def _build(given: BuildEngineArguments, output: Output) -> BuildResult:
     from dijiang_engines.building.build import build_engine as build
+    from dijiang_engines.building.target import choose_runtime
     from dijiang_engines.formats.bundle import open_bundle
 
-    recipe = given.recipe.read()
+    runtime = choose_runtime(given.runtime)
+    recipe = given.recipe.read(runtime)
     return build(
         open_bundle(given.bundle),
         given.target(".engine"),
@@ -213,6 +244,9 @@ def _build(given: BuildEngineArguments, output: Output) -> BuildResult:
         use_timing_cache=not given.no_timing_cache,
         validate=not given.no_validate,
         check_estimate=not given.ignore_memory,
+        runtime=runtime,
+        capabilities=given.capabilities,
+        use_plugin=False if given.no_plugin else None,
         progress=output.progress,
         log=output.log,
     )
@@ -222,7 +256,8 @@ def _commands(given: BuildEngineArguments) -> TrtexecCommands:
     from dijiang_engines.building.trtexec import trtexec_commands
     from dijiang_engines.formats.bundle import open_bundle
 
-    recipe = given.recipe.read()
+    runtime = given.runtime or "tensorrt"
+    recipe = given.recipe.read(runtime)
     return trtexec_commands(
         open_bundle(given.bundle),
         given.target(".plans"),
@@ -236,17 +271,25 @@ def _commands(given: BuildEngineArguments) -> TrtexecCommands:
 
 
 def _describe(result: BuildResult, target: Path) -> str:
-    made = result.engine
+    from dijiang_engines.nvidia.tensorrt_versions import RUNTIMES, capabilities_text
+
+    made, where = result.engine, result.engine.made_for
     size = sum(made.files[name].bytes for name in made.plans)
+    gpu = where.gpu or f"compute capability {capabilities_text(where.compute_capabilities)}"
+    plugin = "" if where.graphs == "plugin" else ", without the plugin"
     checked = made.manifest["validated"]
     lines = [
         f"{target}: {made.name}, {made.dtype}, {size / 1e6:.1f} MB of plans, built in {result.seconds:.0f} s",
-        f"for {made.made_for.gpu} and TensorRT {made.made_for.tensorrt}; up to {made.profiles.max_batch} "
-        f"sequences, {made.profiles.max_length} prompt tokens a call",
-        "not validated"
-        if checked is None
-        else f"validated: {checked['checks']} checks, largest logit error {checked['logits_error']:.1e} "
-        "standard deviations",
-        f"next: dijiang-export generate {target} --prompt TEXT",
+        f"for {gpu} and {RUNTIMES[where.runtime].title} {where.tensorrt}{plugin}; up to "
+        f"{made.profiles.max_batch} sequences, {made.profiles.max_length} prompt tokens a call",
+        f"validated: {checked['checks']} checks, largest logit error {checked['logits_error']:.1e} "
+        "standard deviations"
+        if checked is not None
+        else "not validated"
+        if where.gpu
+        else "built, not validated: run `validate` on the device",
     ]
+    on_the_device = where.gpu is None and checked is None
+    command = f"validate {target}" if on_the_device else f"generate {target} --prompt TEXT"
+    lines.append(f"next{', on the device' if on_the_device else ''}: dijiang-export {command}")
     return "\n".join(lines)

@@ -222,15 +222,16 @@ def generate(output: Output, given: GenerateArguments) -> None:
     """
     path, prompts = given.inputs()
     options = given.options()
-    bundle, generator, session = _open(given, path)
+    bundle, generator, session = _open(output, given, path)
     _Run(output, bundle, generator, options, prompts, session, given).run()
 
 
-def _open(given: GenerateArguments, path: Path) -> tuple[Model, Generator, Session | None]:
+def _open(output: Output, given: GenerateArguments, path: Path) -> tuple[Model, Generator, Session | None]:
     from dijiang_engines.errors import BundleError
     from dijiang_engines.formats.open import open_model
     from dijiang_engines.generation.generator import Generator
     from dijiang_engines.generation.session import check_session_target, load_session
+    from dijiang_engines.runners.base import HasNotes
     from dijiang_engines.tokenizer.load import load_tokenizer
     from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
@@ -241,7 +242,10 @@ def _open(given: GenerateArguments, path: Path) -> tuple[Model, Generator, Sessi
     if tokenizer is None:
         raise BundleError(f"the bundle {bundle.path} has no tokenizer", hint="name one with --tokenizer FILE")
     session = None if given.session is None else load_session(given.session, bundle)
-    generator = Generator(given.runner.open(bundle), tokenizer, prefill_tokens=given.prefill_tokens)
+    runner = given.runner.open(bundle)
+    for note in runner.notes() if isinstance(runner, HasNotes) else ():
+        output.log(f"note: {note}")
+    generator = Generator(runner, tokenizer, prefill_tokens=given.prefill_tokens)
     return bundle, generator, session
 
 

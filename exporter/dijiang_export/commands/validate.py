@@ -63,6 +63,7 @@ def validate(output: Output, given: ValidateArguments) -> None:
 def _replay(given: ValidateArguments, output: Output) -> Report:
     """Open, replay, compare; write the HTML report if one is wanted."""
     from dijiang_engines.formats.open import open_model
+    from dijiang_engines.runners.base import RemembersValidation
     from dijiang_engines.validation.report import file as report_file
     from dijiang_engines.validation.report.facts import describe_run
     from dijiang_engines.validation.report.page import MARKER, report_html
@@ -81,6 +82,9 @@ def _replay(given: ValidateArguments, output: Output) -> Report:
         replays=given.replays or None,
         progress=output.progress,
     )
+    whole = not given.cases and not given.replays
+    if report.passed and whole and isinstance(runner, RemembersValidation):
+        runner.remember_validation()
     if given.report is not None:
         report_file.write_report(given.report, report_html(report, describe_run(opened, runner, reference)))
         output.log(f"report: {given.report}")

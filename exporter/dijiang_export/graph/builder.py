@@ -73,15 +73,22 @@ class Builder:
         return self._shared[key]
 
     def reshape(self, x: ir.Value, *dims: int | ir.Value, label: str | None = None) -> ir.Value:
-        """Reshape to `dims`: ints (0 keeps, -1 infers) and int64 [1] values."""
+        """Reshape to `dims`: ints (0 keeps, -1 infers) and int64 [1] values.
+
+        Where only values and sizes stand, a 0 among them is a size too: else a runtime has to be ready for a
+        value that happens to be 0 and then means another.
+        """
+        placeholder = any(isinstance(dim, int) and dim < 1 for dim in dims)
+        sizes: dict[str, Any] = {} if placeholder else {"allowzero": 1}
         if all(isinstance(dim, int) for dim in dims):
             target = self.ints(*(dim for dim in dims if isinstance(dim, int)))
+            sizes = {}
         else:
             parts = [self.ints(dim) if isinstance(dim, int) else dim for dim in dims]
             key = "shape:" + ",".join(str(part.name) for part in parts)
             # Dynamic sizes are made once per graph, so their shape vectors are too.
             target = self.shared(key, lambda: self.op("Concat", *parts, axis=0))
-        return self.op("Reshape", x, target, label=label)
+        return self.op("Reshape", x, target, label=label, **sizes)
 
     def split(self, x: ir.Value, sizes: Sequence[int], axis: int, label: str | None = None) -> list[ir.Value]:
         """Split along `axis`; empty parts are left out by the caller."""

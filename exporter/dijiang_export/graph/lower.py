@@ -7,7 +7,9 @@ from functools import partial
 from typing import Literal
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 
+from dijiang_engines import io_names
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION, PLUGIN_ATTRIBUTES
 from dijiang_export.graph import body_ort
 from dijiang_export.graph.body_common import Op
@@ -21,7 +23,9 @@ def lower_to_standard(model: ir.Model, kind: Literal["prefill", "step"]) -> None
 
     What does not depend on a layer's weights (masks, RoPE angles, chunk edges) is built once per graph.
     """
-    _replace(model.graph, step_body if kind == "step" else prefill_body)
+    builder = _replace(model.graph, step_body if kind == "step" else prefill_body)
+    if kind == "prefill":
+        _gather_last_rows(model, builder)
 
 
 def lower_to_capture(model: ir.Model) -> None:
@@ -36,7 +40,8 @@ def lower_to_ort(model: ir.Model, kind: Literal["prefill", "step"]) -> None:
         model.graph.opset_imports[body_ort.DOMAIN] = body_ort.DOMAIN_VERSION
 
 
-def _replace(graph: ir.Graph, body: Callable[[Builder, Op], tuple[ir.Value, ir.Value]]) -> None:
+def _replace(graph: ir.Graph, body: Callable[[Builder, Op], tuple[ir.Value, ir.Value]]) -> Builder:
+    """Put `body` in the place of every op; the graph's builder, which knows its names and constants."""
     builder = Builder(graph)
     for node in _ops(graph):
         assert node.name is not None
@@ -51,6 +56,34 @@ def _replace(graph: ir.Graph, body: Callable[[Builder, Op], tuple[ir.Value, ir.V
         builder.nodes = []
         graph.remove(node, safe=True)
     graph.opset_imports.pop(DOMAIN, None)
+    return builder
+
+
+def _gather_last_rows(model: ir.Model, b: Builder) -> None:
+    """GatherElements of each row's last token -> Gather from all tokens in one list, the same numbers.
+
+    GatherElements takes an index for every number that it copies, and runtimes limit it: ONNX's reference
+    evaluator to as many tokens as NumPy's `choose` takes arrays.
+    """
+    graph = model.graph
+    lens = next(value for value in graph.inputs if value.name == io_names.SEQ_LENS)
+    for node in [node for node in graph if node.op_type == "GatherElements"]:
+        hidden, chosen = node.inputs[0], node.outputs[0]
+        assert hidden is not None and hidden.shape is not None
+        b.scope = "/last_row"
+        rows, length = (b.op("Shape", hidden, start=i, end=i + 1) for i in (0, 1))
+        last = b.op("Max", b.op("Sub", lens, b.scalar(1)), b.scalar(0), label="last")  # [B]
+        first = b.op("Mul", b.op("Range", b.scalar(0), b.op("Squeeze", rows), b.scalar(1)), length)
+        index = b.op("Unsqueeze", b.op("Add", first, last), b.ints(1), label="index")  # [B, 1]
+        width = hidden.shape[2]
+        assert isinstance(width, int)
+        tokens = b.reshape(hidden, -1, width, label="tokens")
+        found = b.op("Gather", tokens, index, axis=0, label="Gather")  # [B, 1, h]
+        found.shape, found.type = chosen.shape, chosen.type
+        chosen.replace_all_uses_with(found)
+        graph.insert_before(node, b.nodes)
+        b.nodes = []
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def lower_to_tensorrt(model: ir.Model) -> None:

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 
+#include "attention/ahead.h"
+
 namespace dijiang::trt {
 namespace {
 
@@ -94,6 +96,13 @@ std::string Layer::workspace(const Call& call, size_t& bytes) {
     if (call.batch <= 0 || call.length <= 0) return {};
     return status_text(
         dijiang_attention_workspace_size(&call.geometry, call.batch, call.length, nullptr, &bytes));
+}
+
+std::string Layer::workspace_of_plan(const Call& call, size_t& bytes) {
+    if (!builds_ahead()) return workspace(call, bytes);
+    bytes = 0;
+    if (call.batch <= 0 || call.length <= 0) return {};
+    return workspace_anywhere(call.geometry, call.batch, call.length, dijiang_architectures(), bytes);
 }
 
 std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, int32_t inputs,

@@ -35,8 +35,11 @@ public:
     std::string reserve();
     void release() { sync_.release(); }
 
-    // Bytes of workspace for calls of up to `call`'s size.
+    // Bytes of workspace for calls of up to `call`'s size on this GPU.
     static std::string workspace(const Call& call, size_t& bytes);
+
+    // The same for a plan: on every GPU that it may run on.
+    static std::string workspace_of_plan(const Call& call, size_t& bytes);
 
     // Enqueues the call: no allocation, no synchronisation.
     std::string run(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,

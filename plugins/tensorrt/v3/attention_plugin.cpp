@@ -74,7 +74,7 @@ size_t PluginV3::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, i
     report(text_of([&] {
         Call call;
         const std::string wrong = examine_largest(layer_.attributes(), in, inputs, out, outputs, call);
-        return wrong.empty() ? Layer::workspace(call, bytes) : wrong;
+        return wrong.empty() ? Layer::workspace_of_plan(call, bytes) : wrong;
     }));
     return bytes;
 }

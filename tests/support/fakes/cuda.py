@@ -32,6 +32,7 @@ def settings() -> dict[str, Any]:
     usual = {
         "gpu": "NVIDIA Test", "capability": [9, 0], "gpus": 1, "free": 80 << 30, "total": 80 << 30,
         "integrated": False, "tensorrt": "8.6.0", "builder": "", "registers": True, "calls": None,
+        "driver": 12080, "count_error": 0,
     }  # fmt: skip
     return usual | json.loads(os.environ.get("FAKE_GPU", "{}"))
 
@@ -199,17 +200,22 @@ def _properties(device: int) -> tuple[int, Any]:
     )
 
 
+def _count(now: dict[str, Any]) -> tuple[int, int | None]:
+    error = now["count_error"] or (SUCCESS if now["gpus"] else 100)
+    return error, None if error else now["gpus"]
+
+
 def runtime_module() -> ModuleType:
     """What `import cuda.bindings.runtime` gives."""
     module = ModuleType("cuda.bindings.runtime")
     now = settings()
     functions = {
-        "cudaGetDeviceCount": lambda: (SUCCESS, now["gpus"]) if now["gpus"] else (100, None),
+        "cudaGetDeviceCount": lambda: _count(now),
         "cudaSetDevice": lambda device: (SUCCESS,),
         "cudaGetErrorString": lambda error: (SUCCESS, _TEXTS.get(int(error), "unknown error").encode()),
         "cudaGetLastError": lambda: (SUCCESS,),
         "cudaGetDeviceProperties": _properties,
-        "cudaDriverGetVersion": lambda: (SUCCESS, 12080),
+        "cudaDriverGetVersion": lambda: (SUCCESS, settings()["driver"]),
         "cudaRuntimeGetVersion": lambda: (SUCCESS, 12060),
         "cudaMemGetInfo": lambda: (SUCCESS, settings()["free"], settings()["total"]),
         "cudaMalloc": _allocate,

@@ -63,10 +63,12 @@ def numbers(version: str) -> tuple[int, int]:
 class FakeMachine:
     """A folder with the fake packages, a plugin "built" for them, and what the builder was asked for."""
 
+    modules = _MODULES
+
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
         self.site = folder / "site"
-        for name, maker in _MODULES.items():
+        for name, maker in self.modules.items():
             path = self.site.joinpath(*name.split("."))
             path.mkdir(parents=True, exist_ok=True)
             text = f"import sys, {(maker or '').rpartition('.')[0]}\nsys.modules[__name__] = {maker}()\n"
@@ -116,9 +118,10 @@ class FakeMachine:
             if name != "PYTHONPATH":  # the builder's process gets sys.path
                 patch.setenv(name, value)
         patch.syspath_prepend(str(self.site))
-        for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "polygraphy", "cuda")]:
+        tops = {name.split(".")[0] for name in self.modules}
+        for name in [n for n in sys.modules if n.split(".")[0] in tops]:
             patch.delitem(sys.modules, name)
-        for name in _MODULES:  # monkeypatch then takes away what is imported from here on
+        for name in self.modules:  # monkeypatch then takes away what is imported from here on
             patch.setitem(sys.modules, name, ModuleType(name))
             del sys.modules[name]
         patch.setattr(fake_cuda, "DEVICE", fake_cuda.Device())

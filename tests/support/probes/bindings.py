@@ -84,7 +84,7 @@ def names_in_the_source(engines: Path) -> None:
 def library(request: dict[str, Any]) -> None:
     """Logger, plugin registry, and reading a plan."""
     messages: list[str] = []
-    logger = tensorrt_library._make_logger(trt, messages)
+    logger = tensorrt_library.make_logger(trt, messages)
     logger.log(trt.ILogger.ERROR, "an error")
     logger.log(trt.ILogger.VERBOSE, "more")
     assert messages == ["error: an error"]
@@ -214,7 +214,7 @@ def builder(request: dict[str, Any], dtype: str, products: bool) -> dict[str, An
     done = said[-1]
     assert done["event"] == "done" and done["layers"] == network.parsed
     if DIALECT.progress_monitor:
-        monitor = build_worker._monitor(trt, events)
+        monitor = build_worker.progress_monitor(trt, events)
         monitor.phase_start("Build", None, 3)
         assert monitor.step_complete("Build", 1) is True
         monitor.phase_finish("Build")

@@ -20,7 +20,7 @@ sys.path.insert(0, sys.argv[1])
 trt: Any = importlib.import_module("tensorrt_lean_bindings")
 version = library.tensorrt_version(trt)
 messages: list[str] = []
-runtime = trt.Runtime(library._make_logger(trt, messages))
+runtime = trt.Runtime(library.make_logger(trt, messages))
 found: dict[str, Any] = {"version": version, "dialect": dialect_of(version).name, "messages": messages}
 try:
     library.load_plugin(trt, Path(sys.argv[2]))

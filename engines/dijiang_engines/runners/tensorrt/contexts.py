@@ -22,6 +22,7 @@ from dijiang_engines.nvidia.cuda import Cuda, Graph, Stream
 from dijiang_engines.nvidia.tensorrt_library import TensorRT
 from dijiang_engines.nvidia.tensorrt_versions import activation_bytes, context_without_memory, give_memory
 from dijiang_engines.runners.base import IntArray
+from dijiang_engines.runners.tensorrt.rtx import RtxContexts
 from dijiang_engines.spec import ModelSpec
 
 KEPT_CONTEXTS = 4
@@ -94,21 +95,28 @@ class TensorRTState:
             place[: self.batch] = values
         self._stream.upload(self._integers.address, self._host.address, self._host.size)
 
-    def addresses(self) -> dict[str, int]:
-        """What a step binds."""
+    def addresses(self, present: int | None = None) -> dict[str, int]:
+        """What a step binds; `present` as for `state_addresses`."""
         bound = {
             io_names.INPUT_IDS: self.ids,
             io_names.POSITIONS: self.positions,
             io_names.SEQ_LENS: self.seq_lens,
             io_names.LOGITS: self.logits,
         }
-        return bound | self.state_addresses()
+        return bound | self.state_addresses(present)
 
-    def state_addresses(self) -> dict[str, int]:
-        """One buffer per layer, as past and as present."""
+    def state_addresses(self, present: int | None = None) -> dict[str, int]:
+        """One buffer per layer, as past and as present.
+
+        Args:
+            present: device address of other memory, of the state's size and layout, for the present; None: in
+                place.
+        """
         bound = {}
+        away = 0 if present is None else present - self.memory.address
         for layer, address in enumerate(self.layers):
-            bound[io_names.past_state(layer)] = bound[io_names.present_state(layer)] = address
+            bound[io_names.past_state(layer)] = address
+            bound[io_names.present_state(layer)] = address + away
         return bound
 
 
@@ -120,11 +128,22 @@ class Contexts:
         plans: file -> TensorRT's ICudaEngine.
         tensorrt: the loaded library.
         gpu: where they run.
+        rtx: makes the contexts of TensorRT for RTX; None: TensorRT.
     """
 
-    def __init__(self, engine: EngineFolder, plans: Mapping[str, Any], tensorrt: TensorRT, gpu: Gpu) -> None:
+    def __init__(
+        self,
+        engine: EngineFolder,
+        plans: Mapping[str, Any],
+        tensorrt: TensorRT,
+        gpu: Gpu,
+        rtx: RtxContexts | None = None,
+    ) -> None:
         self.engine, self.gpu = engine, gpu
-        self._plans, self._tensorrt = plans, tensorrt
+        self._plans, self._tensorrt, self._rtx = plans, tensorrt, rtx
+        self._present = None if engine.made_for.graphs == "plugin" else gpu.cuda.buffer(_states_bytes(engine))
+        """Where standard graphs write states: a runtime may write a state before it has read all of it, and
+        may compute a part of it twice. The plugin's kernels are safe in place."""
         self._activations = gpu.cuda.buffer(max(activation_bytes(plan) for plan in plans.values()))
         self._prefill: Any = None
         self._steps: dict[int, Any] = {}
@@ -139,26 +158,42 @@ class Contexts:
         """Batch sizes that have a context for steps, the one used last standing last."""
         return tuple(self._steps)
 
-    def execute(self, context: Any) -> None:
-        """Enqueue a context's work.
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the memory that states are written to before they replace the old ones; 0: none."""
+        return 0 if self._present is None else self._present.size
+
+    def addresses(self, state: TensorRTState) -> dict[str, int]:
+        """What a step of `state` binds."""
+        return state.addresses(None if self._present is None else self._present.address)
+
+    def execute(self, context: Any, state: TensorRTState) -> None:
+        """Enqueue the work of a context that is bound to `state`, whose buffers then hold the new state.
 
         Raises:
             RunnerError: TensorRT refused.
         """
         if not context.execute_async_v3(self.gpu.stream.handle):
             raise self._tensorrt.failure("TensorRT could not run the engine")
+        if self._present is not None:
+            self.gpu.stream.copy(state.memory.address, self._present.address, state.memory.size)
+
+    def can_record(self, context: Any) -> bool:
+        """Whether a context's work can become a CUDA graph; TensorRT for RTX says so of each."""
+        asked = getattr(context, "is_stream_capturable", None)
+        return asked is None or bool(asked(self.gpu.stream.handle))
 
     def for_prefill(self) -> Any:
         """The context of prefills; its shapes and addresses are those of the last one."""
         if self._prefill is None:
-            self._prefill = self._make(self.engine.prefill)
+            self._prefill = self._make(self.engine.prefill, steps=False)
         return self._prefill
 
     def for_steps(self, batch: int) -> Any:
         """The context of steps of `batch` rows; its addresses are those of the last state it ran."""
         context = self._steps.pop(batch, None)
         if context is None:
-            context = self._make(self.engine.step)
+            context = self._make(self.engine.step, steps=True)
             self.set_shapes(context, batch, 1)
             while len(self._steps) >= KEPT_CONTEXTS:
                 self._steps.pop(next(iter(self._steps)))
@@ -200,19 +235,22 @@ class Contexts:
     def bound_step(self, state: TensorRTState) -> Any:
         """The context for this batch size, bound to this state, after a run that changed nothing."""
         context = self.for_steps(state.batch)
-        self.bind(context, state.addresses())
+        self.bind(context, self.addresses(state))
         zeros = np.zeros(state.batch, np.int64)
         state.put(zeros, zeros, zeros)
-        self.execute(context)
+        self.execute(context, state)
         self.gpu.stream.synchronize()
         return context
 
-    def record_step(self, state: TensorRTState) -> tuple[Graph, Any]:
-        """A step of this state as a CUDA graph, and its context, which must live as long."""
+    def record_step(self, state: TensorRTState) -> tuple[Graph, Any] | None:
+        """A step of this state as a CUDA graph, and its context, which must live as long; None if the runtime
+        cannot have it recorded."""
         context, stream = self.bound_step(state), self.gpu.stream
+        if not self.can_record(context):
+            return None
         stream.begin_capture()
         try:
-            self.execute(context)
+            self.execute(context, state)
         except BaseException:
             stream.abandon_capture()
             raise
@@ -223,7 +261,7 @@ class Contexts:
 
         Args:
             state: whose step.
-            recorded: as a CUDA graph, which is made if there is none yet.
+            recorded: as a CUDA graph, which is made if there is none yet, and if it can be.
         """
         if state.graph is None and recorded:
             state.graph = self.record_step(state)
@@ -231,11 +269,15 @@ class Contexts:
             graph, stream = state.graph[0], self.gpu.stream
             return lambda: stream.launch(graph)
         context = self.for_steps(state.batch)
-        self.bind(context, state.addresses())
-        return lambda: self.execute(context)
+        self.bind(context, self.addresses(state))
+        return lambda: self.execute(context, state)
 
-    def _make(self, place: PlanPlace) -> Any:
-        context = context_without_memory(self._tensorrt.trt, self._plans[place.file])
+    def _make(self, place: PlanPlace, *, steps: bool) -> Any:
+        plan = self._plans[place.file]
+        if self._rtx is None:
+            context = context_without_memory(self._tensorrt.trt, plan)
+        else:
+            context = self._rtx.make(plan, steps=steps)
         if context is None:
             raise self._tensorrt.failure("TensorRT could not make an execution context")
         give_memory(context, self._activations.address, self._activations.size)
@@ -243,6 +285,12 @@ class Contexts:
             raise self._tensorrt.failure("TensorRT could not choose the optimization profile")
         self.gpu.stream.synchronize()
         return context
+
+
+def _states_bytes(engine: EngineFolder) -> int:
+    """Of the largest state that the engine takes, as `TensorRTState` lays it out."""
+    spec, batch = engine.spec, engine.profiles.max_batch
+    return spec.num_layers * _aligned(4 * batch * math.prod(spec.state_shape))
 
 
 def _aligned(size: int) -> int:

@@ -103,7 +103,7 @@ class TensorRTDecoder:
         }  # fmt: skip
         self._stream.begin_capture()
         try:
-            contexts.execute(context)
+            contexts.execute(context, state)
             kernels.sample(
                 sampling, logits=view, tokens=self._tokens, row_status=self._status, seed=request.seed,
                 streams=streams, draws=draws, allowed=allowed, seen=seen, stream=self._stream.handle,

@@ -1,12 +1,13 @@
-"""TensorRT behind the Runner protocol.
+"""TensorRT and TensorRT for RTX behind the Runner protocol.
 
 One stream, on which everything runs in order. Each state has one buffer per layer, bound as both past and
-present (the kernels are safe in place), so the memory of a state is its size and never grows. A step is
-recorded once per state as a CUDA graph (contexts.py).
+present (the plugin's kernels are safe in place; contexts.py says what happens without them), so the memory of
+a state is its size and never grows. A step is recorded once per state as a CUDA graph (contexts.py).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,7 @@ import numpy as np
 
 from dijiang_engines import io_names
 from dijiang_engines.formats.engine import EngineFolder
-from dijiang_engines.nvidia.cuda import Cuda
-from dijiang_engines.nvidia.tensorrt_library import TensorRT
+from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
 from dijiang_engines.runners.base import MAX_POSITIONS, FloatArray, IntArray
 from dijiang_engines.runners.checks import (
     check_batch,
@@ -26,9 +26,12 @@ from dijiang_engines.runners.checks import (
     check_rows,
 )
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest
-from dijiang_engines.runners.tensorrt.checks import check_made_for, check_tensors
+from dijiang_engines.runners.tensorrt.checks import check_tensors, open_runtime
 from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu, TensorRTState, integers_of
+from dijiang_engines.runners.tensorrt.kernel_cache import KernelCache
+from dijiang_engines.runners.tensorrt.rtx import RtxContexts
 from dijiang_engines.runners.tensorrt.transfers import Transfers
+from dijiang_engines.runners.tensorrt.validated import is_validated, not_validated, remember_validation
 
 NAME = "tensorrt"
 KERNEL_POSITIONS = 2**24
@@ -45,6 +48,8 @@ class TensorRTRunner:
         cuda_graph: record steps; without it every step is enqueued layer by layer.
 
     Attributes:
+        tensorrt: the loaded runtime.
+        rtx: how TensorRT for RTX makes contexts; None with TensorRT.
         gpu: where it runs.
         contexts: of its plans.
 
@@ -66,8 +71,9 @@ class TensorRTRunner:
         self.uses_graphs = cuda_graph
         cuda = Cuda(device)
         facts = cuda.facts()
-        self.tensorrt = TensorRT(facts.compute_capability)
-        check_made_for(engine, self.tensorrt, facts.name, facts.compute_capability)
+        self._facts = facts
+        self.tensorrt = open_runtime(engine, facts)
+        self.rtx = self._rtx(facts)
         free = cuda.memory()[0]
         plans = {name: self._load_plan(name) for name in engine.plans}
         for place in (engine.prefill, engine.step):
@@ -75,7 +81,7 @@ class TensorRTRunner:
         self._weight_bytes = free - cuda.memory()[0]
         integers = integers_of(self.tensorrt, plans[engine.prefill.file])
         self.gpu = Gpu(cuda, cuda.stream(), integers)
-        self.contexts = Contexts(engine, plans, self.tensorrt, self.gpu)
+        self.contexts = Contexts(engine, plans, self.tensorrt, self.gpu, self.rtx)
         self._transfers = Transfers(self.gpu, self.spec.vocab_size)
         self._kernels: Any = None
 
@@ -149,15 +155,22 @@ class TensorRTRunner:
 
     # -- beside the protocol -----------------------------------------------------------------------------
 
-    def start_decoding(self, state: TensorRTState, request: DecodeRequest) -> Decoder:
-        """Choose tokens on the GPU from here on; see `decoding.Decoder`."""
+    def start_decoding(self, state: TensorRTState, request: DecodeRequest) -> Decoder | None:
+        """Choose tokens on the GPU from here on; see `decoding.Decoder`.
+
+        None without the kernels' library, which only engines without the plugin can do without, and if the
+        runtime does not let a step be recorded.
+        """
         from dijiang_engines.kernels.attention import load_kernels
         from dijiang_engines.runners.tensorrt.decoder import TensorRTDecoder
 
         check_owner(self, state, TensorRTState)
         check_decoding(self, request, state.batch)
-        if self._kernels is None:
-            self._kernels = load_kernels(self.tensorrt.kernels_library)
+        library = self.tensorrt.kernels_library if self._kernels is None else None
+        if self._kernels is None and library is not None:
+            self._kernels = load_kernels(library)
+        if self._kernels is None or not self.contexts.can_record(self.contexts.bound_step(state)):
+            return None
         return TensorRTDecoder(self.contexts, state, request, self._kernels)
 
     def warm_up(self, prefill: bool = True, step: bool = True) -> None:
@@ -167,6 +180,19 @@ class TensorRTRunner:
             self.contexts.for_prefill()
         if step:
             self.contexts.for_steps(1)
+        if self.rtx is not None:
+            self.rtx.cache.save()
+
+    def notes(self) -> list[str]:
+        """What whoever runs the engine should know."""
+        found = [] if is_validated(self.engine, self._facts) else [not_validated(self.engine)]
+        if self.rtx is not None and self.rtx.cache.note is not None:
+            found.append(self.rtx.cache.note)
+        return found
+
+    def remember_validation(self) -> None:
+        """The recorded cases passed here: `notes` need not ask for that any more."""
+        remember_validation(self.engine, self._facts)
 
     def step_gpu_seconds(self, batch: int, position: int, calls: int) -> list[float]:
         """GPU time of `calls` steps, each measured by CUDA events around it."""
@@ -191,13 +217,21 @@ class TensorRTRunner:
             "plans": self._weight_bytes,
             "activations": self.contexts.activation_bytes,
             "state_per_sequence": self.spec.state_bytes,
-        }
+        } | ({"state_scratch": self.contexts.scratch_bytes} if self.contexts.scratch_bytes else {})
 
     def settings(self) -> dict[str, str | int | bool]:
         """How the runner was set up."""
-        return {"cuda_graph": self.uses_graphs}
+        return {"cuda_graph": self.uses_graphs} | (self.rtx.settings() if self.rtx is not None else {})
 
     # -- pieces ------------------------------------------------------------------------------------------
+
+    def _rtx(self, facts: DeviceFacts) -> RtxContexts | None:
+        """How TensorRT for RTX makes contexts; its kernels are written to their file when the runner goes."""
+        if not self.tensorrt.dialect.ahead_of_time:
+            return None
+        cache = KernelCache(self.engine, self.tensorrt.version, facts)
+        weakref.finalize(self, cache.save)
+        return RtxContexts(self.tensorrt.trt, cache)
 
     def _load_plan(self, name: str) -> Any:
         with self.engine.opened.unchanged(*self.engine.plans) as root:
@@ -214,6 +248,7 @@ class TensorRTRunner:
         rows = length if self.all_logits else 1
         tokens, logits = self._transfers.upload_ids(ids), self._transfers.logits(batch, rows)
         self.contexts.set_shapes(context, batch, length)
-        self.contexts.bind(context, state.addresses() | {io_names.INPUT_IDS: tokens, io_names.LOGITS: logits})
-        self.contexts.execute(context)
+        bound = self.contexts.addresses(state) | {io_names.INPUT_IDS: tokens, io_names.LOGITS: logits}
+        self.contexts.bind(context, bound)
+        self.contexts.execute(context, state)
         return self._transfers.read_logits(logits, batch, rows)
