@@ -1,5 +1,4 @@
-"""TensorRT for RTX's part of the TensorRT runner on a fake machine: contexts, kernels that are kept,
-refusals.
+"""TensorRT for RTX in the TensorRT runner on a fake machine: contexts, kernels that are kept, refusals.
 
 tests/support/fakes/tensorrt_rtx.py stands in for the runtime. That the plan, the kernels and the cache are
 what the real one takes, only an RTX shows (`make engine-test`).

@@ -30,7 +30,9 @@ class Events:
 
 
 def progress_monitor(trt: Any, events: Events) -> Any:
-    """An IProgressMonitor that tells `events` of the two outermost phases."""
+    """An IProgressMonitor that tells `events` of the two outermost phases; None if there is no such thing."""
+    if not hasattr(trt, "IProgressMonitor"):
+        return None
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -181,8 +181,8 @@ def _config(
         options["preview_features"] = [getattr(trt.PreviewFeature, n) for n in dialect.preview_features]
     if constraints != "none":
         options |= {"fp16": True, "precision_constraints": constraints}
-    if dialect.progress_monitor and hasattr(trt, "IProgressMonitor"):
-        options["progress_monitor"] = progress_monitor(trt, events)
+    if dialect.progress_monitor and (monitor := progress_monitor(trt, events)) is not None:
+        options["progress_monitor"] = monitor
     return poly.CreateConfig(**options)
 
 

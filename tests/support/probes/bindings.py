@@ -136,7 +136,7 @@ def runner(request: dict[str, Any]) -> None:
     folder: Any = SimpleNamespace(
         spec=SPEC, all_logits=False, layout="one", profiles=SimpleNamespace(max_batch=4, max_length=64),
         prefill=SimpleNamespace(file="model.plan", profile=0),
-        step=SimpleNamespace(file="model.plan", profile=1),
+        step=SimpleNamespace(file="model.plan", profile=1), made_for=SimpleNamespace(graphs="plugin"),
     )  # fmt: skip
     for place in (folder.prefill, folder.step):
         tensorrt_checks.check_tensors(folder, place, plan)

@@ -15,8 +15,12 @@ MODULE = "trt"
 OTHER_VERSIONS = {
     "building.typed_network.type_network": "8.6",
     "building.step_products._create_v3": "10 and 11",
+    "building.ahead": "RTX",
+    "runners.tensorrt.rtx": "RTX",
 }
-"""Functions that run with that dialect of TensorRT alone."""
+"""Functions, and whole modules, that run with that dialect alone."""
+NOT_OF_RTX = ("building.worker", "building.step_products", "building.step_graph", "building.typed_network")
+"""Modules, or what of them uses TensorRT, that TensorRT for RTX does without: it builds in building.ahead."""
 
 
 def modules(engines: Path) -> dict[str, ast.Module]:
@@ -66,6 +70,8 @@ def check_names(trt: Any, engines: Path, dialect: str) -> Names:
     """
     found = Names()
     for name, tree in modules(engines).items():
+        if OTHER_VERSIONS.get(name, dialect) != dialect or (dialect == "RTX" and name in NOT_OF_RTX):
+            continue
         for node in list(ast.walk(tree)):
             if isinstance(node, ast.FunctionDef):
                 only = OTHER_VERSIONS.get(f"{name}.{node.name}", dialect)

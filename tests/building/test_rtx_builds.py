@@ -1,0 +1,226 @@
+"""The real builder of TensorRT for RTX makes plans of our graphs, without a GPU. None is run: nothing here
+can.
+
+`make bindings` fetches the wheels. `make rtx-test` builds every geometry in every type for several sets of
+GPUs (DIJIANG_RTX_MATRIX), and with TRT_INCLUDE, the folder of TensorRT's open headers, also with the compiled
+plugin. CI builds each geometry in one type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import pytest
+import torch
+from support.makers import random_models as rm
+from support.paths import TESTS
+from support.tensorrt_wheels import FOLDER, REQUIRED, unpack, version_of, wheels, without
+
+from dijiang_engines import io_names
+from dijiang_engines.building.request import BuildRequest
+from dijiang_engines.formats.manifest import graph_io
+from dijiang_engines.nvidia.private_link import PATH_VARIABLE
+from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX
+from dijiang_engines.plugin.cache import find_tensorrt_library
+from dijiang_engines.spec import ModelSpec
+from dijiang_export.graph import lower
+
+WHEELS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs")
+MISSING = without(*WHEELS)
+pytestmark = pytest.mark.skipif(MISSING is not None and not REQUIRED, reason=MISSING or "")
+MATRIX = bool(os.environ.get("DIJIANG_RTX_MATRIX"))
+HEADERS = os.environ.get("DIJIANG_TENSORRT_INCLUDE", "")
+
+GEOMETRIES = {
+    "gpt-neox": rm.NEOX,
+    "tables": rm.with_tables(rm.NEOX, 400),
+    "d80": rm.with_heads(rm.NEOX, 2, 2, 80, 20),
+    "llama-grouped": rm.LLAMA,
+    "opt": dataclasses.replace(
+        rm.OPT_350M, post_norm=False, final_norm=True, embedding_size=48, tied_embeddings=False
+    ),
+    "opt-350m": rm.OPT_350M,
+}
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SOME = {
+    "gpt-neox": ("float16", (89,)), "tables": ("float32", (86,)), "d80": ("bfloat16", (120,)),
+    "llama-grouped": ("float16", (86, 120)), "opt": ("float32", (121,)), "opt-350m": ("bfloat16", (80,)),
+}  # fmt: skip
+"""Of each geometry what CI builds."""
+CASES = [
+    (name, dtype, capabilities)
+    for name in GEOMETRIES
+    for dtype in TYPES
+    for capabilities in ((80,), (86, 89, 120), (121,))
+]
+BATCH, LENGTH = 4, 200
+RTX_TYPES = {"int64": "INT64", "float32": "FLOAT"}
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    assert MISSING is None, MISSING
+    paths = [wheels(name)[-1] for name in WHEELS]
+    return unpack(FOLDER / f"rtx-{version_of(paths[0])}", *paths)
+
+
+def spec_of(name: str) -> ModelSpec:
+    """One layer: what a builder makes of a second one is the same."""
+    return dataclasses.replace(GEOMETRIES[name], num_layers=1)
+
+
+def shapes(spec: ModelSpec, kind: str) -> dict[str, list[list[int]]]:
+    lengths = (1, 1, 1) if kind == "step" else (1, 64, LENGTH)
+    batches = (1, 1, BATCH)
+    found = {io_names.INPUT_IDS: [[b, n] for b, n in zip(batches, lengths, strict=True)]}
+    found |= {name: [[b] for b in batches] for name in (io_names.POSITIONS, io_names.SEQ_LENS)}
+    states = {
+        io_names.past_state(i): [[b, *spec.state_shape] for b in batches] for i in range(spec.num_layers)
+    }
+    return found | states
+
+
+def request(
+    folder: Path, name: str, dtype: str, kind: Literal["prefill", "step"], capabilities: tuple[int, ...],
+    plugin: Path | None = None,
+) -> BuildRequest:  # fmt: skip
+    """A graph with small random weights inside, and what the worker is asked for."""
+    spec = spec_of(name)
+    graph = rm.traced(spec, TYPES[dtype], kind)
+    if plugin is None:
+        lower.lower_to_standard(graph, kind)
+    else:
+        lower.lower_to_tensorrt(graph)
+    rm.give_weights(graph, spec, rm.random_model(spec, dtype=TYPES[dtype]))
+    path = folder / f"{kind}{'.trt' if plugin else ''}.onnx"
+    ir.save(graph, path)
+    return BuildRequest(
+        onnx=path, plan=folder / f"{kind}.plan", plugin=plugin, dtype=dtype, profiles=[shapes(spec, kind)],
+        workspace=1 << 28, optimization_level=3, timing_cache=None, device=0, plugin_products=False,
+        runtime=TENSORRT_RTX, capabilities=capabilities,
+    )  # fmt: skip
+
+
+def run(site: Path, folder: Path, requests: list[BuildRequest], *, link: bool = True) -> list[dict[str, Any]]:
+    """What the probe says of each."""
+    (folder / "requests.json").write_text(json.dumps([r.to_json() for r in requests]))
+    links = folder / "links"
+    links.mkdir(exist_ok=True)
+    if link and not any(links.iterdir()):
+        (links / "libtensorrt_rtx.so").symlink_to(site / "tensorrt_rtx_libs/libtensorrt_rtx.so.1")
+    command = [sys.executable, TESTS / "support/probes/rtx_build.py", site, folder / "requests.json"]
+    done = subprocess.run(
+        [*command, folder / "out.json"], env=os.environ | {PATH_VARIABLE: str(links)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    found: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+def check(made: BuildRequest, found: dict[str, Any], name: str, kind: str) -> None:
+    """Names, types, shapes, profiles; a plan of this version, of a size that its weights explain."""
+    assert "error" not in found, found["error"]
+    spec = spec_of(name)
+    inputs, outputs = graph_io(spec, step=kind == "step", all_logits=False)
+    for part, tensors in (("inputs", inputs), ("outputs", outputs)):
+        assert list(found[part]) == [tensor.name for tensor in tensors]
+        for tensor in tensors:
+            dtype, shape = found[part][tensor.name]
+            assert dtype == RTX_TYPES[tensor.dtype], tensor.name
+            known = [size for size in tensor.shape if isinstance(size, int)]
+            assert [size for size in shape if size != -1] == known or kind == "step", tensor.name
+    assert found["inputs"][io_names.INPUT_IDS][1] == ([-1, 1] if kind == "step" else [-1, -1])
+    assert found["capabilities"] == list(made.capabilities)
+    assert found["profiles"] == 1 and found["tf32"] is False
+    assert found["plugins"] == (spec.num_layers if made.plugin else 0)
+    plan = made.plan.read_bytes()
+    assert plan[4 * 6 : 4 * 6 + 3] == bytes([1, 7, 1]) and plan.startswith(b"vtrt")
+    for tensor in (*inputs, *outputs):
+        assert tensor.name.encode() in plan
+    weights = made.onnx.stat().st_size
+    assert 0.5 * weights < len(plan) < 20 * weights + (8 << 20), (len(plan), weights)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.skipif(MATRIX, reason="the whole matrix is built")
+def test_a_geometry(name: str, site: Path, tmp_path: Path) -> None:
+    dtype, capabilities = SOME[name]
+    kinds: tuple[Literal["step", "prefill"], ...] = ("step", "prefill")
+    requests = [request(tmp_path, name, dtype, kind, capabilities) for kind in kinds]
+    for kind, made, found in zip(kinds, requests, run(site, tmp_path, requests), strict=True):
+        check(made, found, name, kind)
+
+
+@pytest.mark.skipif(not MATRIX, reason="set DIJIANG_RTX_MATRIX: `make rtx-test`")
+@pytest.mark.parametrize(("name", "dtype", "capabilities"), CASES)
+def test_the_matrix(name: str, dtype: str, capabilities: tuple[int, ...], site: Path, tmp_path: Path) -> None:
+    kinds: tuple[Literal["step", "prefill"], ...] = ("step", "prefill")
+    requests = [request(tmp_path, name, dtype, kind, capabilities) for kind in kinds]
+    for kind, made, found in zip(kinds, requests, run(site, tmp_path, requests), strict=True):
+        check(made, found, name, kind)
+        _report(name, dtype, capabilities, kind, made, found)
+
+
+def _report(
+    name: str, dtype: str, capabilities: tuple[int, ...], kind: str, made: BuildRequest, found: dict[str, Any]
+) -> None:
+    """A line for the record, if DIJIANG_RTX_RECORD names a file."""
+    record = os.environ.get("DIJIANG_RTX_RECORD")
+    if record:
+        graphs = "plugin" if made.plugin else "standard"
+        numbers = " ".join(map(str, capabilities))
+        size = f"{made.plan.stat().st_size / 1e6:6.2f} MB"
+        line = f"{graphs:8} {name:14} {dtype:8} {kind:7} sm {numbers:16} {size}"
+        with open(record, "a", encoding="utf-8") as file:
+            file.write(f"{line} {found['done']['seconds']:6.1f} s\n")
+
+
+# The plugin
+
+
+@pytest.fixture(scope="module")
+def plugin() -> Path:
+    """Compiled for 8.0, whose PTX every GPU of TensorRT for RTX takes; minutes, kept in the user's cache."""
+    if not HEADERS:
+        pytest.skip("DIJIANG_TENSORRT_INCLUDE names no headers: `make rtx-test TRT_INCLUDE=...`")
+    command = [sys.executable, "-m", "dijiang_export", "build-plugin", "--tensorrt-include", HEADERS]
+    subprocess.run([*command, "--architecture", "80", "--jobs", str(os.cpu_count())], check=True)
+    return find_tensorrt_library(11, (80, 86, 89, 120, 121))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_with_the_plugin(name: str, dtype: str, site: Path, plugin: Path, tmp_path: Path) -> None:
+    kinds: tuple[Literal["step", "prefill"], ...] = ("step", "prefill")
+    capabilities = (80, 86, 89, 120, 121)
+    requests = [request(tmp_path, name, dtype, kind, capabilities, plugin) for kind in kinds]
+    for kind, made, found in zip(kinds, requests, run(site, tmp_path, requests), strict=True):
+        check(made, found, name, kind)
+        _report(name, dtype, capabilities, kind, made, found)
+
+
+# What goes wrong
+
+
+def test_a_node_that_the_parser_does_not_take_is_named(site: Path, tmp_path: Path) -> None:
+    """A plugin's node without the plugin. The builder's own sentence for it, from the real parser."""
+    spec = spec_of("gpt-neox")
+    graph = rm.traced(spec, torch.float16, "step")
+    lower.lower_to_tensorrt(graph)
+    rm.give_weights(graph, spec, rm.random_model(spec, dtype=torch.float16))
+    made = request(tmp_path, "gpt-neox", "float16", "step", (89,))
+    ir.save(graph, made.onnx)
+    (found,) = run(site, tmp_path, [made])
+    assert (
+        "cannot parse" in found["error"] and "stops at the node /layers.0/attention/Dijiang" in found["error"]
+    )
+    assert "(DijiangAttention)" in found["error"] and "build-plugin" in found["error"]
+    assert not made.plan.exists()
