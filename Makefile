@@ -8,6 +8,7 @@
 # ARCHITECTURES  what `make plugin` compiles for, e.g. "87;90"                default: all that nvcc knows
 # JOBS         compilers at a time                                           default: one per CPU
 # TRT_INCLUDE  folders with TensorRT's headers for `make plugin-headers`     e.g. /opt/trt-8.6/include:/opt/trt-11.1/include
+# RTX_RECORD   a file that `make rtx-test` adds a line to for each plan      e.g. docs/evidence/rtx-builds.txt
 # ENGINE_PYTHON  the Python that has TensorRT, for `make engine-test`          default: that of .venv
 # ENGINE_TEST  more options of tests/gpu/engine_test.py                      e.g. ENGINE_TEST="--dtypes float16"
 # KERNELS      more options of `make bench-kernels`                          e.g. KERNELS="--shape 32x128"
@@ -27,6 +28,7 @@ ARGS ?=
 ARCHITECTURES ?=
 JOBS ?= $(shell nproc)
 TRT_INCLUDE ?=
+RTX_RECORD ?=
 KERNELS ?=
 FORM ?= whole
 PYTHONS ?= 3.10 3.12 3.13
@@ -46,7 +48,7 @@ SHARING := OMP_NUM_THREADS=1 DIJIANG_SPINNING=off
 EXPORT_SOURCES := $(shell find exporter/dijiang_export engines/dijiang_engines samples/tiny-stdlib -type f \
 	! -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup demo test test-pythons test-arm64 lint format plugin plugin-headers bindings registry-test engine-test bench bench-export bench-kernels clean distclean
+.PHONY: help setup demo test test-pythons test-arm64 lint format plugin plugin-headers bindings registry-test rtx-test engine-test bench bench-export bench-kernels clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -110,6 +112,11 @@ bindings: $(INSTALLED) ## fetch TensorRT's Python bindings and TensorRT for RTX 
 registry-test: $(INSTALLED) ## drive the plugin through the registries of TensorRT's lean runtimes (fetches 90 MB)
 	$(BIN)/python plugins/tests/fetch_lean.py build/tensorrt-lean
 	DIJIANG_TENSORRT_INCLUDE="$(TRT_INCLUDE)" $(BIN)/python -m pytest tests/nvidia/test_tensorrt_registry.py $(ARGS)
+
+rtx-test: $(INSTALLED) ## build plans of every geometry with TensorRT for RTX; with TRT_INCLUDE also with the plugin (fetches 240 MB)
+	$(BIN)/python .ci/fetch_wheels.py build/tensorrt-wheels --list .ci/rtx-wheels.txt
+	DIJIANG_RTX_MATRIX=1 DIJIANG_RTX_RECORD="$(RTX_RECORD)" DIJIANG_TENSORRT_INCLUDE="$(TRT_INCLUDE)" $(SHARING) \
+		$(BIN)/python -m pytest tests/building/test_rtx_builds.py tests/nvidia/test_rtx_bindings.py tests/runners/test_ort_rtx.py $(ARGS)
 
 engine-test: $(INSTALLED) ## build and check TensorRT engines of the sample here (needs TensorRT and an NVIDIA GPU)
 	env -u MAKEFLAGS -u MAKELEVEL $(BIN)/python tests/gpu/engine_test.py \

@@ -47,6 +47,7 @@ TABLE: Mapping[str, Entry] = MappingProxyType(
     {
         "onnxruntime-cpu": Entry(Bundle, _ORT, _onnxruntime),
         "onnxruntime-cuda": Entry(Bundle, (*_ORT, *_GPU), _onnxruntime),
+        "onnxruntime-rtx": Entry(Bundle, ("device",), _onnxruntime),
         "tensorrt": Entry(EngineFolder, _GPU, _tensorrt),
     }
 )
@@ -113,10 +114,11 @@ def check_options(runner: str, given: Mapping[str, Any]) -> None:
         if not known:
             every = dict.fromkeys(name for options in OPTIONS.values() for name in options)
             raise UsageError(f"no runner has an option {option!r}", expected=", ".join(every))
+        others = " and ".join(filter(None, (", ".join(known[:-1]), known[-1])))
         raise UsageError(
             f"the runner {runner} has no option {option!r}",
             expected=", ".join(OPTIONS[runner]),
-            hint=f"it is one of {' and '.join(known)}: leave it out, or choose another --runner",
+            hint=f"it is one of {others}: leave it out, or choose another --runner",
         )
 
 

@@ -11,7 +11,7 @@ from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.machine import Spinning, available_memory, container_threads, spinning_choice
-from dijiang_engines.runners.onnxruntime.providers import CPU
+from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA
 
 Prepack = Literal["auto", "none", "step", "all"]
 Optimization = Literal["all", "extended", "basic", "none"]
@@ -71,14 +71,14 @@ class OrtConfig:
     """What is in force: every default resolved for one bundle on this machine."""
 
     name: str
-    """CPU or CUDA."""
+    """CPU, CUDA or RTX."""
     threads: int
     """Of one operator; 0: ONNX Runtime chooses."""
     spinning: Spinning
     prepack: Prepack
     optimization: Optimization
     device: int
-    """Index of the CUDA device; 0 on the CPU."""
+    """Index of the GPU; 0 on the CPU."""
     lowering: str
     float32: bool
     """The graphs compute in float32 and nothing less."""
@@ -90,8 +90,9 @@ class OrtConfig:
 
     @property
     def tensors_on(self) -> str:
-        """ONNX Runtime's word for where tensors lie."""
-        return "cpu" if self.on_cpu else "cuda"
+        """ONNX Runtime's word for where tensors lie. With RTX's provider on the host: the package onnxruntime
+        makes none on a GPU, and the provider takes a call's over and back."""
+        return "cuda" if self.name == CUDA else "cpu"
 
     def graph(self, name: GraphName) -> str:
         """The bundle's graph that is run as `name`."""
@@ -108,7 +109,7 @@ def resolve(options: OrtOptions, bundle: Bundle, name: str, version: str) -> Ort
     Args:
         options: what was given.
         bundle: an opened bundle.
-        name: CPU or CUDA.
+        name: CPU, CUDA or RTX.
         version: of ONNX Runtime, for messages.
 
     Raises:
@@ -142,7 +143,7 @@ def _lowering(wanted: Lowering, bundle: Bundle, name: str, version: str) -> str:
         return not _missing(lowering, bundle.graphs) and (known or not lowering.startswith("ort"))
 
     if wanted == "auto":
-        return next(filter(usable, ("standard",) if name == CPU else _CUDA_ORDER))
+        return next(filter(usable, _CUDA_ORDER if name == CUDA else ("standard",)))
     if missing := _missing(wanted, bundle.graphs):
         raise RunnerError(
             f"the bundle {bundle.path} has no graph {missing[0]!r}",

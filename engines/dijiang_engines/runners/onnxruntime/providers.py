@@ -2,5 +2,7 @@
 
 from __future__ import annotations
 
-CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
-PROVIDERS = {CPU: "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
+CPU, CUDA, RTX = "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-rtx"
+PROVIDERS = {
+    CPU: "CPUExecutionProvider", CUDA: "CUDAExecutionProvider", RTX: "NvTensorRTRTXExecutionProvider",
+}  # fmt: skip

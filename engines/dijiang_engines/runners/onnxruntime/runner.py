@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the Runner protocol, on the CPU and on CUDA.
+"""ONNX Runtime behind the Runner protocol, on the CPU, on CUDA and on TensorRT for RTX.
 
 Two sessions, each loaded when it is first needed. The state is double-buffered: every call reads one set
 of tensors and writes the other, and then the two change roles. Binding one buffer as both past and present
@@ -51,14 +51,14 @@ class OrtRunner:
 
     Args:
         bundle: an opened bundle.
-        name: "onnxruntime-cpu" or "onnxruntime-cuda".
+        name: "onnxruntime-cpu", "onnxruntime-cuda" or "onnxruntime-rtx".
         threads: of one operator; None leaves it to ONNX Runtime, within the container's CPU quota.
         spinning: whether they wait busily for work: "on", "off", or "auto", ONNX Runtime's own way, which is
             on; None: what DIJIANG_SPINNING says, else "auto". Off is for cores that others use too.
         prepack: which sessions make a private, faster copy of the weights: "auto" is "step" if that
             fits into the memory that is free now, else "none".
         optimization: of the graph.
-        device: index of the CUDA device.
+        device: index of the GPU.
         lowering: which of the bundle's graphs run, of those in LOWERINGS. "auto" is "standard" on the CPU;
             on CUDA a step that can be a CUDA graph, if the bundle has one (`to-onnx --variant`).
         cuda_graph: run steps as CUDA graphs, where step and machine allow it. None does so too, but does not

@@ -18,7 +18,8 @@ from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.runners.base import IntArray
 from dijiang_engines.runners.onnxruntime.config import OPTIMIZATIONS, GraphName, OrtConfig
 from dijiang_engines.runners.onnxruntime.cuda import CudaGraphs, find_cuda_libraries, zero_device_memory
-from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA, PROVIDERS
+from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA, PROVIDERS, RTX
+from dijiang_engines.runners.onnxruntime.rtx import rtx_device
 from dijiang_engines.spec import ModelSpec
 
 
@@ -45,6 +46,9 @@ def check_provider(ort: Any, name: str) -> None:
     Raises:
         RunnerError: it was not.
     """
+    if name == RTX:
+        rtx_device(ort)
+        return
     provider = PROVIDERS[name]
     offered = ort.get_available_providers()
     if provider not in offered:
@@ -164,14 +168,19 @@ class Sessions:
         Raises:
             RunnerError: ONNX Runtime refuses the graph, or the provider does not work here.
         """
-        provider = self.provider(cuda_graph)
+        options = self._options(name)
         try:
-            session = self.ort.InferenceSession(str(path), self._options(name), providers=[provider])
+            if self.config.name == RTX:
+                options.add_provider_for_devices([rtx_device(self.ort, self.config.device)], {})
+                session = self.ort.InferenceSession(str(path), options)
+            else:
+                provider = self.provider(cuda_graph)
+                session = self.ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:
             raise _failed(f"ONNX Runtime cannot load {path}", error) from error
         if session.get_providers()[0] != PROVIDERS[self.config.name]:
             raise RunnerError(  # it only warns, and goes on on the CPU
-                "ONNX Runtime cannot use CUDA here",
+                f"ONNX Runtime cannot use {'CUDA' if self.config.name == CUDA else 'TensorRT for RTX'} here",
                 got=", ".join(session.get_providers()),
                 hint="`dijiang-export doctor` shows which libraries are missing",
             )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import sys
 
-from dijiang_engines.runners.onnxruntime.providers import PROVIDERS
+from dijiang_engines.errors import RunnerError
+from dijiang_engines.runners.onnxruntime.providers import PROVIDERS, RTX
+from dijiang_engines.runners.onnxruntime.rtx import rtx_device
 
 
 def main() -> None:
@@ -17,7 +19,10 @@ def main() -> None:
     try:
         works, detail = run_one_node(sys.argv[1])
     except Exception as error:  # noqa: BLE001 - whatever a broken runtime throws is the finding
-        works, detail = False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        words = error.what if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, RunnerError) and error.got is not None:
+            words += f": {error.got}"
+        works, detail = False, " ".join(words.split())[:300]
     print(json.dumps({"works": works, "detail": detail}))
 
 
@@ -31,11 +36,15 @@ def run_one_node(runner: str) -> tuple[bool, str]:
     import onnxruntime as ort
 
     provider = PROVIDERS[runner]
-    if provider not in ort.get_available_providers():
-        return False, f"this build of ONNX Runtime has no {provider}"
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(doubling_model(), options, providers=[provider])
+    if runner == RTX:
+        options.add_provider_for_devices([rtx_device(ort)], {})
+        session = ort.InferenceSession(doubling_model(), options)
+    elif provider not in ort.get_available_providers():
+        return False, f"this build of ONNX Runtime has no {provider}"
+    else:
+        session = ort.InferenceSession(doubling_model(), options, providers=[provider])
     if session.get_providers()[0] != provider:
         return False, f"{provider} could not be started; its libraries do not load"
     x = np.arange(4, dtype=np.float32)
