@@ -7,13 +7,13 @@ its own on a model of one node, so that one which hangs or crashes is a finding 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from dijiang_engines.errors import UsageError
@@ -25,6 +25,13 @@ from dijiang_engines.machine import (
     package_version,
     spinning_choice,
 )
+from dijiang_engines.nvidia.status import (
+    EngineStatus,
+    RuntimeStatus,
+    engine_status,
+    missing_command,
+    runtime_status,
+)
 from dijiang_engines.plugin.status import PackageStatus, PluginStatus, plugin_needs, plugin_status
 
 PROBE_SECONDS = 120
@@ -32,6 +39,7 @@ TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 """PyPI's own Linux wheels of torch bring gigabytes of CUDA."""
 
 ORT_CPU, ORT_GPU = "onnxruntime", "onnxruntime-gpu"
+ORT_RTX = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,11 @@ class Diagnosis:
     abilities: tuple[Ability, ...]
     plugin: PluginStatus
     problems: tuple[Problem, ...]
+    runtimes: tuple[RuntimeStatus, ...]
+    engines: tuple[EngineStatus, ...]
+    """In the folder that was looked at."""
+    missing: str | None
+    """The one command that is missing before an engine runs on this machine's GPU."""
 
     @property
     def works(self) -> bool:
@@ -90,21 +103,33 @@ Probe = Callable[[str], tuple[bool, str]]
 """Runtime name -> (it computed the right numbers, what it said)."""
 
 
-def diagnose(probe: Probe | None = None, machine: Machine | None = None) -> Diagnosis:
+def diagnose(probe: Probe | None = None, machine: Machine | None = None, folder: Path = Path()) -> Diagnosis:
     """Look at everything.
 
     Args:
         probe: tries a runtime; default: in a process of its own.
         machine: default: this one.
+        folder: where to look for engines; default: the current one.
     """
     from dijiang_engines.version import __version__
 
     probe = probe or probe_in_subprocess
     machine = machine or describe_machine()
-    runners = (_ort_cpu(probe), _ort_cuda(probe, machine), _tensorrt(machine))
+    runtimes = runtime_status(machine)
+    runners = (_ort_cpu(probe), _ort_cuda(probe, machine), _ort_rtx(probe, machine), _tensorrt(runtimes))
     plugin = plugin_status(machine)
-    problems = _problems(machine, runners, plugin)
-    return Diagnosis(__version__, machine, runners, _abilities(), plugin, problems)
+    engines = engine_status(machine, runtimes, folder)
+    return Diagnosis(
+        version=__version__,
+        machine=machine,
+        runners=runners,
+        abilities=_abilities(),
+        plugin=plugin,
+        problems=_problems(machine, runners, plugin, runtimes),
+        runtimes=runtimes,
+        engines=engines,
+        missing=missing_command(machine, runtimes, engines, plugin.hint),
+    )
 
 
 # -- runtimes ------------------------------------------------------------------------------------------
@@ -141,15 +166,29 @@ def _ort_cuda(probe: Probe, machine: Machine) -> RunnerStatus:
     return RunnerStatus(name, False, version, detail, hint)
 
 
-def _tensorrt(machine: Machine) -> RunnerStatus:
-    name, version = "tensorrt", package_version("tensorrt")
-    if importlib.util.find_spec("dijiang_engines.runners.tensorrt.runner") is None:
-        found = f"tensorrt {version} is installed, but " if version else ""
-        return RunnerStatus(name, False, version, f"{found}this version has no TensorRT runner yet")
+def _ort_rtx(probe: Probe, machine: Machine) -> RunnerStatus:
+    name = "onnxruntime-rtx"
+    version = package_version(ORT_RTX)
     if version is None:
-        hint = "pip install 'dijiang-export[tensorrt]'" if machine.gpus or machine.board else None
-        return RunnerStatus(name, False, None, "not installed", hint)
-    return RunnerStatus(name, bool(machine.gpus or machine.board), version, "installed; not tried")
+        return RunnerStatus(name, False, None, "not installed", None)
+    works, detail = probe(name)
+    if works or not machine.gpus:
+        return RunnerStatus(name, works, version, detail)
+    hint = f"pip install --upgrade 'onnxruntime>=1.24' {ORT_RTX}; it needs NVIDIA's driver 580 or newer"
+    return RunnerStatus(name, False, version, detail, hint)
+
+
+def _tensorrt(runtimes: Sequence[RuntimeStatus]) -> RunnerStatus:
+    """The runner of engines, whichever runtime made them."""
+    installed = [runtime for runtime in runtimes if runtime.version is not None]
+    if not installed:
+        hint = next((runtime.hint for runtime in runtimes if runtime.hint), None)
+        return RunnerStatus("tensorrt", False, None, "not installed", hint)
+    running = [runtime for runtime in installed if runtime.runs]
+    shown = running or installed
+    versions = ", ".join(f"{runtime.title} {runtime.version}" for runtime in shown)
+    hint = None if running else next((runtime.hint for runtime in shown if runtime.hint), None)
+    return RunnerStatus("tensorrt", bool(running), versions, "; ".join(r.detail for r in shown), hint)
 
 
 def probe_in_subprocess(name: str) -> tuple[bool, str]:
@@ -218,9 +257,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _problems(
-    machine: Machine, runners: tuple[RunnerStatus, ...], plugin: PluginStatus
+    machine: Machine,
+    runners: tuple[RunnerStatus, ...],
+    plugin: PluginStatus,
+    runtimes: tuple[RuntimeStatus, ...],
 ) -> tuple[Problem, ...]:
-    problems = []
+    problems = [
+        Problem(f"{runtime.title} {runtime.version}: {runtime.detail}", runtime.hint or "")
+        for runtime in runtimes
+        if runtime.broken
+    ]
     if package_version(ORT_CPU) and package_version(ORT_GPU):
         wanted = "gpu" if machine.gpus else "cpu"
         problems.append(
@@ -231,7 +277,9 @@ def _problems(
             )
         )
     for runner in runners:
-        if runner.version is not None and not runner.works and runner.hint is not None:
+        if runner.version is None or runner.works or runner.hint is None:
+            continue
+        if not any(problem.hint == runner.hint for problem in problems):
             problems.append(Problem(f"{runner.name} {runner.version}: {runner.detail}", runner.hint))
     try:
         spinning_choice(None)

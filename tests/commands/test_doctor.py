@@ -191,7 +191,11 @@ def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
     assert data["works"] is True
-    assert {r["name"] for r in data["runners"]} == {"onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"}
+    assert [r["name"] for r in data["runners"]] == [
+        "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-rtx", "tensorrt",
+    ]  # fmt: skip
+    assert [r["name"] for r in data["runtimes"]] == ["tensorrt", "tensorrt-rtx"]
+    assert data["engines"] == [] and data["missing"] is None
 
 
 def test_the_command_fails_when_no_runner_works(

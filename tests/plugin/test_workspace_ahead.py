@@ -1,4 +1,4 @@
-"""The workspace of a plan that is built without a GPU: enough on every GPU that the plan is for, CUDA not asked.
+"""The workspace of a plan that is built without a GPU: enough wherever the plan may run, CUDA not asked.
 
 plugins/tensorrt/attention/ahead.cpp, compiled over the kernels' library. Needs no GPU and no TensorRT.
 """
@@ -27,14 +27,15 @@ GPUS = {
     80: (98, 108), 86: (16, 28, 46, 82, 84), 89: (20, 24, 60, 76, 128, 142),
     120: (20, 36, 50, 70, 84, 170, 188), 121: (48,),
 }  # fmt: skip
-"""Multiprocessors of GPUs that are sold: A100; RTX 3050 to A6000; 4050 to RTX 6000; 5050 to PRO 6000; GB10."""
+"""Multiprocessors of GPUs that are sold: A100; RTX 3050 to A6000; 4050 to 6000; 5050 to PRO 6000; GB10."""
 WRAPPER = """
 #include "attention/ahead.h"
 #include <cstring>
 extern "C" size_t anywhere(const dijiang_geometry* geometry, int batch, int length, const char* architectures,
     char* wrong) {
     size_t bytes = 0;
-    std::strcpy(wrong, dijiang::trt::workspace_anywhere(*geometry, batch, length, architectures, bytes).c_str());
+    using dijiang::trt::workspace_anywhere;
+    std::strcpy(wrong, workspace_anywhere(*geometry, batch, length, architectures, bytes).c_str());
     return bytes;
 }
 extern "C" int ahead() { return dijiang::trt::builds_ahead(); }

@@ -70,10 +70,43 @@ def draw(found: Diagnosis) -> Group:
             table.add_row(*cells)
         parts.append(table)
     parts.append(_plugin(found.plugin))
+    parts.append(_runtimes(found))
     for problem in found.problems:
         parts.append(
             Text.assemble(("problem: ", "red"), problem.what, "\n", ("hint: ", "bold"), problem.hint)
         )
+    return Group(*parts)
+
+
+def _runtimes(found: Diagnosis) -> Group:
+    """TensorRT and TensorRT for RTX, the engines here, and what is missing."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Runtimes of engines", title_justify="left")
+    for column in ("runtime", "version", "runs here", "builds here", "", "to get it"):
+        table.add_column(column)
+    for runtime in found.runtimes:
+        table.add_row(
+            runtime.title,
+            runtime.version or "-",
+            _mark(runtime.runs),
+            _mark(runtime.builds),
+            Text(runtime.detail),
+            Text(runtime.hint or ""),
+        )
+    parts: list[Table | Text] = [table]
+    if found.engines:
+        engines = Table(title="Engines in this folder", title_justify="left")
+        for column in ("engine", "fits", "made for", "", "next"):
+            engines.add_column(column)
+        for engine in found.engines:
+            about, detail, hint = Text(engine.made_for), Text(engine.detail), Text(engine.hint or "")
+            engines.add_row(Text(engine.folder), _mark(engine.fits), about, detail, hint)
+        parts.append(engines)
+    if found.missing:
+        parts.append(Text.assemble(("missing for an engine: ", "bold"), found.missing))
     return Group(*parts)
 
 
