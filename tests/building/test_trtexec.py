@@ -17,7 +17,7 @@ from support.paths import ROOT, TESTS
 
 from dijiang_engines.building.plans import profile_shapes
 from dijiang_engines.building.recipes import load_recipe
-from dijiang_engines.building.trtexec import TrtexecCommands, trtexec_commands
+from dijiang_engines.building.trtexec import TrtexecCommands, rtx_commands, trtexec_commands
 from dijiang_engines.errors import DijiangError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.plugin.cache import cache_folder
@@ -26,9 +26,11 @@ from dijiang_export.commands.build_engine import build_engine
 
 onnx = pytest.importorskip("onnx")
 
-TABLE = json.loads((TESTS / "data/trtexec_options.json").read_text())["versions"]
+DATA = json.loads((TESTS / "data/trtexec_options.json").read_text())
+TABLE = DATA["versions"]
 """What trtexec's own parser asks for, by tag."""
 OPTIONS = {tag.removeprefix("v"): set(entry["options"].split()) for tag, entry in TABLE.items()}
+RTX_OPTIONS = set(DATA["tensorrt_rtx"]["options"].split())
 RECIPE = load_recipe("datacenter").with_changes(max_batch=3, opt_batch=2, max_length=96, opt_length=32)
 SHAPES = ("--minShapes", "--optShapes", "--maxShapes")
 
@@ -56,7 +58,7 @@ def parse(command: list[str]) -> tuple[dict[str, str], list[dict[str, list[list[
     Returns:
         The other options, and for each profile {input: [min, opt, max]}.
     """
-    assert command[0] == "trtexec"
+    assert command[0] in ("trtexec", "tensorrt_rtx")
     words = [tuple(word.split("=", 1)) if "=" in word else (word, "") for word in command[1:]]
     names = [name for name, _ in words if name not in (*SHAPES, "--profile")]
     assert len(names) == len(set(names))
@@ -219,6 +221,38 @@ def test_the_command(bundles: dict[str, Bundle], tmp_path: Path, capfd: pytest.C
     assert folder.is_dir()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tensorrt_for_rtx_s_own_tool(dtype: str, bundles: dict[str, Bundle]) -> None:
+    """Standard graphs, a plan for prefill and one for steps, for several GPUs; documented flags alone."""
+    bundle, recipe = bundles[dtype], RECIPE.with_changes(layout="two")
+    made = rtx_commands(bundle, Path("plans"), recipe, capabilities=("12.0", "8.6", "8.6"))
+    assert made.tensorrt == "1.7" and made.commands[0] == ["mkdir", "-p", "plans"]
+    read = [parse(command) for command in made.commands[1:]]
+    graphs = [Path(options["--onnx"]).name for options, _ in read]
+    assert graphs == ["prefill.onnx", "step.onnx"]
+    expected = [profile_shapes(bundle, RECIPE.profiles, step=step) for step in (False, True)]
+    assert [profiles for _, profiles in read] == [[shapes] for shapes in expected]
+    for options, _ in read:
+        assert options["--computeCapabilities"] == "86,120"
+    for command in made.commands[1:]:
+        assert {word.split("=")[0] for word in command[1:]} <= RTX_OPTIONS
+    assert any("TensorFloat-32" in note for note in made.notes) == (dtype == "float32")
+    every = rtx_commands(bundle, Path("plans"), recipe)
+    assert "--computeCapabilities=80,86,89,120,121" in every.commands[1]
+
+
+def test_what_tensorrt_rtx_cannot_do(bundles: dict[str, Bundle]) -> None:
+    two = RECIPE.with_changes(layout="two")
+    with pytest.raises(UsageError, match="makes plans with one profile"):
+        rtx_commands(bundles["float32"], Path("p"), RECIPE)
+    with pytest.raises(UsageError, match="does not build for"):
+        rtx_commands(bundles["float32"], Path("p"), two, capabilities=("9.0",))
+    with pytest.raises(RunnerError, match="not supported"):
+        rtx_commands(bundles["float32"], Path("p"), two, version="10.3")
+    with pytest.raises(UsageError, match="not a version"):
+        rtx_commands(bundles["float32"], Path("p"), two, version="newest")
+
+
 def test_tensorrt_alone_is_wrong_usage(bundles: dict[str, Bundle], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["build-engine", str(bundles["float32"].path), "--tensorrt", "10.3"]) == 2
     assert "--print-trtexec" in capfd.readouterr().err
@@ -247,7 +281,8 @@ def test_the_page_about_it(
     monkeypatch.chdir(tmp_path)
     for line in block.splitlines():
         assert main(shlex.split(line)[1:]) == 0
-        assert "--dynamicPlugins" in capfd.readouterr().out
+        said = capfd.readouterr().out
+        assert "--dynamicPlugins" in said or said.count("tensorrt_rtx \\") == 2
     ours = {option for parameter in build_engine.params for option in parameter.opts}
     shown = set(re.findall(r"(?<![\w-])--[a-z][A-Za-z0-9-]+", page))
-    assert shown <= ours | set.union(*OPTIONS.values()), shown
+    assert shown <= ours | set.union(RTX_OPTIONS, *OPTIONS.values()), shown

@@ -125,7 +125,7 @@ def choose_target(
     dialect = dialect_of(version, name)
     _check_dtype(bundle, f"{product.title} {version}", dialect)
     named = tuple(dict.fromkeys(parse_capability(text, dialect) for text in capabilities))
-    wanted = named or _of_the_recipe(recipe, dialect)
+    wanted = named or recipe_capabilities(recipe, dialect)
     plugin = None
     major = dialect.plugin_major(version)
     if use_plugin is None:
@@ -164,8 +164,12 @@ def _check_dtype(bundle: Bundle, title: str, dialect: Dialect) -> None:
         )
 
 
-def _of_the_recipe(recipe: Recipe, dialect: Dialect) -> tuple[int, ...]:
-    """Its GPUs, as far as the runtime has them; all of the runtime's if it names none."""
+def recipe_capabilities(recipe: Recipe, dialect: Dialect) -> tuple[int, ...]:
+    """A recipe's GPUs, as far as the runtime has them; all of the runtime's if it names none.
+
+    Raises:
+        UsageError: it has none of them.
+    """
     every = dialect.capabilities or ()
     found = tuple(number for number in recipe.architectures or every if number in every)
     if not found:

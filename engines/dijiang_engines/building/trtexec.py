@@ -1,8 +1,8 @@
-"""What NVIDIA's trtexec has to be told to build the plans that `build.build_engine` builds.
+"""What NVIDIA's trtexec, or tensorrt_rtx, has to be told to build the plans that `build.build_engine` builds.
 
-trtexec makes plans, not engine folders: no manifest, no reference, nothing validated. The flags are those
+They make plans, not engine folders: no manifest, no reference, nothing validated. trtexec's flags are those
 that samples/common/sampleOptions.cpp of NVIDIA/TensorRT parses, at v8.6.1, v10.3.0, v10.13.3, v10.16 and
-v11.1.
+v11.1; those of tensorrt_rtx, whose source is not public, what the documentation of TensorRT for RTX 1.7 has.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dijiang_engines.building.plans import check_fit, plans
 from dijiang_engines.building.recipes import Recipe
+from dijiang_engines.building.target import recipe_capabilities
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.nvidia.tensorrt_library import ENVIRONMENT
-from dijiang_engines.nvidia.tensorrt_versions import Dialect, dialect_of
+from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX, Dialect, dialect_of, parse_capability
 from dijiang_engines.plugin.cache import BuiltPlugin, built_plugins, read_manifest, tensorrt_name
 
 DEFAULT_VERSION = "10.3"
+RTX_TOOL, RTX_VERSION = "tensorrt_rtx", "1.7"
 _SEVERAL_PROFILES = (10, 0)
 """From here on trtexec has --profile. v8.6.1 has one profile for each plan."""
 _ALWAYS_STRONGLY_TYPED = (11, 0)
@@ -50,7 +53,7 @@ class TrtexecCommands:
         lines = []
         for command in self.commands:
             first, *rest = [shlex.quote(word) for word in command]
-            if first == "trtexec":
+            if first in ("trtexec", RTX_TOOL):
                 lines.append(" \\\n  ".join([first, *rest]))
             else:
                 lines.append(" ".join([first, *rest]))
@@ -118,6 +121,57 @@ def trtexec_commands(
     )
     if recipe.max_batch == 1:
         notes.append("trtexec keeps the batch dynamic although one size is allowed; `build-engine` fixes it")
+    return TrtexecCommands(name, commands, notes)
+
+
+def rtx_commands(
+    bundle: Bundle,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    version: str | None = None,
+    precision: str | None = None,
+    capabilities: Sequence[str] = (),
+) -> TrtexecCommands:
+    """The commands for tensorrt_rtx, the command line tool of TensorRT for RTX: standard graphs, two plans.
+
+    Args:
+        bundle: what to build.
+        folder: for the plans.
+        recipe: for which sizes.
+        version: of TensorRT for RTX; default: `RTX_VERSION`.
+        precision: must be the bundle's type if given.
+        capabilities: such as "8.6"; default: those of the recipe that TensorRT for RTX has.
+
+    Raises:
+        UsageError: the bundle does not fit the recipe, or a capability or the layout is not possible.
+        RunnerError: that version is not supported.
+    """
+    check_fit(bundle, recipe, precision)
+    name = version or RTX_VERSION
+    if not re.fullmatch(r"\d+\.\d+(\.\d+)*", name):
+        raise UsageError("this is not a version of TensorRT for RTX", got=name, expected="such as 1.7")
+    dialect = dialect_of(name, TENSORRT_RTX)
+    if recipe.layout == "one":
+        raise UsageError(
+            f"{RTX_TOOL} makes plans with one profile",
+            got="layout one, which has two",
+            hint="--layout two; `build-engine` itself can do both",
+        )
+    named = [parse_capability(text, dialect) for text in capabilities]
+    numbers = sorted(set(named or recipe_capabilities(recipe, dialect)))
+    commands = [["mkdir", "-p", str(folder)]]
+    for file, graph, profiles in plans(bundle, recipe, standard=True):
+        command = [RTX_TOOL, f"--onnx={bundle.graph_path(graph)}", f"--saveEngine={folder / file}"]
+        command += _shape_flags(profiles[0])
+        commands.append([*command, f"--computeCapabilities={','.join(map(str, numbers))}", "--skipInference"])
+    notes = [
+        f"{RTX_TOOL} makes plans without engine.json: `generate` and `validate` need `build-engine`'s folder",
+        "it comes with the SDK of TensorRT for RTX, not with the Python packages",
+        "standard graphs: how it loads a plugin is not documented",
+    ]
+    if bundle.dtype == "float32":
+        notes.append("TensorFloat-32 stays on, which `build-engine` turns off")
     return TrtexecCommands(name, commands, notes)
 
 

@@ -162,8 +162,8 @@ class BuildEngineArguments:
         bool,
         click.option(
             "--print-trtexec", is_flag=True,
-            help="Print what trtexec would have to be told to build the same plans, and build nothing. Needs "
-            "neither TensorRT nor a GPU.",
+            help="Print what trtexec, or tensorrt_rtx with --runtime tensorrt-rtx, would have to be told to "
+            "build the same plans, and build nothing. Needs neither TensorRT nor a GPU.",
         ),
     ]  # fmt: skip
     tensorrt: Annotated[
@@ -171,7 +171,7 @@ class BuildEngineArguments:
         click.option(
             "--tensorrt", metavar="VERSION",
             help="With --print-trtexec: which version's trtexec, such as 8.6, 10.3 or 11.1. Default: that of "
-            "the plugin that was built here, else 10.3.",
+            "the plugin that was built here, else 10.3; for RTX 1.7.",
         ),
     ]  # fmt: skip
 
@@ -253,11 +253,19 @@ def _build(given: BuildEngineArguments, output: Output) -> BuildResult:
 
 
 def _commands(given: BuildEngineArguments) -> TrtexecCommands:
-    from dijiang_engines.building.trtexec import trtexec_commands
+    from dijiang_engines.building.trtexec import rtx_commands, trtexec_commands
     from dijiang_engines.formats.bundle import open_bundle
 
-    runtime = given.runtime or "tensorrt"
-    recipe = given.recipe.read(runtime)
+    recipe = given.recipe.read(given.runtime or "tensorrt")
+    if given.runtime == "tensorrt-rtx":
+        return rtx_commands(
+            open_bundle(given.bundle),
+            given.target(".plans"),
+            recipe,
+            version=given.tensorrt,
+            precision=given.recipe.precision,
+            capabilities=given.capabilities,
+        )
     return trtexec_commands(
         open_bundle(given.bundle),
         given.target(".plans"),
