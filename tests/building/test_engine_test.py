@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from support.fakes.tensorrt import FakeMachine
+from support.fakes.tensorrt_rtx import FakeRtx
+from support.makers.engine_folders import Exported
 from support.paths import ROOT
 
 SCRIPT = ROOT / "tests/gpu/engine_test.py"
@@ -112,3 +114,27 @@ def test_make_runs_it(tmp_path: Path) -> None:
     )  # fmt: skip
     command = done.stdout.replace("\\\n", " ")
     assert re.search(r"engine_test\.py\s+--engine-python \"/opt/py\" .*--dtypes float16", command), command
+
+
+def test_tensorrt_for_rtx(tmp_path: Path, exported: Exported) -> None:
+    """The same parts from the standard graphs, with nothing compiled; and a GPU that it does not run on."""
+    machine = FakeRtx(tmp_path / "machine")
+    (machine.site / "tensorrt").mkdir()
+    (tmp_path / "greedy.json").write_text("[]")
+    options = ["--dtypes", "float32", "--layouts", "two", "--greedy", str(tmp_path / "greedy.json")]
+    options += ["--runtime", "tensorrt-rtx", "--graphs", "standard", "--bundles", str(tmp_path)]
+    (tmp_path / "tiny-stdlib-float32.bundle").symlink_to(exported()[0])
+    done = engine_test(machine, tmp_path / "work", *options, "--skip", *NEEDS_A_GPU)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "work/summary.txt").read_text()
+    assert "TensorRT for RTX 1.7.1" in summary and "plugin: no engine was built" in summary
+    found = re.findall(r"^(ok|FAIL|not run) +(\S.*?)  +[\d.]+ s", summary, re.MULTILINE)
+    assert found == [
+        ("ok", "build float32 two standard"), ("ok", "validate float32 two standard"),
+        ("ok", "check float32 two standard"),
+    ]  # fmt: skip
+    assert [call["capabilities"] for call in machine.calls] == [[89], [89]]
+    assert "kernels are kept" in (tmp_path / "work/check-float32-two-standard.log").read_text()
+    hopper = FakeRtx(tmp_path / "hopper", capability=[9, 0])
+    done = engine_test(hopper, tmp_path / "work", "--runtime", "tensorrt-rtx")
+    assert done.returncode == 1 and "TensorRT for RTX does not run on this GPU" in done.stderr

@@ -128,6 +128,23 @@ class Checks(RunnerChecks):
         assert texts[0] == texts[1], str(texts)
         return f"{texts[0][:2]}"
 
+    def kernels_are_kept(self) -> str:
+        """TensorRT for RTX: what the first runner compiled, the second one finds."""
+        assert self.runner.rtx is not None
+        self.runner.warm_up()
+        state = self.runner.new_state(1)
+        self.runner.step(self.tokens(1, 1), np.zeros(1, np.int64), np.ones(1, np.int64), state)
+        self.runner.rtx.cache.save()
+        path, note = self.runner.rtx.cache.path, self.runner.rtx.cache.note
+        assert note is None and path.is_file(), note
+        started = time.perf_counter()
+        second = TensorRTRunner(self.engine)
+        second.warm_up()
+        assert second.rtx is not None and second.rtx.cache.loaded, second.notes()
+        return (
+            f"{path.stat().st_size} bytes; a second runner was ready in {time.perf_counter() - started:.2f} s"
+        )
+
     def used_memory(self) -> dict[str, tuple[int, int]]:
         return {"device": (-self.runner.gpu.cuda.memory()[0], 0)}
 
@@ -183,7 +200,7 @@ class Checks(RunnerChecks):
             if i == 5:
                 sums.clear()
             state.put(self.tokens(1, 1), one * i, one)
-            runner.contexts.execute(context)
+            runner.contexts.execute(context, state)
             runner.gpu.stream.synchronize()
         self.facts["layers_us"] = {name: 1e3 * ms / calls for name, ms in sums.items()}
         kinds: dict[str, list[float]] = defaultdict(list)
@@ -226,6 +243,8 @@ def main() -> int:
         "device_and_host", "stops", "no_growth", "greedy_text", "times", "layers",
     ]  # fmt: skip
     left_out = set(arguments.skip)
+    if checks.runner.rtx is not None:
+        names.insert(0, "kernels_are_kept")
     if checks.tokenizer is None:
         left_out |= {"stops"}
     if checks.greedy is None:

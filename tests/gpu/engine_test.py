@@ -1,9 +1,10 @@
 """The whole TensorRT path on this machine, and a summary to paste: `python engine_test.py`.
 
 Builds the plugin, exports the trained sample in each type, records what PyTorch generates, and for every type
-and layout builds an engine, validates it, and runs tests/gpu/engine.py on it. Each part's output is a file in
-the work folder. Ends with one block of text that says what ran on what. Exits with 0 if all went well; with 1
-if something failed, or if TensorRT or a GPU is missing, which is one sentence.
+and layout builds an engine, validates it, and runs tests/gpu/engine.py on it; with TensorRT for RTX from the
+standard graphs and with the plugin. Each part's output is a file in the work folder. Ends with one block of
+text that says what ran on what. Exits with 0 if all went well; with 1 if something failed, or if TensorRT or
+a GPU is missing, which is one sentence.
 
 DIJIANG_PLUGIN        names a build of the plugin to use instead of making one
 CUDA_VISIBLE_DEVICES  which GPU, where there are several
@@ -31,18 +32,22 @@ FACTS_SECONDS = 300
 
 # Runs in the Python with TensorRT. One JSON object on the last line, either facts or why there are none.
 FACTS = """
-import json, platform
+import json, platform, sys
 from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.errors import DijiangError
 from dijiang_engines.machine import package_version
-from dijiang_engines.nvidia.tensorrt_library import tensorrt_module, tensorrt_version
-from dijiang_engines.nvidia.tensorrt_versions import dialect_of
+from dijiang_engines.building.target import choose_runtime
+from dijiang_engines.nvidia.tensorrt_library import check_capability, tensorrt_module, tensorrt_version
+from dijiang_engines.nvidia.tensorrt_versions import RUNTIMES, capability_text, dialect_of
 try:
-    trt = tensorrt_module()
+    runtime = choose_runtime(sys.argv[1] or None)
+    trt = tensorrt_module(runtime)
     facts = Cuda().facts()
-    version = tensorrt_version(trt)
-    dialect_of(version)
+    version = tensorrt_version(trt, runtime)
+    check_capability(dialect_of(version, runtime), facts.compute_capability)
     found = {
+        "runtime": runtime, "title": RUNTIMES[runtime].title,
+        "capability": capability_text(facts.compute_capability),
         "python": platform.python_version(), "tensorrt": version, "bindings": trt.__version__,
         "polygraphy": package_version("polygraphy"), "cuda-bindings": package_version("cuda-bindings"),
         "gpu": facts.name, "compute_capability": facts.compute_capability, "memory_bytes": facts.memory_bytes,
@@ -76,8 +81,11 @@ class EngineTest:
         self.work: Path = arguments.work.resolve()
         self.python: str = arguments.engine_python
         self.greedy: Path | None = arguments.greedy
+        self.bundles: Path | None = arguments.bundles
         self.dtypes: list[str] = arguments.dtypes
         self.layouts: list[str] = arguments.layouts
+        self.runtime: str = arguments.runtime
+        self.graphs: list[str] = arguments.graphs
         self.skip: list[str] = arguments.skip
         self.parts: list[Part] = []
         self.plugin = "no engine was built"
@@ -89,7 +97,7 @@ class EngineTest:
         """What TensorRT and GPU there are, or {"what", "got", "hint"}. Asked in a process of its own."""
         try:
             done = subprocess.run(
-                [self.python, "-c", FACTS], env=self.environment, stdin=subprocess.DEVNULL,
+                [self.python, "-c", FACTS, self.runtime], env=self.environment, stdin=subprocess.DEVNULL,
                 capture_output=True, text=True, timeout=FACTS_SECONDS, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -135,10 +143,19 @@ class EngineTest:
         """A command of dijiang-export, in this checkout's code."""
         return [python, "-m", "dijiang_export", "--quiet", *arguments]
 
-    def everything(self) -> None:
-        """All parts; what does not depend on a failed one still runs."""
-        plugin = bool(os.environ.get("DIJIANG_PLUGIN")) or self.run(
-            "build plugin", *self.cli(sys.executable, "build-plugin")
+    def everything(self, facts: dict[str, Any]) -> None:
+        """All parts; what does not depend on a failed one still runs.
+
+        Args:
+            facts: what `facts` found.
+        """
+        rtx = facts["runtime"] == "tensorrt-rtx"
+        target = ["--runtime", facts["runtime"]]
+        if rtx:
+            target += ["--compute-capability", facts["capability"]]
+        kinds = self.graphs if rtx else ["plugin"]
+        plugin = bool(os.environ.get("DIJIANG_PLUGIN")) or (
+            "plugin" in kinds and self.run("build plugin", *self.cli(sys.executable, "build-plugin"))
         )
         greedy = self.greedy
         if greedy is None and self.run(
@@ -146,20 +163,26 @@ class EngineTest:
         ):
             greedy = self.work / "greedy.json"
         for dtype in self.dtypes:
-            bundle = self.work / f"tiny-stdlib-{dtype}.bundle"
-            exported = self.run(
+            bundle = (self.bundles or self.work) / f"tiny-stdlib-{dtype}.bundle"
+            exported = self.bundles is not None or self.run(
                 f"export {dtype}",
                 *self.cli(sys.executable, "to-onnx", SAMPLE, bundle, "--dtype", dtype, "--force"),
             )
             for layout in self.layouts:
-                self._engine(f"{dtype} {layout}", bundle, layout, exported and plugin, greedy)
+                for kind in kinds:
+                    name = f"{dtype} {layout}" + (f" {kind}" if rtx else "")
+                    options = [*target, "--layout", layout, *(["--no-plugin"] if kind == "standard" else [])]
+                    possible = exported and (plugin or kind == "standard")
+                    self._engine(name, bundle, options, possible, greedy)
 
-    def _engine(self, name: str, bundle: Path, layout: str, possible: bool, greedy: Path | None) -> None:
+    def _engine(
+        self, name: str, bundle: Path, options: list[str], possible: bool, greedy: Path | None
+    ) -> None:
         engine = self.work / (name.replace(" ", "-") + ".engine")
         names = [f"{what} {name}" for what in ("build", "validate", "check")]
         if not possible or not self.run(
             names[0],
-            *self.cli(self.python, "build-engine", bundle, "-o", engine, "--layout", layout, "--no-validate"),
+            *self.cli(self.python, "build-engine", bundle, "-o", engine, *options, "--no-validate"),
             "--force",
         ):  # fmt: skip
             if not possible:
@@ -180,6 +203,8 @@ class EngineTest:
 def _plugin_of(engine: Path) -> str | None:
     try:
         made = json.loads((engine / "engine.json").read_text(encoding="utf-8"))["made_with"]
+        if made["plugin_cuda"] is None:
+            return None
         return f"CUDA {made['plugin_cuda']}, headers of TensorRT {made['plugin_tensorrt_headers']}"
     except (OSError, ValueError, KeyError):
         return None
@@ -203,7 +228,8 @@ def summary(facts: dict[str, Any], parts: Sequence[Part], plugin: str) -> str:
         f"dijiang-export {__version__}{f', commit {commit}' if commit else ''}",
         f"GPU: {facts['gpu']}, sm_{facts['compute_capability']}, {facts['memory_bytes'] / 2**30:.1f} GiB; "
         f"driver {driver}",
-        f"TensorRT {facts['tensorrt']} (bindings {facts['bindings']}); Polygraphy {facts['polygraphy']}",
+        f"{facts['title']} {facts['tensorrt']} (bindings {facts['bindings']}); "
+        f"Polygraphy {facts['polygraphy']}",
         f"CUDA: driver's {facts['cuda_driver']}, runtime {facts['cuda_runtime']}, "
         f"cuda-bindings {facts['cuda-bindings']}",
         f"plugin: {plugin}",
@@ -224,11 +250,23 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--engine-python", default=sys.executable,
         help="the Python with TensorRT, Polygraphy and cuda-bindings; default: this one",
     )  # fmt: skip
+    parser.add_argument(
+        "--bundles", type=Path,
+        help="a folder with tiny-stdlib-float32.bundle and the like, if they were exported elsewhere",
+    )  # fmt: skip
     parser.add_argument("--greedy", type=Path, help="greedy.py's record, if it was made elsewhere")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "float16"], choices=["float32", "float16", "bfloat16"]
     )
     parser.add_argument("--layouts", nargs="+", default=["one", "two"], choices=["one", "two"])
+    parser.add_argument(
+        "--runtime", default="", choices=["tensorrt", "tensorrt-rtx"],
+        help="default: what that Python has, TensorRT first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--graphs", nargs="+", default=["standard", "plugin"], choices=["standard", "plugin"],
+        help="TensorRT for RTX: which graphs; `standard` needs no compiler and no headers",
+    )  # fmt: skip
     parser.add_argument("--skip", nargs="*", default=[], help="checks that engine.py leaves out")
     return parser.parse_args(words)
 
@@ -243,7 +281,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"engine-test needs TensorRT and an NVIDIA GPU: {facts['what']}{got}{hint}", file=sys.stderr)
         return 1
     test.work.mkdir(parents=True, exist_ok=True)
-    test.everything()
+    test.everything(facts)
     text = summary(facts, test.parts, test.plugin)
     (test.work / "summary.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nLogs, reports and engines are in {test.work}", flush=True)
