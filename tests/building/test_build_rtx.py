@@ -153,10 +153,13 @@ def test_a_plugin_without_the_architecture(
 
 
 def test_a_gpu_that_is_here_validates(bundle: Path, tmp_path: Path) -> None:
-    for name, capability in (("here", [8, 9]), ("another", [9, 0])):
-        machine = FakeRtx(tmp_path / "machine", capability=capability)
+    machines = {"here": {}, "another": {"capability": [9, 0]}, "old": {"driver": 12080}}
+    for name, settings in machines.items():
+        machine = FakeRtx(tmp_path / name, **settings)
         options = {"runtime": TENSORRT_RTX, "capabilities": ("8.9",), "use_plugin": False}
-        made = build(machine, bundle, tmp_path / name, recipe={"max_batch": 6, "max_length": 64}, **options)
+        made = build(
+            machine, bundle, tmp_path / f"{name}.engine", recipe={"max_batch": 6, "max_length": 64}, **options
+        )
         assert (made.report is not None) == (name == "here")
         assert bool(made.engine.manifest["validated"]) == (name == "here")
 

@@ -25,10 +25,13 @@ from support.tensorrt_wheels import FOLDER, REQUIRED, unpack, version_of, wheels
 
 from dijiang_engines import io_names
 from dijiang_engines.building.request import BuildRequest
+from dijiang_engines.building.run_worker import run_worker
+from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.manifest import graph_io
-from dijiang_engines.nvidia.private_link import PATH_VARIABLE
-from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX
+from dijiang_engines.nvidia.private_link import PATH_VARIABLE, parser_environment
+from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX, dialect_of
 from dijiang_engines.plugin.cache import find_tensorrt_library
+from dijiang_engines.progress import silent
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.graph import lower
 
@@ -205,6 +208,40 @@ def test_with_the_plugin(name: str, dtype: str, site: Path, plugin: Path, tmp_pa
     for kind, made, found in zip(kinds, requests, run(site, tmp_path, requests), strict=True):
         check(made, found, name, kind)
         _report(name, dtype, capabilities, kind, made, found)
+
+
+def test_without_the_link_the_parser_ends_its_process(site: Path, plugin: Path, tmp_path: Path) -> None:
+    """What nvidia/private_link.py is for; the parent makes a sentence of it, with the node from the log."""
+    made = request(tmp_path, "gpt-neox", "float16", "step", (89,), plugin)
+    with pytest.raises(
+        RunnerError, match=r"died while it parsed step\.trt\.onnx, at the node /layers\.0"
+    ) as info:
+        build_in_a_process(site, tmp_path, made, {"LD_LIBRARY_PATH": ""})
+    assert str(info.value.got).startswith("signal 6")
+    dialect = dialect_of("1.7.1", TENSORRT_RTX)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        with parser_environment(dialect, "1.7.1") as environment:
+            done = build_in_a_process(site, tmp_path, made, environment)
+    assert done["layers"] > 0 and made.plan.stat().st_size > 0
+
+
+def build_in_a_process(site: Path, folder: Path, made: BuildRequest, environment: dict[str, str]) -> Any:
+    """As `build-engine` does it."""
+    path = os.pathsep.join((str(site), *sys.path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.syspath_prepend(str(site))
+        return run_worker(made, folder, silent, "", os.environ | environment | {"PYTHONPATH": path})
+
+
+def test_the_builder_s_process(site: Path, tmp_path: Path) -> None:
+    """The worker itself, started as `build-engine` starts it."""
+    made = request(tmp_path, "gpt-neox", "float32", "step", (89,))
+    done = build_in_a_process(site, tmp_path, made, {})
+    assert done["layers"] > 0 and done["peak_device_bytes"] is None and done["peak_host_bytes"] > 1 << 26
+    assert made.plan.read_bytes().startswith(b"vtrt")
+    assert "layer /" in (tmp_path / "cache/dijiang-export/build-engine.log").read_text()
 
 
 # What goes wrong

@@ -208,8 +208,9 @@ def test_the_examples_of_help(
 
 def test_options_in_the_documents_exist() -> None:
     known = {"--help", "--version", "--json", "--quiet", "--index-url", "--extra-index-url", "--runner"}
-    trtexec = json.loads((ROOT / "tests/data/trtexec_options.json").read_text())["versions"]
-    known |= {option for version in trtexec.values() for option in version["options"].split()}
+    tools = json.loads((ROOT / "tests/data/trtexec_options.json").read_text())
+    for tool in (*tools["versions"].values(), tools["tensorrt_rtx"]):
+        known |= set(tool["options"].split())
     known |= {"--onnx", "--staticPlugins", "--dynamicPlugins", "--setPluginsToSerialize"}
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)

@@ -171,13 +171,15 @@ def _timing_cache(target: Target, given: Path | None, use: bool) -> Path | None:
 
 
 def _runs_here(target: Target, device: int) -> bool:
-    """Is the GPU that the engine is for, or one of them, in this machine?"""
+    """Is the GPU that the engine is for, or one of them, in this machine, with a driver that runs it?"""
     if target.gpu is not None:
         return True
     try:
-        return Cuda(device).facts().compute_capability in target.capabilities
+        facts = Cuda(device).facts()
     except RunnerError:  # no driver, no GPU, or no bindings of CUDA
         return False
+    knows_cuda = int(facts.driver.split(".")[0]) >= (target.dialect.cuda or 0)
+    return knows_cuda and facts.compute_capability in target.capabilities
 
 
 def timing_cache_path(version: str, facts: DeviceFacts) -> Path:

@@ -27,8 +27,7 @@ def open_runtime(engine: EngineFolder, gpu: DeviceFacts) -> TensorRT:
 
     Raises:
         RunnerError: runtime, GPU or plugin is another than the engine was made for, or the driver too old:
-        one
-            sentence that names both sides, instead of a crash in the runtime.
+            one sentence that names both sides, instead of a crash in the runtime.
         PluginError: the plugin is missing, or has no code for this GPU.
     """
     made = engine.made_for
