@@ -26,15 +26,11 @@ MISSING = without(*WHEELS)
 pytestmark = pytest.mark.skipif(MISSING is not None and not REQUIRED, reason=MISSING or "")
 
 MUTATIONS = [
-    ("runners/tensorrt/rtx.py", "plan.create_runtime_config()", "plan.create_runtime_configuration()"),
     ("runners/tensorrt/rtx.py", "plan.create_execution_context(config)", "plan.create_execution_context(1)"),
     ("runners/tensorrt/rtx.py", "config.cuda_graph_strategy =", "config.cuda_graphs_strategy ="),
-    ("runners/tensorrt/rtx.py", '"DISABLED"', '"OFF"'),
     ("runners/tensorrt/rtx.py", '"EAGER", "LAZY"', '"EAGER", "LATER"'),
-    ("runners/tensorrt/rtx.py", "_specialization_strategy = ", "_specialisation_strategy = "),
     ("runners/tensorrt/rtx.py", "Strategy.USER_MANAGED)", "Strategy.USER_MANAGED, 1)"),
     ("runners/tensorrt/kernel_cache.py", "config.create_runtime_cache()", "config.create_cache()"),
-    ("runners/tensorrt/kernel_cache.py", "config.set_runtime_cache(", "config.set_cache("),
     ("runners/tensorrt/kernel_cache.py", "_cache.deserialize(blob)", "_cache.deserialize(1)"),
     ("runners/tensorrt/kernel_cache.py", "_cache.serialize()", "_cache.serialise()"),
     ("runners/tensorrt/contexts.py", '"is_stream_capturable"', '"is_capturable"'),

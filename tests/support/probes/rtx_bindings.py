@@ -108,7 +108,7 @@ def running(folder: Path) -> None:
     gpu = Gpu(cuda, mock.MagicMock(handle=77), integers)
     for loaded in (False, True):
         kept = KernelCache(given, "1.7.1", gpu_facts)
-        rtx = RtxContexts(trt, kept)
+        rtx = RtxContexts(mock.Mock(trt=trt), kept)
         contexts = Contexts(given, {"model.plan": plan}, mock.Mock(trt=trt), gpu, rtx)
         state: Any = mock.Mock(batch=2, graph=None, memory=SimpleNamespace(address=1, size=2))
         state.addresses.return_value = {io_names.INPUT_IDS: 4096, io_names.LOGITS: 8192}

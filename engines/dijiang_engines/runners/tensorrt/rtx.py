@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dijiang_engines.nvidia.tensorrt_library import TensorRT
 from dijiang_engines.runners.tensorrt.kernel_cache import KernelCache
 
 STEPS, PREFILLS = "EAGER", "LAZY"
@@ -19,12 +20,12 @@ class RtxContexts:
     """Makes a plan's execution contexts with one cache of kernels.
 
     Args:
-        trt: the runtime's module.
+        tensorrt: the loaded runtime.
         cache: for all plans of the engine.
     """
 
-    def __init__(self, trt: Any, cache: KernelCache) -> None:
-        self._trt, self.cache = trt, cache
+    def __init__(self, tensorrt: TensorRT, cache: KernelCache) -> None:
+        self._trt, self.cache = tensorrt.trt, cache
 
     def make(self, plan: Any, *, steps: bool) -> Any:
         """An execution context whose activations go where `give_memory` says; None if it cannot be made.

@@ -231,7 +231,7 @@ class TensorRTRunner:
             return None
         cache = KernelCache(self.engine, self.tensorrt.version, facts)
         weakref.finalize(self, cache.save)
-        return RtxContexts(self.tensorrt.trt, cache)
+        return RtxContexts(self.tensorrt, cache)
 
     def _load_plan(self, name: str) -> Any:
         with self.engine.opened.unchanged(*self.engine.plans) as root:
