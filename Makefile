@@ -88,7 +88,7 @@ test-arm64: $(BUNDLE)/manifest.json ## compile for arm64 and run it under qemu; 
 	$(BIN)/python -m hatchling build -t wheel -d build/arm64-wheel
 	$(BIN)/python .ci/fetch_arm64.py --form $(FORM) --wheel build/arm64-wheel/*.whl build/arm64
 	env -u MAKEFLAGS -u MAKELEVEL $(SHARING) DIJIANG_ARM64=$(FORM) DIJIANG_TENSORRT_INCLUDE="$(TRT_INCLUDE)" \
-		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/arm64 $(ARGS)
+		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -rs tests/arm64 $(ARGS)
 
 lint: $(INSTALLED) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ In FOLDER:
               configured, so no rights are needed and nothing of it runs here. In it, /opt/dijiang: the wheel
               and what it needs, put there by this machine's pip; /wheels: the same as wheels, for a pip there
   lean/       TensorRT's lean runtimes, a folder per version
-What cannot be had is said in a sentence; the tests then skip, or fail in CI. Standard library and pip only,
+What cannot be had is said in a sentence; the tests then skip. Standard library and pip only,
 but for the package's own search for nvcc.
 """
 
