@@ -14,6 +14,7 @@ import pytest
 from support.fakes.tensorrt_rtx import FakeRtx
 from support.makers.engine_folders import build, visible
 
+from dijiang_engines.building.memory import MemoryEstimate, check_memory, estimate_memory
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.target import choose_target
 from dijiang_engines.errors import PluginError, RunnerError, UsageError
@@ -162,6 +163,16 @@ def test_a_gpu_that_is_here_validates(bundle: Path, tmp_path: Path) -> None:
         )
         assert (made.report is not None) == (name == "here")
         assert bool(made.engine.manifest["validated"]) == (name == "here")
+
+
+def test_the_estimate_is_the_host_s_alone(bundle: Path) -> None:
+    """Of a builder that needs no GPU, and makes no float32 copies of 16-bit weights."""
+    opened = open_bundle(bundle)
+    usual, ahead = (estimate_memory(opened, Recipe("r"), ahead_of_time=a) for a in (False, True))
+    assert ahead.host < usual.host and ahead.host >= 1 << 30
+    check_memory(MemoryEstimate(1 << 60, 1), None)
+    with pytest.raises(RunnerError, match="the host has too little free memory"):
+        check_memory(MemoryEstimate(0, 1 << 60), None)
 
 
 # What does not go together

@@ -100,7 +100,7 @@ def build_engine(
         bundle, recipe, runtime=runtime, capabilities=capabilities, use_plugin=use_plugin, device=device,
         log=log,
     )  # fmt: skip
-    estimate = estimate_memory(bundle, recipe)
+    estimate = estimate_memory(bundle, recipe, ahead_of_time=target.dialect.ahead_of_time)
     log(f"{target.about}; {estimate.text(target.gpu is not None)}")
     if check_estimate:
         check_memory(estimate, target.gpu)
