@@ -71,7 +71,7 @@ def tensorrt_module(runtime: str = TENSORRT) -> Any:
         check_wheels(product)
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
         raise RunnerError(
-            f"the Python package {name} is not installed" if missing else f"{name} does not load",
+            product.absent if missing else f"{name} does not load",
             got=None if missing else str(error),
             hint=product.get,
         ) from error

@@ -36,6 +36,8 @@ class Runtime:
     """The Python module whose folder has the libraries."""
     supported: str
     unsupported_hint: str
+    absent: str
+    """What is said where it is not installed."""
     get: str
     """What to do to have it."""
 
@@ -48,6 +50,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
             (), None,
             "8.6, or 10.3 and newer",
             "9.x and 10.0 to 10.2 lack the plugin interface that both sides of this range have",
+            "the Python package tensorrt is not installed",
             "on a Jetson: apt-get install python3-libnvinfer; elsewhere: pip install tensorrt",
         ),
         TENSORRT_RTX: Runtime(
@@ -56,6 +59,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
             "tensorrt_rtx_libs",
             "1.7 and newer, of major version 1",
             "pip install --upgrade 'dijiang-export[rtx]'",
+            "the Python package tensorrt_rtx_bindings is not installed",
             "pip install 'dijiang-export[rtx]'",
         ),
     }
