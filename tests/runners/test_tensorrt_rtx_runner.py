@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Callable
@@ -41,19 +42,35 @@ A = np.array
 Engine = Callable[..., tuple[Path, NumpyRunner, FakeRtx]]
 
 
+@pytest.fixture(scope="module")
+def built(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str], Path]:
+    """built(plugin, layout) -> an engine for compute capability 8.9, made once each."""
+    made: dict[tuple[bool, str], Path] = {}
+
+    def get(plugin: bool, layout: str) -> Path:
+        if (plugin, layout) not in made:
+            folder = tmp_path_factory.mktemp("rtx")
+            options: dict[str, Any] = {"runtime": "tensorrt-rtx", "capabilities": ("8.9",), "validate": False}
+            build(
+                FakeRtx(folder / "machine"), exported()[0], folder / "e", recipe=SMALL | {"layout": layout},
+                use_plugin=plugin, **options,
+            )  # fmt: skip
+            made[plugin, layout] = folder / "e"
+        return made[plugin, layout]
+
+    return get
+
+
 @pytest.fixture
-def engine(exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """engine(plugin, layout, **machine) -> (folder, oracle, machine that this process is on)."""
+def engine(
+    built: Callable[[bool, str], Path], exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Engine:
+    """engine(plugin, layout, **machine) -> (a copy, its oracle, the machine that this process is on)."""
 
     def make(plugin: bool = True, layout: str = "one", **settings: Any) -> tuple[Path, NumpyRunner, FakeRtx]:
-        bundle, oracle = exported()
-        machine = FakeRtx(tmp_path / "machine", **settings)
-        recipe = SMALL | {"layout": layout}
-        options: dict[str, Any] = {"runtime": "tensorrt-rtx", "capabilities": ("8.9",), "validate": False}
-        options["force"] = True
-        build(machine, bundle, tmp_path / "e", recipe=recipe, use_plugin=plugin, **options)
-        machine.enter(monkeypatch)
-        return tmp_path / "e", oracle, machine
+        shutil.rmtree(tmp_path / "e", ignore_errors=True)
+        folder = Path(shutil.copytree(built(plugin, layout), tmp_path / "e"))
+        return folder, exported()[1], FakeRtx(tmp_path / "machine", **settings).enter(monkeypatch)
 
     return make
 
