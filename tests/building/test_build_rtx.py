@@ -6,8 +6,10 @@ tests/building/test_rtx_builds.py builds with the real one.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from support.makers.engine_folders import build, visible
 
 from dijiang_engines.building.memory import MemoryEstimate, check_memory, estimate_memory
 from dijiang_engines.building.recipes import Recipe
-from dijiang_engines.building.target import choose_target
+from dijiang_engines.building.target import choose_runtime, choose_target
 from dijiang_engines.errors import PluginError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import MadeFor, open_engine
@@ -207,7 +209,7 @@ def test_a_recipe_for_boards(bundle: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorrt_rtx_bindings", "tensorrt_rtx"):
-        monkeypatch.setitem(__import__("sys").modules, name, None)
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RunnerError, match="tensorrt_rtx_bindings is not installed") as info:
         tensorrt_module(TENSORRT_RTX)
     assert info.value.hint == "pip install 'dijiang-export[rtx]'"
@@ -215,9 +217,16 @@ def test_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_installed_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeRtx(tmp_path / "machine").enter(monkeypatch)
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    assert installed_runtimes() == ["tensorrt-rtx"]
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert installed_runtimes() == ["tensorrt-rtx"] and choose_runtime(None) == "tensorrt-rtx"
     assert tensorrt_version(tensorrt_module(TENSORRT_RTX), TENSORRT_RTX) == "1.7.1"
+
+
+def test_of_both_tensorrt_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeRtx(tmp_path / "machine").enter(monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    assert installed_runtimes() == ["tensorrt", "tensorrt-rtx"]
+    assert choose_runtime(None) == "tensorrt" and choose_runtime("tensorrt-rtx") == "tensorrt-rtx"
 
 
 def test_wheels_of_different_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +273,7 @@ def test_a_builder_that_fails(bundle: Path, tmp_path: Path) -> None:
 
 def test_the_command(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     machine = FakeRtx(tmp_path / "machine", **NONE_HERE).enter(monkeypatch)
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     folder = tmp_path / "e"
     arguments = ["build-engine", str(bundle), "-o", str(folder), "--max-length", "64"]
     assert (
