@@ -132,7 +132,7 @@ def test_builds_for_another_processor_are_not_chosen(tmp_path: Path) -> None:
 
 def test_a_named_folder_for_another_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, str(make_build(tmp_path, "other", machine=OTHER)))
-    error = failure(lambda: find_plugin(10, 90))
+    error = failure(lambda: find_plugin(10, [90]))
     assert f"sm_90, compute_90 on {OTHER}" in str(error.got)
     assert str(error.expected).endswith(f"for sm_90 on {HERE}")
 
