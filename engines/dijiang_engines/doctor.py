@@ -33,13 +33,13 @@ from dijiang_engines.nvidia.status import (
     runtime_status,
 )
 from dijiang_engines.plugin.status import PackageStatus, PluginStatus, plugin_needs, plugin_status
+from dijiang_engines.runners.onnxruntime.rtx import PACKAGE as ORT_RTX
 
 PROBE_SECONDS = 120
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 """PyPI's own Linux wheels of torch bring gigabytes of CUDA."""
 
 ORT_CPU, ORT_GPU = "onnxruntime", "onnxruntime-gpu"
-ORT_RTX = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.fakes.tensorrt_rtx import FakeRtx
 from support.makers.engine_folders import build, visible
+from support.makers.plugin_cache import make_build
 
 from dijiang_engines.building.memory import MemoryEstimate, check_memory, estimate_memory
 from dijiang_engines.building.recipes import Recipe
@@ -30,6 +31,7 @@ from dijiang_engines.nvidia.tensorrt_versions import (
     library_version,
     parse_capability,
 )
+from dijiang_engines.plugin.cache import cache_folder
 from dijiang_export.cli import main
 
 Export = Callable[..., tuple[Path, Any]]
@@ -121,6 +123,7 @@ def test_without_a_plugin_the_standard_graphs_are_taken(
 ) -> None:
     machine = FakeRtx(tmp_path / "machine", **NONE_HERE).enter(monkeypatch)
     monkeypatch.delenv("DIJIANG_PLUGIN")
+    make_build(cache_folder(), "jetson", machine="another", tensorrt="11.1.0")  # which is none here
     said: list[str] = []
     target = choose_target(open_bundle(bundle), Recipe("r"), runtime=TENSORRT_RTX, log=said.append)
     assert target.plugin is None and "standard graphs" in said[0]

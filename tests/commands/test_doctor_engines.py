@@ -148,6 +148,18 @@ def test_a_plugin_that_was_built(installed: dict[str, str], tmp_path: Path) -> N
     assert look(ADA).engines[0].fits
 
 
+@pytest.mark.parametrize("headers", ["10.13.3", "8.6.1", None])
+def test_a_plugin_for_another_tensorrt(
+    installed: dict[str, str], tmp_path: Path, headers: str | None
+) -> None:
+    """It would not be opened: the runner looks for that of the headers of TensorRT 11."""
+    installed |= RTX
+    engine(tmp_path / "a.engine", plugin=True)
+    make_build(cache_folder(), "built", architectures=["sm_89"], tensorrt=headers)
+    (one,) = look(ADA).engines
+    assert not one.fits and "not built for compute capability 8.9" in one.detail
+
+
 def test_a_folder_that_only_looks_like_one(installed: dict[str, str], tmp_path: Path) -> None:
     installed |= RTX
     (tmp_path / "a").mkdir()

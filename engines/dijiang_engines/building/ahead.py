@@ -7,13 +7,12 @@ there.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines.building.events import NODE, PARSING, Events, list_layers, progress_monitor
+from dijiang_engines.building.events import NODE, PARSING, Events, list_layers, progress_monitor, write_plan
 from dijiang_engines.building.request import BuildRequest, Profile
 from dijiang_engines.building.typed_network import fix_sizes
 from dijiang_engines.errors import RunnerError
@@ -49,19 +48,8 @@ def build_ahead(trt: Any, request: BuildRequest, events: Events) -> None:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise failure(f"{title} could not build the engine", messages)
-    events.send("phase", name="Writing", steps=None)
-    with open(request.plan, "xb") as file:
-        file.write(memoryview(plan))
-    events.send(
-        "done",
-        seconds=time.perf_counter() - started,
-        peak_device_bytes=None,
-        peak_host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        layers=network.num_layers,
-        constraints="none",
-        held="nothing",
-        plugin_products=None,
-    )
+    facts = {"constraints": "none", "held": "nothing", "plugin_products": None, "peak_device_bytes": None}
+    write_plan(events, request.plan, plan, started, layers=network.num_layers, **facts)
 
 
 def parser_failure(parser: Any, graph: Path, title: str, messages: list[str]) -> RunnerError:

@@ -178,8 +178,7 @@ def _runs_here(target: Target, device: int) -> bool:
         facts = Cuda(device).facts()
     except RunnerError:  # no driver, no GPU, or no bindings of CUDA
         return False
-    knows_cuda = int(facts.driver.split(".")[0]) >= (target.dialect.cuda or 0)
-    return knows_cuda and facts.compute_capability in target.capabilities
+    return facts.knows_cuda(target.dialect.cuda) and facts.compute_capability in target.capabilities
 
 
 def timing_cache_path(version: str, facts: DeviceFacts) -> Path:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import threading
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 PARSING = "Parsing"
@@ -27,6 +30,22 @@ class Events:
         with self._lock, suppress(BrokenPipeError):
             self._file.write(json.dumps({"event": event, **values}) + "\n")
             self._file.flush()
+
+
+def write_plan(events: Events, path: Path, plan: Any, started: float, **facts: Any) -> None:
+    """The end of a build: the plan in its file, and "done" with `facts`.
+
+    Args:
+        events: told.
+        path: of the plan; must not exist.
+        plan: what the builder returned, a buffer.
+        started: by `time.perf_counter`.
+    """
+    events.send("phase", name="Writing", steps=None)
+    with open(path, "xb") as file:
+        file.write(memoryview(plan))
+    host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    events.send("done", seconds=time.perf_counter() - started, peak_host_bytes=host, **facts)
 
 
 def progress_monitor(trt: Any, events: Events) -> Any:

@@ -183,9 +183,9 @@ def recipe_capabilities(recipe: Recipe, dialect: Dialect) -> tuple[int, ...]:
 
 
 def _any_build(major: int) -> bool:
-    """Was a plugin for this TensorRT built here, whatever state it is in?"""
+    """Was a plugin for this TensorRT and this kind of processor built here, whatever state it is in?"""
     return bool(os.environ.get(ENVIRONMENT)) or any(
-        tensorrt_name(major) in b.libraries for b in built_plugins()
+        tensorrt_name(major) in b.libraries and not b.is_foreign for b in built_plugins()
     )
 
 

@@ -21,7 +21,14 @@ from dijiang_engines.building.target import recipe_capabilities
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.nvidia.tensorrt_library import ENVIRONMENT
-from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX, Dialect, dialect_of, parse_capability
+from dijiang_engines.nvidia.tensorrt_versions import (
+    RUNTIMES,
+    TENSORRT,
+    TENSORRT_RTX,
+    Dialect,
+    dialect_of,
+    parse_capability,
+)
 from dijiang_engines.plugin.cache import BuiltPlugin, built_plugins, read_manifest, tensorrt_name
 
 DEFAULT_VERSION = "10.3"
@@ -149,9 +156,7 @@ def rtx_commands(
     """
     check_fit(bundle, recipe, precision)
     name = version or RTX_VERSION
-    if not re.fullmatch(r"\d+\.\d+(\.\d+)*", name):
-        raise UsageError("this is not a version of TensorRT for RTX", got=name, expected="such as 1.7")
-    dialect = dialect_of(name, TENSORRT_RTX)
+    _, dialect = _version(name, TENSORRT_RTX)
     if recipe.layout == "one":
         raise UsageError(
             f"{RTX_TOOL} makes plans with one profile",
@@ -175,13 +180,16 @@ def rtx_commands(
     return TrtexecCommands(name, commands, notes)
 
 
-def _version(text: str) -> tuple[tuple[int, ...], Dialect]:
+def _version(text: str, runtime: str = TENSORRT) -> tuple[tuple[int, ...], Dialect]:
     numbers = tuple(int(part) for part in re.findall(r"\d+", text))
     if not re.fullmatch(r"\d+\.\d+(\.\d+)*", text):
+        example = DEFAULT_VERSION if runtime == TENSORRT else RTX_VERSION
         raise UsageError(
-            "this is not a version of TensorRT", got=text, expected="two numbers or more, such as 10.3"
+            f"this is not a version of {RUNTIMES[runtime].title}",
+            got=text,
+            expected=f"two numbers or more, such as {example}",
         )
-    return numbers, dialect_of(text)
+    return numbers, dialect_of(text, runtime)
 
 
 def _built_version() -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import resource
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines.building.ahead import build_ahead
-from dijiang_engines.building.events import PARSING, Events, list_layers, progress_monitor
+from dijiang_engines.building.events import PARSING, Events, list_layers, progress_monitor, write_plan
 from dijiang_engines.building.request import BuildRequest, read_request
 from dijiang_engines.building.step_products import Rewritten, rewrite
 from dijiang_engines.building.typed_network import ATTEMPTS, fix_sizes, type_network
@@ -111,14 +110,12 @@ def build(request: BuildRequest, events: Events) -> None:
                 raise
             words = [*messages, str(error)]
             raise failure(f"TensorRT {version} could not build the engine", words) from error
-    events.send("phase", name="Writing", steps=None)
-    with open(request.plan, "xb") as file:
-        file.write(memoryview(plan))
-    events.send(
-        "done",
-        seconds=time.perf_counter() - started,
+    write_plan(
+        events,
+        request.plan,
+        plan,
+        started,
         peak_device_bytes=peak.finish(),
-        peak_host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         layers=network[1].num_layers,
         constraints=constraints,
         held=held,

@@ -54,6 +54,10 @@ class DeviceFacts:
     integrated: bool
     """It shares its memory with the CPU, as on a Jetson."""
 
+    def knows_cuda(self, major: int | None) -> bool:
+        """Whether the driver runs what was made with CUDA of this major version; None: of whichever."""
+        return major is None or int(self.driver.split(".")[0]) >= major
+
 
 class Cuda:
     """One GPU of this process.

@@ -11,18 +11,19 @@ from dijiang_engines.errors import DijiangError, PluginError, RunnerError
 from dijiang_engines.formats.engine import EngineFolder, open_engine
 from dijiang_engines.formats.file_table import ENGINE_MANIFEST
 from dijiang_engines.machine import Machine, package_version
-from dijiang_engines.nvidia.tensorrt_library import check_wheels
+from dijiang_engines.nvidia.tensorrt_library import check_wheels, find_plugin
 from dijiang_engines.nvidia.tensorrt_versions import (
     RUNTIMES,
     TENSORRT,
     TENSORRT_RTX,
     Dialect,
     Runtime,
+    capabilities_of,
     capabilities_text,
     capability_text,
     dialect_of,
 )
-from dijiang_engines.plugin.cache import built_plugins, runs_on, source_hash
+from dijiang_engines.plugin.cache import source_hash
 
 LEAST_DRIVER = {13: 580}
 """NVIDIA's driver for Linux by the major version of CUDA that it first knew (CUDA's release notes)."""
@@ -129,7 +130,7 @@ def _wanted(name: str, machine: Machine, gpus: Sequence[int]) -> bool:
     """Would it run on this machine's GPU?"""
     if name == TENSORRT:
         return bool(machine.gpus or machine.board)
-    return bool(set(gpus) & set(dialect_of("1.7", TENSORRT_RTX).capabilities or ()))
+    return bool(set(gpus) & capabilities_of(TENSORRT_RTX))
 
 
 def _capabilities(machine: Machine) -> list[int]:
@@ -194,8 +195,9 @@ def _difference(
     if made.plugin_sources != _source_hash():
         return "was built with another version's plugin", again
     needed = min(fitting)
-    current = [b for b in built_plugins() if b.is_current() and b.tensorrt is not None]
-    if not any(runs_on(built.architectures, needed) for built in current):
+    try:
+        find_plugin(dialect_of(made.tensorrt, made.runtime).plugin_major(made.tensorrt), (needed,))
+    except PluginError:
         command = f"dijiang-export build-plugin --architecture {needed}"
         return f"the plugin is not built for compute capability {capability_text(needed)}", command
     return None, None

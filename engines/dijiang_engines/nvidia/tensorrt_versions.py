@@ -159,7 +159,10 @@ _TABLE: tuple[tuple[tuple[int, int], tuple[int, int], Dialect], ...] = (
 )
 
 
-DIALECTS = tuple(dialect for _, _, dialect in _TABLE)
+def capabilities_of(runtime: str) -> frozenset[int]:
+    """GPUs that some version of a runtime names, as 10 * major + minor; none: it says itself."""
+    rows = [dialect for _, _, dialect in _TABLE if dialect.runtime == runtime]
+    return frozenset(number for dialect in rows for number in dialect.capabilities or ())
 
 
 def dialect_of(version: str, runtime: str = TENSORRT) -> Dialect:

@@ -11,11 +11,12 @@ from dijiang_engines.formats.manifest import graph_io
 from dijiang_engines.nvidia.cuda import DeviceFacts
 from dijiang_engines.nvidia.tensorrt_library import TensorRT, installed_runtimes, tensorrt_module
 from dijiang_engines.nvidia.tensorrt_versions import (
-    DIALECTS,
     RUNTIMES,
+    TENSORRT_RTX,
+    capabilities_of,
     capabilities_text,
     capability_text,
-)  # fmt: skip
+)
 
 
 def open_runtime(engine: EngineFolder, gpu: DeviceFacts) -> TensorRT:
@@ -66,8 +67,7 @@ def _about(made: MadeFor) -> str:
 
 def _other_gpu(gpu: DeviceFacts) -> str:
     number = capability_text(gpu.compute_capability)
-    known = any(gpu.compute_capability in (d.capabilities or ()) for d in DIALECTS)
-    if not known:
+    if gpu.compute_capability not in capabilities_of(TENSORRT_RTX):
         return "TensorRT for RTX does not run on this GPU: build with --runtime tensorrt on this machine"
     return f"build the engine again with --compute-capability {number}"
 
@@ -79,7 +79,7 @@ def check_driver(tensorrt: TensorRT, gpu: DeviceFacts) -> None:
         RunnerError: it is too old.
     """
     needed = tensorrt.dialect.cuda
-    if needed is not None and int(gpu.driver.split(".")[0]) < needed:
+    if not gpu.knows_cuda(needed):
         raise RunnerError(
             f"NVIDIA's driver is too old for {tensorrt.title}",
             got=f"a driver for CUDA {gpu.driver}",
