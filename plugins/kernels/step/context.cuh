@@ -1,0 +1,73 @@
+// What all of a block's warps know during a step.
+#pragma once
+
+#include "device/activation.cuh"
+#include "device/elements.cuh"
+#include "step/product.cuh"
+
+namespace dijiang {
+namespace step {
+
+// In shared memory behind the ring's barriers.
+struct BlockFacts {
+    Cut cut[kMatrices];  // this block's rows of each matrix, or the first kBatch groups of them
+    int32_t first[kMatrices], groups[kMatrices];
+    int32_t id[DIJIANG_STEP_MAX_ROWS], position[DIJIANG_STEP_MAX_ROWS], valid[DIJIANG_STEP_MAX_ROWS];
+    uint32_t epoch;
+};
+
+template <typename T, int R> struct Context {
+    const Params& p;
+    uint8_t* const shared;
+    Cursor at;
+    uint32_t first_tag = 0;      // of this step
+    const uint8_t* constants;    // of this layer
+    uint32_t tag = 0;            // of this layer's values but for the residual stream behind it, which has the next
+    int turn = 0;                // which of the two buffers of partial sums
+
+    __device__ __forceinline__ Context(const Params& params, uint8_t* memory)
+        : p(params), shared(memory), at(Ring(params, memory)), constants(nullptr) {}
+
+    template <typename U> __device__ __forceinline__ U* in_shared(int offset) const {
+        return reinterpret_cast<U*>(shared + offset);
+    }
+    template <typename U> __device__ __forceinline__ U* in_sync(int64_t offset) const {
+        return reinterpret_cast<U*>(p.sync + offset);
+    }
+    template <typename U = float> __device__ __forceinline__ const U* constant(int64_t offset) const {
+        return reinterpret_cast<const U*>(constants + offset);
+    }
+    __device__ __forceinline__ const BlockFacts& facts() const {
+        return *reinterpret_cast<const BlockFacts*>(shared + 2 * kMostSlots * sizeof(uint64_t));
+    }
+    __device__ __forceinline__ int first_group(int matrix) const { return facts().first[matrix]; }
+    __device__ __forceinline__ int groups(int matrix) const { return facts().groups[matrix]; }
+    // Partial sums take turns, so that a product may begin while slower threads still add up the one before.
+    __device__ __forceinline__ float* next_parts() {
+        turn ^= 1;
+        return in_shared<float>(p.memory.parts[turn]);
+    }
+};
+
+// This block's rows of a matrix times x, a batch after the other. finish(group, row, output, sum) is called by whole
+// warps: `there` says whether a thread has a value; groups count from the block's first.
+template <typename T, int R, typename Finish>
+__device__ __forceinline__ void rows_of(Context<T, R>& c, int matrix, const T* x, Finish finish) {
+    const int all = c.groups(matrix);
+    for (int batch = 0; batch < all; batch += kBatch) {
+        const bool whole = all - batch >= kBatch || batch == 0;
+        const Cut cut = whole ? c.facts().cut[matrix] : Cut(all - batch, c.p.layout.chunks(matrix));
+        const int total = cut.groups * R * kGroup;
+        float* parts = c.next_parts();
+        multiply<T, R>(c.at, cut, x, parts);
+        meet();
+        for (int v0 = threadIdx.x / 32 * 32; v0 < total; v0 += kThreads) {
+            const int v = v0 + threadIdx.x % 32, output = v % kGroup, row = v / kGroup % R, group = v / (kGroup * R);
+            const bool there = v < total;
+            finish(there, batch + group, row, output, there ? gather<R>(cut, parts, group, row, output) : 0.0f);
+        }
+    }
+}
+
+}  // namespace step
+}  // namespace dijiang

@@ -1,0 +1,88 @@
+// The instructions that blocks of a step talk to memory and to each other with. tests/kernels/step_emulation.h has the
+// same in C++, so that the kernel can be followed on a host.
+#pragma once
+
+#include <cstdint>
+
+#ifdef DIJIANG_EMULATED
+#include "step_emulation.h"
+#else
+
+#include "device/copies.cuh"
+#include "device/mma.cuh"
+#include "step/step.h"
+
+namespace dijiang {
+namespace step {
+
+__device__ __forceinline__ uint8_t* shared_memory() {
+    extern __shared__ __align__(128) uint8_t step_shared_memory[];
+    return step_shared_memory;
+}
+// The warps that multiply meet.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+
+// --- mbarriers ---
+__device__ __forceinline__ void mbarrier_init(uint64_t* m, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(m)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_expect(uint64_t* m, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(m)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* m) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(m)) : "memory");
+}
+__device__ __forceinline__ bool mbarrier_done(uint64_t* m, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done) : "r"(shared_address(m)), "r"(parity) : "memory");
+    return done;
+}
+// `bytes` and both addresses are multiples of 16. The barrier hears of the bytes when they are there.
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* m) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(m)) : "memory");
+}
+
+// --- slots: 8 or 16 bytes at once, by all of the GPU's blocks ---
+__device__ __forceinline__ void put(uint2* slot, uint32_t value, uint32_t tag) {
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(slot), "l"(uint64_t{tag} << 32 | value) : "memory");
+}
+__device__ __forceinline__ void put(uint4* slot, uint32_t x, uint32_t y, uint32_t z, uint32_t tag) {
+    asm volatile("{\n.reg .b128 v;\nmov.b128 v, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], v;\n}" ::"l"(slot),
+                 "l"(uint64_t{y} << 32 | x), "l"(uint64_t{tag} << 32 | z) : "memory");
+}
+__device__ __forceinline__ uint2 look(const uint2* slot) {
+    uint64_t v;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(slot) : "memory");
+    return make_uint2(static_cast<uint32_t>(v), static_cast<uint32_t>(v >> 32));
+}
+// Two neighbouring slots; each is whole.
+__device__ __forceinline__ uint4 look_at_two(const uint2* slots) {
+    uint64_t a, b;
+    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(slots) : "memory");
+    return make_uint4(static_cast<uint32_t>(a), static_cast<uint32_t>(a >> 32), static_cast<uint32_t>(b),
+                      static_cast<uint32_t>(b >> 32));
+}
+__device__ __forceinline__ uint4 look(const uint4* slot) {
+    uint64_t a, b;
+    asm volatile("{\n.reg .b128 v;\nld.relaxed.gpu.global.b128 v, [%2];\nmov.b128 {%0, %1}, v;\n}"
+                 : "=l"(a), "=l"(b) : "l"(slot) : "memory");
+    return make_uint4(static_cast<uint32_t>(a), static_cast<uint32_t>(a >> 32), static_cast<uint32_t>(b),
+                      static_cast<uint32_t>(b >> 32));
+}
+
+// Waits until ready() says so. All blocks are resident, so it comes; should this program be wrong, the launch ends after
+// some seconds with an error instead of never.
+constexpr long long kMostCycles = 1ll << 35;
+template <typename Ready> __device__ __forceinline__ void await(Ready ready) {
+    if (ready()) return;
+    const long long start = clock64();
+    while (!ready())
+        if (clock64() - start > kMostCycles) __trap();
+}
+
+}  // namespace step
+}  // namespace dijiang
+#endif
