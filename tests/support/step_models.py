@@ -45,6 +45,8 @@ LAYER_TENSORS = {
 }  # fmt: skip
 """The ABI's names of a layer's tensors, and the reference model's."""
 MATRICES = ("qkv", "gate", "dense", "up", "mlp_gate", "down", "head")
+ALLOWED = {"float16": 5e-3, "bfloat16": 4e-2}
+"""Of a difference's 2-norm over that of the logits or of a state: both types round what is multiplied."""
 GUARD = 256
 """Bytes on both sides of what is written that must stay what they are."""
 
@@ -62,7 +64,9 @@ class Guarded:
         self._all = torch.full((size + 2 * GUARD,), 0xFF, dtype=torch.uint8, device=device)
         assert self._all.data_ptr() % 256 == 0 or device == "cpu"
         self._shift = -self._all.data_ptr() % 128
-        self.bytes = self._all[GUARD - 128 + self._shift :][:size] if self._shift else self._all[GUARD:][:size]
+        self.bytes = (
+            self._all[GUARD - 128 + self._shift :][:size] if self._shift else self._all[GUARD:][:size]
+        )
 
     @property
     def pointer(self) -> int:
