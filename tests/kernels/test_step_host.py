@@ -90,7 +90,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     target = tmp_path_factory.mktemp("step") / "libstep_emulated.so"
     kernels, here = ROOT / "plugins/kernels", ROOT / "tests/kernels/step_emulation"
     sources = [here / "library.cpp", kernels / "step/plan.cpp", kernels / "step/api.cpp"]
-    sources += [kernels / "host/errors.cpp", kernels / "host/arguments.cpp"]
+    sources += [kernels / "host" / name for name in ("errors.cpp", "arguments.cpp", "api.cpp")]
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DDIJIANG_EMULATED", f"-I{here}",
          f"-I{ROOT / 'plugins/include'}", f"-I{kernels}", f"-I{include}", *sources, "-o", target],

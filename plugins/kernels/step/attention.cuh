@@ -9,8 +9,8 @@
 namespace dijiang {
 namespace step {
 
-template <int R> constexpr int kStatesAhead = R >= 8 ? 1 : 8 / R;  // of a row, a thread's, asked for early
-constexpr int kProjAhead = 4;                                      // units of P, likewise
+template <int R> constexpr int kStatesAhead = R >= 4 ? 1 : 4 / R;  // of a row, a thread's, asked for early
+constexpr int kProjAhead = 4;                                      // units of P, while q and k are waited for
 
 // Where a thread works in an item: one column, every sets-th feature from `first` on.
 struct ItemPlace {
@@ -18,11 +18,11 @@ struct ItemPlace {
     bool active;
 
     __device__ __forceinline__ ItemPlace(const Params& p, int item) {
-        head = item / p.splits;
-        kv_head = head / (p.layout.heads / p.layout.kv_heads);
+        head = Cut::divide(item, p.by_splits);
+        kv_head = Cut::divide(head, p.by_sharing);
         split = item - head * p.splits;
         sets = p.sets;
-        first = threadIdx.x / p.columns;
+        first = Cut::divide(threadIdx.x, p.by_columns);
         column = threadIdx.x - first * p.columns;
         active = first < sets && first < p.layout.head_dim;
     }
@@ -48,22 +48,18 @@ template <int R> struct StatePart {
     }
 };
 
-// What does not depend on this step's values is asked for before they are waited for.
-template <int R> struct AttentionAhead {
-    StatePart<R> state;
-    uint4 proj[kProjAhead];
+// P's units for a warp's first eight features.
+struct ProjPart {
+    uint4 of[kProjAhead];
 
-    template <typename T> __device__ __forceinline__ void request(const Context<T, R>& c, int layer, const ItemPlace& at) {
-        const Params& p = c.p;
-        const int chunks = Constants::proj_chunks(p.layout), warp = threadIdx.x / 32;
-        if (static_cast<int>(blockIdx.x) >= p.layout.heads * p.splits) return;
-        state.request(p, at, at.first, p.states[layer]);
+    template <typename C> __device__ __forceinline__ explicit ProjPart(const C& c) {
+        const int chunks = Constants::proj_chunks(c.p.layout), warp = threadIdx.x / 32;
         const uint4* units = c.template constant<uint4>(c.p.places.proj);
-        if (warp < p.layout.head_dim / kGroup) {
 #pragma unroll
-            for (int i = 0; i < kProjAhead; ++i)
-                if (i < chunks) proj[i] = __ldg(units + (warp * chunks + i) * 32 + threadIdx.x % 32);
-        }
+        for (int i = 0; i < kProjAhead; ++i)
+            of[i] = warp < c.p.layout.head_dim / kGroup && i < chunks
+                        ? __ldg(units + (warp * chunks + i) * 32 + threadIdx.x % 32)
+                        : make_uint4(0, 0, 0, 0);
     }
 };
 
@@ -126,7 +122,7 @@ __device__ __forceinline__ void take_head(Context<T, R>& c, const ItemPlace& at)
 
 // u P of all rows' q and k: [2 rows][d], a warp eight features at a time.
 template <typename T, int R>
-__device__ __forceinline__ void project(Context<T, R>& c, const AttentionAhead<R>& ahead) {
+__device__ __forceinline__ void project(Context<T, R>& c, const ProjPart& ahead) {
     const Params& p = c.p;
     const int d = p.layout.head_dim, chunks = Constants::proj_chunks(p.layout), warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32, row = lane / 4 < R ? lane / 4 : 0, quarter = lane % 4;
@@ -138,7 +134,7 @@ __device__ __forceinline__ void project(Context<T, R>& c, const AttentionAhead<R
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             if (i >= chunks) continue;
-            const uint4 w = i < kProjAhead && group == warp ? ahead.proj[i < kProjAhead ? i : 0]
+            const uint4 w = i < kProjAhead && group == warp ? ahead.of[i < kProjAhead ? i : 0]
                                                             : __ldg(units + (group * chunks + i) * 32 + lane);
             const uint4* from = high + i * (2 * R * kChunk / 8);
             const uint4* from_low = from + chunks * (2 * R * kChunk / 8);
@@ -177,7 +173,7 @@ template <int R> __device__ __forceinline__ void softmax(float* features, int d)
 
 // Fades and writes this thread's part of the state, and reads it: partial outputs for the block.
 template <typename T, int R>
-__device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, const AttentionAhead<R>& ahead, bool first_item,
+__device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, const StatePart<R>& ahead, bool first_item,
                                        float* states) {
     const Params& p = c.p;
     const int d = p.layout.head_dim, columns = p.columns;
@@ -187,7 +183,7 @@ __device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, co
     float out[R] = {};
     const int each = kStatesAhead<R> * at.sets;  // features of one go
     for (int start = at.first; at.active && start < d; start += each) {
-        StatePart<R> part = ahead.state;
+        StatePart<R> part = ahead;
         if (!first_item || start != at.first) part.request(p, at, start, states);
 #pragma unroll
         for (int j = 0; j < kStatesAhead<R>; ++j) {
@@ -244,17 +240,18 @@ template <typename T, int R> __device__ __forceinline__ void send_outputs(Contex
     }
 }
 
-// All of this block's items.
+// All of this block's items. `ahead` is the first one's state, asked for before anything was waited for.
 template <typename T, int R>
-__device__ __forceinline__ void attention(Context<T, R>& c, int layer, const ItemPlace& mine, const AttentionAhead<R>& ahead) {
+__device__ __forceinline__ void attention(Context<T, R>& c, int layer, const StatePart<R>& ahead) {
     const Params& p = c.p;
     const int items = p.layout.heads * p.splits;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
         const bool first = item == static_cast<int>(blockIdx.x);
-        const ItemPlace at = first ? mine : ItemPlace(p, item);
+        const ItemPlace at(p, item);
+        const ProjPart proj(c);
         take_head(c, at);
         meet();
-        project(c, ahead);
+        project(c, proj);
         meet();
         softmax<R>(c.template in_shared<float>(p.memory.features), p.layout.head_dim);
         meet();
@@ -302,41 +299,43 @@ __device__ __forceinline__ void take_attention(Context<T, R>& c, const Affine& a
     const int width = p.layout.width(), pairs = width / 2, heads = p.layout.heads;
     const uint4* slots = c.template in_sync<uint4>(p.exchange.attention);
     const bool in_lanes = groups_fit_lanes(heads);
+    constexpr int kAtOnce = kRowsAtOnce<R>;
     float2* outputs = c.template in_shared<float2>(p.memory.outputs);
     uint32_t* gates = c.template in_shared<uint32_t>(p.memory.gates);
     for (int pair0 = threadIdx.x / 32 * 32; pair0 < pairs; pair0 += kThreads) {
         const int pair = pair0 + threadIdx.x % 32, there = pair < pairs, at = there ? pair : 0;
-        uint4 v[R];
-        await([&] {
-            bool all = true;
 #pragma unroll
-            for (int r = 0; r < R; ++r) {
-                v[r] = look(slots + int64_t{r} * pairs + at);
-                all &= v[r].w == c.tag;
-            }
-            return all;
-        });
-        __syncwarp();
+        for (int first = 0; first < R; first += kAtOnce) {
+            uint4 v[kAtOnce];
+            await([&] {
+                bool all = true;
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-            float2 o = make_float2(__uint_as_float(v[r].x), __uint_as_float(v[r].y));
-            if (in_lanes) {
-                o = normalise_in_lanes(o, heads, p.group_norm_epsilon);
-                if (!there) continue;
-                const bool first = pair == static_cast<int>(threadIdx.x);
-                leave_attended(c, r, pair, o, v[r].z, first ? affine.first_weight : __ldg(affine.weight + pair),
-                               first ? affine.first_bias : __ldg(affine.bias + pair));
-            } else if (there) {
-                outputs[r * pairs + pair] = o;
-                gates[r * pairs + pair] = v[r].z;
+                for (int i = 0; i < kAtOnce; ++i) {
+                    v[i] = look(slots + (first + i) * pairs + at);
+                    all &= v[i].w == c.tag;
+                }
+                return all;
+            });
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int row = first + i;
+                float2 o = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].y));
+                if (in_lanes) {
+                    o = normalise_in_lanes(o, heads, p.group_norm_epsilon);
+                    if (there) leave_attended(c, row, pair, o, v[i].z, affine.weight(c, pair), affine.bias(c, pair));
+                } else if (there) {
+                    outputs[row * pairs + pair] = o;
+                    gates[row * pairs + pair] = v[i].z;
+                }
             }
         }
     }
     meet();
     if (in_lanes) return;
     T* attended = c.template in_shared<T>(p.memory.attended);
-    const float* weight = reinterpret_cast<const float*>(affine.weight);
-    const float* bias = reinterpret_cast<const float*>(affine.bias);
+    const float* weight = c.constant(affine.place);
+    const float* bias = weight + width;
     for (int i = threadIdx.x / 32; i < R * p.layout.head_dim; i += kWarps) {
         const int row = i / p.layout.head_dim, base = (i - row * p.layout.head_dim) * heads;
         const float* group = reinterpret_cast<const float*>(outputs) + row * width + base;

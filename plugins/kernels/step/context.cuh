@@ -20,7 +20,6 @@ template <typename T, int R> struct Context {
     const Params& p;
     uint8_t* const shared;
     Cursor at;
-    uint32_t first_tag = 0;      // of this step
     const uint8_t* constants;    // of this layer
     uint32_t tag = 0;            // of this layer's values but for the residual stream behind it, which has the next
     int turn = 0;                // which of the two buffers of partial sums

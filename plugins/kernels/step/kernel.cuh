@@ -15,18 +15,24 @@ namespace step {
 
 // A layer's biases at this thread's first output of each matrix, asked for early.
 struct Bias {
-    const float* all;
+    const int64_t& place;  // among the layer's constants
+    const int matrix;
     float first;
 
     template <typename T, int R>
-    __device__ __forceinline__ Bias(const Context<T, R>& c, int matrix, int64_t place)
-        : all(c.constant(place) + c.first_group(matrix) * kGroup) {
+    __device__ __forceinline__ Bias(const Context<T, R>& c, int m, const int64_t& where) : place(where), matrix(m) {
         const int mine = threadIdx.x / (R * kGroup) * kGroup + threadIdx.x % kGroup;
-        first = mine < c.groups(matrix) * kGroup ? __ldg(all + mine) : 0.0f;
+        first = mine < c.groups(matrix) * kGroup ? load(c, mine) : 0.0f;
     }
-    template <int R> __device__ __forceinline__ float at(int group, int row, int output) const {
+    template <typename T, int R>
+    __device__ __forceinline__ float at(const Context<T, R>& c, int group, int row, int output) const {
         return static_cast<int>(threadIdx.x) == (group * R + row) * kGroup + output ? first
-                                                                                    : __ldg(all + group * kGroup + output);
+                                                                                    : load(c, group * kGroup + output);
+    }
+
+private:
+    template <typename C> __device__ __forceinline__ float load(const C& c, int row) const {
+        return __ldg(c.constant(place) + c.first_group(matrix) * kGroup + row);
     }
 };
 
@@ -38,7 +44,7 @@ template <typename T, int R> __device__ __forceinline__ void first_product(Conte
             [&](bool there, int group, int row, int output, float sum) {
                 if (there)
                     put(slots + row * all + group * kGroup + output,
-                        __float_as_uint(sum + bias.at<R>(group, row, output)), c.tag);
+                        __float_as_uint(sum + bias.at(c, group, row, output)), c.tag);
             });
 }
 
@@ -49,7 +55,7 @@ template <typename T, int R> __device__ __forceinline__ void up_product(Context<
     const int values = gated ? kGroup / 2 : kGroup, first = c.first_group(kUp) * values;
     uint2* slots = c.template in_sync<uint2>(p.exchange.up);
     rows_of(c, kUp, x, [&](bool there, int group, int row, int output, float sum) {
-        const float y = sum + (there ? bias.at<R>(group, row, output) : 0.0f);
+        const float y = sum + (there ? bias.at(c, group, row, output) : 0.0f);
         const float opened = gated ? __shfl_down_sync(~0u, y, kGroup / 2) : 0.0f;
         const float one = activate(p.activation, y, opened), next = __shfl_down_sync(~0u, one, 1);
         if (there && output % 2 == 0 && output < values)
@@ -87,24 +93,21 @@ template <typename T, int R> __device__ __forceinline__ void take_up(Context<T, 
 }
 
 template <typename T, int R> struct Layer {
-    ItemPlace mine;
-    AttentionAhead<R> ahead;
-
-    __device__ __forceinline__ explicit Layer(const Params& p) : mine(p, blockIdx.x) {}
+    StatePart<R> ahead;  // of this block's first item
 
     // x + attention(norm x) + mlp(norm' x)
     __device__ __forceinline__ void parallel(Context<T, R>& c, int layer) {
         const Params& p = c.p;
-        const Affine norm(c.constant(p.places.attention_norm), p.layout.hidden);
-        const Affine other(c.constant(p.places.mlp_norm), p.layout.hidden);
-        const Affine group_norm(c.constant(p.places.group_norm), p.layout.width());
+        const Affine norm(c, p.places.attention_norm, p.layout.hidden);
+        const Affine other(c, p.places.mlp_norm, p.layout.hidden);
+        const Affine group_norm(c, p.places.group_norm, p.layout.width());
         const Bias attention_bias(c, kAttention, p.places.attention_bias), up_bias(c, kUp, p.places.up_bias);
         const Bias dense_bias(c, kDense, p.places.dense_bias), down_bias(c, kDown, p.places.down_bias);
-        ahead.request(c, layer, mine);
+        request_state(p, layer);
         if (c.groups(kAttention) + c.groups(kUp) > 0) take_normalised(c, layer == 0 ? 0 : c.tag - 1, norm, &other);
         first_product(c, attention_bias);
         up_product(c, up_bias, c.template in_shared<T>(p.memory.x2));
-        attention(c, layer, mine, ahead);
+        attention(c, layer, ahead);
         const int groups = c.groups(kDown);
         if (groups == 0) return;
         const Cut &down_cut = c.facts().cut[kDown], &dense_cut = c.facts().cut[kDense];
@@ -120,7 +123,7 @@ template <typename T, int R> struct Layer {
             const float sum = gather<R>(down_cut, down, group, row, output) +
                               gather<R>(dense_cut, dense, group, row, output);
             add_to_own(c, group, row, output,
-                       sum + (down_bias.at<R>(group, row, output) + dense_bias.at<R>(group, row, output)), c.tag + 1);
+                       sum + (down_bias.at(c, group, row, output) + dense_bias.at(c, group, row, output)), c.tag + 1);
         }
     }
 
@@ -128,17 +131,17 @@ template <typename T, int R> struct Layer {
     __device__ __forceinline__ void sequential(Context<T, R>& c, int layer) {
         const Params& p = c.p;
         {
-            const Affine norm(c.constant(p.places.attention_norm), p.layout.hidden);
-            const Affine group_norm(c.constant(p.places.group_norm), p.layout.width());
+            const Affine norm(c, p.places.attention_norm, p.layout.hidden);
+            const Affine group_norm(c, p.places.group_norm, p.layout.width());
             const Bias bias(c, kAttention, p.places.attention_bias), dense_bias(c, kDense, p.places.dense_bias);
-            ahead.request(c, layer, mine);
+            request_state(p, layer);
             if (c.groups(kAttention) > 0) take_normalised(c, layer == 0 ? 0 : c.tag - 1, norm, nullptr);
             first_product(c, bias);
-            attention(c, layer, mine, ahead);
+            attention(c, layer, ahead);
             if (c.groups(kDense) > 0) take_attention(c, group_norm);
             add_product(c, kDense, c.template in_shared<T>(p.memory.attended), dense_bias, c.tag);
         }
-        const Affine norm(c.constant(p.places.mlp_norm), p.layout.hidden);
+        const Affine norm(c, p.places.mlp_norm, p.layout.hidden);
         const Bias bias(c, kUp, p.places.up_bias), down_bias(c, kDown, p.places.down_bias);
         if (c.groups(kUp) > 0) take_normalised(c, c.tag, norm, nullptr);
         up_product(c, bias, c.template in_shared<T>(p.memory.x1));
@@ -147,16 +150,22 @@ template <typename T, int R> struct Layer {
     }
 
 private:
+    __device__ __forceinline__ void request_state(const Params& p, int layer) {
+        if (static_cast<int>(blockIdx.x) >= p.layout.heads * p.splits) return;
+        const ItemPlace at(p, blockIdx.x);
+        ahead.request(p, at, at.first, p.states[layer]);
+    }
     static __device__ __forceinline__ void add_product(Context<T, R>& c, int matrix, const T* x, const Bias& bias, uint32_t tag) {
         rows_of(c, matrix, x, [&](bool there, int group, int row, int output, float sum) {
-            if (there) add_to_own(c, group, row, output, sum + bias.at<R>(group, row, output), tag);
+            if (there) add_to_own(c, group, row, output, sum + bias.at(c, group, row, output), tag);
         });
     }
 };
 
 template <typename T, int R> __device__ __forceinline__ void head(Context<T, R>& c) {
     const Params& p = c.p;
-    const Affine norm(c.constant(0), p.layout.hidden);
+    const int64_t begin = 0;
+    const Affine norm(c, begin, p.layout.hidden);
     take_normalised(c, c.tag - 1, norm, nullptr);
     const int first = c.first_group(kHead) * kGroup;
     rows_of(c, kHead, c.template in_shared<T>(p.memory.x1), [&](bool there, int group, int row, int output, float sum) {
@@ -221,7 +230,7 @@ template <typename T, int R> __device__ __forceinline__ void walk(const Params& 
     const uint32_t each = tags_of_step(p.layout.layers), first = c.facts().epoch * each + 1;
     c.constants = p.packed + p.constants;
     c.tag = first + 1;
-    Layer<T, R> one(p);
+    Layer<T, R> one;
     for (int layer = 0; layer < p.layout.layers; ++layer) {
         if (p.layout.parallel) one.parallel(c, layer);
         else one.sequential(c, layer);

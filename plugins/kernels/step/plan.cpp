@@ -175,6 +175,9 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     p.splits = choose_splits(p.layout);
     p.columns = m.head_dim / p.splits;
     p.sets = kThreads / p.columns;
+    p.by_splits = Cut::inverse(p.splits);
+    p.by_columns = Cut::inverse(p.columns);
+    p.by_sharing = Cut::inverse(m.num_heads / m.num_kv_heads);
     p.entries = p.columns <= 32 && power_of_two(p.columns) ? kWarps : p.sets;
     place_exchange(p.layout, p.exchange);
     if ((p.layout.groups(kDown) + p.layout.blocks - 1) / p.layout.blocks > kBatch)

@@ -24,21 +24,30 @@ __device__ __forceinline__ float2 embedded(const Context<T, R>& c, int row, int 
 
 // A norm's weights and biases at this thread's first pair, asked for before the rows are there.
 struct Affine {
-    const float2 *weight, *bias;
+    const int64_t& place;  // among the layer's constants: weights, then biases
+    const int size;
     float2 first_weight, first_bias;
 
-    __device__ __forceinline__ Affine(const float* constants, int hidden)
-        : weight(reinterpret_cast<const float2*>(constants)), bias(reinterpret_cast<const float2*>(constants + hidden)) {
-        const int at = static_cast<int>(threadIdx.x) < hidden / 2 ? threadIdx.x : 0;
-        first_weight = __ldg(weight + at);
-        first_bias = __ldg(bias + at);
+    template <typename C> __device__ __forceinline__ Affine(const C& c, const int64_t& at, int n) : place(at), size(n) {
+        const int pair = static_cast<int>(threadIdx.x) < size / 2 ? threadIdx.x : 0;
+        first_weight = __ldg(c.template constant<float2>(place) + pair);
+        first_bias = __ldg(c.template constant<float2>(place) + size / 2 + pair);
     }
-    template <typename T> __device__ __forceinline__ uint32_t apply(float2 v, int pair) const {
-        const bool first = pair == static_cast<int>(threadIdx.x);
-        const float2 w = first ? first_weight : __ldg(weight + pair), b = first ? first_bias : __ldg(bias + pair);
+    template <typename C> __device__ __forceinline__ float2 weight(const C& c, int pair) const {
+        return pair == static_cast<int>(threadIdx.x) ? first_weight : __ldg(c.template constant<float2>(place) + pair);
+    }
+    template <typename C> __device__ __forceinline__ float2 bias(const C& c, int pair) const {
+        return pair == static_cast<int>(threadIdx.x) ? first_bias
+                                                     : __ldg(c.template constant<float2>(place) + size / 2 + pair);
+    }
+    template <typename T, typename C> __device__ __forceinline__ uint32_t apply(const C& c, float2 v, int pair) const {
+        const float2 w = weight(c, pair), b = bias(c, pair);
         return pack<T>(fmaf(v.x, w.x, b.x), fmaf(v.y, w.y, b.y));
     }
 };
+
+// Rows whose slots a thread waits for together.
+template <int R> constexpr int kRowsAtOnce = R < 4 ? R : 4;
 
 // How many of a row's elements a warp's threads hold.
 __device__ __forceinline__ float elements_of(int warp, int pairs) {
@@ -60,31 +69,35 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
     const bool centred = p.norm == DIJIANG_LAYER_NORM;
     float2* raw = c.template in_shared<float2>(p.memory.raw);
     const uint2* slots = c.template in_sync<uint2>(p.exchange.hidden);
+    constexpr int kAtOnce = kRowsAtOnce<R>;
     float sum[R] = {};
     for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
-        uint4 v[R];
-        if (tag == 0) {
 #pragma unroll
-            for (int r = 0; r < R; ++r) {
-                const float2 e = embedded(c, r, pair);
-                v[r] = make_uint4(__float_as_uint(e.x), 0u, __float_as_uint(e.y), 0u);
-            }
-        } else {
-            await([&] {
-                bool there = true;
+        for (int first = 0; first < R; first += kAtOnce) {
+            uint4 v[kAtOnce];
+            if (tag == 0) {
 #pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    v[r] = look_at_two(slots + int64_t{r} * hidden + 2 * pair);
-                    there &= v[r].y == tag && v[r].w == tag;
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const float2 e = embedded(c, first + i, pair);
+                    v[i] = make_uint4(__float_as_uint(e.x), 0u, __float_as_uint(e.y), 0u);
                 }
-                return there;
-            });
-        }
+            } else {
+                await([&] {
+                    bool there = true;
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-            const float2 e = make_float2(__uint_as_float(v[r].x), __uint_as_float(v[r].z));
-            raw[r * pairs + pair] = e;
-            sum[r] += e.x + e.y;
+                    for (int i = 0; i < kAtOnce; ++i) {
+                        v[i] = look_at_two(slots + (first + i) * hidden + 2 * pair);
+                        there &= v[i].y == tag && v[i].w == tag;
+                    }
+                    return there;
+                });
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const float2 e = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
+                raw[(first + i) * pairs + pair] = e;
+                sum[first + i] += e.x + e.y;
+            }
         }
     }
     // Each warp's sum, and its squares around its own mean; from those the row's, without a difference of large numbers.
@@ -119,8 +132,8 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
             const float2 e = raw[r * pairs + pair];
             const float2 n = make_float2((e.x - mean) * scale, (e.y - mean) * scale);
             const int at = x_index<R>(r, 2 * pair) / 2;
-            reinterpret_cast<uint32_t*>(x1)[at] = affine.template apply<T>(n, pair);
-            if (other != nullptr) reinterpret_cast<uint32_t*>(x2)[at] = other->template apply<T>(n, pair);
+            reinterpret_cast<uint32_t*>(x1)[at] = affine.template apply<T>(c, n, pair);
+            if (other != nullptr) reinterpret_cast<uint32_t*>(x2)[at] = other->template apply<T>(c, n, pair);
         }
     }
     meet();

@@ -53,6 +53,7 @@ struct Params {
     int32_t norm, activation, position_rows, position_offset;
     float norm_epsilon, group_norm_epsilon;
     int32_t splits, columns, sets;       // blocks that share a head, its columns that each has, threads of a column
+    uint64_t by_splits, by_columns, by_sharing;  // to divide by: splits, columns, query heads of a key/value head
     int32_t entries;                     // partial sums of an output: warps, or sets of threads
     int32_t chunk_shift, slots, flight;  // units of a chunk, log2; chunks in the ring; of them in flight at most
     const uint8_t* packed;

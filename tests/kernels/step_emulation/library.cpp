@@ -7,6 +7,13 @@
 #include "step/kernel.cuh"
 #include "step/pack.cuh"
 
+// What the checks need of the CUDA runtime.
+extern "C" {
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
+const char* cudaGetErrorString(cudaError_t) { return "nobody can go on"; }
+}
+
 namespace dijiang {
 
 dijiang_status current_device(dijiang_device& device) {
@@ -54,6 +61,5 @@ cudaError_t launch_bf16(const Plan& plan, cudaStream_t) { return emulate<__nv_bf
 }  // namespace dijiang
 
 // pack.cu's launches, without a GPU.
-#define cudaGetLastError() cudaSuccess
 #define DIJIANG_PACK_EACH(threads, kernel, ...) (void)stream, each(threads, [&] { kernel(__VA_ARGS__); })
 #include "step/pack.cu"
