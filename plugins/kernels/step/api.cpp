@@ -163,8 +163,7 @@ dijiang_status run(const dijiang_step_model* model, const dijiang_step_buffers* 
     for (int32_t layer = 0; layer < model->layers; ++layer) p.states[layer] = b->states[layer];
     p.logits = b->logits;
     p.sync = static_cast<uint8_t*>(b->sync);
-    const bool half = model->dtype == DIJIANG_FLOAT16;
-    const cudaError_t error = half ? step::launch_f16(plan, stream) : step::launch_bf16(plan, stream);
+    const cudaError_t error = step::launch(model->dtype, plan, stream);
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the step kernel");
 }
 

@@ -10,7 +10,7 @@ namespace dijiang {
 namespace step {
 
 template <int R> constexpr int kStatesAhead = R >= 4 ? 1 : 4 / R;  // of a row, a thread's, asked for early
-constexpr int kProjAhead = 4;                                      // units of P, while q and k are waited for
+constexpr int kProjAhead = 2;                                      // units of P, while q and k are waited for
 
 // Where a thread works in an item: one column, every sets-th feature from `first` on.
 struct ItemPlace {
@@ -64,21 +64,45 @@ struct ProjPart {
 };
 
 // q and k of a head: RoPE, then each number as the sum of two of T, as A of an mma: rows 0 to 7 are the rows' q, 8 to 15
-// their k. Values and the recurrence's terms besides.
+// their k. Values, gates and the recurrence's terms besides.
 template <typename T, int R>
 __device__ __forceinline__ void take_head(Context<T, R>& c, const ItemPlace& at) {
     const Params& p = c.p;
     const int d = p.layout.head_dim, half = p.layout.rotary_dim / 2, all = p.layout.qkv() + p.layout.width();
     const int chunks = Constants::proj_chunks(p.layout);
     const int key = (p.layout.heads + at.kv_head) * d, value = key + p.layout.kv_heads * d + at.split * p.columns;
+    const int gate = p.layout.qkv() + at.head * d + at.split * p.columns;
     const uint2* slots = c.template in_sync<uint2>(p.exchange.qkvg);
     T* high = c.template in_shared<T>(p.memory.turned);
     T* low = high + chunks * 2 * R * kChunk;
     const float2* rotary = c.template in_shared<float2>(p.memory.rotary);
-    for (int i = threadIdx.x; i < R * d; i += kThreads) {
+    float* values = c.template in_shared<float>(p.memory.values);
+    uint32_t* opened = c.template in_shared<uint32_t>(p.memory.opened);
+    const int pairs = R * d, all_values = pairs + R * p.columns, everything = all_values + R * p.columns / 2;
+    for (int i = threadIdx.x; i < everything; i += kThreads) {
+        if (i >= all_values) {  // two gates
+            const int j = i - all_values, row = R == 1 ? 0 : j / (p.columns / 2), pair = j - row * (p.columns / 2);
+            uint4 g;
+            await([&] {
+                g = look_at_two(slots + row * all + gate + 2 * pair);
+                return g.y == c.tag && g.w == c.tag;
+            });
+            opened[j] = pack<T>(__uint_as_float(g.x), __uint_as_float(g.z));
+            continue;
+        }
+        if (i >= pairs) {  // a value
+            const int j = i - pairs, row = R == 1 ? 0 : j / p.columns, column = j - row * p.columns;
+            uint2 x;
+            await([&] {
+                x = look(slots + row * all + value + column);
+                return x.y == c.tag;
+            });
+            values[j] = __uint_as_float(x.x);
+            continue;
+        }
         const int row = R == 1 ? 0 : i / d, rest = i - row * d, kind = rest >= d / 2, pair = rest - kind * (d / 2);
         const int a = pair < half ? pair : 2 * pair, b = pair < half ? pair + half : 2 * pair + 1;
-        const uint2* from = slots + int64_t{row} * all + (kind ? key : at.head * d);
+        const uint2* from = slots + row * all + (kind ? key : at.head * d);
         uint2 x, y;
         await([&] {
             x = look(from + a);
@@ -98,25 +122,16 @@ __device__ __forceinline__ void take_head(Context<T, R>& c, const ItemPlace& at)
         leave(a, u);
         leave(b, v);
     }
-    float* values = c.template in_shared<float>(p.memory.values);
-    for (int i = threadIdx.x; i < R * p.columns; i += kThreads) {
-        const int row = R == 1 ? 0 : i / p.columns, column = i - row * p.columns;
-        uint2 x;
-        await([&] {
-            x = look(slots + int64_t{row} * all + value + column);
-            return x.y == c.tag;
-        });
-        values[i] = __uint_as_float(x.x);
-    }
-    if (threadIdx.x < R) {
+    const int mine = kThreads - 1 - static_cast<int>(threadIdx.x);  // a row, of threads that had nothing to wait for
+    if (mine < R) {
         const float* tables = c.template constant(c.p.places.terms);
-        const int64_t n = p.layout.table_rows, heads = p.layout.heads, position = c.facts().position[threadIdx.x];
+        const int64_t n = p.layout.table_rows, heads = p.layout.heads, position = c.facts().position[mine];
         const int64_t row = n == 0 ? 0 : (position < n - 1 ? position : n - 1);
-        const float* mine = tables + row * heads + at.head;
-        float* terms = c.template in_shared<float>(p.memory.terms) + 3 * threadIdx.x;
-        terms[0] = expf(fmaxf(__ldg(mine), kLeastLogDecay));
-        terms[1] = n == 0 ? 1.0f : __ldg(mine + n * heads);
-        terms[2] = n == 0 ? 1.0f : __ldg(mine + 2 * n * heads);
+        const float* from = tables + row * heads + at.head;
+        float* terms = c.template in_shared<float>(p.memory.terms) + 3 * mine;
+        terms[0] = expf(fmaxf(__ldg(from), kLeastLogDecay));
+        terms[1] = n == 0 ? 1.0f : __ldg(from + n * heads);
+        terms[2] = n == 0 ? 1.0f : __ldg(from + 2 * n * heads);
     }
 }
 
@@ -212,31 +227,30 @@ __device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, co
     }
 }
 
-// Adds up the outputs of this item's columns, and sends each pair with its gates.
+// Adds up the outputs of this item's columns, four threads a pair, and sends each pair with its gates.
 template <typename T, int R> __device__ __forceinline__ void send_outputs(Context<T, R>& c, const ItemPlace& at) {
+    constexpr int kLanes = 4;
     const Params& p = c.p;
-    const int pairs = p.columns / 2, all = p.layout.qkv() + p.layout.width();
-    const float* readout = c.template in_shared<float>(p.memory.readout);
-    for (int i = threadIdx.x; i < R * pairs; i += kThreads) {
-        const int row = R == 1 ? 0 : i / pairs, pair = i - row * pairs;
-        const int channel = at.head * p.layout.head_dim + at.split * p.columns + 2 * pair;
-        const uint2* gates = c.template in_sync<uint2>(p.exchange.qkvg) + int64_t{row} * all + p.layout.qkv() + channel;
+    const int pairs = p.columns / 2, total = R * pairs * kLanes;
+    const float2* readout = c.template in_shared<float2>(p.memory.readout);
+    for (int start = threadIdx.x / 32 * 32; start < total; start += kThreads) {
+        const int t = start + threadIdx.x % 32, i = t / kLanes, row = R == 1 ? 0 : i / pairs, pair = i - row * pairs;
         float2 sum = make_float2(0.0f, 0.0f);
+        if (t < total) {
 #pragma unroll 4
-        for (int e = 0; e < p.entries; ++e) {
-            const float2 o = reinterpret_cast<const float2*>(readout)[(row * p.entries + e) * pairs + pair];
-            sum.x += o.x;
-            sum.y += o.y;
+            for (int e = t % kLanes; e < p.entries; e += kLanes) {
+                const float2 o = readout[(row * p.entries + e) * pairs + pair];
+                sum.x += o.x;
+                sum.y += o.y;
+            }
         }
+        sum = make_float2(sum_of_lanes(sum.x, kLanes), sum_of_lanes(sum.y, kLanes));
+        if (t >= total || t % kLanes != 0) continue;
         const float read = c.template in_shared<float>(p.memory.terms)[3 * row + 2];
-        uint4 g;
-        await([&] {
-            g = look_at_two(gates);
-            return g.y == c.tag && g.w == c.tag;
-        });
-        put(c.template in_sync<uint4>(p.exchange.attention) + (int64_t{row} * p.layout.width() + channel) / 2,
+        const int channel = at.head * p.layout.head_dim + at.split * p.columns + 2 * pair;
+        put(c.template in_sync<uint4>(p.exchange.attention) + (row * p.layout.width() + channel) / 2,
             __float_as_uint(sum.x * read), __float_as_uint(sum.y * read),
-            pack<T>(__uint_as_float(g.x), __uint_as_float(g.z)), c.tag);
+            c.template in_shared<uint32_t>(p.memory.opened)[i], c.tag);
     }
 }
 
@@ -258,6 +272,7 @@ __device__ __forceinline__ void attention(Context<T, R>& c, int layer, const Sta
         update(c, at, ahead, first, p.states[layer]);
         meet();
         send_outputs(c, at);
+        if (item + static_cast<int>(gridDim.x) < items) meet();  // or the next item's values would be here too early
     }
 }
 
@@ -299,7 +314,7 @@ __device__ __forceinline__ void take_attention(Context<T, R>& c, const Affine& a
     const int width = p.layout.width(), pairs = width / 2, heads = p.layout.heads;
     const uint4* slots = c.template in_sync<uint4>(p.exchange.attention);
     const bool in_lanes = groups_fit_lanes(heads);
-    constexpr int kAtOnce = kRowsAtOnce<R>;
+    constexpr int kAtOnce = R < 4 ? R : 4;  // rows
     float2* outputs = c.template in_shared<float2>(p.memory.outputs);
     uint32_t* gates = c.template in_shared<uint32_t>(p.memory.gates);
     for (int pair0 = threadIdx.x / 32 * 32; pair0 < pairs; pair0 += kThreads) {

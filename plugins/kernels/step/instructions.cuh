@@ -45,6 +45,11 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t b
                      shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(m)) : "memory");
 }
 
+// `bytes` and the address are multiples of 16.
+__device__ __forceinline__ void bulk_prefetch(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // --- slots: 8 or 16 bytes at once, by all of the GPU's blocks ---
 __device__ __forceinline__ void put(uint2* slot, uint32_t value, uint32_t tag) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(slot), "l"(uint64_t{tag} << 32 | value) : "memory");

@@ -21,13 +21,13 @@ struct Bias {
 
     template <typename T, int R>
     __device__ __forceinline__ Bias(const Context<T, R>& c, int m, const int64_t& where) : place(where), matrix(m) {
-        const int mine = threadIdx.x / (R * kGroup) * kGroup + threadIdx.x % kGroup;
+        const int v = threadIdx.x >> c.facts().lanes_shift[matrix], mine = v / (R * kGroup) * kGroup + v % kGroup;
         first = mine < c.groups(matrix) * kGroup ? load(c, mine) : 0.0f;
     }
     template <typename T, int R>
     __device__ __forceinline__ float at(const Context<T, R>& c, int group, int row, int output) const {
-        return static_cast<int>(threadIdx.x) == (group * R + row) * kGroup + output ? first
-                                                                                    : load(c, group * kGroup + output);
+        const int v = threadIdx.x >> c.facts().lanes_shift[matrix];
+        return v == (group * R + row) * kGroup + output ? first : load(c, group * kGroup + output);
     }
 
 private:
@@ -41,7 +41,7 @@ template <typename T, int R> __device__ __forceinline__ void first_product(Conte
     uint2* slots = c.template in_sync<uint2>(c.p.exchange.qkvg) + c.first_group(kAttention) * kGroup;
     const int64_t all = c.p.layout.qkv() + c.p.layout.width();
     rows_of(c, kAttention, c.template in_shared<T>(c.p.memory.x1),
-            [&](bool there, int group, int row, int output, float sum) {
+            [&](bool there, int group, int row, int output, float sum, int) {
                 if (there)
                     put(slots + row * all + group * kGroup + output,
                         __float_as_uint(sum + bias.at(c, group, row, output)), c.tag);
@@ -54,10 +54,10 @@ template <typename T, int R> __device__ __forceinline__ void up_product(Context<
     const bool gated = p.layout.gated != 0;
     const int values = gated ? kGroup / 2 : kGroup, first = c.first_group(kUp) * values;
     uint2* slots = c.template in_sync<uint2>(p.exchange.up);
-    rows_of(c, kUp, x, [&](bool there, int group, int row, int output, float sum) {
+    rows_of(c, kUp, x, [&](bool there, int group, int row, int output, float sum, int shift) {
         const float y = sum + (there ? bias.at(c, group, row, output) : 0.0f);
-        const float opened = gated ? __shfl_down_sync(~0u, y, kGroup / 2) : 0.0f;
-        const float one = activate(p.activation, y, opened), next = __shfl_down_sync(~0u, one, 1);
+        const float opened = gated ? __shfl_down_sync(~0u, y, kGroup / 2 << shift) : 0.0f;
+        const float one = activate(p.activation, y, opened), next = __shfl_down_sync(~0u, one, 1 << shift);
         if (there && output % 2 == 0 && output < values)
             put(slots + (int64_t{row} * p.layout.inner + first + group * values + output) / 2, pack<T>(one, next), c.tag);
     });
@@ -65,7 +65,7 @@ template <typename T, int R> __device__ __forceinline__ void up_product(Context<
 
 // All of the MLP's inner values, four at a time, to where the product reads them.
 template <typename T, int R> __device__ __forceinline__ void take_up(Context<T, R>& c) {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = R < 4 ? 4 : 8;
     const Params& p = c.p;
     const int fours = p.layout.inner / 4, total = R * fours;
     const uint2* slots = c.template in_sync<uint2>(p.exchange.up);
@@ -77,7 +77,8 @@ template <typename T, int R> __device__ __forceinline__ void take_up(Context<T, 
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int at = start + i * kThreads;
-                v[i] = look_at_two(slots + 2 * (at < total ? at : start));
+                if (at >= total) continue;
+                v[i] = look_at_two(slots + 2 * at);
                 there &= v[i].y == c.tag && v[i].w == c.tag;
             }
             return there;
@@ -98,15 +99,15 @@ template <typename T, int R> struct Layer {
     // x + attention(norm x) + mlp(norm' x)
     __device__ __forceinline__ void parallel(Context<T, R>& c, int layer) {
         const Params& p = c.p;
-        const Affine norm(c, p.places.attention_norm, p.layout.hidden);
-        const Affine other(c, p.places.mlp_norm, p.layout.hidden);
-        const Affine group_norm(c, p.places.group_norm, p.layout.width());
+        const Affine norm(c, p.places.attention_norm, p.layout.hidden, RowShare<R>().mine);
+        const Affine other(c, p.places.mlp_norm, p.layout.hidden, RowShare<R>().mine);
         const Bias attention_bias(c, kAttention, p.places.attention_bias), up_bias(c, kUp, p.places.up_bias);
-        const Bias dense_bias(c, kDense, p.places.dense_bias), down_bias(c, kDown, p.places.down_bias);
         request_state(p, layer);
         if (c.groups(kAttention) + c.groups(kUp) > 0) take_normalised(c, layer == 0 ? 0 : c.tag - 1, norm, &other);
         first_product(c, attention_bias);
         up_product(c, up_bias, c.template in_shared<T>(p.memory.x2));
+        const Affine group_norm(c, p.places.group_norm, p.layout.width(), threadIdx.x);
+        const Bias dense_bias(c, kDense, p.places.dense_bias), down_bias(c, kDown, p.places.down_bias);
         attention(c, layer, ahead);
         const int groups = c.groups(kDown);
         if (groups == 0) return;
@@ -118,12 +119,18 @@ template <typename T, int R> struct Layer {
         float* dense = c.next_parts();
         multiply<T, R>(c.at, dense_cut, c.template in_shared<T>(p.memory.attended), dense);
         meet();
-        for (int v = threadIdx.x; v < groups * R * kGroup; v += kThreads) {
+        const int shift = c.facts().lanes_shift[kDown], lanes = 1 << shift, total = (groups * R * kGroup) << shift;
+        for (int v0 = threadIdx.x / 32 * 32; v0 < total; v0 += kThreads) {
+            const int t = v0 + threadIdx.x % 32, v = t >> shift, part = t & (lanes - 1);
             const int output = v % kGroup, row = v / kGroup % R, group = v / (kGroup * R);
-            const float sum = gather<R>(down_cut, down, group, row, output) +
-                              gather<R>(dense_cut, dense, group, row, output);
-            add_to_own(c, group, row, output,
-                       sum + (down_bias.at(c, group, row, output) + dense_bias.at(c, group, row, output)), c.tag + 1);
+            float sum = 0.0f;
+            if (t < total)
+                sum = some_pieces<R>(down_cut, down, group, row, output, part, lanes) +
+                      some_pieces<R>(dense_cut, dense, group, row, output, part, lanes);
+            sum = sum_of_lanes(sum, lanes);
+            if (t < total && part == 0)
+                add_to_own(c, group, row, output,
+                           sum + (down_bias.at(c, group, row, output) + dense_bias.at(c, group, row, output)), c.tag + 1);
         }
     }
 
@@ -131,17 +138,18 @@ template <typename T, int R> struct Layer {
     __device__ __forceinline__ void sequential(Context<T, R>& c, int layer) {
         const Params& p = c.p;
         {
-            const Affine norm(c, p.places.attention_norm, p.layout.hidden);
-            const Affine group_norm(c, p.places.group_norm, p.layout.width());
-            const Bias bias(c, kAttention, p.places.attention_bias), dense_bias(c, kDense, p.places.dense_bias);
+            const Affine norm(c, p.places.attention_norm, p.layout.hidden, RowShare<R>().mine);
+            const Bias bias(c, kAttention, p.places.attention_bias);
             request_state(p, layer);
             if (c.groups(kAttention) > 0) take_normalised(c, layer == 0 ? 0 : c.tag - 1, norm, nullptr);
             first_product(c, bias);
+            const Affine group_norm(c, p.places.group_norm, p.layout.width(), threadIdx.x);
+            const Bias dense_bias(c, kDense, p.places.dense_bias);
             attention(c, layer, ahead);
             if (c.groups(kDense) > 0) take_attention(c, group_norm);
             add_product(c, kDense, c.template in_shared<T>(p.memory.attended), dense_bias, c.tag);
         }
-        const Affine norm(c, p.places.mlp_norm, p.layout.hidden);
+        const Affine norm(c, p.places.mlp_norm, p.layout.hidden, RowShare<R>().mine);
         const Bias bias(c, kUp, p.places.up_bias), down_bias(c, kDown, p.places.down_bias);
         if (c.groups(kUp) > 0) take_normalised(c, c.tag, norm, nullptr);
         up_product(c, bias, c.template in_shared<T>(p.memory.x1));
@@ -156,7 +164,7 @@ private:
         ahead.request(p, at, at.first, p.states[layer]);
     }
     static __device__ __forceinline__ void add_product(Context<T, R>& c, int matrix, const T* x, const Bias& bias, uint32_t tag) {
-        rows_of(c, matrix, x, [&](bool there, int group, int row, int output, float sum) {
+        rows_of(c, matrix, x, [&](bool there, int group, int row, int output, float sum, int) {
             if (there) add_to_own(c, group, row, output, sum + bias.at(c, group, row, output), tag);
         });
     }
@@ -165,10 +173,10 @@ private:
 template <typename T, int R> __device__ __forceinline__ void head(Context<T, R>& c) {
     const Params& p = c.p;
     const int64_t begin = 0;
-    const Affine norm(c, begin, p.layout.hidden);
+    const Affine norm(c, begin, p.layout.hidden, RowShare<R>().mine);
     take_normalised(c, c.tag - 1, norm, nullptr);
     const int first = c.first_group(kHead) * kGroup;
-    rows_of(c, kHead, c.template in_shared<T>(p.memory.x1), [&](bool there, int group, int row, int output, float sum) {
+    rows_of(c, kHead, c.template in_shared<T>(p.memory.x1), [&](bool there, int group, int row, int output, float sum, int) {
         const int id = first + group * kGroup + output;
         if (there && row < p.rows && id < p.layout.vocabulary) p.logits[row * p.logits_row_stride + id] = sum;
     });
@@ -196,6 +204,9 @@ template <typename T, int R> __device__ __forceinline__ void prepare(Context<T, 
         rows.first[matrix] = p.layout.share(matrix, blockIdx.x);
         rows.groups[matrix] = groups;
         rows.cut[matrix] = Cut(groups < kBatch ? groups : kBatch, p.layout.chunks(matrix));
+        // Dense and the MLP's second product are added up together.
+        const Cut longer(rows.cut[matrix].groups, p.layout.chunks(matrix == kDense && p.layout.parallel ? kDown : matrix));
+        rows.lanes_shift[matrix] = lanes_shift_of<R>(longer, matrix == kDown || matrix == kDense ? 5 : kMostLanesShift);
     }
     if (threadIdx.x == 0) rows.epoch = c.template in_sync<uint32_t>(0)[kEpoch];
     T* turned = c.template in_shared<T>(p.memory.turned);
@@ -211,6 +222,16 @@ template <typename T, int R> __device__ __forceinline__ void prepare(Context<T, 
     }
     begin_own(c);
     meet();
+}
+
+// Has the next layer's constants brought to L2, each block a part of them; behind the last layer, what comes there.
+template <typename T, int R> __device__ __forceinline__ void prefetch_constants(const Context<T, R>& c, int layer) {
+    const Params& p = c.p;
+    if (threadIdx.x != kThreads - 1) return;
+    const int64_t begin = layer < p.layout.layers ? p.constants + layer * p.places.size : p.ends;
+    const int64_t bytes = layer < p.layout.layers ? p.places.terms + 128 : ends_bytes(p.layout);
+    const int64_t each = (bytes / gridDim.x + 127) / 128 * 128, from = blockIdx.x * each;
+    if (from < bytes) bulk_prefetch(p.packed + begin + from, static_cast<uint32_t>(from + each < bytes ? each : bytes - from));
 }
 
 // Tags of one step: two a layer, and one behind the last. They never are 0, which no slot is waited for with.
@@ -232,6 +253,7 @@ template <typename T, int R> __device__ __forceinline__ void walk(const Params& 
     c.tag = first + 1;
     Layer<T, R> one;
     for (int layer = 0; layer < p.layout.layers; ++layer) {
+        prefetch_constants(c, layer + 1);
         if (p.layout.parallel) one.parallel(c, layer);
         else one.sequential(c, layer);
         c.constants += p.places.size;

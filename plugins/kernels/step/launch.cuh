@@ -1,4 +1,4 @@
-// Launches the step kernel for one type of weights.
+// Launches the step kernel of one type and capacity.
 #pragma once
 
 #include "step/kernel.cuh"
@@ -6,18 +6,12 @@
 namespace dijiang {
 namespace step {
 
-template <typename T> const void* kernel_for(int capacity) {
-    switch (capacity) {
-        case 1: return reinterpret_cast<const void*>(step_kernel<T, 1>);
-        case 2: return reinterpret_cast<const void*>(step_kernel<T, 2>);
-        case 4: return reinterpret_cast<const void*>(step_kernel<T, 4>);
-        default: return reinterpret_cast<const void*>(step_kernel<T, 8>);
-    }
-}
+template <int kDtype> struct Element { using type = __half; };
+template <> struct Element<DIJIANG_BFLOAT16> { using type = __nv_bfloat16; };
 
 // Cooperative: CUDA starts all blocks at once or says that it cannot.
-template <typename T> cudaError_t launch(const Plan& plan, cudaStream_t stream) {
-    const void* kernel = kernel_for<T>(plan.capacity);
+template <int kDtype, int kCapacity> cudaError_t launch(const Plan& plan, cudaStream_t stream) {
+    const void* kernel = reinterpret_cast<const void*>(step_kernel<typename Element<kDtype>::type, kCapacity>);
     const int shared = plan.params.memory.size;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;

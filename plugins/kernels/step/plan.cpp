@@ -67,12 +67,13 @@ int64_t longest(Layout layout, int blocks) {
     return sum;
 }
 
-// As few blocks as are as fast as all of them.
+// As few blocks as are about as fast as all of them.
 int choose_blocks(const Layout& layout, const dijiang_device& device) {
-    int best = 1;
-    for (int blocks = 2; blocks <= device.multiprocessors; ++blocks)
-        if (longest(layout, blocks) < longest(layout, best)) best = blocks;
-    return best;
+    int64_t least = longest(layout, 1);
+    for (int blocks = 2; blocks <= device.multiprocessors; ++blocks) least = std::min(least, longest(layout, blocks));
+    int blocks = 1;
+    while (longest(layout, blocks) > least + least / 100) ++blocks;
+    return blocks;
 }
 
 // As many blocks for each head as there are, each with an even number of columns that divide a warp if possible.
@@ -133,6 +134,7 @@ void place_memory(const Params& p, int rows, Memory& memory) {
     memory.turned = rest.take(int64_t{2} * 2 * Constants::proj_chunks(layout) * 2 * r * kChunk);
     memory.features = rest.take(4 * 2 * r * d);
     memory.values = rest.take(4 * r * p.columns);
+    memory.opened = rest.take(2 * r * p.columns);
     memory.terms = rest.take(4 * 3 * r);
     memory.readout = rest.take(4 * r * p.entries * p.columns);
     memory.ring = rest.end();
@@ -200,12 +202,15 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     return DIJIANG_OK;
 }
 
-std::string describe(const Plan& plan) {
-    const Params& p = plan.params;
-    return "step blocks=" + std::to_string(p.layout.blocks) + " threads=" + std::to_string(kThreads + 32) +
-           " rows=" + std::to_string(plan.capacity) + " splits=" + std::to_string(p.splits) +
-           " ring=" + std::to_string(p.slots) + "x" + std::to_string(kUnitBytes << p.chunk_shift) +
-           " shared=" + std::to_string(p.memory.size);
+cudaError_t launch(int32_t dtype, const Plan& plan, cudaStream_t stream) {
+    constexpr int kHalf = DIJIANG_FLOAT16, kOther = DIJIANG_BFLOAT16;
+    const bool half = dtype == DIJIANG_FLOAT16;
+    switch (plan.capacity) {
+        case 1: return half ? launch<kHalf, 1>(plan, stream) : launch<kOther, 1>(plan, stream);
+        case 2: return half ? launch<kHalf, 2>(plan, stream) : launch<kOther, 2>(plan, stream);
+        case 4: return half ? launch<kHalf, 4>(plan, stream) : launch<kOther, 4>(plan, stream);
+        default: return half ? launch<kHalf, 8>(plan, stream) : launch<kOther, 8>(plan, stream);
+    }
 }
 
 }  // namespace step

@@ -25,20 +25,20 @@ __device__ __forceinline__ float2 embedded(const Context<T, R>& c, int row, int 
 // A norm's weights and biases at this thread's first pair, asked for before the rows are there.
 struct Affine {
     const int64_t& place;  // among the layer's constants: weights, then biases
-    const int size;
+    const int size, mine;
     float2 first_weight, first_bias;
 
-    template <typename C> __device__ __forceinline__ Affine(const C& c, const int64_t& at, int n) : place(at), size(n) {
-        const int pair = static_cast<int>(threadIdx.x) < size / 2 ? threadIdx.x : 0;
+    template <typename C>
+    __device__ __forceinline__ Affine(const C& c, const int64_t& at, int n, int first) : place(at), size(n), mine(first) {
+        const int pair = mine < size / 2 ? mine : 0;
         first_weight = __ldg(c.template constant<float2>(place) + pair);
         first_bias = __ldg(c.template constant<float2>(place) + size / 2 + pair);
     }
     template <typename C> __device__ __forceinline__ float2 weight(const C& c, int pair) const {
-        return pair == static_cast<int>(threadIdx.x) ? first_weight : __ldg(c.template constant<float2>(place) + pair);
+        return pair == mine ? first_weight : __ldg(c.template constant<float2>(place) + pair);
     }
     template <typename C> __device__ __forceinline__ float2 bias(const C& c, int pair) const {
-        return pair == static_cast<int>(threadIdx.x) ? first_bias
-                                                     : __ldg(c.template constant<float2>(place) + size / 2 + pair);
+        return pair == mine ? first_bias : __ldg(c.template constant<float2>(place) + size / 2 + pair);
     }
     template <typename T, typename C> __device__ __forceinline__ uint32_t apply(const C& c, float2 v, int pair) const {
         const float2 w = weight(c, pair), b = bias(c, pair);
@@ -46,95 +46,99 @@ struct Affine {
     }
 };
 
-// Rows whose slots a thread waits for together.
-template <int R> constexpr int kRowsAtOnce = R < 4 ? R : 4;
+// How the threads share the rows of the residual stream: so many for each, whole warps.
+template <int R> struct RowShare {
+    static constexpr int kOfRow = kThreads / R, kWarpsOfRow = kWarps / R;
+    const int row = threadIdx.x / kOfRow, mine = threadIdx.x % kOfRow;
 
-// How many of a row's elements a warp's threads hold.
-__device__ __forceinline__ float elements_of(int warp, int pairs) {
-    const int rest = pairs % kThreads - 32 * warp;
-    return static_cast<float>(2 * (pairs / kThreads * 32 + (rest < 0 ? 0 : rest > 32 ? 32 : rest)));
-}
-__device__ __forceinline__ float sum_of_sixteen(float v) {
+    // How many of a row's elements one of its warps holds.
+    static __device__ __forceinline__ float elements_of(int warp, int pairs) {
+        const int rest = pairs % kOfRow - 32 * warp;
+        return static_cast<float>(2 * (pairs / kOfRow * 32 + (rest < 0 ? 0 : rest > 32 ? 32 : rest)));
+    }
+    static __device__ __forceinline__ float sum_of_warps(float v) {
 #pragma unroll
-    for (int offset = 8; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-    return v;
-}
+        for (int offset = kWarpsOfRow / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+        return v;
+    }
+};
 
 // Takes all rows of the residual stream, as they are behind layer 0's embedding (tag 0) or under that tag, and leaves
 // them normalised in x1, and with another affine in x2 if there is one.
 template <typename T, int R>
 __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, const Affine& affine, const Affine* other) {
+    constexpr int kAtOnce = 4;
+    using Share = RowShare<R>;
     const Params& p = c.p;
-    const int hidden = p.layout.hidden, pairs = hidden / 2, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Share share;
+    const int pairs = p.layout.hidden / 2, warp = share.mine / 32, lane = threadIdx.x % 32, row = share.row;
     const bool centred = p.norm == DIJIANG_LAYER_NORM;
-    float2* raw = c.template in_shared<float2>(p.memory.raw);
-    const uint2* slots = c.template in_sync<uint2>(p.exchange.hidden);
-    constexpr int kAtOnce = kRowsAtOnce<R>;
-    float sum[R] = {};
-    for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
-#pragma unroll
-        for (int first = 0; first < R; first += kAtOnce) {
-            uint4 v[kAtOnce];
-            if (tag == 0) {
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    const float2 e = embedded(c, first + i, pair);
-                    v[i] = make_uint4(__float_as_uint(e.x), 0u, __float_as_uint(e.y), 0u);
-                }
-            } else {
-                await([&] {
-                    bool there = true;
-#pragma unroll
-                    for (int i = 0; i < kAtOnce; ++i) {
-                        v[i] = look_at_two(slots + (first + i) * hidden + 2 * pair);
-                        there &= v[i].y == tag && v[i].w == tag;
-                    }
-                    return there;
-                });
-            }
+    float2* raw = c.template in_shared<float2>(p.memory.raw) + row * pairs;
+    const uint2* slots = c.template in_sync<uint2>(p.exchange.hidden) + row * p.layout.hidden;
+    float sum = 0.0f;
+    for (int start = share.mine; start < pairs; start += kAtOnce * Share::kOfRow) {
+        uint4 v[kAtOnce];
+        if (tag == 0) {
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                const float2 e = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
-                raw[(first + i) * pairs + pair] = e;
-                sum[first + i] += e.x + e.y;
+                const int pair = start + i * Share::kOfRow;
+                const float2 e = pair < pairs ? embedded(c, row, pair) : make_float2(0.0f, 0.0f);
+                v[i] = make_uint4(__float_as_uint(e.x), 0u, __float_as_uint(e.y), 0u);
             }
+        } else {
+            await([&] {
+                bool there = true;
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const int pair = start + i * Share::kOfRow;
+                    if (pair >= pairs) continue;
+                    v[i] = look_at_two(slots + 2 * pair);
+                    there &= v[i].y == tag && v[i].w == tag;
+                }
+                return there;
+            });
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int pair = start + i * Share::kOfRow;
+            if (pair >= pairs) continue;
+            const float2 e = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
+            raw[pair] = e;
+            sum += e.x + e.y;
         }
     }
     // Each warp's sum, and its squares around its own mean; from those the row's, without a difference of large numbers.
-    float2* statistics = c.template in_shared<float2>(p.memory.statistics);
-    const float mine = elements_of(warp, pairs);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-        const float total = warp_sum(sum[r]), mean = centred && mine > 0.0f ? total / mine : 0.0f;
-        float squares = 0.0f;
-        for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
-            const float2 e = raw[r * pairs + pair];
-            squares += (e.x - mean) * (e.x - mean) + (e.y - mean) * (e.y - mean);
-        }
-        squares = warp_sum(squares);
-        if (lane == 0) statistics[r * kWarps + warp] = make_float2(total, squares);
+    float2* statistics = c.template in_shared<float2>(p.memory.statistics) + row * Share::kWarpsOfRow;
+    const float held = Share::elements_of(warp, pairs);
+    const float total = warp_sum(sum), middle = centred && held > 0.0f ? __fdividef(total, held) : 0.0f;
+    float squares = 0.0f;
+    for (int pair = share.mine; pair < pairs; pair += Share::kOfRow) {
+        const float2 e = raw[pair];
+        squares += (e.x - middle) * (e.x - middle) + (e.y - middle) * (e.y - middle);
     }
+    squares = warp_sum(squares);
+    if (lane == 0) statistics[warp] = make_float2(total, squares);
     meet();
     T* x1 = c.template in_shared<T>(p.memory.x1);
     T* x2 = c.template in_shared<T>(p.memory.x2);
-    const float theirs = elements_of(lane % kWarps, pairs), inverse = 1.0f / static_cast<float>(hidden);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-        const float2 s = statistics[r * kWarps + lane % kWarps];
-        float mean = 0.0f, squares = s.y;
-        if (centred) {
-            mean = sum_of_sixteen(s.x) * inverse;
-            const float off = theirs > 0.0f ? s.x / theirs - mean : 0.0f;
-            squares += theirs * off * off;
-        }
-        const float scale = rsqrtf(sum_of_sixteen(squares) * inverse + p.norm_epsilon);
-        for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
-            const float2 e = raw[r * pairs + pair];
-            const float2 n = make_float2((e.x - mean) * scale, (e.y - mean) * scale);
-            const int at = x_index<R>(r, 2 * pair) / 2;
-            reinterpret_cast<uint32_t*>(x1)[at] = affine.template apply<T>(c, n, pair);
-            if (other != nullptr) reinterpret_cast<uint32_t*>(x2)[at] = other->template apply<T>(c, n, pair);
-        }
+    const float theirs = Share::elements_of(lane % Share::kWarpsOfRow, pairs);
+    const float inverse = 1.0f / static_cast<float>(p.layout.hidden);
+    const float2 s = statistics[lane % Share::kWarpsOfRow];
+    float mean = 0.0f;
+    squares = s.y;
+    if (centred) {
+        mean = Share::sum_of_warps(s.x) * inverse;
+        const float off = theirs > 0.0f ? __fdividef(s.x, theirs) - mean : 0.0f;
+        squares += theirs * off * off;
+    }
+    const float scale = rsqrtf(Share::sum_of_warps(squares) * inverse + p.norm_epsilon);
+#pragma unroll 4
+    for (int pair = share.mine; pair < pairs; pair += Share::kOfRow) {
+        const float2 e = raw[pair];
+        const float2 n = make_float2((e.x - mean) * scale, (e.y - mean) * scale);
+        const int at = x_index<R>(row, 2 * pair) / 2;
+        reinterpret_cast<uint32_t*>(x1)[at] = affine.template apply<T>(c, n, pair);
+        if (other != nullptr) reinterpret_cast<uint32_t*>(x2)[at] = other->template apply<T>(c, n, pair);
     }
     meet();
 }

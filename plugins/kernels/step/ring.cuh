@@ -54,10 +54,16 @@ struct Cursor {
 
     __device__ __forceinline__ explicit Cursor(const Ring& r) : ring(r) {}
 
-    // This lane's part of a unit.
-    __device__ __forceinline__ uint4 take(uint32_t unit) {
+    __device__ __forceinline__ bool same_chunk(uint32_t unit, uint32_t other) const {
+        return unit >> ring.shift == other >> ring.shift;
+    }
+    // Goes on to a unit's chunk, and waits until it is there.
+    __device__ __forceinline__ void reach(uint32_t unit) {
         while (unit >> ring.shift != chunk) leave();
         arrive();
+    }
+    // This lane's part of a unit of the chunk that was reached.
+    __device__ __forceinline__ uint4 read(uint32_t unit) const {
         const uint32_t within = (slot << ring.shift) + (unit & ((1u << ring.shift) - 1));
         return reinterpret_cast<const uint4*>(ring.bytes + size_t{within} * kUnitBytes)[threadIdx.x % 32];
     }

@@ -3,8 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <string>
-
 #include "step/layout.h"
 
 namespace dijiang {
@@ -26,7 +24,7 @@ struct Memory {
     int32_t rotary;                // [row][r/2] of cosine and sine
     int32_t turned;                // q and k after RoPE, upper and lower halves: T [2][chunk][2 rows][32]
     int32_t features;              // [2 rows][d]
-    int32_t values;                // [row][columns]
+    int32_t values, opened;        // [row][columns]; pairs of gates, in T
     int32_t terms;                 // [row] of decay, gain, read scale
     int32_t readout;               // [row][entry][columns]
     int32_t size;
@@ -73,10 +71,10 @@ struct Plan {
 
 // A model that was checked, on a device, for that many rows (at least one).
 dijiang_status make_plan(const dijiang_step_model&, int32_t rows, const dijiang_device&, Plan&);
-std::string describe(const Plan&);
 
-cudaError_t launch_f16(const Plan&, cudaStream_t);
-cudaError_t launch_bf16(const Plan&, cudaStream_t);
+// Of a dijiang_dtype and a capacity; instances/ has one of each.
+template <int kDtype, int kCapacity> cudaError_t launch(const Plan&, cudaStream_t);
+cudaError_t launch(int32_t dtype, const Plan&, cudaStream_t);  // the one that the plan names
 
 cudaError_t pack_layer(const Layout&, int32_t dtype, int32_t layer, const dijiang_step_layer&, uint8_t* packed, cudaStream_t);
 cudaError_t pack_ends(const Layout&, int32_t dtype, const dijiang_step_ends&, uint8_t* packed, cudaStream_t);

@@ -40,22 +40,22 @@ template <typename Kernel> void each(int64_t threads, Kernel kernel) {
         for (fibre.thread.x = 0; fibre.thread.x < 256; ++fibre.thread.x) kernel();
 }
 
-template <typename T> cudaError_t emulate(const Plan& plan) {
-    const auto run = [&](auto kernel) {
-        return emulator::run(dim3(plan.params.layout.blocks), dim3(kThreads + 32), plan.params.memory.size,
-                             [&] { kernel(plan.params); });
-    };
-    const bool good = plan.capacity == 1   ? run(step_kernel<T, 1>)
-                      : plan.capacity == 2 ? run(step_kernel<T, 2>)
-                      : plan.capacity == 4 ? run(step_kernel<T, 4>)
-                                           : run(step_kernel<T, 8>);
-    return good ? cudaSuccess : cudaErrorLaunchTimeout;
-}
-
 }  // namespace
 
-cudaError_t launch_f16(const Plan& plan, cudaStream_t) { return emulate<__half>(plan); }
-cudaError_t launch_bf16(const Plan& plan, cudaStream_t) { return emulate<__nv_bfloat16>(plan); }
+template <int kDtype, int kCapacity> cudaError_t launch(const Plan& plan, cudaStream_t) {
+    using T = std::conditional_t<kDtype == DIJIANG_FLOAT16, __half, __nv_bfloat16>;
+    const bool good = emulator::run(dim3(plan.params.layout.blocks), dim3(kThreads + 32), plan.params.memory.size,
+                                    [&] { step_kernel<T, kCapacity>(plan.params); });
+    return good ? cudaSuccess : cudaErrorLaunchTimeout;
+}
+template cudaError_t launch<DIJIANG_FLOAT16, 1>(const Plan&, cudaStream_t);
+template cudaError_t launch<DIJIANG_FLOAT16, 2>(const Plan&, cudaStream_t);
+template cudaError_t launch<DIJIANG_FLOAT16, 4>(const Plan&, cudaStream_t);
+template cudaError_t launch<DIJIANG_FLOAT16, 8>(const Plan&, cudaStream_t);
+template cudaError_t launch<DIJIANG_BFLOAT16, 1>(const Plan&, cudaStream_t);
+template cudaError_t launch<DIJIANG_BFLOAT16, 2>(const Plan&, cudaStream_t);
+template cudaError_t launch<DIJIANG_BFLOAT16, 4>(const Plan&, cudaStream_t);
+template cudaError_t launch<DIJIANG_BFLOAT16, 8>(const Plan&, cudaStream_t);
 
 }  // namespace step
 }  // namespace dijiang

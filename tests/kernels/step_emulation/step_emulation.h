@@ -44,6 +44,7 @@ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* m) {
     it.set(it.pending(), it.bytes() - bytes);
 }
 
+inline void bulk_prefetch(const void*, uint32_t) {}
 inline void put(uint2* slot, uint32_t value, uint32_t tag) { *slot = make_uint2(value, tag); ++emulator::progress; }
 inline void put(uint4* slot, uint32_t x, uint32_t y, uint32_t z, uint32_t tag) { *slot = make_uint4(x, y, z, tag); ++emulator::progress; }
 inline uint2 look(const uint2* slot) { return *slot; }
