@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kernels.test_step_host import MODELS
 from support.makers.random_models import random_call, random_model
+from support.makers.step_specs import MODELS
 from support.step_models import ALLOWED, PackedStep, error, reference_step, torch_dtype
 
 from dijiang_engines.errors import KernelError, PluginError
