@@ -65,7 +65,7 @@ template <typename T, int R> __device__ __forceinline__ void up_product(Context<
 
 // All of the MLP's inner values, four at a time, to where the product reads them.
 template <typename T, int R> __device__ __forceinline__ void take_up(Context<T, R>& c) {
-    constexpr int kAtOnce = R < 4 ? 4 : 8;
+    constexpr int kAtOnce = 4;
     const Params& p = c.p;
     const int fours = p.layout.inner / 4, total = R * fours;
     const uint2* slots = c.template in_sync<uint2>(p.exchange.up);

@@ -63,12 +63,12 @@ template <typename T, int R> struct Multiplier {
 
 template <typename T, int R>
 __device__ __forceinline__ void multiply(Cursor& at, const Cut& cut, const T* x, float* parts) {
+    constexpr int kMost = R < 8 ? 4 : 2;  // reads under way
     Multiplier<T, R> it(at, cut, x, parts);
     const int count = cut.count(it.warp);
 #pragma unroll 1
     for (int round = 0; round < count;) {
-        round += it.template together<4>(round, count) ? 4 : it.template together<2>(round, count) ? 2
-               : it.template together<1>(round, count) ? 1 : 0;
+        round += it.template together<kMost>(round, count) ? kMost : it.template together<1>(round, count) ? 1 : 0;
         if (it.chunk == cut.chunks || round == count) it.leave_piece();
     }
     at.finish(cut.units);
