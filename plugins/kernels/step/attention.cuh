@@ -146,11 +146,13 @@ __device__ __forceinline__ void project(Context<T, R>& c, const ProjPart& ahead)
     float* features = c.template in_shared<float>(p.memory.features);
     for (int group = warp; group < d / kGroup; group += kWarps) {
         float sums[4] = {}, rest[4] = {};
+#pragma unroll 1
+        for (int start = 0; start < chunks; start += kProjAhead)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int j = 0; j < kProjAhead; ++j) {
+            const int i = start + j;
             if (i >= chunks) continue;
-            const uint4 w = i < kProjAhead && group == warp ? ahead.of[i < kProjAhead ? i : 0]
-                                                            : __ldg(units + (group * chunks + i) * 32 + lane);
+            const uint4 w = start == 0 && group == warp ? ahead.of[j] : __ldg(units + (group * chunks + i) * 32 + lane);
             const uint4* from = high + i * (2 * R * kChunk / 8);
             const uint4* from_low = from + chunks * (2 * R * kChunk / 8);
             const uint4 q = from[row * 4], k = from[(R + row) * 4];
