@@ -28,10 +28,7 @@ from dijiang_engines.version import __version__
 # Kernels for one of the tuned head sizes have it among their template's arguments. They spill nothing, but
 # for what is written here: pattern of name and architecture -> bytes (stores and loads), with a reason.
 TUNED = re.compile(r"<.*\b(64|80|128|256)\b.*>")
-ALLOWED_SPILLS: dict[str, int] = {
-    # 17 warps leave a thread 96 registers. What spills is the same through a step and read between products.
-    r"step_kernel.* sm_1[012]0": 1024,
-}
+ALLOWED_SPILLS: dict[str, int] = {}
 OTHERS_MAY_SPILL = 512
 """Bytes: kernels that take any head size."""
 

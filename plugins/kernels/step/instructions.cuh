@@ -39,10 +39,17 @@ __device__ __forceinline__ bool mbarrier_done(uint64_t* m, uint32_t parity) {
                  : "=r"(done) : "r"(shared_address(m)), "r"(parity) : "memory");
     return done;
 }
+// How L2 should keep what a step reads once: rather than this, states and slots.
+__device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 // `bytes` and both addresses are multiples of 16. The barrier hears of the bytes when they are there.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* m) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(m)) : "memory");
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* m, uint64_t policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(m)), "l"(policy) : "memory");
 }
 
 // `bytes` and the address are multiples of 16.
@@ -78,14 +85,25 @@ __device__ __forceinline__ uint4 look(const uint4* slot) {
                       static_cast<uint32_t>(b >> 32));
 }
 
+// Has the compiler keep a value in a register instead of finding it again in every layer.
+template <typename U> __device__ __forceinline__ U kept(U value) {
+    static_assert(sizeof(U) == 4, "a register");
+    uint32_t& bits = reinterpret_cast<uint32_t&>(value);
+    asm volatile("" : "+r"(bits));
+    return value;
+}
+
 // Waits until ready() says so. All blocks are resident, so it comes; should this program be wrong, the launch ends after
 // some seconds with an error instead of never.
-constexpr long long kMostCycles = 1ll << 35;
+constexpr uint32_t kMostTries = 1u << 25;
 template <typename Ready> __device__ __forceinline__ void await(Ready ready) {
-    if (ready()) return;
-    const long long start = clock64();
-    while (!ready())
-        if (clock64() - start > kMostCycles) __trap();
+    bool good;
+    uint32_t tries = 0;
+#pragma unroll 1
+    do {
+        good = ready();
+        if (++tries == kMostTries) __trap();
+    } while (!good);
 }
 
 }  // namespace step

@@ -9,83 +9,36 @@
 #pragma once
 
 #include "step/attention.cuh"
+#include "step/outputs.cuh"
 
 namespace dijiang {
 namespace step {
-
-// A layer's biases at this thread's first output of each matrix, asked for early.
-struct Bias {
-    const int64_t& place;  // among the layer's constants
-    const int matrix;
-    float first;
-
-    template <typename T, int R>
-    __device__ __forceinline__ Bias(const Context<T, R>& c, int m, const int64_t& where) : place(where), matrix(m) {
-        const int v = threadIdx.x >> c.facts().lanes_shift[matrix], mine = v / (R * kGroup) * kGroup + v % kGroup;
-        first = mine < c.groups(matrix) * kGroup ? load(c, mine) : 0.0f;
-    }
-    template <typename T, int R>
-    __device__ __forceinline__ float at(const Context<T, R>& c, int group, int row, int output) const {
-        const int v = threadIdx.x >> c.facts().lanes_shift[matrix];
-        return v == (group * R + row) * kGroup + output ? first : load(c, group * kGroup + output);
-    }
-
-private:
-    template <typename C> __device__ __forceinline__ float load(const C& c, int row) const {
-        return __ldg(c.constant(place) + c.first_group(matrix) * kGroup + row);
-    }
-};
-
-// q, k, v and gate: this block's rows of them, to whoever has the head.
-template <typename T, int R> __device__ __forceinline__ void first_product(Context<T, R>& c, const Bias& bias) {
-    uint2* slots = c.template in_sync<uint2>(c.p.exchange.qkvg) + c.first_group(kAttention) * kGroup;
-    const int64_t all = c.p.layout.qkv() + c.p.layout.width();
-    rows_of(c, kAttention, c.template in_shared<T>(c.p.memory.x1),
-            [&](bool there, int group, int row, int output, float sum, int) {
-                if (there)
-                    put(slots + row * all + group * kGroup + output,
-                        __float_as_uint(sum + bias.at(c, group, row, output)), c.tag);
-            });
-}
-
-// The MLP's inner values, in pairs.
-template <typename T, int R> __device__ __forceinline__ void up_product(Context<T, R>& c, const Bias& bias, const T* x) {
-    const Params& p = c.p;
-    const bool gated = p.layout.gated != 0;
-    const int values = gated ? kGroup / 2 : kGroup, first = c.first_group(kUp) * values;
-    uint2* slots = c.template in_sync<uint2>(p.exchange.up);
-    rows_of(c, kUp, x, [&](bool there, int group, int row, int output, float sum, int shift) {
-        const float y = sum + (there ? bias.at(c, group, row, output) : 0.0f);
-        const float opened = gated ? __shfl_down_sync(~0u, y, kGroup / 2 << shift) : 0.0f;
-        const float one = activate(p.activation, y, opened), next = __shfl_down_sync(~0u, one, 1 << shift);
-        if (there && output % 2 == 0 && output < values)
-            put(slots + (int64_t{row} * p.layout.inner + first + group * values + output) / 2, pack<T>(one, next), c.tag);
-    });
-}
 
 // All of the MLP's inner values, four at a time, to where the product reads them.
 template <typename T, int R> __device__ __forceinline__ void take_up(Context<T, R>& c) {
     constexpr int kAtOnce = 4;
     const Params& p = c.p;
-    const int fours = p.layout.inner / 4, total = R * fours;
-    const uint2* slots = c.template in_sync<uint2>(p.exchange.up);
-    T* x = c.template in_shared<T>(p.memory.up);
-    for (int start = threadIdx.x; start < total; start += kAtOnce * kThreads) {
+    const uint32_t fours = p.layout.inner >> 2, total = R * fours;
+    const uint2* const slots = c.template in_sync<uint2>(p.exchange.up);
+    T* const x = c.template in_shared<T>(p.memory.up);
+#pragma unroll 1
+    for (uint32_t start = threadIdx.x; start < total; start += kAtOnce * kThreads) {
+        const uint2* from[kAtOnce];
         uint4 v[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) from[i] = slots + 2 * min(start + i * kThreads, total - 1);
         await([&] {
             bool there = true;
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                const int at = start + i * kThreads;
-                if (at >= total) continue;
-                v[i] = look_at_two(slots + 2 * at);
+                v[i] = look_at_two(from[i]);
                 there &= v[i].y == c.tag && v[i].w == c.tag;
             }
             return there;
         });
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            const int at = start + i * kThreads, row = R == 1 ? 0 : at / fours;
+            const uint32_t at = start + i * kThreads, row = R == 1 ? 0 : divide(at, p.by_fours);
             if (at < total)
                 *reinterpret_cast<uint2*>(x + x_index<R>(row, 4 * (at - row * fours))) = make_uint2(v[i].x, v[i].z);
         }
@@ -93,97 +46,133 @@ template <typename T, int R> __device__ __forceinline__ void take_up(Context<T, 
     meet();
 }
 
-template <typename T, int R> struct Layer {
-    StatePart<R> ahead;  // of this block's first item
-
-    // x + attention(norm x) + mlp(norm' x)
-    __device__ __forceinline__ void parallel(Context<T, R>& c, int layer) {
-        const Params& p = c.p;
-        const Affine norm(c, p.places.attention_norm, p.layout.hidden, RowShare<R>().mine);
-        const Affine other(c, p.places.mlp_norm, p.layout.hidden, RowShare<R>().mine);
-        const Bias attention_bias(c, kAttention, p.places.attention_bias), up_bias(c, kUp, p.places.up_bias);
-        request_state(p, layer);
-        if (c.groups(kAttention) + c.groups(kUp) > 0) take_normalised(c, layer == 0 ? 0 : c.tag - 1, norm, &other);
-        first_product(c, attention_bias);
-        up_product(c, up_bias, c.template in_shared<T>(p.memory.x2));
-        const Affine group_norm(c, p.places.group_norm, p.layout.width(), threadIdx.x);
-        const Bias dense_bias(c, kDense, p.places.dense_bias), down_bias(c, kDown, p.places.down_bias);
-        attention(c, layer, ahead);
-        const int groups = c.groups(kDown);
-        if (groups == 0) return;
-        const Cut &down_cut = c.facts().cut[kDown], &dense_cut = c.facts().cut[kDense];
-        take_up(c);
-        float* down = c.next_parts();
-        multiply<T, R>(c.at, down_cut, c.template in_shared<T>(p.memory.up), down);
-        take_attention(c, group_norm);
-        float* dense = c.next_parts();
-        multiply<T, R>(c.at, dense_cut, c.template in_shared<T>(p.memory.attended), dense);
-        meet();
-        const int shift = c.facts().lanes_shift[kDown], lanes = 1 << shift, total = (groups * R * kGroup) << shift;
-        for (int v0 = threadIdx.x / 32 * 32; v0 < total; v0 += kThreads) {
-            const int t = v0 + threadIdx.x % 32, v = t >> shift, part = t & (lanes - 1);
-            const int output = v % kGroup, row = v / kGroup % R, group = v / (kGroup * R);
-            float sum = 0.0f;
-            if (t < total)
-                sum = some_pieces<R>(down_cut, down, group, row, output, part, lanes) +
-                      some_pieces<R>(dense_cut, dense, group, row, output, part, lanes);
-            sum = sum_of_lanes(sum, lanes);
-            if (t < total && part == 0)
-                add_to_own(c, group, row, output,
-                           sum + (down_bias.at(c, group, row, output) + dense_bias.at(c, group, row, output)), c.tag + 1);
-        }
-    }
-
-    // y = x + attention(norm x), then y + mlp(norm' y)
-    __device__ __forceinline__ void sequential(Context<T, R>& c, int layer) {
-        const Params& p = c.p;
-        {
-            const Affine norm(c, p.places.attention_norm, p.layout.hidden, RowShare<R>().mine);
-            const Bias bias(c, kAttention, p.places.attention_bias);
-            request_state(p, layer);
-            if (c.groups(kAttention) > 0) take_normalised(c, layer == 0 ? 0 : c.tag - 1, norm, nullptr);
-            first_product(c, bias);
-            const Affine group_norm(c, p.places.group_norm, p.layout.width(), threadIdx.x);
-            const Bias dense_bias(c, kDense, p.places.dense_bias);
-            attention(c, layer, ahead);
-            if (c.groups(kDense) > 0) take_attention(c, group_norm);
-            add_product(c, kDense, c.template in_shared<T>(p.memory.attended), dense_bias, c.tag);
-        }
-        const Affine norm(c, p.places.mlp_norm, p.layout.hidden, RowShare<R>().mine);
-        const Bias bias(c, kUp, p.places.up_bias), down_bias(c, kDown, p.places.down_bias);
-        if (c.groups(kUp) > 0) take_normalised(c, c.tag, norm, nullptr);
-        up_product(c, bias, c.template in_shared<T>(p.memory.x1));
-        if (c.groups(kDown) > 0) take_up(c);
-        add_product(c, kDown, c.template in_shared<T>(p.memory.up), down_bias, c.tag + 1);
-    }
-
-private:
-    __device__ __forceinline__ void request_state(const Params& p, int layer) {
-        if (static_cast<int>(blockIdx.x) >= p.layout.heads * p.splits) return;
-        const ItemPlace at(p, blockIdx.x);
-        ahead.request(p, at, at.first, p.states[layer]);
-    }
-    static __device__ __forceinline__ void add_product(Context<T, R>& c, int matrix, const T* x, const Bias& bias, uint32_t tag) {
-        rows_of(c, matrix, x, [&](bool there, int group, int row, int output, float sum, int) {
-            if (there) add_to_own(c, group, row, output, sum + bias.at(c, group, row, output), tag);
-        });
-    }
-};
-
-template <typename T, int R> __device__ __forceinline__ void head(Context<T, R>& c) {
+// What becomes of an output's sum. Whole warps call this, with neighbouring outputs in neighbouring lanes.
+template <typename T, int R>
+__device__ __forceinline__ void finish(Context<T, R>& c, int matrix, bool there, int group, int row, float y) {
     const Params& p = c.p;
-    const int64_t begin = 0;
-    const Affine norm(c, begin, p.layout.hidden, RowShare<R>().mine);
-    take_normalised(c, c.tag - 1, norm, nullptr);
-    const int first = c.first_group(kHead) * kGroup;
-    rows_of(c, kHead, c.template in_shared<T>(p.memory.x1), [&](bool there, int group, int row, int output, float sum, int) {
-        const int id = first + group * kGroup + output;
-        if (there && row < p.rows && id < p.layout.vocabulary) p.logits[row * p.logits_row_stride + id] = sum;
-    });
+    const int output = threadIdx.x % kGroup, at = (c.first_group(matrix) + group) * kGroup + output;
+    switch (matrix) {
+        case kAttention:  // to the blocks of the head
+            if (there)
+                put(c.template in_sync<uint2>(p.exchange.qkvg) + row * (p.layout.qkv() + p.layout.width()) + at,
+                    __float_as_uint(y), c.tag);
+            break;
+        case kUp: {  // the MLP's inner values, in pairs
+            const bool gated = p.layout.gated != 0;
+            const int values = gated ? kGroup / 2 : kGroup, first = (c.first_group(kUp) + group) * values;
+            const float one = activate(p.activation, y, __shfl_down_sync(~0u, y, kGroup / 2));
+            const float next = __shfl_down_sync(~0u, one, 1);
+            if (there && output % 2 == 0 && output < values)
+                put(c.template in_sync<uint2>(p.exchange.up) + (row * p.layout.inner + first + output) / 2,
+                    pack<T>(one, next), c.tag);
+            break;
+        }
+        case kHead:
+            if (there && row < p.rows && at < p.layout.vocabulary) p.logits[row * p.logits_row_stride + at] = y;
+            break;
+        default: {  // with parallel residual dense completes what the MLP's second product began
+            const bool last = (matrix == kDown) != (p.layout.parallel != 0);
+            const bool tell = last || matrix == kDense;
+            if (there) add_to_own(c, group, row, output, y, tell, last ? c.tag + 1 : c.tag);
+        }
+    }
+}
+
+// Has this block wait for what a matrix is multiplied with, and bring it to shared memory.
+template <typename T, int R> __device__ __forceinline__ void take(Context<T, R>& c, int matrix, bool first_layer) {
+    const Params& p = c.p;
+    const bool parallel = p.layout.parallel != 0;
+    switch (matrix) {
+        case kDown: return take_up(c);
+        case kDense: return take_attention(c);
+        case kUp:
+            if (parallel) meet();  // the last product's sums have been added up
+            else take_normalised(c, c.tag, p.places.mlp_norm, false);
+            return;
+        default:
+            take_normalised(c, first_layer ? 0 : c.tag - 1, matrix == kHead ? 0 : p.places.attention_norm,
+                            parallel && matrix == kAttention);
+    }
+}
+
+// Adds up a batch's sums of warps, and has each output go where it belongs. `bias` is of this thread's first output, with
+// others kThreads / (8 R) groups on.
+template <typename T, int R>
+__device__ __forceinline__ void finish_batch(Context<T, R>& c, int matrix, int batch, int groups, const float* biases, float bias) {
+    const float* const sums = c.template in_shared<float>(c.p.memory.sums);
+    const int total = groups * R * kGroup, of_warp = c.p.sums_of_warp;
+    int v = threadIdx.x;
+#pragma unroll 1
+    for (int start = v & ~31; start < total;) {
+        const int row = (v >> 3) % R, group = batch + v / (kGroup * R);
+        const float* from = sums + v;
+        float y = bias;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w, from += of_warp) y += *from;
+        finish(c, matrix, v < total, group, row, y);
+        v += kThreads;
+        start += kThreads;
+        if (biases != nullptr && v < total) bias = __ldg(biases + (batch + v / (kGroup * R)) * kGroup);
+    }
+}
+
+// This block's rows of a matrix times what it waits for, kBatch groups at a time.
+template <typename T, int R> __device__ __forceinline__ void product(Context<T, R>& c, int matrix, bool first_layer) {
+    const Part part = c.facts().of[matrix];
+    const T* const x = c.template in_shared<T>(c.p.inputs[matrix]);
+    const float* const biases =
+        matrix == kHead ? nullptr : c.constant(c.p.biases[matrix]) + part.first * kGroup + threadIdx.x % kGroup;
+    const int mine = threadIdx.x / (kGroup * R);  // this thread's first group of a batch
+    const auto bias_of = [&](int group) { return biases != nullptr && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
+    Multiplier<T, R> multiplier(c.at);
+    float bias = bias_of(mine);
+    if (part.groups > 0) multiplier.fetch();
+    // With parallel residual both products of the normalised rows are served at once.
+    if (part.groups > 0 || (matrix == kAttention && c.p.layout.parallel && c.groups(kUp) > 0)) {
+        c.set_waiting(true);
+        take(c, matrix, first_layer);
+        c.set_waiting(false);
+    }
+    float* const sums = c.template in_shared<float>(c.p.memory.sums) + threadIdx.x / 32 * c.p.sums_of_warp;
+#pragma unroll 1
+    for (int batch = 0; batch < part.groups;) {
+        const int groups = min(kBatch, part.groups - batch);
+        if (part.chunks < kWarps) {  // then some warps have nothing of some groups
+#pragma unroll 1
+            for (int i = threadIdx.x % 32; i < groups * R * kGroup; i += 32) sums[i] = 0.0f;
+            __syncwarp();
+        }
+        multiplier.run(x, part.chunks, groups * part.chunks, sums);
+        meet();
+        finish_batch(c, matrix, batch, groups, biases, bias);
+        batch += kBatch;
+        if (batch >= part.groups) break;
+        bias = bias_of(batch + mine);
+        multiplier.fetch();
+        meet();
+    }
 }
 
 __device__ __forceinline__ int64_t integer_at(const void* from, int index, int integers) {
     return integers == DIJIANG_INT64 ? static_cast<const int64_t*>(from)[index] : static_cast<const int32_t*>(from)[index];
+}
+
+// A thread for each matrix finds out which rows of it this block has.
+template <typename T, int R> __device__ __forceinline__ void set_parts(Context<T, R>& c) {
+    const int matrix = static_cast<int>(threadIdx.x) - 32;
+    if (matrix < 0 || matrix >= kMatrices) return;
+    const Layout& layout = c.p.layout;
+    const int first = layout.share(matrix, blockIdx.x), groups = layout.share(matrix, blockIdx.x + 1) - first;
+    const int chunks = layout.chunks(matrix);
+    const_cast<BlockFacts&>(c.facts()).of[matrix] = {first, groups, chunks, groups * chunks};
+}
+
+// The copying thread's walk.
+template <typename T, int R> __device__ __forceinline__ void copy_stream(const Context<T, R>& c, const Ring& ring) {
+    Copier copier(c.p, ring, c.facts().waiting);
+    const int all = c.p.layout.layers * kOfLayer;
+#pragma unroll 1
+    for (int i = 0; i <= all; ++i) copier.copy(c.facts().of[i == all ? kHead : c.p.layout.at(i % kOfLayer)]);
 }
 
 // What is the same for all layers: the rows' tokens and positions, RoPE's angles, zeros that pad q and k.
@@ -199,15 +188,6 @@ template <typename T, int R> __device__ __forceinline__ void prepare(Context<T, 
         rows.position[row] = static_cast<int32_t>(position < 0 ? 0 : position > INT32_MAX ? INT32_MAX : position);
         rows.valid[row] = there && integer_at(p.seq_lens, row, p.integers) > 0;
     }
-    if (threadIdx.x >= 32 && threadIdx.x < 32 + kMatrices) {
-        const int matrix = threadIdx.x - 32, groups = p.layout.share(matrix, blockIdx.x + 1) - p.layout.share(matrix, blockIdx.x);
-        rows.first[matrix] = p.layout.share(matrix, blockIdx.x);
-        rows.groups[matrix] = groups;
-        rows.cut[matrix] = Cut(groups < kBatch ? groups : kBatch, p.layout.chunks(matrix));
-        // Dense and the MLP's second product are added up together.
-        const Cut longer(rows.cut[matrix].groups, p.layout.chunks(matrix == kDense && p.layout.parallel ? kDown : matrix));
-        rows.lanes_shift[matrix] = lanes_shift_of<R>(longer, matrix == kDown || matrix == kDense ? 5 : kMostLanesShift);
-    }
     if (threadIdx.x == 0) rows.epoch = c.template in_sync<uint32_t>(0)[kEpoch];
     T* turned = c.template in_shared<T>(p.memory.turned);
     const int halves = 2 * Constants::proj_chunks(p.layout) * 2 * R * kChunk;
@@ -221,6 +201,7 @@ template <typename T, int R> __device__ __forceinline__ void prepare(Context<T, 
         rotary_cos_sin(turn, rotary[i].x, rotary[i].y);
     }
     begin_own(c);
+    take_embedding(c);
     meet();
 }
 
@@ -234,6 +215,28 @@ template <typename T, int R> __device__ __forceinline__ void prefetch_constants(
     if (from < bytes) bulk_prefetch(p.packed + begin + from, static_cast<uint32_t>(from + each < bytes ? each : bytes - from));
 }
 
+// Walks all layers and the head: attention comes behind q, k, v and gate, with parallel residual behind the MLP's first
+// product too. Each kind of work is in the program once, so that the instruction caches hold it.
+template <typename T, int R> __device__ __forceinline__ void walk_layers(Context<T, R>& c) {
+    const Params& p = c.p;
+    const int all = p.layout.layers * kOfLayer, before = p.layout.parallel ? kUp : kAttention;
+    Attention<T, R> attention(c);
+#pragma unroll 1
+    for (int i = 0; i <= all; ++i) {
+        const int layer = i / kOfLayer, turn = i % kOfLayer, matrix = i == all ? kHead : p.layout.at(turn);
+        if (turn == 0) {
+            prefetch_constants(c, layer + 1);
+            if (i < all) attention.request(c, layer);
+        }
+        product(c, matrix, layer == 0);
+        if (matrix == before) attention.run(c, layer);
+        if (turn == kOfLayer - 1) {
+            c.constants += p.places.size;
+            c.tag += 2;
+        }
+    }
+}
+
 // Tags of one step: two a layer, and one behind the last. They never are 0, which no slot is waited for with.
 DIJIANG_BOTH uint32_t tags_of_step(int layers) { return 2u * layers + 2u; }
 
@@ -241,25 +244,20 @@ template <typename T, int R> __device__ __forceinline__ void walk(const Params& 
     uint8_t* const shared = shared_memory();
     const Ring ring(p, shared);
     if (threadIdx.x == 0) ring.init();
+    Context<T, R> c(p, shared);
+    c.set_waiting(false);
+    set_parts(c);
     __syncthreads();
     if (threadIdx.x >= kCopier) {
-        if (threadIdx.x == kCopier) copy_stream(p, ring);
+        if (threadIdx.x == kCopier) copy_stream(c, ring);
         return;
     }
-    Context<T, R> c(p, shared);
     prepare(c);
+    
     const uint32_t each = tags_of_step(p.layout.layers), first = c.facts().epoch * each + 1;
     c.constants = p.packed + p.constants;
     c.tag = first + 1;
-    Layer<T, R> one;
-    for (int layer = 0; layer < p.layout.layers; ++layer) {
-        prefetch_constants(c, layer + 1);
-        if (p.layout.parallel) one.parallel(c, layer);
-        else one.sequential(c, layer);
-        c.constants += p.places.size;
-        c.tag += 2;
-    }
-    head(c);
+    walk_layers(c);
     // The last block to end counts the step; the next launch begins with new tags.
     meet();
     if (threadIdx.x == 0) {

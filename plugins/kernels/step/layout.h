@@ -1,8 +1,12 @@
 // Who owns which rows, and where a weight lies in the packed stream. Plain arithmetic, for host and device.
 //
-// A block's weights are one run of UNITS, in the order in which its warps take them. A unit is 8 rows x 32 columns, 512
-// bytes: lane (g, t) = (lane / 4, lane % 4) reads row g, columns 8t to 8t+7, as 16 bytes. So a warp's read is free of bank
-// conflicts, and is an operand of two mma.m16n8k16 as it comes, if the other side's columns are taken in the same order.
+// A block's weights are one run of UNITS, in the order in which its warps take them: by matrix, by group of eight rows, by
+// chunk of 32 columns. A unit is 8 rows x 32 columns, 512 bytes: lane (g, t) = (lane / 4, lane % 4) reads row g, columns 8t to
+// 8t + 7, as 16 bytes in which the second and third pair have changed places. So a warp's read is free of bank conflicts, and
+// is an operand of mma.m16n8k16 as it comes, if the other side's columns are taken in the same order.
+//
+// Units pass through SLOTS of shared memory, 32 in each; of a slot warp w takes units w, w + 8, w + 16 and w + 24. A batch of
+// groups begins in a slot of its own, whose last may be filled in part.
 #pragma once
 
 #include <cstdint>
@@ -18,14 +22,19 @@
 namespace dijiang {
 namespace step {
 
-constexpr int kWarps = 16;           // that multiply; one more copies
+constexpr int kWarps = 8;            // that multiply; one more copies
 constexpr int kThreads = kWarps * 32;
 constexpr int kGroup = 8;            // rows of a unit
 constexpr int kChunk = 32;           // columns of a unit
 constexpr int kUnitBytes = 512;
-constexpr int kBatch = 32;           // groups of rows that a block multiplies at a time
+constexpr int kPerSlot = 4;          // units that a warp takes of a slot
+constexpr int kSlotUnits = kPerSlot * kWarps, kSlotBytes = kSlotUnits * kUnitBytes;
+constexpr int kPieces = 2;           // that a slot is copied in
+constexpr int kPieceUnits = kSlotUnits / kPieces, kPieceBytes = kPieceUnits * kUnitBytes;
+constexpr int kBatch = 16;           // groups of rows that a block multiplies at a time
 
 enum Matrix { kAttention, kUp, kDown, kDense, kHead, kMatrices };
+constexpr int kOfLayer = 4;          // but for the head
 
 struct Layout {
     int32_t layers, hidden, inner, vocabulary, heads, kv_heads, head_dim, rotary_dim;
@@ -47,19 +56,16 @@ struct Layout {
     }
     // Block b owns groups share(b) to share(b + 1) of a matrix.
     DIJIANG_BOTH int share(int matrix, int block) const {
-        return static_cast<int>(int64_t{block} * groups(matrix) / blocks);
+        return static_cast<int>(static_cast<uint32_t>(block) * static_cast<uint32_t>(groups(matrix)) / blocks);
     }
     DIJIANG_BOTH int owner(int matrix, int group) const {
-        return static_cast<int>(((int64_t{group} + 1) * blocks - 1) / groups(matrix));
+        return static_cast<int>(((static_cast<uint32_t>(group) + 1) * blocks - 1) / groups(matrix));
     }
     DIJIANG_BOTH int units(int matrix, int block) const {
         return (share(matrix, block + 1) - share(matrix, block)) * chunks(matrix);
     }
-    // The order of a layer's matrices in the stream.
-    DIJIANG_BOTH bool before(int matrix, int other) const {
-        const int sequential[] = {0, 2, 3, 1};  // attention, dense, up, down
-        return parallel ? matrix < other : sequential[matrix] < sequential[other];
-    }
+    // The order of a layer's matrices: attention, up, down, dense, or one after the other attention, dense, up, down.
+    DIJIANG_BOTH int at(int turn) const { return parallel || turn == 0 ? turn : (turn + 1) % 3 + 1; }
     DIJIANG_BOTH int layer_units(int block) const {
         return units(kAttention, block) + units(kUp, block) + units(kDown, block) + units(kDense, block);
     }
@@ -75,53 +81,26 @@ struct Layout {
     DIJIANG_BOTH int64_t start(int block, int layer, int matrix) const {
         int64_t at = int64_t{matrix == kHead ? layers : layer} * layer_units(block);
         if (matrix == kHead) return at;
-        for (int m = kAttention; m <= kDense; ++m)
-            if (before(m, matrix)) at += units(m, block);
+        for (int turn = 0; this->at(turn) != matrix; ++turn) at += units(this->at(turn), block);
         return at;
     }
 };
 
-// How warps share the units of `groups` groups of `chunks`: in the list of all units by group and chunk, warp w has `each`
-// from w * each on (the last warps fewer or none). In the stream, all warps' first units come first, then all their second.
-struct Cut {
-    int groups, chunks, units;
-    int each, full, rest;           // `full` warps have `each`, the next has `rest`
-    uint64_t by_each, by_chunks;    // 2^32 over them, rounded up: to divide by
-
-    DIJIANG_BOTH Cut(int n, int k) : groups(n), chunks(k), units(n * k) {
-        each = (units + kWarps - 1) / kWarps;
-        full = each ? units / each : 0;
-        rest = units - full * each;
-        by_each = inverse(each);
-        by_chunks = inverse(chunks);
-    }
-    static DIJIANG_BOTH uint64_t inverse(int x) { return x ? 0xffffffffu / static_cast<uint32_t>(x) + uint64_t{1} : 0; }
-    // Exact while x times the divisor is below 2^32.
-    static DIJIANG_BOTH int divide(int x, uint64_t by) { return static_cast<int>(static_cast<uint32_t>(x) * by >> 32); }
-    // The group of a warp's first unit, and the warps that share one.
-    DIJIANG_BOTH int first_group(int warp) const { return divide(warp * each, by_chunks); }
-    DIJIANG_BOTH int first_warp(int group) const { return divide(group * chunks, by_each); }
-    DIJIANG_BOTH int last_warp(int group) const { return divide((group + 1) * chunks - 1, by_each); }
-    DIJIANG_BOTH int count(int warp) const { return warp < full ? each : warp == full ? rest : 0; }
-    DIJIANG_BOTH int place(int round, int warp) const { return round * full + (round < rest ? round : rest) + warp; }
-};
+// To divide by x: 2^32 over it, rounded up. Exact while the number times x is below 2^32.
+DIJIANG_BOTH uint64_t inverse_of(int x) { return x ? 0xffffffffu / static_cast<uint32_t>(x) + uint64_t{1} : 0; }
+DIJIANG_BOTH int divide(int x, uint64_t by) { return static_cast<int>(static_cast<uint32_t>(x) * by >> 32); }
 
 // The unit of group `group` and chunk `chunk` of a matrix, counted from the beginning of the packed weights.
 DIJIANG_BOTH int64_t unit_of(const Layout& it, int layer, int matrix, int group, int chunk) {
-    const int block = it.owner(matrix, group), first = it.share(matrix, block);
-    const int batch = (group - first) / kBatch * kBatch, last = it.share(matrix, block + 1);
-    const int within = group - first - batch, left = last - first - batch, chunks = it.chunks(matrix);
-    const Cut cut(left < kBatch ? left : kBatch, chunks);
-    const int at = within * chunks + chunk;
-    return it.begin(block) + it.start(block, layer, matrix) + int64_t{batch} * chunks +
-           cut.place(at % cut.each, at / cut.each);
+    const int block = it.owner(matrix, group);
+    return it.begin(block) + it.start(block, layer, matrix) + int64_t{group - it.share(matrix, block)} * it.chunks(matrix) + chunk;
 }
 
 // Behind the units: what is not multiplied by mma, float32 but for P. Offsets in bytes.
 struct Constants {
-    int64_t attention_norm, mlp_norm;                      // weight [h], bias [h]
+    int64_t attention_norm, mlp_norm;                      // {weight, bias} [h]
     int64_t attention_bias, up_bias, dense_bias, down_bias;  // up_bias in the order of the packed rows
-    int64_t group_norm;                                    // weight [A], bias [A]
+    int64_t group_norm;                                    // {weight, bias} [A]
     int64_t proj;                                          // units of P^T, columns padded with zeros to 32
     int64_t terms;                                         // log_decay [H], or log_decay, gain, read_scale [N, H]
     int64_t size;                                          // of a layer
@@ -143,7 +122,7 @@ struct Constants {
     }
     static DIJIANG_BOTH int proj_chunks(const Layout& it) { return (it.head_dim + kChunk - 1) / kChunk; }
 };
-// The final norm's weight and bias, then inv_freq.
+// The final norm's weights and biases, {weight, bias} [h], then inv_freq.
 DIJIANG_BOTH int64_t ends_bytes(const Layout& it) {
     return (8 * int64_t{it.hidden} + 4 * int64_t{it.rotary_dim / 2} + 127) / 128 * 128;
 }

@@ -18,7 +18,11 @@ unsigned blocks_for(int64_t threads) {
 
 void copy(const float* from, int64_t count, uint8_t* to, cudaStream_t stream) {
     if (count > 0)
-        DIJIANG_PACK_EACH(count, copy_or_zero, from, count, reinterpret_cast<float*>(to));
+        DIJIANG_PACK_EACH(count, copy_floats, from, count, reinterpret_cast<float*>(to));
+}
+
+void norm(const float* weight, const float* bias, int64_t count, uint8_t* to, cudaStream_t stream) {
+    DIJIANG_PACK_EACH(count, pack_norm, weight, bias, count, reinterpret_cast<float2*>(to));
 }
 
 void pack(const Layout& it, int layer, int matrix, const void* first, const void* second, uint8_t* packed,
@@ -49,16 +53,13 @@ cudaError_t pack_layer(const Layout& it, int32_t dtype, int32_t layer, const dij
     const Constants places(it);
     uint8_t* const to = packed + constants_begin(it) + layer * places.size;
     const int64_t h = it.hidden, width = it.width();
-    copy(from.attention_norm_weight, h, to + places.attention_norm, stream);
-    copy(from.attention_norm_bias, h, to + places.attention_norm + 4 * h, stream);
-    copy(from.mlp_norm_weight, h, to + places.mlp_norm, stream);
-    copy(from.mlp_norm_bias, h, to + places.mlp_norm + 4 * h, stream);
+    norm(from.attention_norm_weight, from.attention_norm_bias, h, to + places.attention_norm, stream);
+    norm(from.mlp_norm_weight, from.mlp_norm_bias, h, to + places.mlp_norm, stream);
     bias(it, kAttention, from.qkv_bias, nullptr, to + places.attention_bias, stream);
     bias(it, kUp, from.up_bias, from.mlp_gate_bias, to + places.up_bias, stream);
     bias(it, kDense, from.dense_bias, nullptr, to + places.dense_bias, stream);
     bias(it, kDown, from.down_bias, nullptr, to + places.down_bias, stream);
-    copy(from.norm_weight, width, to + places.group_norm, stream);
-    copy(from.norm_bias, width, to + places.group_norm + 4 * width, stream);
+    norm(from.norm_weight, from.norm_bias, width, to + places.group_norm, stream);
     if (dtype == DIJIANG_FLOAT16) proj<__half>(it.head_dim, from.proj, to + places.proj, stream);
     else proj<__nv_bfloat16>(it.head_dim, from.proj, to + places.proj, stream);
     const int64_t entries = int64_t{it.heads} * (it.table_rows ? it.table_rows : 1);
@@ -74,8 +75,7 @@ cudaError_t pack_ends(const Layout& it, int32_t, const dijiang_step_ends& from, 
     pack(it, 0, kHead, from.head, nullptr, packed, stream);
     uint8_t* const to = packed + ends_begin(it);
     const int64_t h = it.hidden;
-    copy(from.norm_weight, h, to, stream);
-    copy(from.norm_bias, h, to + 4 * h, stream);
+    norm(from.norm_weight, from.norm_bias, h, to, stream);
     copy(from.inv_freq, it.rotary_dim / 2, to + 8 * h, stream);
     return cudaGetLastError();
 }

@@ -22,7 +22,7 @@ __global__ void pack_matrix(Layout it, int layer, int matrix, Two from, uint8_t*
         uint4 v = make_uint4(0, 0, 0, 0);
         if (source.tensor >= 0)
             v = static_cast<const uint4*>(from.of[source.tensor])[(source.row * chunks + chunk) * 4 + lane % 4];
-        reinterpret_cast<uint4*>(packed)[unit_of(it, layer, matrix, group, chunk) * 32 + lane] = v;
+        reinterpret_cast<uint4*>(packed)[unit_of(it, layer, matrix, group, chunk) * 32 + lane] = make_uint4(v.x, v.z, v.y, v.w);
     }
 }
 
@@ -44,10 +44,16 @@ template <typename T> __global__ void pack_proj(int d, const float* proj, T* to)
     to[i] = from_float<T>(k < d ? proj[int64_t{k} * d + feature] : 0.0f);
 }
 
-__global__ void copy_or_zero(const float* from, int64_t count, float* to) {
+__global__ void copy_floats(const float* from, int64_t count, float* to) {
+    const int64_t step = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) to[i] = from[i];
+}
+
+// A norm's weight and bias of each element. Where there is no bias, zeros.
+__global__ void pack_norm(const float* weight, const float* bias, int64_t count, float2* to) {
     const int64_t step = int64_t{gridDim.x} * blockDim.x;
     for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step)
-        to[i] = from == nullptr ? 0.0f : from[i];
+        to[i] = make_float2(weight[i], bias == nullptr ? 0.0f : bias[i]);
 }
 
 }  // namespace step

@@ -22,123 +22,120 @@ __device__ __forceinline__ float2 embedded(const Context<T, R>& c, int row, int 
     return v;
 }
 
-// A norm's weights and biases at this thread's first pair, asked for before the rows are there.
-struct Affine {
-    const int64_t& place;  // among the layer's constants: weights, then biases
-    const int size, mine;
-    float2 first_weight, first_bias;
+// {weight, bias} of two neighbouring elements.
+template <typename T> __device__ __forceinline__ uint32_t apply(const float4& affine, float x, float y) {
+    return pack<T>(fmaf(x, affine.x, affine.y), fmaf(y, affine.z, affine.w));
+}
+// A thread's affines of some pairs, `step` apart; beyond the last pair the last again.
+template <int kCount> struct Affines {
+    float4 of[kCount];
 
-    template <typename C>
-    __device__ __forceinline__ Affine(const C& c, const int64_t& at, int n, int first) : place(at), size(n), mine(first) {
-        const int pair = mine < size / 2 ? mine : 0;
-        first_weight = __ldg(c.template constant<float2>(place) + pair);
-        first_bias = __ldg(c.template constant<float2>(place) + size / 2 + pair);
-    }
-    template <typename C> __device__ __forceinline__ float2 weight(const C& c, int pair) const {
-        return pair == mine ? first_weight : __ldg(c.template constant<float2>(place) + pair);
-    }
-    template <typename C> __device__ __forceinline__ float2 bias(const C& c, int pair) const {
-        return pair == mine ? first_bias : __ldg(c.template constant<float2>(place) + size / 2 + pair);
-    }
-    template <typename T, typename C> __device__ __forceinline__ uint32_t apply(const C& c, float2 v, int pair) const {
-        const float2 w = weight(c, pair), b = bias(c, pair);
-        return pack<T>(fmaf(v.x, w.x, b.x), fmaf(v.y, w.y, b.y));
-    }
-};
-
-// How the threads share the rows of the residual stream: so many for each, whole warps.
-template <int R> struct RowShare {
-    static constexpr int kOfRow = kThreads / R, kWarpsOfRow = kWarps / R;
-    const int row = threadIdx.x / kOfRow, mine = threadIdx.x % kOfRow;
-
-    // How many of a row's elements one of its warps holds.
-    static __device__ __forceinline__ float elements_of(int warp, int pairs) {
-        const int rest = pairs % kOfRow - 32 * warp;
-        return static_cast<float>(2 * (pairs / kOfRow * 32 + (rest < 0 ? 0 : rest > 32 ? 32 : rest)));
-    }
-    static __device__ __forceinline__ float sum_of_warps(float v) {
+    __device__ __forceinline__ Affines(const float4* all, uint32_t first, uint32_t step, uint32_t pairs) {
 #pragma unroll
-        for (int offset = kWarpsOfRow / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-        return v;
+        for (int i = 0; i < kCount; ++i) of[i] = __ldg(all + min(first + i * step, pairs - 1));
     }
 };
 
-// Takes all rows of the residual stream, as they are behind layer 0's embedding (tag 0) or under that tag, and leaves
-// them normalised in x1, and with another affine in x2 if there is one.
+// How the threads share the rows of the residual stream: so many for each, whole warps; each some pairs at once.
+template <int R> struct RowShare {
+    static constexpr int kOfRow = kThreads / R, kWarpsOfRow = kWarps / R, kAtOnce = R == 1 ? 2 : 4;
+    const int row = threadIdx.x / kOfRow, mine = threadIdx.x % kOfRow;
+};
+
+// Leaves all rows of the residual stream in `raw` as they are behind the embedding, each pair to who will normalise it.
+template <typename T, int R> __device__ __forceinline__ void take_embedding(const Context<T, R>& c) {
+    const RowShare<R> share;
+    const int pairs = c.p.layout.hidden / 2;
+    float2* raw = c.template in_shared<float2>(c.p.memory.raw) + share.row * pairs;
+#pragma unroll 1
+    for (int pair = share.mine; pair < pairs; pair += RowShare<R>::kOfRow) raw[pair] = embedded(c, share.row, pair);
+}
+
+// Normalises the rows of the residual stream that come under a tag, or with tag 0 those that are in `raw`, to x1, and
+// with another affine to x2 if there is one. Squares are summed around the mean that the row had last: it changes little.
 template <typename T, int R>
-__device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, const Affine& affine, const Affine* other) {
-    constexpr int kAtOnce = 4;
+__device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, int64_t place, bool second) {
     using Share = RowShare<R>;
+    constexpr uint32_t kOfRow = Share::kOfRow;
+    constexpr int kAtOnce = Share::kAtOnce, kEarly = R == 1 ? kAtOnce : 1;
     const Params& p = c.p;
     const Share share;
-    const int pairs = p.layout.hidden / 2, warp = share.mine / 32, lane = threadIdx.x % 32, row = share.row;
-    const bool centred = p.norm == DIJIANG_LAYER_NORM;
-    float2* raw = c.template in_shared<float2>(p.memory.raw) + row * pairs;
-    const uint2* slots = c.template in_sync<uint2>(p.exchange.hidden) + row * p.layout.hidden;
-    float sum = 0.0f;
-    for (int start = share.mine; start < pairs; start += kAtOnce * Share::kOfRow) {
-        uint4 v[kAtOnce];
+    const uint32_t pairs = p.layout.hidden >> 1, row = share.row, mine = share.mine;
+    const float4* const affines = c.template constant<float4>(place);
+    const float4* const others = c.template constant<float4>(p.places.mlp_norm);
+    Affines<kEarly> affine(affines, mine, kOfRow, pairs), other(others, mine, kOfRow, pairs);
+    float2* const raw = c.template in_shared<float2>(p.memory.raw) + row * pairs;
+    const uint2* const slots = c.template in_sync<uint2>(p.exchange.hidden) + 2 * row * pairs;
+    float sum = 0.0f, squares = 0.0f;
+#pragma unroll 1
+    for (uint32_t start = mine; start < pairs; start += kAtOnce * kOfRow) {
+        float2 e[kAtOnce];
         if (tag == 0) {
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const int pair = start + i * Share::kOfRow;
-                const float2 e = pair < pairs ? embedded(c, row, pair) : make_float2(0.0f, 0.0f);
-                v[i] = make_uint4(__float_as_uint(e.x), 0u, __float_as_uint(e.y), 0u);
-            }
+            for (int i = 0; i < kAtOnce; ++i) e[i] = raw[min(start + i * kOfRow, pairs - 1)];
         } else {
+            const uint2* from[kAtOnce];
+            uint4 v[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) from[i] = slots + 2 * min(start + i * kOfRow, pairs - 1);
             await([&] {
                 bool there = true;
 #pragma unroll
                 for (int i = 0; i < kAtOnce; ++i) {
-                    const int pair = start + i * Share::kOfRow;
-                    if (pair >= pairs) continue;
-                    v[i] = look_at_two(slots + 2 * pair);
+                    v[i] = look_at_two(from[i]);
                     there &= v[i].y == tag && v[i].w == tag;
                 }
                 return there;
             });
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) e[i] = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            const int pair = start + i * Share::kOfRow;
-            if (pair >= pairs) continue;
-            const float2 e = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
-            raw[pair] = e;
-            sum += e.x + e.y;
+            if (start + i * kOfRow >= pairs) continue;
+            raw[start + i * kOfRow] = e[i];
+            const float x = e[i].x - c.pivot, y = e[i].y - c.pivot;
+            sum += x + y;
+            squares = fmaf(x, x, fmaf(y, y, squares));
         }
     }
-    // Each warp's sum, and its squares around its own mean; from those the row's, without a difference of large numbers.
-    float2* statistics = c.template in_shared<float2>(p.memory.statistics) + row * Share::kWarpsOfRow;
-    const float held = Share::elements_of(warp, pairs);
-    const float total = warp_sum(sum), middle = centred && held > 0.0f ? __fdividef(total, held) : 0.0f;
-    float squares = 0.0f;
-    for (int pair = share.mine; pair < pairs; pair += Share::kOfRow) {
-        const float2 e = raw[pair];
-        squares += (e.x - middle) * (e.x - middle) + (e.y - middle) * (e.y - middle);
+    __syncwarp();
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(~0u, sum, offset);
+        squares += __shfl_xor_sync(~0u, squares, offset);
     }
-    squares = warp_sum(squares);
-    if (lane == 0) statistics[warp] = make_float2(total, squares);
+    float2* const statistics = c.template in_shared<float2>(p.memory.statistics) + row * Share::kWarpsOfRow;
+    if (threadIdx.x % 32 == 0) statistics[share.mine / 32] = make_float2(sum, squares);
     meet();
-    T* x1 = c.template in_shared<T>(p.memory.x1);
-    T* x2 = c.template in_shared<T>(p.memory.x2);
-    const float theirs = Share::elements_of(lane % Share::kWarpsOfRow, pairs);
-    const float inverse = 1.0f / static_cast<float>(p.layout.hidden);
-    const float2 s = statistics[lane % Share::kWarpsOfRow];
-    float mean = 0.0f;
-    squares = s.y;
-    if (centred) {
-        mean = Share::sum_of_warps(s.x) * inverse;
-        const float off = theirs > 0.0f ? __fdividef(s.x, theirs) - mean : 0.0f;
-        squares += theirs * off * off;
+    sum = squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Share::kWarpsOfRow; ++i) sum += statistics[i].x, squares += statistics[i].y;
+    const float inverse = p.inverse_hidden;
+    float mean = 0.0f, variance = squares * inverse;
+    if (p.norm == DIJIANG_LAYER_NORM) {
+        const float off = sum * inverse;
+        variance = fmaxf(fmaf(-off, off, variance), 0.0f);
+        c.pivot = mean = c.pivot + off;
     }
-    const float scale = rsqrtf(Share::sum_of_warps(squares) * inverse + p.norm_epsilon);
-#pragma unroll 4
-    for (int pair = share.mine; pair < pairs; pair += Share::kOfRow) {
-        const float2 e = raw[pair];
-        const float2 n = make_float2((e.x - mean) * scale, (e.y - mean) * scale);
-        const int at = x_index<R>(row, 2 * pair) / 2;
-        reinterpret_cast<uint32_t*>(x1)[at] = affine.template apply<T>(c, n, pair);
-        if (other != nullptr) reinterpret_cast<uint32_t*>(x2)[at] = other->template apply<T>(c, n, pair);
+    const float scale = rsqrtf(variance + p.norm_epsilon);
+    uint32_t* const x1 = c.template in_shared<uint32_t>(p.memory.x1);
+    uint32_t* const x2 = c.template in_shared<uint32_t>(p.memory.x2);
+#pragma unroll 1
+    for (uint32_t start = mine; start < pairs;) {
+#pragma unroll
+        for (int i = 0; i < kEarly; ++i) {
+            const uint32_t pair = start + i * kOfRow, at = x_index<R>(row, 2 * pair) / 2;
+            if (pair >= pairs) continue;
+            const float2 e = raw[pair];
+            const float x = (e.x - mean) * scale, y = (e.y - mean) * scale;
+            x1[at] = apply<T>(affine.of[i], x, y);
+            if (second) x2[at] = apply<T>(other.of[i], x, y);
+        }
+        start += kEarly * kOfRow;
+        if (start >= pairs) break;
+        affine = Affines<kEarly>(affines, start, kOfRow, pairs);
+        if (second) other = Affines<kEarly>(others, start, kOfRow, pairs);
     }
     meet();
 }
@@ -147,6 +144,7 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
 template <typename T, int R> __device__ __forceinline__ void begin_own(Context<T, R>& c) {
     float* own = c.template in_shared<float>(c.p.memory.own);
     const int first = c.first_group(kDown) * kGroup, total = c.groups(kDown) * kGroup * R;
+#pragma unroll 1
     for (int v = threadIdx.x; v < total; v += kThreads) {
         const int element = first + v / (kGroup * R) * kGroup + v % kGroup;
         const float2 pair = embedded(c, v / kGroup % R, element / 2);
@@ -154,15 +152,16 @@ template <typename T, int R> __device__ __forceinline__ void begin_own(Context<T
     }
 }
 
-// Adds `sum` to an element and tells everybody.
+// Adds to an element of this block's rows; all others hear of it if `tell`.
 template <typename T, int R>
-__device__ __forceinline__ void add_to_own(Context<T, R>& c, int group, int row, int output, float sum, uint32_t tag) {
+__device__ __forceinline__ void add_to_own(Context<T, R>& c, int group, int row, int output, float sum, bool tell, uint32_t tag) {
     float* own = c.template in_shared<float>(c.p.memory.own) + (group * R + row) * kGroup + output;
     const float value = *own + sum;
     *own = value;
-    put(c.template in_sync<uint2>(c.p.exchange.hidden) + int64_t{row} * c.p.layout.hidden +
-            (c.first_group(kDown) + group) * kGroup + output,
-        __float_as_uint(value), tag);
+    if (tell)
+        put(c.template in_sync<uint2>(c.p.exchange.hidden) + int64_t{row} * c.p.layout.hidden +
+                (c.first_group(kDown) + group) * kGroup + output,
+            __float_as_uint(value), tag);
 }
 
 }  // namespace step

@@ -7,86 +7,104 @@
 namespace dijiang {
 namespace step {
 
-// Chunks of 2^shift units. `full` hears of a chunk's bytes, `empty` of every warp that has left it.
+// A block's rows of a matrix.
+struct Part {
+    int32_t first, groups, chunks, units;
+};
+
+// Slots of weights. `full` hears of the bytes of each piece of a slot, `empty` of every warp that has left one.
 struct Ring {
     uint8_t* bytes;
     uint64_t *full, *empty;
-    uint32_t shift, slots;
+    uint32_t slots;
 
     __device__ __forceinline__ Ring(const Params& p, uint8_t* shared)
-        : bytes(shared + p.memory.ring), full(reinterpret_cast<uint64_t*>(shared)), empty(full + kMostSlots),
-          shift(p.chunk_shift), slots(p.slots) {}
+        : bytes(shared + p.memory.ring), full(reinterpret_cast<uint64_t*>(shared)), empty(full + kPieces * kMostSlots),
+          slots(p.slots) {}
     __device__ __forceinline__ void init() const {
         for (uint32_t i = 0; i < slots; ++i) {
-            mbarrier_init(full + i, 1);
+            for (int piece = 0; piece < kPieces; ++piece) mbarrier_init(full + i * kPieces + piece, 1);
             mbarrier_init(empty + i, kWarps);
         }
         mbarriers_ready();
     }
 };
 
-// Asks for one chunk after the other, as slots become free. No more than `flight` are under way: behind a long queue of
-// weights every small message between blocks would wait.
-__device__ inline void copy_stream(const Params& p, const Ring& ring) {
-    const uint8_t* from = p.packed + p.layout.begin(blockIdx.x) * kUnitBytes;
-    const uint32_t units = static_cast<uint32_t>(p.layout.stream_units(blockIdx.x)), each = 1u << ring.shift;
-    uint32_t slot = 0, parity = 1, old_slot = 0, old_parity = 0;
-    for (uint32_t at = 0, chunk = 0; at < units; at += each, ++chunk) {
-        if (chunk >= ring.slots) await([&] { return mbarrier_done(ring.empty + slot, parity); });
-        if (chunk >= static_cast<uint32_t>(p.flight)) {
-            await([&] { return mbarrier_done(ring.full + old_slot, old_parity); });
-            if (++old_slot == ring.slots) old_slot = 0, old_parity ^= 1;
-        }
-        const uint32_t left = units - at, bytes = (left < each ? left : each) * kUnitBytes;
-        mbarrier_expect(ring.full + slot, bytes);
-        bulk_copy(ring.bytes + (size_t{slot} << ring.shift) * kUnitBytes, from + size_t{at} * kUnitBytes, bytes,
-                  ring.full + slot);
-        if (++slot == ring.slots) slot = 0, parity ^= 1;
-    }
-}
+// Asks for one piece after the other, as slots become free. Only so many are under way: messages between blocks wait behind
+// them. While this block waits for one, they are fewer.
+class Copier {
+public:
+    __device__ __forceinline__ Copier(const Params& params, const Ring& to, const volatile uint32_t& waits)
+        : p(params), ring(to), waiting(waits), once(read_once()), from(p.packed + p.layout.begin(blockIdx.x) * kUnitBytes) {}
 
-// A warp's way through the stream. It goes through every chunk, whether it takes units of it or not.
-struct Cursor {
-    const Ring ring;
-    uint32_t base = 0;  // units of the matrices before
-    uint32_t chunk = 0, slot = 0, parity = 0;
-    bool landed = false;
-
-    __device__ __forceinline__ explicit Cursor(const Ring& r) : ring(r) {}
-
-    __device__ __forceinline__ bool same_chunk(uint32_t unit, uint32_t other) const {
-        return unit >> ring.shift == other >> ring.shift;
-    }
-    // Goes on to a unit's chunk, and waits until it is there.
-    __device__ __forceinline__ void reach(uint32_t unit) {
-        while (unit >> ring.shift != chunk) leave();
-        arrive();
-    }
-    // This lane's part of a unit of the chunk that was reached.
-    __device__ __forceinline__ uint4 read(uint32_t unit) const {
-        const uint32_t within = (slot << ring.shift) + (unit & ((1u << ring.shift) - 1));
-        return reinterpret_cast<const uint4*>(ring.bytes + size_t{within} * kUnitBytes)[threadIdx.x % 32];
-    }
-    // Behind a matrix of that many units.
-    __device__ __forceinline__ void finish(uint32_t units) {
-        base += units;
-        while ((chunk + 1) << ring.shift <= base) leave();
+    // The next matrix in the stream, a batch after the other.
+    __device__ __forceinline__ void copy(const Part& part) {
+        const int batch = kBatch * part.chunks;
+        for (int units = part.units; units > 0; units -= batch)
+            for (int left = units < batch ? units : batch; left > 0; left -= kSlotUnits) copy_slot(left);
     }
 
 private:
-    __device__ __forceinline__ void arrive() {
-        if (landed) return;
-        await([&] { return mbarrier_done(ring.full + slot, parity); });
-        landed = true;
+    const Params& p;
+    const Ring ring;
+    const volatile uint32_t& waiting;
+    const uint64_t once;
+    const uint8_t* from;
+    int under_way = 0;
+    uint32_t slot = 0, parity = 1, oldest = 0, oldest_parity = 0;  // oldest: of the pieces under way
+
+    __device__ __forceinline__ bool may_ask() {
+        const int most = waiting ? p.flight : p.flight_busy;
+        if (under_way >= most && mbarrier_done(ring.full + oldest, oldest_parity)) {
+            --under_way;
+            if (++oldest == ring.slots * kPieces) oldest = 0, oldest_parity ^= 1;
+        }
+        return under_way < most;
     }
-    // Only a chunk that has landed may be left, or a warp without work could leave a slot twice before others once.
-    __device__ __forceinline__ void leave() {
-        arrive();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(ring.empty + slot);
-        landed = false;
-        ++chunk;
+    // So many units, or a slot full of them.
+    __device__ __forceinline__ void copy_slot(int units) {
+        await([&] { return mbarrier_done(ring.empty + slot, parity); });  // at once, the first time
+        for (int piece = 0; piece < kPieces; ++piece, units -= kPieceUnits) {
+            uint64_t* const full = ring.full + slot * kPieces + piece;
+            await([&] { return may_ask(); });
+            ++under_way;
+            if (units <= 0) {
+                mbarrier_arrive(full);
+                continue;
+            }
+            const uint32_t bytes = (units < kPieceUnits ? units : kPieceUnits) * kUnitBytes;
+            mbarrier_expect(full, bytes);
+            bulk_copy(ring.bytes + size_t{slot} * kSlotBytes + piece * kPieceBytes, from, bytes, full, once);
+            from += bytes;
+        }
         if (++slot == ring.slots) slot = 0, parity ^= 1;
+    }
+};
+
+// A warp's way through the slots.
+struct Cursor {
+    uint64_t *const full, *const empty;
+    const uint4* const units;  // this lane's part of this warp's first unit in the first slot
+    const uint32_t slots;
+    uint32_t slot = 0, parity = 0;
+
+    __device__ __forceinline__ explicit Cursor(const Ring& r)
+        : full(r.full), empty(r.empty), units(reinterpret_cast<const uint4*>(r.bytes) + threadIdx.x), slots(r.slots) {}
+
+    __device__ __forceinline__ void arrive() const {
+        await([&] {
+            bool there = true;
+#pragma unroll
+            for (int piece = 0; piece < kPieces; ++piece) there &= mbarrier_done(full + slot * kPieces + piece, parity);
+            return there;
+        });
+    }
+    // This lane's part of this warp's i-th unit.
+    __device__ __forceinline__ uint4 read(int i) const { return units[slot * (kSlotBytes / 16) + i * kThreads]; }
+    __device__ __forceinline__ void leave() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + slot);
+        if (++slot == slots) slot = 0, parity ^= 1;
     }
 };
 

@@ -8,8 +8,8 @@
 namespace dijiang {
 namespace step {
 
-constexpr int kMostSlots = 64;   // chunks of weights in the ring
-constexpr int kHeader = 1536;      // bytes of shared memory: the ring's barriers, then BlockFacts
+constexpr int kMostSlots = 16;   // of weights in the ring
+constexpr int kHeader = 640;       // bytes of shared memory: the ring's barriers, then BlockFacts
 constexpr int kCopier = kThreads;  // the first thread of the warp that copies
 
 // Shared memory of a block, in bytes from its beginning. x holds rows to be multiplied, as [chunk][row][32] of T.
@@ -18,9 +18,9 @@ struct Memory {
     int32_t x1, x2, raw;           // the residual stream, normalised (once or twice), and as it came: float32 [row][h]
     int32_t up, attended;          // the MLP's inner values; attention's output
     int32_t outputs, gates;        // where heads are no power of two: float32 and T [row][A], before GroupNorm
-    int32_t parts[2];              // sums of warps: [piece][row][8]
+    int32_t sums;                  // of each warp: [warp][group][row][8]
     int32_t own;                   // this block's rows of the residual stream: [group][row][8]
-    int32_t statistics;            // [row][warp] of float2
+    int32_t statistics;            // [row][warp] of float2: sums, and of squares
     int32_t rotary;                // [row][r/2] of cosine and sine
     int32_t turned;                // q and k after RoPE, upper and lower halves: T [2][chunk][2 rows][32]
     int32_t features;              // [2 rows][d]
@@ -47,13 +47,17 @@ struct Params {
     Exchange exchange;
     Constants places;
     int64_t constants, ends;             // where they begin in the packed weights
+    int32_t inputs[kMatrices], biases[kMatrices];  // of a matrix: x in shared memory; among a layer's constants
     int32_t rows, integers;
     int32_t norm, activation, position_rows, position_offset;
-    float norm_epsilon, group_norm_epsilon;
+    float norm_epsilon, group_norm_epsilon, inverse_hidden, inverse_heads;
     int32_t splits, columns, sets;       // blocks that share a head, its columns that each has, threads of a column
-    uint64_t by_splits, by_columns, by_sharing;  // to divide by: splits, columns, query heads of a key/value head
+    // To divide by: splits, columns, query heads of a key/value head, pairs that an item takes of a row.
+    uint64_t by_splits, by_columns, by_sharing, by_taken, by_fours;  // and fours of inner values
     int32_t entries;                     // partial sums of an output: warps, or sets of threads
-    int32_t chunk_shift, slots, flight;  // units of a chunk, log2; chunks in the ring; of them in flight at most
+    int32_t sums_of_warp;                // floats
+    int32_t slots;                       // in the ring
+    int32_t flight, flight_busy;         // pieces under way at most, while a block waits for others and else
     const uint8_t* packed;
     const void* embedding;
     const void* position_embedding;

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -32,7 +33,9 @@ struct Block {
     uint8_t* shared;
 };
 struct Fibre {
-    ucontext_t context;
+    ucontext_t context;  // how it begins
+    jmp_buf place;       // and where it waits: unlike swapcontext, a jump is no system call
+    bool begun = false;
     std::unique_ptr<char[]> stack;
     uint3 thread, block;
     Block* of = nullptr;
@@ -40,12 +43,21 @@ struct Fibre {
     unsigned parity = 0;
 };
 inline Fibre* current = nullptr;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline dim3 grid, block_size;
 inline uint64_t progress = 0;  // counts what lets somebody go on
 inline const std::function<void()>* body = nullptr;
 
-inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void yield() {
+    if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+__attribute__((noinline)) inline void resume(Fibre& fibre) {
+    current = &fibre;
+    if (_setjmp(scheduler) != 0) return;
+    if (fibre.begun) _longjmp(fibre.place, 1);
+    fibre.begun = true;
+    setcontext(&fibre.context);
+}
 template <typename Ready> void wait_until(Ready ready) {
     while (!ready()) yield();
     ++progress;
@@ -73,7 +85,7 @@ inline void start() {
     (*body)();
     current->done = true;
     ++progress;
-    swapcontext(&current->context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 // Runs a kernel. Returns false if nobody can go on.
@@ -109,8 +121,7 @@ inline bool run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::funct
         const uint64_t before = progress;
         for (auto& f : fibres) {
             if (f->done) continue;
-            current = f.get();
-            swapcontext(&scheduler, &f->context);
+            resume(*f);
             left -= f->done;
         }
         if (progress != before) idle = 0;
@@ -159,6 +170,6 @@ inline unsigned atomicInc(unsigned* p, unsigned most) {
     ++emulator::progress;
     return old;
 }
-inline unsigned min(unsigned x, unsigned y) { return x < y ? x : y; }
+template <typename T> T min(T x, T y) { return x < y ? x : y; }
 inline void __threadfence() {}
 #define __shared__ static

@@ -38,12 +38,14 @@ inline void mbarrier_arrive(uint64_t* m) {
     it.set(it.pending() - 1, it.bytes());
 }
 inline bool mbarrier_done(uint64_t* m, uint32_t parity) { return *m >> 63 != parity; }
-inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* m) {
+inline uint64_t read_once() { return 0; }
+inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* m, uint64_t) {
     std::memcpy(to, from, bytes);
     const Mbarrier it{*m};
     it.set(it.pending(), it.bytes() - bytes);
 }
 
+template <typename U> U kept(U value) { return value; }
 inline void bulk_prefetch(const void*, uint32_t) {}
 inline void put(uint2* slot, uint32_t value, uint32_t tag) { *slot = make_uint2(value, tag); ++emulator::progress; }
 inline void put(uint4* slot, uint32_t x, uint32_t y, uint32_t z, uint32_t tag) { *slot = make_uint4(x, y, z, tag); ++emulator::progress; }
