@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from support.makers.random_models import random_call, random_model
-from support.makers.step_specs import MODELS
 from support.step_models import ALLOWED, PackedStep, error, reference_step, torch_dtype
+from support.step_specs import MODELS
 
 from dijiang_engines.errors import KernelError, PluginError
 from dijiang_engines.kernels.step import StepKernels, StepModel

@@ -17,9 +17,16 @@ from typing import Any
 import pytest
 import torch
 from support.makers.random_models import LLAMA, NEOX, OPT_350M, random_call, random_model
-from support.makers.step_specs import MODELS
 from support.paths import ROOT
-from support.step_models import ALLOWED, EmulatedKernels, PackedStep, error, reference_step, torch_dtype
+from support.step_models import (
+    ALLOWED,
+    EmulatedKernels,
+    PackedStep,
+    error,
+    reference_step,
+    torch_dtype,
+)
+from support.step_specs import MODELS
 
 from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels.library import Device
@@ -64,7 +71,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     sources += [kernels / "host" / name for name in ("errors.cpp", "arguments.cpp", "api.cpp")]
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-DDIJIANG_EMULATED",
-         f"-I{here}", f"-I{ROOT / 'plugins/include'}", f"-I{kernels}", f"-I{include}", *sources, "-o", target],
+         *(f"-I{path}" for path in (here, ROOT / "plugins/include", kernels, include)), *sources,
+         "-o", target],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
