@@ -76,7 +76,7 @@ struct Plan {
 // A model that was checked, on a device, for that many rows (at least one).
 dijiang_status make_plan(const dijiang_step_model&, int32_t rows, const dijiang_device&, Plan&);
 
-// Of a dijiang_dtype and a capacity; instances/ has one of each.
+// Of a dijiang_dtype and a capacity; instances/ has a file for each type.
 template <int kDtype, int kCapacity> cudaError_t launch(const Plan&, cudaStream_t);
 cudaError_t launch(int32_t dtype, const Plan&, cudaStream_t);  // the one that the plan names
 

@@ -1,7 +1,0 @@
-#include "step/launch.cuh"
-
-namespace dijiang::step {
-
-template cudaError_t launch<DIJIANG_BFLOAT16, 4>(const Plan&, cudaStream_t);
-
-}  // namespace dijiang::step
