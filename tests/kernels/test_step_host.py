@@ -128,6 +128,16 @@ def test_eight_rows_and_far_positions(emulated: EmulatedKernels) -> None:
     assert max(steps(emulated, MODELS["neox"], "float16", 8, 2, far=100_000)) <= ALLOWED["float16"]
 
 
+@pytest.mark.parametrize("order", ["1", "2"])
+def test_warps_and_blocks_that_rest(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """A missing barrier shows when some are far ahead of others."""
+    monkeypatch.setenv("EMULATED_ORDER", order)
+    for name in ("neox", "llama"):
+        assert max(steps(emulated, MODELS[name], "float16", 2, 2)) <= ALLOWED["float16"]
+
+
 def test_the_same_bits_in_every_step(emulated: EmulatedKernels) -> None:
     spec = MODELS["llama"]
     model = random_model(spec, 1, torch.float16)

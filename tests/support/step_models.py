@@ -6,6 +6,7 @@ Works on whatever memory torch has: the GPU's for the kernels, the host's for th
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,28 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def at_a_wall(size: int) -> Tensor:
+    """Memory of the host that ends where nobody may read: who does dies."""
+    page = mmap.PAGESIZE
+    whole = -(-size // page) * page
+    memory = mmap.mmap(-1, whole + page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + whole
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) != 0:
+        raise OSError("mprotect")
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=whole - size)
+
+
 class Guarded:
-    """Memory with a guard on both sides, poisoned with NaN."""
+    """Memory with a guard on both sides, poisoned with NaN; on a host a wall behind it."""
 
     def __init__(self, size: int, device: str) -> None:
         self.size = size
-        self._all = torch.full((size + 2 * GUARD,), 0xFF, dtype=torch.uint8, device=device)
-        assert self._all.data_ptr() % 256 == 0 or device == "cpu"
-        self._shift = -self._all.data_ptr() % 128
-        self.bytes = (
-            self._all[GUARD - 128 + self._shift :][:size] if self._shift else self._all[GUARD:][:size]
-        )
+        if device == "cpu":
+            self._all = at_a_wall(GUARD + size).fill_(0xFF)
+        else:
+            self._all = torch.full((size + 2 * GUARD,), 0xFF, dtype=torch.uint8, device=device)
+        self.bytes = self._all[GUARD:][:size]
+        assert self.pointer % 128 == 0
 
     @property
     def pointer(self) -> int:

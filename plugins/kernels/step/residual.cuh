@@ -62,7 +62,7 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
     const Share share;
     const uint32_t pairs = p.layout.hidden >> 1, row = share.row, mine = share.mine;
     const float4* const affines = c.template constant<float4>(place);
-    const float4* const others = c.template constant<float4>(p.places.mlp_norm);
+    const float4* const others = c.template constant<float4>(second ? p.places.mlp_norm : place);
     Affines<kEarly> affine(affines, mine, kOfRow, pairs), other(others, mine, kOfRow, pairs);
     float2* const raw = c.template in_shared<float2>(p.memory.raw) + row * pairs;
     const uint2* const slots = c.template in_sync<uint2>(p.exchange.hidden) + 2 * row * pairs;

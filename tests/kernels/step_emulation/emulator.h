@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <vector>
 
 namespace emulator {
@@ -116,11 +117,18 @@ inline bool run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::funct
             makecontext(&f.context, start, 0);
         }
     }
+    // With EMULATED_ORDER, a number, warps and blocks rest now and then, another order for each number.
+    const char* const order = std::getenv("EMULATED_ORDER");
+    std::mt19937 random(order ? std::atoi(order) : 0);
+    std::vector<int> rest(blocks.x, 0);
     size_t left = fibres.size();
     for (int idle = 0; left > 0; ++idle) {
         const uint64_t before = progress;
+        for (int& passes : rest) passes = passes > 0 ? passes - 1 : order && random() % 4 == 0 ? random() % 20 : 0;
+        bool rests = false;
         for (auto& f : fibres) {
-            if (f->done) continue;
+            if (order && f->thread.x % 32 == 0) rests = rest[f->block.x] > 0 || random() % 3 == 0;
+            if (f->done || rests) continue;
             resume(*f);
             left -= f->done;
         }
