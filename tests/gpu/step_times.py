@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.step_models import ALLOWED, PackedStep, error, torch_dtype
+from support.step_models import ALLOWED, PackedStep, error, torch_dtype, wide_reference
 
 from dijiang_engines.kernels.step import StepKernels
 from dijiang_engines.spec import ModelSpec
@@ -77,13 +77,6 @@ def random_model(spec: ModelSpec, dtype: torch.dtype, seed: int = 1) -> Referenc
             noise *= 0.1
         parameter.data.copy_(noise)
     return model
-
-
-def wide_reference(spec: ModelSpec, model: ReferenceModel) -> ReferenceModel:
-    """The same weights in float64, on the GPU."""
-    wide = ReferenceModel(spec, dtype=torch.float64, device="cuda")
-    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
-    return wide
 
 
 def errors(step: PackedStep, reference: ReferenceModel, position: int, steps: int = 2) -> float:

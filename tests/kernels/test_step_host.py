@@ -138,6 +138,14 @@ def test_warps_and_blocks_that_rest(
         assert max(steps(emulated, MODELS[name], "float16", 2, 2)) <= ALLOWED["float16"]
 
 
+def test_a_warp_copies_where_there_are_no_bulk_copies(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMULATED_CAPABILITY", "80")
+    for name in ("neox", "llama"):
+        assert max(steps(emulated, MODELS[name], "float16", 2, 2)) <= ALLOWED["float16"]
+
+
 def test_the_same_bits_in_every_step(emulated: EmulatedKernels) -> None:
     spec = MODELS["llama"]
     model = random_model(spec, 1, torch.float16)
@@ -173,7 +181,10 @@ def test_what_does_not_fit_is_refused(kernels: StepKernels) -> None:
 
     assert "does not fit a block's shared memory" in refused(PYTHIA_2_8B, 8, H100).what
     assert kernels.step_size(PYTHIA_2_8B, 2, H100).shared_memory <= H100.shared_memory
-    assert "9.0 or newer" in str(refused(PYTHIA_410M, 1, ORIN).expected)
+    assert kernels.step_size(PYTHIA_410M, 1, ORIN).blocks == ORIN.multiprocessors
+    assert "8.0 or newer" in str(
+        refused(PYTHIA_410M, 1, dataclasses.replace(ORIN, compute_capability=75)).expected
+    )
     changes: list[dict[str, Any]] = [
         {"hidden": 1000}, {"inner": 0}, {"layers": 129}, {"num_kv_heads": 3}, {"head_dim": 72},
         {"rotary_dim": 3}, {"dtype": "float32"}, {"norm": "norm_none"}, {"norm_epsilon": 0.0},

@@ -172,13 +172,19 @@ class PackedStep:
 def reference_step(
     model: ReferenceModel, ids: Any, positions: Any, lens: Any, states: list[Any]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits [rows, V] and new states in float64, on the CPU."""
-    wide = [torch.as_tensor(state).double().cpu() for state in states]
-    logits, new = model(
-        torch.as_tensor(ids).cpu().reshape(-1, 1), torch.as_tensor(positions).cpu(),
-        torch.as_tensor(lens).cpu(), wide, form="recurrent",
-    )  # fmt: skip
-    return logits[:, 0], new
+    """Logits [rows, V] and new states in float64, computed where the model is; on the CPU."""
+    device = next(model.parameters()).device
+    wide = [torch.as_tensor(state).double().to(device) for state in states]
+    ids, positions, lens = (torch.as_tensor(it).to(device) for it in (ids, positions, lens))
+    logits, new = model(ids.reshape(-1, 1), positions, lens, wide, form="recurrent")
+    return logits[:, 0].cpu(), [state.cpu() for state in new]
+
+
+def wide_reference(spec: ModelSpec, model: ReferenceModel) -> ReferenceModel:
+    """The same weights in float64, on the GPU."""
+    wide = ReferenceModel(spec, dtype=torch.float64, device="cuda")
+    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    return wide
 
 
 def error(got: Tensor, expected: Tensor) -> float:

@@ -8,23 +8,25 @@
 namespace dijiang {
 namespace step {
 
-template <int R> constexpr int kStatesAhead = R >= 4 ? 1 : 4 / R;  // of a row, a thread's, asked for early
-constexpr int kProjAhead = 2;                                      // units of P, while q and k are waited for
+// What is asked for early, as registers allow: elements of a row's state, and units of P.
+template <int R> constexpr int kStatesAhead = R == 1 ? 4 : R < 8 || kManyLooks == 16 ? 2 : 1;
+constexpr int kProjAhead = kManyLooks == 16 ? 6 : 4;
 
 // Where a thread works in an item: one column, every sets-th feature from `first` on.
 struct ItemPlace {
     int head, kv_head, split, column, first;
-    bool active;
+    bool item, active;  // is there such an item; has this thread a part of its state
     int state;  // elements of a row's state before this thread's first
 
-    __device__ __forceinline__ ItemPlace(const Params& p, int item) {
+    __device__ __forceinline__ ItemPlace(const Params& p, int number) {
         const int d = p.layout.head_dim;
-        head = divide(item, p.by_splits);
+        head = divide(number, p.by_splits);
         kv_head = divide(head, p.by_sharing);
-        split = item - head * p.splits;
+        split = number - head * p.splits;
         first = divide(threadIdx.x, p.by_columns);
         column = threadIdx.x - first * p.columns;
-        active = first < p.sets && first < d && item < p.layout.heads * p.splits;
+        item = number < p.layout.heads * p.splits;
+        active = item && first < p.sets && first < d;
         state = (head * d + first) * d + split * p.columns + column;
     }
 };
@@ -44,18 +46,18 @@ template <int R> struct StatePart {
     }
 };
 
-// P's units for a warp's first eight features.
+// Some of a warp's units of P: it has every eighth group of eight features, a unit for each 32 of u's numbers.
 struct ProjPart {
     uint4 of[kProjAhead];
 
-    template <typename C> __device__ __forceinline__ explicit ProjPart(const C& c) {
-        const int chunks = Constants::proj_chunks(c.p.layout), warp = threadIdx.x / 32;
-        const uint4* units = c.template constant<uint4>(c.p.places.proj);
+    template <typename C> __device__ __forceinline__ void request(const C& c, int group, int chunk) {
+        const int chunks = Constants::proj_chunks(c.p.layout), groups = c.p.layout.head_dim / kGroup;
+        const uint4* const units = c.template constant<uint4>(c.p.places.proj) + threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < kProjAhead; ++i)
-            of[i] = warp < c.p.layout.head_dim / kGroup && i < chunks
-                        ? __ldg(units + (warp * chunks + i) * 32 + threadIdx.x % 32)
-                        : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < kProjAhead; ++i) {
+            of[i] = __ldg(units + (group < groups ? (group * chunks + chunk) * 32 : 0));
+            if (++chunk == chunks) chunk = 0, group += kWarps;
+        }
     }
 };
 
@@ -90,38 +92,40 @@ struct Taken {
     }
 };
 
-// u P of all rows' q and k: [2 rows][d], a warp eight features at a time.
-template <typename T, int R>
-__device__ __forceinline__ void project(Context<T, R>& c, const ProjPart& ahead) {
+// u P of all rows' q and k: [2 rows][d], a warp eight features at a time. `part` has the warp's first units.
+template <typename T, int R> __device__ __forceinline__ void project(Context<T, R>& c, ProjPart& part) {
     const Params& p = c.p;
-    const int d = p.layout.head_dim, chunks = Constants::proj_chunks(p.layout), warp = threadIdx.x / 32;
-    const int lane = threadIdx.x % 32, row = lane / 4 < R ? lane / 4 : 0, quarter = lane % 4;
-    const uint4* high = c.template in_shared<uint4>(p.memory.turned) + quarter;
-    const uint4* units = c.template constant<uint4>(c.p.places.proj);
-    float* features = c.template in_shared<float>(p.memory.features);
-    for (int group = warp; group < d / kGroup; group += kWarps) {
-        float sums[4] = {}, rest[4] = {};
+    const int d = p.layout.head_dim, chunks = Constants::proj_chunks(p.layout), groups = d / kGroup;
+    const int lane = threadIdx.x % 32, row = R == 8 ? lane / 4 : lane / 4 % R, quarter = lane % 4;
+    const uint4* const high = c.template in_shared<uint4>(p.memory.turned) + row * 4 + quarter;
+    const uint4* const low = high + chunks * (2 * R * kChunk / 8);
+    float* const features = c.template in_shared<float>(p.memory.features) + row * d + 2 * quarter;
+    float sums[4] = {}, rest[4] = {};
+    int group = threadIdx.x / 32, chunk = 0;
 #pragma unroll 1
-        for (int start = 0; start < chunks; start += kProjAhead)
+    while (group < groups) {
 #pragma unroll
         for (int j = 0; j < kProjAhead; ++j) {
-            const int i = start + j;
-            if (i >= chunks) continue;
-            const uint4 w = start == 0 && group == warp ? ahead.of[j] : __ldg(units + (group * chunks + i) * 32 + lane);
-            const uint4* from = high + i * (2 * R * kChunk / 8);
-            const uint4* from_low = from + chunks * (2 * R * kChunk / 8);
-            const uint4 q = from[row * 4], k = from[(R + row) * 4];
+            if (group >= groups) break;
+            const uint4 w = part.of[j];
+            const int at = chunk * (2 * R * kChunk / 8);
+            const uint4 q = high[at], k = high[at + R * 4], s = low[at], t = low[at + R * 4];
             mma<T>(sums, {q.x, k.x, q.y, k.y}, w.x, w.y);
-            mma<T>(sums, {q.z, k.z, q.w, k.w}, w.z, w.w);
-            const uint4 s = from_low[row * 4], t = from_low[(R + row) * 4];
             mma<T>(rest, {s.x, t.x, s.y, t.y}, w.x, w.y);
+            mma<T>(sums, {q.z, k.z, q.w, k.w}, w.z, w.w);
             mma<T>(rest, {s.z, t.z, s.w, t.w}, w.z, w.w);
+            if (++chunk < chunks) continue;
+            if (lane / 4 < R) {
+                float2* const to = reinterpret_cast<float2*>(features + group * kGroup);
+                to[0] = make_float2(sums[0] + rest[0], sums[1] + rest[1]);
+                to[R * d / 2] = make_float2(sums[2] + rest[2], sums[3] + rest[3]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[i] = rest[i] = 0.0f;
+            chunk = 0;
+            group += kWarps;
         }
-        if (lane / 4 < R) {
-            float2* to = reinterpret_cast<float2*>(features + row * d + group * kGroup + 2 * quarter);
-            to[0] = make_float2(sums[0] + rest[0], sums[1] + rest[1]);
-            to[R * d / 2] = make_float2(sums[2] + rest[2], sums[3] + rest[3]);
-        }
+        if (group < groups) part.request(c, group, chunk);
     }
 }
 
@@ -130,19 +134,19 @@ template <int R> __device__ __forceinline__ void softmax(float* features, int d)
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int row = threadIdx.x / 32; row < 2 * R; row += kWarps) {
-        float* mine = features + row * d;
+        float* const mine = features + row * d;
         float most = -INFINITY, total = 0.0f;
-#pragma unroll 1
+#pragma unroll 2
         for (int f = lane; f < d; f += 32) most = fmaxf(most, mine[f]);
         most = warp_max(most) * kLog2E;
-#pragma unroll 1
+#pragma unroll 2
         for (int f = lane; f < d; f += 32) {
             const float e = fast_exp2(fmaf(mine[f], kLog2E, -most));
             mine[f] = e;
             total += e;
         }
         const float inverse = __fdividef(1.0f, warp_sum(total));
-#pragma unroll 1
+#pragma unroll 2
         for (int f = lane; f < d; f += 32) mine[f] *= inverse;
     }
 }
@@ -151,7 +155,8 @@ template <int R> __device__ __forceinline__ void softmax(float* features, int d)
 template <typename T, int R> class Attention {
 public:
     __device__ __forceinline__ explicit Attention(const Context<T, R>& c)
-        : place_(c.p, blockIdx.x), taken_(c, place_, threadIdx.x), ahead_{} {
+        : place_(c.p, blockIdx.x),
+          taken_(c, place_, min(static_cast<int>(threadIdx.x), R * (c.p.layout.head_dim + c.p.columns) - 1)), ahead_{} {
         taken_.turned = kept(taken_.turned);
         taken_.gates = kept(taken_.gates);
         taken_.from = kept(taken_.from);
@@ -162,31 +167,35 @@ public:
         place_.state = kept(place_.state);
     }
 
-    // Asks for the state of this block's first item.
-    __device__ __forceinline__ void request(const Context<T, R>& c, int layer) {
+    // Asks for the state of this block's first item, and for P, both needed later.
+    __device__ __forceinline__ void request_state(const Context<T, R>& c, int layer) {
         ahead_.request(c.p, place_.active, c.p.states[layer] + place_.state, place_.first);
     }
+    __device__ __forceinline__ void request_proj(const Context<T, R>& c) { proj_.request(c, threadIdx.x / 32, 0); }
     // All of this block's items.
     __device__ __forceinline__ void run(Context<T, R>& c, int layer) {
         const Params& p = c.p;
         const int items = p.layout.heads * p.splits;
+        if (static_cast<int>(blockIdx.x) >= items) return;
 #pragma unroll 1
-        for (int item = blockIdx.x; item < items; item += gridDim.x) {
-            const bool first = item == static_cast<int>(blockIdx.x);
+        for (int item = blockIdx.x;;) {
+            const bool first = item == static_cast<int>(blockIdx.x), last = item + static_cast<int>(gridDim.x) >= items;
             const ItemPlace at = first ? place_ : ItemPlace(p, item);
-            const ProjPart proj(c);
             c.set_waiting(true);
             take(c, at, first);
             meet();
             c.set_waiting(false);
-            project(c, proj);
+            project(c, proj_);
             meet();
             softmax<R>(c.template in_shared<float>(p.memory.features), p.layout.head_dim);
             meet();
             update(c, at, first, p.states[layer]);
             meet();
             send(c, at);
-            if (item + static_cast<int>(gridDim.x) < items) meet();  // or the next item's values would be here too early
+            if (last) return;
+            meet();  // or the next item's values would be here too early
+            item += gridDim.x;
+            proj_.request(c, threadIdx.x / 32, 0);
         }
     }
 
@@ -194,26 +203,27 @@ private:
     ItemPlace place_;
     Taken taken_;
     StatePart<R> ahead_;
+    ProjPart proj_;
 
     // q and k of a head: RoPE, then each number as the sum of two of T, as A of an mma: rows 0 to 7 are the rows' q, 8 to
     // 15 their k. Values, gates and the recurrence's terms besides.
     __device__ __forceinline__ void take(Context<T, R>& c, const ItemPlace& at, bool first) {
         const Params& p = c.p;
-        const uint2* const slots = c.template in_sync<uint2>(p.exchange.qkvg);
         T* const high = c.template in_shared<T>(p.memory.turned);
         T* const low = high + Constants::proj_chunks(p.layout) * 2 * R * kChunk;
         const int all = R * (p.layout.head_dim + p.columns);
+        Taken it = taken_;
+        if (!first) it = Taken(c, at, threadIdx.x);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < all; i += kThreads) {
-            const Taken it = first && i == static_cast<int>(threadIdx.x) ? taken_ : Taken(c, at, i);
-            const uint2* const from = slots + it.from;
-            uint2 x, y;
+        for (int i = threadIdx.x; i < all;) {
+            const uint2* const from = c.template in_sync<uint2>(p.exchange.qkvg) + it.from;
+            uint2 one, other;
             await([&] {
-                x = look(from);
-                y = look(from + it.apart);
-                return x.y == c.tag && y.y == c.tag;
+                one = look(from);
+                other = look(from + it.apart);
+                return one.y == c.tag && other.y == c.tag;
             });
-            const float u = __uint_as_float(x.x), v = __uint_as_float(y.x);
+            const float u = __uint_as_float(one.x), v = __uint_as_float(other.x);
             if (it.turned) {
                 const auto leave = [&](int to, float w) {
                     const T upper = from_float<T>(w);
@@ -227,6 +237,9 @@ private:
             } else {
                 *reinterpret_cast<float2*>(c.template in_shared<float>(p.memory.values) + it.to) = make_float2(u, v);
             }
+            i += kThreads;
+            if (i >= all) break;
+            it = Taken(c, at, i);
         }
         const int row = kThreads - 1 - static_cast<int>(threadIdx.x);  // of threads that had nothing to wait for
         if (row < R) take_terms(c, at, row);
@@ -234,7 +247,8 @@ private:
     __device__ __forceinline__ void take_terms(Context<T, R>& c, const ItemPlace& at, int row) {
         const Layout& layout = c.p.layout;
         const int64_t n = layout.table_rows, heads = layout.heads, position = c.facts().position[row];
-        const float* from = c.template constant(c.p.places.terms) + (position < n - 1 ? position : n > 0 ? n - 1 : 0) * heads + at.head;
+        const int64_t entry = position < n - 1 ? position : n > 0 ? n - 1 : 0;
+        const float* from = c.template constant(c.p.places.terms) + entry * heads + at.head;
         float* terms = c.template in_shared<float>(c.p.memory.terms) + 3 * row;
         terms[0] = fast_exp2(fmaxf(__ldg(from), kLeastLogDecay) * kLog2E);
         terms[1] = n == 0 ? 1.0f : __ldg(from + n * heads);

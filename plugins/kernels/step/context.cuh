@@ -8,12 +8,42 @@
 namespace dijiang {
 namespace step {
 
+// How many slots a thread waits for together where there are many: as its registers allow, of which the compiler needs
+// more for other architectures than 9.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kManyLooks = 8;
+#else
+constexpr int kManyLooks = 16;
+#endif
+
+// Some slots that a thread waits for together, `step` apart; those at `left` and beyond are nobody's (but the first can be
+// looked at). Two neighbouring ones at once where a slot has 8 bytes.
+template <int kCount, typename Slot> struct Looks {
+    uint4 of[kCount];
+
+    __device__ __forceinline__ Looks(const Slot* from, uint32_t step, uint32_t left, uint32_t tag) {
+        await([&] {
+            bool all = true;
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) of[i] = look_at(from + (i * step < left ? i * step : 0));
+#pragma unroll
+            for (int i = 0; i < kCount; ++i)
+                if (i * step < left) all &= (sizeof(Slot) == 16 || of[i].y == tag) && of[i].w == tag;
+            return all;
+        });
+    }
+
+private:
+    static __device__ __forceinline__ uint4 look_at(const uint2* slots) { return look_at_two(slots); }
+    static __device__ __forceinline__ uint4 look_at(const uint4* slot) { return look(slot); }
+};
+
 // In shared memory behind the ring's barriers.
 struct BlockFacts {
     Part of[kMatrices];
     int32_t id[DIJIANG_STEP_MAX_ROWS], position[DIJIANG_STEP_MAX_ROWS], valid[DIJIANG_STEP_MAX_ROWS];
     uint32_t epoch;
-    volatile uint32_t waiting;  // 1: this block waits for others' values
+    uint32_t waiting;  // 1: this block waits for others' values
 };
 
 template <typename T, int R> struct Context {
@@ -22,7 +52,6 @@ template <typename T, int R> struct Context {
     Cursor at;
     const uint8_t* constants;    // of this layer
     uint32_t tag = 0;            // of this layer's values but for the residual stream behind it, which has the next
-    float pivot = 0.0f;          // near the mean of this thread's row of the residual stream
 
     __device__ __forceinline__ Context(const Params& params, uint8_t* memory)
         : p(params), shared(memory), at(Ring(params, memory)), constants(nullptr) {}
@@ -41,11 +70,12 @@ template <typename T, int R> struct Context {
     }
     // Says whether this block waits for others' values: then its weights come more slowly.
     __device__ __forceinline__ void set_waiting(bool waiting) const {
-        if (threadIdx.x == 0) const_cast<BlockFacts&>(facts()).waiting = waiting;
+        if (threadIdx.x == 0) set_flag(&const_cast<BlockFacts&>(facts()).waiting, waiting);
     }
     __device__ __forceinline__ int first_group(int matrix) const { return facts().of[matrix].first; }
     __device__ __forceinline__ int groups(int matrix) const { return facts().of[matrix].groups; }
 };
+
 
 
 }  // namespace step

@@ -14,141 +14,116 @@
 namespace dijiang {
 namespace step {
 
-// All of the MLP's inner values, four at a time, to where the product reads them.
-template <typename T, int R> __device__ __forceinline__ void take_up(Context<T, R>& c) {
-    constexpr int kAtOnce = 4;
+// Waits for all of the MLP's inner values, some fours at a time, and brings them to where the product reads them.
+template <typename T, int R> __device__ __forceinline__ void take_inner(Context<T, R>& c) {
+    constexpr int kAtOnce = R <= 2 ? 4 : kManyLooks;
     const Params& p = c.p;
     const uint32_t fours = p.layout.inner >> 2, total = R * fours;
     const uint2* const slots = c.template in_sync<uint2>(p.exchange.up);
     T* const x = c.template in_shared<T>(p.memory.up);
 #pragma unroll 1
     for (uint32_t start = threadIdx.x; start < total; start += kAtOnce * kThreads) {
-        const uint2* from[kAtOnce];
-        uint4 v[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) from[i] = slots + 2 * min(start + i * kThreads, total - 1);
-        await([&] {
-            bool there = true;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                v[i] = look_at_two(from[i]);
-                there &= v[i].y == c.tag && v[i].w == c.tag;
-            }
-            return there;
-        });
+        const Looks<kAtOnce, uint2> looks(slots + 2 * start, 2 * kThreads, 2 * (total - start), c.tag);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const uint32_t at = start + i * kThreads, row = R == 1 ? 0 : divide(at, p.by_fours);
             if (at < total)
-                *reinterpret_cast<uint2*>(x + x_index<R>(row, 4 * (at - row * fours))) = make_uint2(v[i].x, v[i].z);
+                *reinterpret_cast<uint2*>(x + x_index<R>(row, 4 * (at - row * fours))) =
+                    make_uint2(looks.of[i].x, looks.of[i].z);
         }
     }
     meet();
 }
 
 // What becomes of an output's sum. Whole warps call this, with neighbouring outputs in neighbouring lanes.
-template <typename T, int R>
-__device__ __forceinline__ void finish(Context<T, R>& c, int matrix, bool there, int group, int row, float y) {
+template <int kMatrix, bool kParallel, typename T, int R>
+__device__ __forceinline__ void finish(Context<T, R>& c, bool there, int group, int row, float y) {
     const Params& p = c.p;
-    const int output = threadIdx.x % kGroup, at = (c.first_group(matrix) + group) * kGroup + output;
-    switch (matrix) {
-        case kAttention:  // to the blocks of the head
-            if (there)
-                put(c.template in_sync<uint2>(p.exchange.qkvg) + row * (p.layout.qkv() + p.layout.width()) + at,
-                    __float_as_uint(y), c.tag);
-            break;
-        case kUp: {  // the MLP's inner values, in pairs
-            const bool gated = p.layout.gated != 0;
-            const int values = gated ? kGroup / 2 : kGroup, first = (c.first_group(kUp) + group) * values;
-            const float one = activate(p.activation, y, __shfl_down_sync(~0u, y, kGroup / 2));
-            const float next = __shfl_down_sync(~0u, one, 1);
-            if (there && output % 2 == 0 && output < values)
-                put(c.template in_sync<uint2>(p.exchange.up) + (row * p.layout.inner + first + output) / 2,
-                    pack<T>(one, next), c.tag);
-            break;
-        }
-        case kHead:
-            if (there && row < p.rows && at < p.layout.vocabulary) p.logits[row * p.logits_row_stride + at] = y;
-            break;
-        default: {  // with parallel residual dense completes what the MLP's second product began
-            const bool last = (matrix == kDown) != (p.layout.parallel != 0);
-            const bool tell = last || matrix == kDense;
-            if (there) add_to_own(c, group, row, output, y, tell, last ? c.tag + 1 : c.tag);
-        }
+    const int output = threadIdx.x % kGroup, at = group * kGroup + output;
+    if (kMatrix == kAttention) {  // to the blocks of the head
+        if (there)
+            put(c.template in_sync<uint2>(p.exchange.qkvg) + row * (p.layout.qkv() + p.layout.width()) + at, __float_as_uint(y),
+                c.tag);
+    } else if (kMatrix == kUp) {  // the MLP's inner values, in pairs
+        const bool gated = p.layout.gated != 0;
+        const int values = gated ? kGroup / 2 : kGroup;
+        const float one = activate(p.activation, y, gated ? __shfl_down_sync(~0u, y, kGroup / 2) : 0.0f);
+        const float next = __shfl_down_sync(~0u, one, 1);
+        if (there && output % 2 == 0 && output < values)
+            put(c.template in_sync<uint2>(p.exchange.up) + (row * p.layout.inner + group * values + output) / 2,
+                pack<T>(one, next), c.tag);
+    } else if (kMatrix == kHead) {
+        if (there && row < p.rows && at < p.layout.vocabulary) p.logits[row * p.logits_row_stride + at] = y;
+    } else if (there) {  // with parallel residual dense completes what the MLP's second product began
+        constexpr bool kLast = (kMatrix == kDown) != kParallel;
+        add_to_own(c, row, at, y, kLast || kMatrix == kDense, kLast ? c.tag + 1 : c.tag);
     }
 }
 
-// Has this block wait for what a matrix is multiplied with, and bring it to shared memory.
-template <typename T, int R> __device__ __forceinline__ void take(Context<T, R>& c, int matrix, bool first_layer) {
-    const Params& p = c.p;
-    const bool parallel = p.layout.parallel != 0;
-    switch (matrix) {
-        case kDown: return take_up(c);
-        case kDense: return take_attention(c);
-        case kUp:
-            if (parallel) meet();  // the last product's sums have been added up
-            else take_normalised(c, c.tag, p.places.mlp_norm, false);
-            return;
-        default:
-            take_normalised(c, first_layer ? 0 : c.tag - 1, matrix == kHead ? 0 : p.places.attention_norm,
-                            parallel && matrix == kAttention);
-    }
-}
-
-// Adds up a batch's sums of warps, and has each output go where it belongs. `bias` is of this thread's first output, with
-// others kThreads / (8 R) groups on.
-template <typename T, int R>
-__device__ __forceinline__ void finish_batch(Context<T, R>& c, int matrix, int batch, int groups, const float* biases, float bias) {
+// Adds up a batch's sums of warps, and has each output go where it belongs. `bias` is of this thread's first output.
+template <int kMatrix, bool kParallel, typename T, int R>
+__device__ __forceinline__ void finish_batch(Context<T, R>& c, int first, int groups, const float* biases, float bias) {
     const float* const sums = c.template in_shared<float>(c.p.memory.sums);
-    const int total = groups * R * kGroup, of_warp = c.p.sums_of_warp;
+    const int total = groups * R * kGroup;
     int v = threadIdx.x;
 #pragma unroll 1
     for (int start = v & ~31; start < total;) {
-        const int row = (v >> 3) % R, group = batch + v / (kGroup * R);
-        const float* from = sums + v;
-        float y = bias;
+        const int row = v / kGroup % R, group = v / (kGroup * R);
+        float y = bias, other = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w, from += of_warp) y += *from;
-        finish(c, matrix, v < total, group, row, y);
+        for (int w = 0; w < kWarps; w += 2) {
+            y += sums[v + w * kSumsOfWarp<R>];
+            other += sums[v + (w + 1) * kSumsOfWarp<R>];
+        }
+        finish<kMatrix, kParallel>(c, v < total, first + group, row, y + other);
         v += kThreads;
         start += kThreads;
-        if (biases != nullptr && v < total) bias = __ldg(biases + (batch + v / (kGroup * R)) * kGroup);
+        if (start >= total) break;
+        if (kMatrix != kHead && v < total) bias = __ldg(biases + v / (kGroup * R) * kGroup);
     }
 }
 
-// This block's rows of a matrix times what it waits for, kBatch groups at a time.
-template <typename T, int R> __device__ __forceinline__ void product(Context<T, R>& c, int matrix, bool first_layer) {
-    const Part part = c.facts().of[matrix];
-    const T* const x = c.template in_shared<T>(c.p.inputs[matrix]);
-    const float* const biases =
-        matrix == kHead ? nullptr : c.constant(c.p.biases[matrix]) + part.first * kGroup + threadIdx.x % kGroup;
-    const int mine = threadIdx.x / (kGroup * R);  // this thread's first group of a batch
-    const auto bias_of = [&](int group) { return biases != nullptr && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
-    Multiplier<T, R> multiplier(c.at);
-    float bias = bias_of(mine);
-    if (part.groups > 0) multiplier.fetch();
-    // With parallel residual both products of the normalised rows are served at once.
-    if (part.groups > 0 || (matrix == kAttention && c.p.layout.parallel && c.groups(kUp) > 0)) {
+// This block's rows of a matrix times what take() waits for, kBatch groups at a time. meanwhile() asks for what comes
+// next, behind every batch: it is not worth a condition.
+template <int kMatrix, bool kParallel, typename T, int R, typename Take, typename Meanwhile>
+__device__ __forceinline__ void product(Context<T, R>& c, Take take, Meanwhile meanwhile) {
+    const Part part = c.facts().of[kMatrix];
+    const auto wait = [&] {
         c.set_waiting(true);
-        take(c, matrix, first_layer);
+        take();
         c.set_waiting(false);
+    };
+    if (part.groups <= 0) {
+        // With parallel residual both products of the normalised rows are served at once.
+        if (kMatrix == kAttention && kParallel && c.groups(kUp) > 0) wait();
+        return meanwhile();
     }
-    float* const sums = c.template in_shared<float>(c.p.memory.sums) + threadIdx.x / 32 * c.p.sums_of_warp;
+    Multiplier<T, R> multiplier(c.at);
+    Units first;
+    multiplier.fetch(first);
+    const int mine = threadIdx.x / (kGroup * R);  // this thread's first group of a batch
+    const float* const biases = c.constant(c.p.biases[kMatrix]) + part.first * kGroup + threadIdx.x % kGroup;
+    const auto bias_of = [&](int group) { return kMatrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
+    float bias = bias_of(mine);
+    wait();
+    const T* const x = c.template in_shared<T>(c.p.inputs[kMatrix]);
+    float* const sums = c.template in_shared<float>(c.p.memory.sums) + threadIdx.x / 32 * kSumsOfWarp<R>;
 #pragma unroll 1
-    for (int batch = 0; batch < part.groups;) {
+    for (int batch = 0;;) {
         const int groups = min(kBatch, part.groups - batch);
         if (part.chunks < kWarps) {  // then some warps have nothing of some groups
 #pragma unroll 1
             for (int i = threadIdx.x % 32; i < groups * R * kGroup; i += 32) sums[i] = 0.0f;
             __syncwarp();
         }
-        multiplier.run(x, part.chunks, groups * part.chunks, sums);
+        multiplier.run(first, x, part.chunks, groups * part.chunks, sums);
+        meanwhile();
         meet();
-        finish_batch(c, matrix, batch, groups, biases, bias);
+        finish_batch<kMatrix, kParallel>(c, part.first + batch, groups, biases + batch * kGroup, bias);
         batch += kBatch;
         if (batch >= part.groups) break;
         bias = bias_of(batch + mine);
-        multiplier.fetch();
+        multiplier.fetch(first);
         meet();
     }
 }
@@ -167,9 +142,9 @@ template <typename T, int R> __device__ __forceinline__ void set_parts(Context<T
     const_cast<BlockFacts&>(c.facts()).of[matrix] = {first, groups, chunks, groups * chunks};
 }
 
-// The copying thread's walk.
+// The walk of who copies.
 template <typename T, int R> __device__ __forceinline__ void copy_stream(const Context<T, R>& c, const Ring& ring) {
-    Copier copier(c.p, ring, c.facts().waiting);
+    Copier copier(c.p, ring, &const_cast<BlockFacts&>(c.facts()).waiting);
     const int all = c.p.layout.layers * kOfLayer;
 #pragma unroll 1
     for (int i = 0; i <= all; ++i) copier.copy(c.facts().of[i == all ? kHead : c.p.layout.at(i % kOfLayer)]);
@@ -212,35 +187,44 @@ template <typename T, int R> __device__ __forceinline__ void prefetch_constants(
     const int64_t begin = layer < p.layout.layers ? p.constants + layer * p.places.size : p.ends;
     const int64_t bytes = layer < p.layout.layers ? p.places.terms + 128 : ends_bytes(p.layout);
     const int64_t each = (bytes / gridDim.x + 127) / 128 * 128, from = blockIdx.x * each;
-    if (from < bytes) bulk_prefetch(p.packed + begin + from, static_cast<uint32_t>(from + each < bytes ? each : bytes - from));
+    if (from < bytes) prefetch(p.packed + begin + from, static_cast<uint32_t>(from + each < bytes ? each : bytes - from));
 }
 
-// Walks all layers and the head: attention comes behind q, k, v and gate, with parallel residual behind the MLP's first
-// product too. Each kind of work is in the program once, so that the instruction caches hold it.
-template <typename T, int R> __device__ __forceinline__ void walk_layers(Context<T, R>& c) {
+// Walks all layers and the head.
+template <bool kParallel, typename T, int R> __device__ __forceinline__ void walk_layers(Context<T, R>& c) {
     const Params& p = c.p;
-    const int all = p.layout.layers * kOfLayer, before = p.layout.parallel ? kUp : kAttention;
     Attention<T, R> attention(c);
+    const auto nothing = [] {};
+    const auto hidden = [&](uint32_t tag, int64_t norm, bool both) { take_normalised(c, tag, norm, both); };
 #pragma unroll 1
-    for (int i = 0; i <= all; ++i) {
-        const int layer = i / kOfLayer, turn = i % kOfLayer, matrix = i == all ? kHead : p.layout.at(turn);
-        if (turn == 0) {
+    for (int layer = 0; layer < p.layout.layers; ++layer) {
+        const uint32_t before = layer == 0 ? 0 : c.tag - 1;
+        product<kAttention, kParallel>(c, [&] { hidden(before, p.places.attention_norm, kParallel); }, [&] {
+            attention.request_state(c, layer);
             prefetch_constants(c, layer + 1);
-            if (i < all) attention.request(c, layer);
+        });
+        if (kParallel) {  // x + attention(norm x) + mlp(norm' x); meet(): q, k, v and gate have been added up
+            product<kUp, kParallel>(c, [] { meet(); }, [&] { attention.request_proj(c); });
+            attention.run(c, layer);
+            product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);
+            product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
+        } else {  // y = x + attention(norm x), then y + mlp(norm' y)
+            attention.request_proj(c);
+            attention.run(c, layer);
+            product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
+            product<kUp, kParallel>(c, [&] { hidden(c.tag, p.places.mlp_norm, false); }, nothing);
+            product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);
         }
-        product(c, matrix, layer == 0);
-        if (matrix == before) attention.run(c, layer);
-        if (turn == kOfLayer - 1) {
-            c.constants += p.places.size;
-            c.tag += 2;
-        }
+        c.constants += p.places.size;
+        c.tag += 2;
     }
+    product<kHead, kParallel>(c, [&] { hidden(c.tag - 1, 0, false); }, nothing);
 }
 
 // Tags of one step: two a layer, and one behind the last. They never are 0, which no slot is waited for with.
 DIJIANG_BOTH uint32_t tags_of_step(int layers) { return 2u * layers + 2u; }
 
-template <typename T, int R> __device__ __forceinline__ void walk(const Params& p) {
+template <bool kParallel, typename T, int R> __device__ __forceinline__ void walk(const Params& p) {
     uint8_t* const shared = shared_memory();
     const Ring ring(p, shared);
     if (threadIdx.x == 0) ring.init();
@@ -249,7 +233,7 @@ template <typename T, int R> __device__ __forceinline__ void walk(const Params& 
     set_parts(c);
     __syncthreads();
     if (threadIdx.x >= kCopier) {
-        if (threadIdx.x == kCopier) copy_stream(c, ring);
+        if (threadIdx.x < kCopier + kCopiers) copy_stream(c, ring);
         return;
     }
     prepare(c);
@@ -257,7 +241,7 @@ template <typename T, int R> __device__ __forceinline__ void walk(const Params& 
     const uint32_t each = tags_of_step(p.layout.layers), first = c.facts().epoch * each + 1;
     c.constants = p.packed + p.constants;
     c.tag = first + 1;
-    walk_layers(c);
+    walk_layers<kParallel>(c);
     // The last block to end counts the step; the next launch begins with new tags.
     meet();
     if (threadIdx.x == 0) {
@@ -269,9 +253,19 @@ template <typename T, int R> __device__ __forceinline__ void walk(const Params& 
     }
 }
 
-template <typename T, int R> __global__ void __launch_bounds__(kThreads + 32, 1) step_kernel(const __grid_constant__ Params p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    walk<T, R>(p);
+// DIJIANG_STEP_ARCHITECTURE of plugins/CMakeLists.txt leaves the kernel out elsewhere.
+#ifdef DIJIANG_STEP_ARCHITECTURE
+#define DIJIANG_STEP_HERE (__CUDA_ARCH__ == 10 * DIJIANG_STEP_ARCHITECTURE)
+#else
+#define DIJIANG_STEP_HERE 1
+#endif
+
+template <typename T, int R, bool kParallel>
+__global__ void __launch_bounds__(kThreads + 32, 1) step_kernel(const __grid_constant__ Params p) {
+#if !defined(__CUDA_ARCH__) || DIJIANG_STEP_HERE
+    walk<kParallel, T, R>(p);
+#else
+    __trap();
 #endif
 }
 

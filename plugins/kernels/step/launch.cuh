@@ -11,7 +11,9 @@ template <> struct Element<DIJIANG_BFLOAT16> { using type = __nv_bfloat16; };
 
 // Cooperative: CUDA starts all blocks at once or says that it cannot.
 template <int kDtype, int kCapacity> cudaError_t launch(const Plan& plan, cudaStream_t stream) {
-    const void* kernel = reinterpret_cast<const void*>(step_kernel<typename Element<kDtype>::type, kCapacity>);
+    using T = typename Element<kDtype>::type;
+    const void* const kernel = plan.params.layout.parallel ? reinterpret_cast<const void*>(step_kernel<T, kCapacity, true>)
+                                                           : reinterpret_cast<const void*>(step_kernel<T, kCapacity, false>);
     const int shared = plan.params.memory.size;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;

@@ -107,13 +107,6 @@ private:
 
 bool power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
 
-int most_groups(const Layout& layout) {
-    int most = 1;
-    for (int m = kAttention; m < kMatrices; ++m)
-        most = std::max(most, (layout.groups(m) + layout.blocks - 1) / layout.blocks);
-    return std::min(most, kBatch);
-}
-
 // Everything in shared memory but the ring; size is where the ring may begin.
 void place_memory(const Params& p, int rows, Memory& memory) {
     const Layout& layout = p.layout;
@@ -131,9 +124,10 @@ void place_memory(const Params& p, int rows, Memory& memory) {
     memory.outputs = others.take(in_lanes ? 0 : 4 * r * width);
     memory.gates = others.take(in_lanes ? 0 : 2 * r * width);
     Places<int32_t> rest(std::max(places.end(), others.end()));
-    memory.sums = rest.take(4 * int64_t{kWarps} * p.sums_of_warp);
+    memory.sums = rest.take(4 * int64_t{kWarps} * kBatch * r * kGroup);
     memory.own = rest.take(4 * r * kGroup * ((layout.groups(kDown) + layout.blocks - 1) / layout.blocks));
     memory.statistics = rest.take(8 * r * kWarps);
+    memory.means = rest.take(4 * r);
     memory.rotary = rest.take(8 * r * (layout.rotary_dim / 2));
     memory.turned = rest.take(int64_t{2} * 2 * Constants::proj_chunks(layout) * 2 * r * kChunk);
     memory.features = rest.take(4 * 2 * r * d);
@@ -159,9 +153,9 @@ void place_exchange(const Layout& layout, Exchange& exchange) {
 dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijiang_device& device, Plan& plan) {
     DIJIANG_TRY(check_model(m));
     DIJIANG_TRY(check_number("rows", rows, rows >= 0 && rows <= DIJIANG_STEP_MAX_ROWS, "0 to 8"));
-    if (device.compute_capability < 90)
+    if (device.compute_capability < 80)
         return fail(DIJIANG_UNSUPPORTED,
-                    "a step in one launch needs bulk copies; got compute capability %d.%d; expected 9.0 or newer",
+                    "a step in one launch needs asynchronous copies; got compute capability %d.%d; expected 8.0 or newer",
                     device.compute_capability / 10, device.compute_capability % 10);
     plan = {};
     Params& p = plan.params;
@@ -192,7 +186,6 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     place_exchange(p.layout, p.exchange);
     plan.capacity = 1;
     while (plan.capacity < rows) plan.capacity *= 2;
-    p.sums_of_warp = most_groups(p.layout) * plan.capacity * kGroup;
     place_memory(p, plan.capacity, p.memory);
     const Memory& at = p.memory;
     const int32_t inputs[] = {at.x1, m.parallel_residual ? at.x2 : at.x1, at.up, at.attended, at.x1};

@@ -1,4 +1,4 @@
-// The stream of a block's weights through a ring in shared memory: one thread copies, all other warps take.
+// The stream of a block's weights through a ring in shared memory: one thread or warp copies, all others take.
 #pragma once
 
 #include "step/instructions.cuh"
@@ -23,7 +23,7 @@ struct Ring {
           slots(p.slots) {}
     __device__ __forceinline__ void init() const {
         for (uint32_t i = 0; i < slots; ++i) {
-            for (int piece = 0; piece < kPieces; ++piece) mbarrier_init(full + i * kPieces + piece, 1);
+            for (int piece = 0; piece < kPieces; ++piece) mbarrier_init(full + i * kPieces + piece, kCopiers);
             mbarrier_init(empty + i, kWarps);
         }
         mbarriers_ready();
@@ -34,7 +34,7 @@ struct Ring {
 // them. While this block waits for one, they are fewer.
 class Copier {
 public:
-    __device__ __forceinline__ Copier(const Params& params, const Ring& to, const volatile uint32_t& waits)
+    __device__ __forceinline__ Copier(const Params& params, const Ring& to, uint32_t* waits)
         : p(params), ring(to), waiting(waits), once(read_once()), from(p.packed + p.layout.begin(blockIdx.x) * kUnitBytes) {}
 
     // The next matrix in the stream, a batch after the other.
@@ -47,14 +47,15 @@ public:
 private:
     const Params& p;
     const Ring ring;
-    const volatile uint32_t& waiting;
+    uint32_t* const waiting;
     const uint64_t once;
     const uint8_t* from;
     int under_way = 0;
     uint32_t slot = 0, parity = 1, oldest = 0, oldest_parity = 0;  // oldest: of the pieces under way
 
     __device__ __forceinline__ bool may_ask() {
-        const int most = waiting ? p.flight : p.flight_busy;
+        if (under_way < p.flight) return true;
+        const int most = flag(waiting) ? p.flight : p.flight_busy;
         if (under_way >= most && mbarrier_done(ring.full + oldest, oldest_parity)) {
             --under_way;
             if (++oldest == ring.slots * kPieces) oldest = 0, oldest_parity ^= 1;
@@ -73,8 +74,7 @@ private:
                 continue;
             }
             const uint32_t bytes = (units < kPieceUnits ? units : kPieceUnits) * kUnitBytes;
-            mbarrier_expect(full, bytes);
-            bulk_copy(ring.bytes + size_t{slot} * kSlotBytes + piece * kPieceBytes, from, bytes, full, once);
+            copy_piece(ring.bytes + size_t{slot} * kSlotBytes + piece * kPieceBytes, from, bytes, full, once);
             from += bytes;
         }
         if (++slot == ring.slots) slot = 0, parity ^= 1;
@@ -91,16 +91,17 @@ struct Cursor {
     __device__ __forceinline__ explicit Cursor(const Ring& r)
         : full(r.full), empty(r.empty), units(reinterpret_cast<const uint4*>(r.bytes) + threadIdx.x), slots(r.slots) {}
 
-    __device__ __forceinline__ void arrive() const {
+    // Waits for what a slot is next filled with, or was in the phase before that parity.
+    __device__ __forceinline__ void arrive(uint32_t which, uint32_t phase) const {
         await([&] {
             bool there = true;
 #pragma unroll
-            for (int piece = 0; piece < kPieces; ++piece) there &= mbarrier_done(full + slot * kPieces + piece, parity);
+            for (int piece = 0; piece < kPieces; ++piece) there &= mbarrier_done(full + which * kPieces + piece, phase);
             return there;
         });
     }
-    // This lane's part of this warp's i-th unit.
-    __device__ __forceinline__ uint4 read(int i) const { return units[slot * (kSlotBytes / 16) + i * kThreads]; }
+    // This lane's part of this warp's i-th unit of a slot.
+    __device__ __forceinline__ uint4 read(uint32_t which, int i) const { return units[which * (kSlotBytes / 16) + i * kThreads]; }
     __device__ __forceinline__ void leave() {
         __syncwarp();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + slot);

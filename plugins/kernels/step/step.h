@@ -21,6 +21,7 @@ struct Memory {
     int32_t sums;                  // of each warp: [warp][group][row][8]
     int32_t own;                   // this block's rows of the residual stream: [group][row][8]
     int32_t statistics;            // [row][warp] of float2: sums, and of squares
+    int32_t means;                 // of each row of the residual stream, as last normalised
     int32_t rotary;                // [row][r/2] of cosine and sine
     int32_t turned;                // q and k after RoPE, upper and lower halves: T [2][chunk][2 rows][32]
     int32_t features;              // [2 rows][d]
@@ -55,7 +56,6 @@ struct Params {
     // To divide by: splits, columns, query heads of a key/value head, pairs that an item takes of a row.
     uint64_t by_splits, by_columns, by_sharing, by_taken, by_fours;  // and fours of inner values
     int32_t entries;                     // partial sums of an output: warps, or sets of threads
-    int32_t sums_of_warp;                // floats
     int32_t slots;                       // in the ring
     int32_t flight, flight_busy;         // pieces under way at most, while a block waits for others and else
     const uint8_t* packed;

@@ -162,6 +162,12 @@ template <typename T> T __shfl_xor_sync(unsigned, T v, int offset) {
     std::memcpy(&v, words[threadIdx.x % 32 ^ offset], 4);
     return v;
 }
+template <typename T> T __shfl_sync(unsigned, T v, int lane) {
+    uint32_t word;
+    std::memcpy(&word, &v, 4);
+    std::memcpy(&v, emulator::exchange(&word, 1) + lane % 32, 4);
+    return v;
+}
 template <typename T> T __shfl_down_sync(unsigned, T v, int offset) {
     uint32_t word;
     std::memcpy(&word, &v, 4);

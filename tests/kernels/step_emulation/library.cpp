@@ -18,7 +18,7 @@ namespace dijiang {
 
 dijiang_status current_device(dijiang_device& device) {
     const char* const count = std::getenv("EMULATED_MULTIPROCESSORS");
-    device = {90, count ? std::atoi(count) : 4, 232448, 0};
+    device = {step::capability(), count ? std::atoi(count) : 4, 232448, 0};
     return DIJIANG_OK;
 }
 dijiang_status given_or_current(const dijiang_device* given, dijiang_device& device) {
@@ -47,9 +47,13 @@ constexpr bool here(int dtype, int capacity) { return (capacity == 4) == (dtype 
 
 template <int kDtype, int kCapacity> cudaError_t launch(const Plan& plan, cudaStream_t) {
     using T = std::conditional_t<kDtype == DIJIANG_FLOAT16, __half, __nv_bfloat16>;
+    kCopiers = capability() >= 90 ? 1 : 32;
     if constexpr (here(kDtype, kCapacity)) {
         const bool good = emulator::run(dim3(plan.params.layout.blocks), dim3(kThreads + 32), plan.params.memory.size,
-                                        [&] { step_kernel<T, kCapacity>(plan.params); });
+                                        [&] {
+                                            if (plan.params.layout.parallel) step_kernel<T, kCapacity, true>(plan.params);
+                                            else step_kernel<T, kCapacity, false>(plan.params);
+                                        });
         return good ? cudaSuccess : cudaErrorLaunchTimeout;
     }
     return cudaErrorNotSupported;

@@ -28,25 +28,33 @@ struct Mbarrier {
 };
 inline void mbarrier_init(uint64_t* m, int count) { *m = uint64_t(count) | uint64_t(count) << 16; }
 inline void mbarriers_ready() {}
-inline void mbarrier_expect(uint64_t* m, uint32_t bytes) {
-    const Mbarrier it{*m};
-    it.set(it.pending() - 1, it.bytes() + bytes);
-}
 inline void mbarrier_arrive(uint64_t* m) {
     const Mbarrier it{*m};
     if (it.pending() == 0) std::abort();
     it.set(it.pending() - 1, it.bytes());
 }
 inline bool mbarrier_done(uint64_t* m, uint32_t parity) { return *m >> 63 != parity; }
+inline void set_flag(uint32_t* flag, uint32_t value) { *flag = value; ++emulator::progress; }
+inline bool flag(uint32_t* flag) { return *flag != 0; }
 inline uint64_t read_once() { return 0; }
-inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* m, uint64_t) {
-    std::memcpy(to, from, bytes);
-    const Mbarrier it{*m};
-    it.set(it.pending(), it.bytes() - bytes);
+// One thread with bulk copies, or a warp's lanes. EMULATED_CAPABILITY says which.
+inline int capability() {
+    const char* const given = std::getenv("EMULATED_CAPABILITY");
+    return given ? std::atoi(given) : 90;
 }
+inline int kCopiers = 1;
+inline void copy_piece(uint8_t* to, const uint8_t* from, uint32_t bytes, uint64_t* m, uint64_t) {
+    const Mbarrier it{*m};
+    if (kCopiers == 1) {
+        std::memcpy(to, from, bytes);
+        return it.set(it.pending() - 1, it.bytes());
+    }
+    for (uint32_t at = threadIdx.x % 32 * 16; at < bytes; at += 512) std::memcpy(to + at, from + at, 16);
+    mbarrier_arrive(m);
+}
+inline void prefetch(const uint8_t*, uint32_t) {}
 
 template <typename U> U kept(U value) { return value; }
-inline void bulk_prefetch(const void*, uint32_t) {}
 inline void put(uint2* slot, uint32_t value, uint32_t tag) { *slot = make_uint2(value, tag); ++emulator::progress; }
 inline void put(uint4* slot, uint32_t x, uint32_t y, uint32_t z, uint32_t tag) { *slot = make_uint4(x, y, z, tag); ++emulator::progress; }
 inline uint2 look(const uint2* slot) { return *slot; }
