@@ -52,7 +52,7 @@ def runner(request: pytest.FixtureRequest, toy: tuple[Path, ToyModel]) -> Iterat
     }
     yield made[request.param]()
     if request.param == "tensorrt":
-        # Errors that a test kept hold their runner: on the fake GPU it must not free what the next one allocates.
+        # Errors that a test kept hold their runner, which must not free what the next one allocates.
         gc.collect()
 
 

@@ -25,6 +25,9 @@ GET_CUDA = (
     "install the CUDA toolkit (on a Jetson: apt-get install nvidia-jetpack), or set CUDA_HOME to where it is"
 )
 
+STEP_ARCHITECTURE = "DIJIANG_STEP_ARCHITECTURE"
+"""Environment variable that plugins/CMakeLists.txt reads: leaves a whole step's kernel out elsewhere."""
+
 
 @dataclass(frozen=True)
 class BuildRequirements:
@@ -64,6 +67,7 @@ class BuildRequirements:
         decisive = [
             __version__, source_hash(self.sources), self.nvcc.release, self.cxx.about, self.architectures,
             str(self.headers), self.machine, str(self.target.folder) if self.target else None,
+            *([os.environ[STEP_ARCHITECTURE]] if os.environ.get(STEP_ARCHITECTURE) else []),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
