@@ -20,11 +20,13 @@ from typing import Literal
 from dijiang_engines.spec import ModelSpec
 
 WeightFormat = Literal["float", "int8", "int4"]
+MatrixFormat = Literal["int8", "int4"]
 Activations = Literal["float", "int8"]
 """What a product of a quantised matrix multiplies with: the activations as they are, or rounded to int8 in
 blocks of 32 (MatMulNBits' accuracy_level 4)."""
 
 BLOCK = 32
+_FORMATS: Mapping[str, MatrixFormat] = {"int8": "int8", "int4": "int4"}
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 ZERO: Mapping[str, int] = {"int8": 128, "int4": 8}
 """What is added to an element before it is stored."""
@@ -48,7 +50,7 @@ class Matrix:
     """N."""
     columns: int
     """K, a multiple of BLOCK."""
-    format: Literal["int8", "int4"]
+    format: MatrixFormat
 
     @property
     def bits(self) -> int:
@@ -129,10 +131,10 @@ def matrices(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, list[Matr
             parts = [(at + QK, rows - v_rows), (at + V, v_rows)]
         start = 0
         for name, count in parts:
-            kind = left.pop(name, None)
-            if kind != "int8" and kind != "int4":
-                raise ValueError(f"{name} is {'not there' if kind is None else 'of an unknown format'}")
-            found.setdefault(source, []).append(Matrix(name, source, start, count, columns, kind))
+            kind = left.pop(name, "")
+            if kind not in _FORMATS:
+                raise ValueError(f"{name} is {'not there' if not kind else 'of an unknown format'}")
+            found.setdefault(source, []).append(Matrix(name, source, start, count, columns, _FORMATS[kind]))
             start += count
     if left:
         raise ValueError(f"the model has no matrix {min(left)[:80]!r}")

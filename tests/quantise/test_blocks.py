@@ -98,7 +98,7 @@ def test_what_is_too_large_for_a_scale_is_refused(kind: Format) -> None:
 
 
 def test_int4_is_what_onnxruntime_makes() -> None:
-    """Its MatMulNBits quantiser, symmetric, on scales that float16 holds; halves, which it rounds up, do not occur."""
+    """Its MatMulNBits quantiser, symmetric. Scales fit float16; halves, which it rounds up, do not occur."""
     quantizer = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
     rng = np.random.default_rng(4)
     weights = ((rng.integers(-1000, 1000, (24, 128)) + 0.5) / 1024).astype(np.float32)

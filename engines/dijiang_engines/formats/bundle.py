@@ -27,6 +27,7 @@ from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.manifest import RETRY, WEIGHTS, GraphInfo, Manifest, read_manifest
 from dijiang_engines.formats.onnx_external import check_external_data
 from dijiang_engines.formats.opened_files import OpenedFiles
+from dijiang_engines.formats.quantisation import Quantisation
 from dijiang_engines.formats.safe_files import LIMITS
 
 
@@ -35,6 +36,7 @@ class Bundle(Model):
 
     Attributes:
         graphs: name ("prefill", "step", "prefill_trt", ...) -> GraphInfo; and those of `Model`.
+        quantisation: of the weights; None if they are floats.
     """
 
     wording = Wording(
@@ -51,6 +53,7 @@ class Bundle(Model):
             spec=manifest.spec, files=manifest.files, cases=manifest.cases, identity=identity,
         )  # fmt: skip
         self.graphs: Mapping[str, GraphInfo] = MappingProxyType(manifest.graphs)
+        self.quantisation: Quantisation | None = manifest.quantisation
 
     @property
     def name(self) -> str:
@@ -65,6 +68,12 @@ class Bundle(Model):
         Raises:
             BundleError: the bundle has no such graph.
         """
+        if name not in self.graphs and self.quantisation is not None and name.endswith("_trt"):
+            raise BundleError(
+                f"the bundle {self.path} has no graphs for TensorRT",
+                got=f"{self.quantisation.weight_format} weights",
+                hint="ONNX Runtime runs it; for TensorRT export with `--weight-format float --dtype float16`",
+            )
         if name not in self.graphs:
             raise BundleError(
                 f"the bundle {self.path} has no graph {name!r}",
@@ -83,7 +92,10 @@ class Bundle(Model):
         data = self.opened.read(name, LIMITS["graph"])
         try:
             check_external_data(data, location=WEIGHTS, file_bytes=self.files[WEIGHTS].bytes)
-            check_graph(data, name, self.spec, step=self._is_step(name), all_logits=self.all_logits)
+            check_graph(
+                data, name, self.spec, step=self._is_step(name), all_logits=self.all_logits,
+                quantised=None if self.quantisation is None else self.quantisation.parts,
+            )  # fmt: skip
         except BundleError as error:
             error.args = (f"{name}: {error.what}",)
             error.what = f"{name}: {error.what}"

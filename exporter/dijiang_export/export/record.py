@@ -13,15 +13,15 @@ from safetensors.numpy import save_file
 
 from dijiang_engines.formats import reference_cases, rounding_cost
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.export.case_recorder import CaseRecorder
 from dijiang_export.export.cases import Cases, choose_cases
+from dijiang_export.export.dequantised import ModelWeights
 from dijiang_export.export.embedding_recorder import record_embedding
 from dijiang_export.export.rounding_recorder import measure_rounding
 
 
 def record_cases(
-    checkpoint: Checkpoint,
+    checkpoint: ModelWeights,
     dtype: torch.dtype,
     path: Path,
     cases: Cases,

@@ -24,9 +24,9 @@ from dijiang_engines.formats.rounding_cost import Cost, RoundingCost
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.validation.compare import Comparison, compare_logits, compare_state
 from dijiang_engines.validation.tolerances import tolerance
-from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.export.case_recorder import CaseRecorder
 from dijiang_export.export.cases import CaseInputs, first_tokens
+from dijiang_export.export.dequantised import ModelWeights
 from dijiang_export.reference.model import DTYPES, MLP, AttentionOp, Block, ReferenceModel, RMSNorm
 
 MEASURED_TOKENS = 1000
@@ -35,7 +35,7 @@ MEASURED_TOKENS = 1000
 
 
 def measure_rounding(
-    checkpoint: Checkpoint,
+    checkpoint: ModelWeights,
     dtype: torch.dtype,
     cases: list[CaseInputs],
     exact: Mapping[str, Any],
@@ -114,7 +114,7 @@ class RoundingRecorder(CaseRecorder):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelWeights,
         dtype: torch.dtype,
         cases: list[CaseInputs],
         work: torch.dtype = torch.float64,

@@ -1,0 +1,174 @@
+"""Give a traced graph quantised weights: products by MatMulNBits or DequantizeLinear, embedded tokens.
+
+    MatMul(x, W)            MatMulNBits(x, elements, scale); one for each part of W, results side by side
+    Gemm(x, W, transB)      the same; a tied head, with the embedding's own tensors
+    Gather(W, ids)          Gather of elements and of scales, then (u - 128) · scale
+
+The portable form has DequantizeLinear (opset 21) over blocks of a row, Transpose and MatMul. Both read the
+same bytes. Where activations are float32, scales are cast to it, so that q · scale is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from dijiang_engines.weight_formats import BLOCK, ZERO, Activations, Matrix
+from dijiang_export.graph.builder import Builder
+from dijiang_export.graph.weights import Layout, StoredWeight, zero_point_name
+from dijiang_export.quantise.recipe import Recipe
+
+Form = Literal["nbits", "portable"]
+DOMAIN, DOMAIN_VERSION = "com.microsoft", 1
+ACCURACY_LEVELS: dict[Activations, int] = {"float": 0, "int8": 4}
+"""MatMulNBits' attribute: 0 leaves it to the runtime, which multiplies in the type of the activations."""
+FLOAT = ir.DataType.FLOAT.value
+
+
+class Quantiser:
+    """Rewrites one model's products.
+
+    Args:
+        model: traced, its weights as inputs; changed in place.
+        recipe: of the weights.
+        layout: where they are in weights.data.
+        form: of the products.
+        activations: of MatMulNBits.
+    """
+
+    def __init__(
+        self, model: ir.Model, recipe: Recipe, layout: Layout, form: Form, activations: Activations
+    ) -> None:
+        self.model, self.graph, self.recipe, self.layout = model, model.graph, recipe, layout
+        self.form, self.activations = form, activations
+        self.views: Layout = {}
+        """The tensors that the graph reads now, by the names of its new inputs."""
+        self._builder = Builder(model.graph)
+        self._inputs: dict[str, ir.Value] = {}
+
+    def run(self) -> Layout:
+        """Rewrite; where the graph's weights are, old ones and new ones, for `weights.attach`."""
+        by_name = {value.name: value for value in self.graph.inputs}
+        for source, parts in self.recipe.parts.items():
+            weight = by_name[source]
+            for node, _ in list(weight.uses()):
+                self._builder.scope = (node.name or "").rpartition("/")[0]
+                if node.op_type == "Gather":
+                    self._replace(node, node, self._rows(node, parts))
+                elif node.op_type == "Gemm":
+                    self._replace_gemm(node, parts)
+                else:
+                    assert node.op_type == "MatMul", f"{node.op_type} reads {source}"
+                    self._replace(node, node, self._product(node.inputs[0], parts, node.outputs[0]))
+            self.graph.inputs.remove(weight)
+        passes.RemoveUnusedNodesPass()(self.model)
+        if self.form == "nbits":
+            self.graph.opset_imports[DOMAIN] = DOMAIN_VERSION
+        return {name: one for name, one in self.layout.items() if name not in self.views} | self.views
+
+    def _replace(self, node: ir.Node, last: ir.Node, result: ir.Value) -> None:
+        """`result` in the place of what `last` makes; its nodes stand before `node`."""
+        old = last.outputs[0]
+        result.shape, result.type = old.shape, old.type
+        if old.is_graph_output():
+            result.name = old.name
+        old.replace_all_uses_with(result, replace_graph_outputs=True)
+        self.graph.insert_before(node, self._builder.nodes)
+        self._builder.nodes = []
+
+    def _replace_gemm(self, node: ir.Node, parts: Sequence[Matrix]) -> None:
+        """A tied head is Reshape, Gemm, Reshape: MatMulNBits takes any number of dimensions."""
+        flat = node.inputs[0]
+        assert flat is not None
+        before = flat.producer()
+        ((after, _),) = node.outputs[0].uses()
+        assert before is not None and before.op_type == "Reshape" and after.op_type == "Reshape"
+        self._replace(node, after, self._product(before.inputs[0], parts, after.outputs[0]))
+
+    # -- products ----------------------------------------------------------------------------------------
+
+    def _product(self, x: ir.Value | None, parts: Sequence[Matrix], like: ir.Value) -> ir.Value:
+        """x [B, L, K] -> [B, L, N], the parts' rows side by side."""
+        assert x is not None and x.dtype is not None and like.shape is not None
+        make = self._nbits if self.form == "nbits" else self._dequantised
+        products = []
+        for part in parts:
+            product = make(x, part)
+            product.shape = ir.Shape([*like.shape[:-1], part.rows])
+            product.type = like.type
+            products.append(product)
+        return products[0] if len(parts) == 1 else self._builder.op("Concat", *products, axis=-1)
+
+    def _nbits(self, x: ir.Value, part: Matrix) -> ir.Value:
+        elements = self._input(part.stored_name, self.layout[part.stored_name])
+        level = ACCURACY_LEVELS[self.activations]
+        accuracy: dict[str, Any] = {"accuracy_level": level} if level else {}
+        result: ir.Value = self._builder.op(
+            "MatMulNBits", x, elements, self._scale(part, x.dtype), domain=DOMAIN,
+            K=part.columns, N=part.rows, bits=part.bits, block_size=BLOCK,
+            **accuracy,
+        )  # fmt: skip
+        return result
+
+    def _dequantised(self, x: ir.Value, part: Matrix) -> ir.Value:
+        b, dtype = self._builder, x.dtype
+        assert dtype is not None
+        stored, kind = (
+            self.layout[part.stored_name],
+            ir.DataType.UINT8 if part.bits == 8 else ir.DataType.UINT4,
+        )
+        zeros = self.layout[zero_point_name(part.format)]
+        elements = self._input(
+            part.stored_name,
+            StoredWeight(part.stored_name, kind, (part.rows, part.columns), False, stored.offset),
+        )
+        name = f"{part.name}.zero_points"
+        zero = self._input(name, StoredWeight(name, kind, part.scale_shape, False, zeros.offset))
+        wide = ir.DataType.FLOAT if dtype == ir.DataType.BFLOAT16 else dtype
+        weight = b.op("DequantizeLinear", elements, self._scale(part, wide), zero, axis=1, block_size=BLOCK)
+        if wide != dtype:
+            weight = b.op("Cast", weight, to=dtype.value)
+        weight = b.op("Transpose", weight, perm=[1, 0])
+        result: ir.Value = b.op("MatMul", x, weight)
+        return result
+
+    def _scale(self, part: Matrix, dtype: ir.DataType | None) -> ir.Value:
+        """[N, K/32] in `dtype`."""
+        assert dtype is not None
+        scale = self._input(part.scale_name, self.layout[part.scale_name])
+        if dtype == ir.DataType.FLOAT16:
+            return scale
+        cast: ir.Value = self._builder.op("Cast", scale, to=dtype.value, label="scale/Cast")
+        cast.shape, cast.type = scale.shape, ir.TensorType(dtype)
+        return cast
+
+    # -- rows of the embedding ---------------------------------------------------------------------------
+
+    def _rows(self, node: ir.Node, parts: Sequence[Matrix]) -> ir.Value:
+        """Gather [B, L] of them: [B, L, E] in T, computed in float32."""
+        b = self._builder
+        (part,) = parts
+        assert part.format == "int8", "an embedding is kept in int8"
+        ids, dtype = node.inputs[1], node.outputs[0].dtype
+        assert dtype is not None
+        elements = self._input(part.stored_name, self.layout[part.stored_name])
+        scales = self._input(part.scale_name, self.layout[part.scale_name])
+        if self.form == "portable":  # its products see the same bytes as [N, K]
+            elements = self._input(f"{part.stored_name}.rows", self.layout[part.stored_name])
+        rows = b.op("Cast", b.op("Gather", elements, ids, axis=0, label="elements"), to=FLOAT)
+        scale = b.op("Cast", b.op("Gather", scales, ids, axis=0, label="scales"), to=FLOAT)
+        scale = b.op("Unsqueeze", scale, b.ints(3))
+        whole = b.op("Mul", b.op("Sub", rows, b.real(float(ZERO["int8"]))), scale, label="dequantised")
+        result: ir.Value = b.reshape(whole, 0, 0, part.columns)
+        return result if dtype == ir.DataType.FLOAT else b.op("Cast", result, to=dtype.value)
+
+    def _input(self, name: str, stored: StoredWeight) -> ir.Value:
+        """The graph's input for a stored tensor."""
+        if name not in self._inputs:
+            value = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(stored.dtype))
+            self.graph.inputs.append(value)
+            self._inputs[name], self.views[name] = value, stored
+        return self._inputs[name]
