@@ -29,6 +29,7 @@ from dijiang_engines.formats.onnx_external import check_external_data
 from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.formats.quantisation import Quantisation
 from dijiang_engines.formats.safe_files import LIMITS
+from dijiang_engines.weight_formats import Activations
 
 
 class Bundle(Model):
@@ -61,6 +62,11 @@ class Bundle(Model):
         source = self.manifest.get("source")
         name = source.get("name") if isinstance(source, dict) else None
         return name if isinstance(name, str) and name else self.path.name
+
+    @property
+    def activations(self) -> Mapping[str, Activations] | None:
+        """As of every `Model`."""
+        return None if self.quantisation is None else self.quantisation.activations
 
     def graph_path(self, name: str) -> Path:
         """The file of graph `name`.

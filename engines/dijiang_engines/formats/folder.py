@@ -16,6 +16,7 @@ from dijiang_engines.formats.file_table import CONFIG, REFERENCE, TOKENIZER, Fil
 from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import Activations
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Model(ABC):
     @abstractmethod
     def name(self) -> str:
         """Of the model, for people."""
+
+    @property
+    def activations(self) -> Mapping[str, Activations] | None:
+        """What products of quantised matrices multiply with, for "prefill" and "step"; None: none are."""
+        return None
 
     @property
     def all_logits(self) -> bool:

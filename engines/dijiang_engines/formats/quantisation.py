@@ -17,11 +17,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from dijiang_engines.errors import BundleError
 from dijiang_engines.spec import ModelSpec, is_number
-from dijiang_engines.weight_formats import BLOCK, Matrix, matrices
+from dijiang_engines.weight_formats import BLOCK, Activations, Matrix, MatrixFormat, matrices
 
 KEY = "quantisation"
 _KEYS = {"weight_format", "block_size", "matrices", "kept_in_int8", "activations", "calibration", "cost"}
@@ -59,12 +59,12 @@ class QuantisationCost:
 class Quantisation:
     """Of one bundle."""
 
-    weight_format: Literal["int8", "int4"]
+    weight_format: MatrixFormat
     parts: Mapping[str, Sequence[Matrix]]
     """Canonical name -> its stored matrices."""
     kept_in_int8: Sequence[tuple[str, str]]
     """Patterns of names, and why."""
-    activations: Mapping[str, Literal["float", "int8"]]
+    activations: Mapping[str, Activations]
     """Of the products of the graphs "prefill" and "step"."""
     calibration: Mapping[str, Any] | None
     cost: QuantisationCost | None

@@ -97,6 +97,10 @@ class StreamedModel:
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
 
+    def product_input(self, name: str, x: Tensor) -> Tensor:
+        """What the matrix `name` is multiplied with, for x [..., in]."""
+        return x
+
     def embed(self, ids: npt.NDArray[np.int64], position: int) -> Tensor:
         """[n, h] for n tokens of one sequence, the first of them at `position`."""
         vectors = [self.checkpoint.rows("embed_tokens.weight", int(i), int(i) + 1) for i in ids]
@@ -125,6 +129,7 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        x = self.model.product_input(self.name, x)
         parts = [x @ block.T for block in self.model.blocks(self.name)]
         y: Tensor = torch.cat(parts, dim=-1)
         return y if self.bias is None else y + self.bias

@@ -1,4 +1,4 @@
-"""Which matrices of a model are stored in how many bits, and why: docs/quantisation.md has the measurements."""
+"""Which matrices of a model are stored in how many bits, and why; measured in docs/quantisation.md."""
 
 from __future__ import annotations
 
