@@ -154,10 +154,10 @@ class Quantiser:
         assert part.format == "int8", "an embedding is kept in int8"
         ids, dtype = node.inputs[1], node.outputs[0].dtype
         assert dtype is not None
-        elements = self._input(part.stored_name, self.layout[part.stored_name])
+        # In portable graphs products see the same bytes as [N, K].
+        name = part.stored_name if self.form == "nbits" else f"{part.stored_name}.rows"
+        elements = self._input(name, self.layout[part.stored_name])
         scales = self._input(part.scale_name, self.layout[part.scale_name])
-        if self.form == "portable":  # its products see the same bytes as [N, K]
-            elements = self._input(f"{part.stored_name}.rows", self.layout[part.stored_name])
         rows = b.op("Cast", b.op("Gather", elements, ids, axis=0, label="elements"), to=FLOAT)
         scale = b.op("Cast", b.op("Gather", scales, ids, axis=0, label="scales"), to=FLOAT)
         scale = b.op("Unsqueeze", scale, b.ints(3))

@@ -1,0 +1,260 @@
+"""Bundles with quantised weights, from checkpoint to tokens: stored, read, run, validated, refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from support.makers.checkpoints import RandomCheckpoint, llama, neox, opt_350m
+from support.makers.weight_files import load_tensors, save_tensors
+from support.oracles.numpy_runner import NumpyRunner
+
+from dijiang_engines.errors import BundleError, CheckpointError, UsageError
+from dijiang_engines.formats.bundle import Bundle, open_bundle
+from dijiang_engines.runners import open_runner
+from dijiang_engines.validation.validate import validate
+from dijiang_engines.weight_formats import matrix_shapes
+from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.export.to_onnx import export_bundle
+
+Array = npt.NDArray[Any]
+
+SIZES = {"hidden": 64, "heads": 4, "intermediate": 96, "vocab": 97}
+MODELS: Mapping[str, RandomCheckpoint] = {
+    "neox": neox(**SIZES),
+    "llama-tied": llama(kv_heads=2, **SIZES).with_config(tie_word_embeddings=True),
+    "opt-350m": opt_350m(embedding=32, **SIZES),
+}
+KINDS = [("neox", "int8"), ("llama-tied", "int4"), ("opt-350m", "int4"), ("neox", "int4")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """made(model, options) -> (checkpoint, bundle): exported once each."""
+    done: dict[str, tuple[Path, Path]] = {}
+
+    def make(model: str, **options: Any) -> tuple[Path, Path]:
+        key = repr((model, sorted(options.items())))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("quantised")
+            checkpoint = MODELS[model].save(folder / "checkpoint")
+            export_bundle(checkpoint, folder / "bundle", **options)
+            done[key] = checkpoint, folder / "bundle"
+        return done[key]
+
+    return make
+
+
+def stored_weights(folder: Path, graph: str = "step.onnx") -> dict[str, Array]:
+    """Canonical name -> dequantised matrix in float64, read by onnx and put together here."""
+    model = onnx.load(folder / graph)
+    tensors = {t.name: t for t in model.graph.initializer}
+    found: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        head, _, kind = name.rpartition(".")
+        if kind not in ("int8", "int4"):
+            continue
+        data = np.frombuffer(tensor.raw_data, np.uint8)
+        if kind == "int4":
+            data = np.stack((data & 15, data >> 4), -1)
+        scale = onnx.numpy_helper.to_array(tensors[f"{head}.scale"]).astype(np.float64)
+        q = data.reshape(*scale.shape, 32).astype(np.float64) - (128 if kind == "int8" else 8)
+        found[head] = (q * scale[..., None]).reshape(len(scale), -1)
+    for part in [name for name in found if name.endswith("qkv.qk.weight")]:
+        rest = part.replace("qkv.qk.", "qkv.v.")
+        found[part.replace("qkv.qk.", "qkv.")] = np.concatenate((found.pop(part), found.pop(rest)))
+    return found
+
+
+def compare(bundle: Bundle, oracle: NumpyRunner, error: float, *, step: bool) -> None:
+    """Three unequal rows, a prefill and then a step, against NumPy with the stored weights."""
+    runner = open_runner(bundle, "cpu", threads=1)
+    ids = np.random.default_rng(3).integers(0, 97, (3, 9))
+    lens, positions = np.array([9, 1, 5]), np.array([0, 7, 100])
+    got, want = runner.new_state(3), oracle.new_state(3)
+    pairs = [
+        (runner.prefill(ids, positions, lens, got), oracle.prefill(ids, positions, lens, want)),
+    ]
+    if step:
+        ones = np.ones(3, np.int64)
+        pairs.append(
+            (
+                runner.step(ids[:, :1], positions + lens, ones, got),
+                oracle.step(ids[:, :1], positions + lens, ones, want),
+            )
+        )
+    for ours, theirs in pairs:
+        assert np.abs(ours - theirs).max() <= error * theirs.std()
+
+
+@pytest.mark.parametrize(("model", "kind"), KINDS)
+def test_a_bundle_computes_with_the_stored_weights_and_passes_its_validation(
+    made: Any, model: str, kind: str
+) -> None:
+    checkpoint, folder = made(model, weight_format=kind)
+    bundle = open_bundle(folder)
+    assert bundle.quantisation is not None and bundle.quantisation.weight_format == kind
+    with open_checkpoint(checkpoint) as opened:
+        weights = {k: v.double().numpy() for k, v in opened.load_state_dict(torch.float64).items()}
+    stored = stored_weights(folder)
+    assert set(stored) == set(matrix_shapes(bundle.spec))
+    for name, matrix in stored.items():
+        step = np.abs(weights[name]).max() / (127 if kind == "int8" else 8)
+        assert np.abs(matrix - weights[name]).max() <= 1.1 * step
+    compare(bundle, NumpyRunner(bundle.spec, weights | stored), 1e-5, step=False)
+    report = validate(
+        open_runner(bundle, "cpu", threads=1), bundle.reference(), activations=bundle.activations
+    )
+    assert report.passed, report.first_failure
+    errors = {r.replay: r.logits_error for r in report.results}
+    assert errors["prefill"] < 1e-5 < errors["steps"], "a step rounds activations to int8"
+    assert report.bounds_of("steps").logits.max_error > report.bounds_of("prefill").logits.max_error
+
+
+def test_float_activations_make_steps_as_exact_as_prefills(made: Any) -> None:
+    checkpoint, folder = made("llama-tied", weight_format="int4", activations="float")
+    bundle = open_bundle(folder)
+    with open_checkpoint(checkpoint) as opened:
+        weights = {k: v.double().numpy() for k, v in opened.load_state_dict(torch.float64).items()}
+    compare(bundle, NumpyRunner(bundle.spec, weights | stored_weights(folder)), 1e-5, step=True)
+    report = validate(
+        open_runner(bundle, "cpu", threads=1), bundle.reference(), activations=bundle.activations
+    )
+    assert report.passed and report.step_bounds is None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_portable_graphs_read_the_same_bytes_and_give_the_same(made: Any, dtype: str) -> None:
+    import onnxruntime as ort
+
+    _, folder = made(
+        "llama-tied", weight_format="int4", variants=("portable",), activations="float", dtype=dtype
+    )
+    open_bundle(folder)
+    inputs = {
+        "input_ids": np.arange(8).reshape(2, 4), "positions": np.array([0, 3]), "seq_lens": np.array([4, 2]),
+    }  # fmt: skip
+    results = []
+    for file in ("prefill.onnx", "prefill.portable.onnx"):
+        model = onnx.load(folder / file, load_external_data=False)
+        operators = {(node.domain, node.op_type) for node in model.graph.node}
+        portable = "portable" in file
+        assert (("", "DequantizeLinear") in operators) == portable
+        assert any(domain for domain, _ in operators) != portable
+        session = ort.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+        states = {
+            i.name: np.zeros((2, *i.shape[1:]), np.float32)
+            for i in session.get_inputs()
+            if i.name not in inputs
+        }
+        results.append(session.run(None, inputs | states))
+    for one, other in zip(*results, strict=True):
+        assert np.abs(one - other).max() <= (1e-5 if dtype == "float32" else 2e-2) * np.abs(one).max()
+
+
+def test_an_older_reader_refuses_in_one_sentence_and_float_bundles_are_as_before(made: Any) -> None:
+    from dijiang_engines.formats.file_table import check_format
+
+    _, folder = made("neox", weight_format="int8")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    with pytest.raises(BundleError, match="a format version that this program does not know") as error:
+        check_format(manifest, "bundle", "dijiang-bundle", (1,), source="manifest.json", again="")
+    assert error.value.hint == "update dijiang-export"
+    _, plain = made("neox")
+    manifest = json.loads((plain / "manifest.json").read_text())
+    assert manifest["format_version"] == 1 and "quantisation" not in manifest
+    assert open_bundle(plain).quantisation is None
+
+
+def test_the_manifest_says_which_matrices_are_int8_and_why(made: Any) -> None:
+    _, folder = made("neox", weight_format="int4", keep_int8=("layers.1.mlp.*",))
+    said = json.loads((folder / "manifest.json").read_text())["quantisation"]
+    formats = said["matrices"]
+    in_int8 = {name for name, kind in formats.items() if kind == "int8"}
+    layers = {name for name in formats if name.startswith("layers.")}
+    assert in_int8 == {"embed_tokens.weight", "lm_head.weight"} | {
+        name for name in layers if name.endswith("qkv.v.weight") or name.startswith("layers.1.mlp.")
+    }
+    assert {rule["matrices"] for rule in said["kept_in_int8"]} >= {"lm_head.weight", "layers.1.mlp.*"}
+    assert all(rule["reason"] for rule in said["kept_in_int8"])
+
+
+def test_bytes_of_weights(made: Any) -> None:
+    sizes = {
+        kind: (made("neox", weight_format=kind)[1] / "weights.data").stat().st_size
+        for kind in ("float", "int8", "int4")
+    }
+    assert sizes["int8"] < 0.6 * sizes["float"], "small models are mostly padding and tables"
+    assert sizes["int4"] < sizes["int8"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"weight_format": "int2"}, "unknown weight format"),
+        ({"keep_int8": ("lm_head",)}, "--keep-int8 is for quantised weights"),
+        ({"activations": "int8"}, "--activations is for quantised weights"),
+        ({"variants": ("portable",)}, "--variant portable is for quantised weights"),
+        ({"weight_format": "int8", "keep_int8": ("lm_head",)}, "--keep-int8 is for --weight-format int4"),
+        ({"weight_format": "int4", "keep_int8": ("layers.7.*",)}, "--keep-int8 fits no matrix"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    made: Any, tmp_path: Path, options: dict[str, Any], what: str
+) -> None:
+    checkpoint, _ = made("neox")
+    with pytest.raises(UsageError, match=what):
+        export_bundle(checkpoint, tmp_path / "b", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path, kind: Any) -> None:
+    checkpoint = neox(hidden=48, heads=3, intermediate=64, vocab=97).save(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="not whole blocks of 32") as error:
+        export_bundle(checkpoint, tmp_path / "b", weight_format=kind)
+    assert "embed_tokens.weight" in str(error.value) and "--weight-format float" in str(error.value.hint)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    checkpoint = MODELS["neox"].save(tmp_path / "checkpoint")
+    tensors = load_tensors(checkpoint)
+    name = next(name for name in tensors if name.endswith("mlp.dense_h_to_4h.weight"))
+    tensors[name][3, 40] = value
+    save_tensors(checkpoint, tensors)
+    with pytest.raises(CheckpointError, match="holds weights that are not numbers"):
+        export_bundle(checkpoint, tmp_path / "b", weight_format="int4")
+    assert not (tmp_path / "b").exists()
+
+
+def test_constant_and_zero_blocks_pass(tmp_path: Path) -> None:
+    checkpoint = MODELS["neox"].save(tmp_path / "checkpoint")
+    tensors = load_tensors(checkpoint)
+    name = next(name for name in tensors if name.endswith("mlp.dense_h_to_4h.weight"))
+    tensors[name][:8] = 0
+    tensors[name][8:16] = 0.125
+    tensors[name][16:24] = -0.125
+    save_tensors(checkpoint, tensors)
+    export_bundle(checkpoint, tmp_path / "b", weight_format="int4")
+    stored = stored_weights(tmp_path / "b")["layers.0.mlp.up.weight"]
+    assert not stored[:8].any()
+    assert set(np.unique(stored[16:24])) == {-0.125} and set(np.unique(stored[8:16])) == {0.125}
+    bundle = open_bundle(tmp_path / "b")
+    runner = open_runner(bundle, "cpu", threads=1)
+    assert validate(runner, bundle.reference(), activations=bundle.activations).passed
+
+
+def test_tensorrt_is_refused_by_name(made: Any) -> None:
+    _, folder = made("neox", weight_format="int8")
+    with pytest.raises(BundleError, match="no graphs for TensorRT") as error:
+        open_bundle(folder).graph_path("prefill_trt")
+    assert "ONNX Runtime" in str(error.value.hint)
