@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
-from dijiang_export.commands.arguments import COUNT, PATH, Cases, Dtype, one_of, takes
+from dijiang_export.commands.arguments import COUNT, FILE, PATH, Cases, Dtype, one_of, takes
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, one_output
 
 if TYPE_CHECKING:
@@ -50,6 +50,14 @@ class ToOnnxArguments:
         click.option(
             "--keep-int8", metavar="PATTERN", multiple=True,
             help="With int4: store these matrices in int8 too, such as 'layers.*.mlp.down'.",
+        ),
+    ]  # fmt: skip
+    calibrate: Annotated[
+        Path | None,
+        click.option(
+            "--calibrate", type=FILE, metavar="FILE",
+            help="A text of the kind that the model is for: quantised matrices are rounded so that their "
+            "products on it change least.",
         ),
     ]  # fmt: skip
     activations: Annotated[
@@ -137,6 +145,7 @@ def to_onnx(output: Output, given: ToOnnxArguments) -> None:
         weight_format=given.weight_format,
         keep_int8=given.keep_int8,
         activations=given.activations,
+        calibrate=given.calibrate,
         force=given.force,
         progress=output.progress,
     )
@@ -165,9 +174,17 @@ def _describe(report: ExportReport) -> str:
         f"{report.path}: {spec.family}, {spec.num_layers} layers of {spec.num_heads}×{spec.head_dim}, "
         f"{report.dtype}, {report.weights_bytes / 1e6:.1f} MB of {_format(report)}weights, {seconds:.1f} s",
         f"state: {spec.state_bytes / 1e6:.2f} MB per sequence, whatever its length",
+        *_cost(report),
         f"next: dijiang-export validate {report.path}",
     ]
     return "\n".join(lines)
+
+
+def _cost(report: ExportReport) -> list[str]:
+    from dijiang_engines.formats.quantisation import QuantisationCost
+
+    cost = None if report.quantisation is None else report.quantisation["cost"]
+    return [] if cost is None else [f"quantisation: {QuantisationCost(**cost).sentence}"]
 
 
 def _format(report: ExportReport) -> str:

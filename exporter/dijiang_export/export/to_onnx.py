@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,11 @@ from dijiang_engines.weight_formats import Activations, MatrixFormat, WeightForm
 from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.checkpoint.files import copy_file
 from dijiang_export.export.background import Background, Clock
+from dijiang_export.export.calibration import calibrate as calibrate_layers
+from dijiang_export.export.calibration import read_calibration_text
 from dijiang_export.export.cases import Cases
 from dijiang_export.export.dequantised import DequantisedCheckpoint, ModelWeights
+from dijiang_export.export.quantisation_cost import measure_cost
 from dijiang_export.export.record import record_cases
 from dijiang_export.graph import opset, weights, write
 from dijiang_export.quantise.recipe import choose_recipe
@@ -63,6 +66,7 @@ def export_bundle(
     weight_format: WeightFormat = "float",
     keep_int8: Sequence[str] = (),
     activations: Activations | None = None,
+    calibrate: str | Path | None = None,
     force: bool = False,
     progress: ProgressFactory = silent,
 ) -> ExportReport:
@@ -82,12 +86,14 @@ def export_bundle(
         keep_int8: patterns of matrices that "int4" stores in int8, beside those of its recipe.
         activations: what products of quantised matrices multiply with, in both graphs; None: float in a
             prefill, int8 in a step.
+        calibrate: a text file, with which the layers' matrices are rounded with error compensation.
         force: replace an existing bundle.
         progress: opens progress bars.
 
     Raises:
         UsageError: an unknown dtype, logits, cases, variant or weight format, or options that do not go
             together.
+        TextError: `calibrate` is no text to calibrate with.
         CheckpointError: the checkpoint cannot be read or does not fit the type.
         OutputError: the bundle cannot be written.
     """
@@ -98,7 +104,7 @@ def export_bundle(
         _check_choice("variant", variant, tuple(write.VARIANTS))
     _check_choice("weight format", weight_format, ("float", "int8", "int4"))
     if weight_format == "float":
-        _check_float(keep_int8, activations, variants)
+        _check_float(keep_int8, activations, variants, calibrate)
     variants = tuple(dict.fromkeys(variants))
     graph_files = write.graph_files(variants, quantised=weight_format != "float")
     clock = Clock()
@@ -130,6 +136,7 @@ def export_bundle(
                 graphs = {g.key: write.save(*models[g.key], folder, g) for g in graph_files}
             with clock("weights, after graphs"):
                 writing.result()
+            given = None if calibrate is None else read_calibration_text(Path(calibrate), checkpoint)
         with clock("check"):
             for graph_file in graph_files:
                 write.check(folder / graph_file.file, graph_file.target)
@@ -138,14 +145,26 @@ def export_bundle(
                     step=graph_file.kind == "step", all_logits=logits == "all",
                     quantised=None if recipe is None else recipe.parts,
                 )  # fmt: skip
+        seen: ModelWeights = checkpoint
+        about: dict[str, Any] | None = None
+        if made is not None:
+            seen = DequantisedCheckpoint(checkpoint, made.recipe, layout, data)
+            about = describe(made)
+            if given is not None:
+                with clock("calibration"):
+                    calibrate_layers(
+                        checkpoint, seen, DTYPES[dtype], made.recipe, layout, data, given, progress
+                    )
+                about["calibration"] = given.to_json()
+            if given is not None or cases != "none":
+                with clock("cost"):
+                    measured = None if given is None else given.measured
+                    cost = measure_cost(checkpoint, seen, DTYPES[dtype], measured, progress)
+                about["cost"] = asdict(cost)
         with clock("cases"):
-            seen: ModelWeights = checkpoint
-            if recipe is not None:
-                seen = DequantisedCheckpoint(checkpoint, recipe, layout, data)
             recorded = record_cases(seen, DTYPES[dtype], folder / REFERENCE, cases, progress)
         for path in (checkpoint.path / CONFIG, *checkpoint.tokenizer_files):
             copy_file(path, folder)
-        about = None if made is None else describe(made)
         with clock("hashes"):
             files = file_entries(folder)
             entries = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
@@ -154,6 +173,8 @@ def export_bundle(
             text = json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
             (folder / MANIFEST).write_text(text, encoding="utf-8")
         notes = [*checkpoint.notes, *checkpoint.decay_notes]
+        if given is not None and given.note is not None:
+            notes.append(given.note)
         report = ExportReport(Path(output), spec, dtype, logits, total, recorded, notes, clock.seconds, about)
     return report
 
@@ -208,14 +229,20 @@ def describe(made: write.Quantisation) -> dict[str, Any]:
     return made.recipe.to_json() | {"activations": dict(made.activations), "calibration": None, "cost": None}
 
 
-def _check_float(keep_int8: Sequence[str], activations: Activations | None, variants: Sequence[str]) -> None:
+def _check_float(
+    keep_int8: Sequence[str],
+    activations: Activations | None,
+    variants: Sequence[str],
+    calibrate: str | Path | None,
+) -> None:
     """Nothing was asked for that only quantised weights have."""
-    given = {
+    asked = {
         "--keep-int8": keep_int8,
         "--activations": activations,
         "--variant portable": "portable" in variants,
+        "--calibrate": calibrate,
     }
-    for option, value in given.items():
+    for option, value in asked.items():
         if value:
             raise UsageError(
                 f"{option} is for quantised weights",
