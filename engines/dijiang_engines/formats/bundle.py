@@ -16,7 +16,7 @@ docs/bundle-format.md describes the format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,7 +29,7 @@ from dijiang_engines.formats.onnx_external import check_external_data
 from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.formats.quantisation import Quantisation
 from dijiang_engines.formats.safe_files import LIMITS
-from dijiang_engines.weight_formats import Activations
+from dijiang_engines.weight_formats import Activations, Matrix
 
 
 class Bundle(Model):
@@ -62,6 +62,16 @@ class Bundle(Model):
         source = self.manifest.get("source")
         name = source.get("name") if isinstance(source, dict) else None
         return name if isinstance(name, str) and name else self.path.name
+
+    @property
+    def quantised(self) -> Mapping[str, Sequence[Matrix]] | None:
+        """As of every `Model`."""
+        return None if self.quantisation is None else self.quantisation.parts
+
+    @property
+    def weight_format(self) -> str:
+        """As of every `Model`."""
+        return "float" if self.quantisation is None else self.quantisation.weight_format
 
     @property
     def activations(self) -> Mapping[str, Activations] | None:
@@ -100,7 +110,7 @@ class Bundle(Model):
             check_external_data(data, location=WEIGHTS, file_bytes=self.files[WEIGHTS].bytes)
             check_graph(
                 data, name, self.spec, step=self._is_step(name), all_logits=self.all_logits,
-                quantised=None if self.quantisation is None else self.quantisation.parts,
+                quantised=self.quantised,
             )  # fmt: skip
         except BundleError as error:
             error.args = (f"{name}: {error.what}",)

@@ -114,6 +114,7 @@ def export_bundle(
         Background() as background,
     ):
         spec = checkpoint.spec
+        given = None if calibrate is None else read_calibration_text(Path(calibrate), checkpoint)
         made = (
             None if weight_format == "float" else quantisation_of(spec, weight_format, keep_int8, activations)
         )
@@ -136,7 +137,6 @@ def export_bundle(
                 graphs = {g.key: write.save(*models[g.key], folder, g) for g in graph_files}
             with clock("weights, after graphs"):
                 writing.result()
-            given = None if calibrate is None else read_calibration_text(Path(calibrate), checkpoint)
         with clock("check"):
             for graph_file in graph_files:
                 write.check(folder / graph_file.file, graph_file.target)

@@ -22,7 +22,7 @@ from dijiang_export.reference.attention import Decay, dijiang_attention
 from dijiang_export.reference.model import AttentionOp, Block, ReferenceModel
 
 IntArray = npt.NDArray[np.int64]
-LOGITS_BYTES = 64 << 20
+LOGITS_BYTES = 16 << 20
 """Of the logits of one block of tokens, in float32."""
 STATE_BYTES = 128 << 20
 """Of all states of the rows that a model writes at a time."""

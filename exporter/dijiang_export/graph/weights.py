@@ -36,6 +36,8 @@ FILE_NAME = "weights.data"
 PAGE, CACHE_LINE = 4096, 64
 BLOCK_BYTES = 64 << 20
 """Most of one tensor that is in memory at a time."""
+QUANTISED_BLOCK_BYTES = 8 << 20
+"""The same of a tensor that is quantised, which takes some ten times as much."""
 FLUSH_BYTES = 256 << 20
 """Written between two requests to the disk."""
 
@@ -206,7 +208,7 @@ def _write_each(
 
 
 def _write_quantised(descriptor: int, layout: Layout, part: Matrix, source: WeightSource) -> Iterator[int]:
-    for start, block in source.row_blocks(part.source, BLOCK_BYTES):
+    for start, block in source.row_blocks(part.source, QUANTISED_BLOCK_BYTES):
         first = max(part.first_row - start, 0)
         rows = block[first : max(part.first_row + part.rows - start, 0)]
         if len(rows):

@@ -123,7 +123,7 @@ def resolve(options: OrtOptions, bundle: Bundle, name: str, version: str) -> Ort
         )
     prepack = options.prepack
     if prepack == "auto":
-        prepack = "step" if bundle.files[WEIGHTS].bytes < 0.6 * available_memory() else "none"
+        prepack = _prepack(bundle)
     return OrtConfig(
         name=name,
         threads=container_threads() if options.threads is None else options.threads,
@@ -134,6 +134,14 @@ def resolve(options: OrtOptions, bundle: Bundle, name: str, version: str) -> Ort
         lowering=_lowering(options.lowering, bundle, name, version),
         float32=bundle.dtype == "float32",
     )
+
+
+def _prepack(bundle: Bundle) -> Prepack:
+    """A step gains most by it. int4 products of a prefill are 1.5 times as fast too, and the copy is small;
+    int8 products of floats read the weights as they lie."""
+    if bundle.files[WEIGHTS].bytes >= 0.6 * available_memory():
+        return "none"
+    return "all" if bundle.weight_format == "int4" else "step"
 
 
 def _lowering(wanted: Lowering, bundle: Bundle, name: str, version: str) -> str:
