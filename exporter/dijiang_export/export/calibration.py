@@ -27,9 +27,8 @@ from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.export.dequantised import DequantisedCheckpoint
 from dijiang_export.export.quantisation_cost import MeasuredText
 from dijiang_export.export.windows import IntArray, WindowModel
-from dijiang_export.graph.weights import Layout, round_to, write_quantised_rows
+from dijiang_export.graph.weights import round_to, write_quantised_rows
 from dijiang_export.quantise.compensate import compensate, factor, pieces
-from dijiang_export.quantise.recipe import Recipe
 
 WINDOW = 512
 """Tokens that are read from an empty state."""
@@ -106,9 +105,6 @@ def calibrate(
     checkpoint: Checkpoint,
     stored: DequantisedCheckpoint,
     dtype: torch.dtype,
-    recipe: Recipe,
-    layout: Layout,
-    path: Path,
     text: CalibrationText,
     progress: ProgressFactory,
 ) -> None:
@@ -116,28 +112,25 @@ def calibrate(
 
     Args:
         checkpoint: with the float weights.
-        stored: reads what weights.data holds.
+        stored: of weights.data, which is complete: rounded without a text.
         dtype: of the weights that are not quantised.
-        recipe: of those that are.
-        layout: where they are.
-        path: weights.data, complete: rounded without a text.
         text: what calibrates.
         progress: of the layers.
     """
     plain, other = _Listening(checkpoint, dtype), WindowModel(stored, dtype)
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(stored.path, os.O_RDWR | os.O_CLOEXEC)
     layers = checkpoint.spec.num_layers
     try:
         with torch.inference_mode(), progress("Calibrating", layers, "items") as bar:
             hidden = other.embedded(text.windows)
             for index in range(layers):
                 plain.listen(hidden.clone(), index)
-                for source in [name for name in recipe.parts if name.startswith(f"layers.{index}.")]:
+                for source in [name for name in stored.parts if name.startswith(f"layers.{index}.")]:
                     factors = [factor(sums) for sums in plain.sums_of(source)]
-                    for part in recipe.parts[source]:
+                    for part in stored.parts[source]:
                         for start, rows in _rows(checkpoint, part, dtype):
                             q, scale = _round(rows, factors, part)
-                            write_quantised_rows(descriptor, layout, part, start, q, scale)
+                            write_quantised_rows(descriptor, stored.layout, part, start, q, scale)
                 other.run_windows(other.layer(index), hidden)
                 bar.advance()
     finally:

@@ -28,7 +28,7 @@ class DequantisedCheckpoint:
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, layout: Layout, path: Path) -> None:
-        self._checkpoint, self._parts, self._layout, self._path = checkpoint, recipe.parts, layout, path
+        self._checkpoint, self.parts, self.layout, self.path = checkpoint, recipe.parts, layout, path
         self.spec: ModelSpec = checkpoint.spec
         self.quantised = frozenset(recipe.parts)
         """Canonical names of the matrices that are."""
@@ -67,7 +67,7 @@ class DequantisedCheckpoint:
             yield start, self.rows(name, start, min(start + step, rows))
 
     def _parts_of(self, name: str) -> list[Matrix]:
-        return list(self._parts["embed_tokens.weight" if name not in self._parts else name])
+        return list(self.parts["embed_tokens.weight" if name not in self.parts else name])
 
     def _read(self, part: Matrix, start: int, stop: int) -> Tensor:
         elements = self._bytes(part.stored_name, start, stop)
@@ -76,13 +76,13 @@ class DequantisedCheckpoint:
 
     def _bytes(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor of weights.data: uint8 [n, bytes of a row]."""
-        weight = self._layout[name]
+        weight = self.layout[name]
         row = weight.nbytes // weight.shape[0]
         buffer = bytearray((stop - start) * row)
-        with self._path.open("rb", buffering=0) as file:
+        with self.path.open("rb", buffering=0) as file:
             read = os.preadv(file.fileno(), [buffer], weight.offset + start * row)
         if read != len(buffer):
-            raise OSError(f"{self._path} ends early")
+            raise OSError(f"{self.path} ends early")
         return torch.frombuffer(buffer, dtype=torch.uint8).reshape(stop - start, row)
 
 

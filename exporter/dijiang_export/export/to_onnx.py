@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,18 +19,21 @@ from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
-from dijiang_engines.weight_formats import Activations, MatrixFormat, WeightFormat
+from dijiang_engines.weight_formats import Activations, WeightFormat
 from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.checkpoint.files import copy_file
 from dijiang_export.export.background import Background, Clock
-from dijiang_export.export.calibration import calibrate as calibrate_layers
-from dijiang_export.export.calibration import read_calibration_text
 from dijiang_export.export.cases import Cases
 from dijiang_export.export.dequantised import DequantisedCheckpoint, ModelWeights
-from dijiang_export.export.quantisation_cost import measure_cost
+from dijiang_export.export.quantisation import (
+    calibration_text,
+    check_float,
+    describe,
+    finish_weights,
+    quantisation_of,
+)
 from dijiang_export.export.record import record_cases
 from dijiang_export.graph import opset, weights, write
-from dijiang_export.quantise.recipe import choose_recipe
 from dijiang_export.reference.model import DTYPES
 from dijiang_export.reference.rope import inverse_frequencies
 
@@ -104,7 +107,7 @@ def export_bundle(
         _check_choice("variant", variant, tuple(write.VARIANTS))
     _check_choice("weight format", weight_format, ("float", "int8", "int4"))
     if weight_format == "float":
-        _check_float(keep_int8, activations, variants, calibrate)
+        check_float(keep_int8, activations, variants, calibrate)
     variants = tuple(dict.fromkeys(variants))
     graph_files = write.graph_files(variants, quantised=weight_format != "float")
     clock = Clock()
@@ -114,7 +117,7 @@ def export_bundle(
         Background() as background,
     ):
         spec = checkpoint.spec
-        given = None if calibrate is None else read_calibration_text(Path(calibrate), checkpoint)
+        given = None if calibrate is None else calibration_text(Path(calibrate), checkpoint)
         made = (
             None if weight_format == "float" else quantisation_of(spec, weight_format, keep_int8, activations)
         )
@@ -146,21 +149,13 @@ def export_bundle(
                     quantised=None if recipe is None else recipe.parts,
                 )  # fmt: skip
         seen: ModelWeights = checkpoint
-        about: dict[str, Any] | None = None
+        about = None
         if made is not None:
-            seen = DequantisedCheckpoint(checkpoint, made.recipe, layout, data)
-            about = describe(made)
-            if given is not None:
-                with clock("calibration"):
-                    calibrate_layers(
-                        checkpoint, seen, DTYPES[dtype], made.recipe, layout, data, given, progress
-                    )
-                about["calibration"] = given.to_json()
-            if given is not None or cases != "none":
-                with clock("cost"):
-                    measured = None if given is None else given.measured
-                    cost = measure_cost(checkpoint, seen, DTYPES[dtype], measured, progress)
-                about["cost"] = asdict(cost)
+            stored = DequantisedCheckpoint(checkpoint, made.recipe, layout, data)
+            seen, about = stored, describe(made)
+            about |= finish_weights(
+                checkpoint, stored, DTYPES[dtype], given, cases != "none", clock, progress
+            )
         with clock("cases"):
             recorded = record_cases(seen, DTYPES[dtype], folder / REFERENCE, cases, progress)
         for path in (checkpoint.path / CONFIG, *checkpoint.tokenizer_files):
@@ -211,43 +206,6 @@ def _manifest(
         "decay_notes": checkpoint.decay_notes,
         "files": files,
     }
-
-
-def quantisation_of(
-    spec: ModelSpec,
-    weight_format: MatrixFormat,
-    keep_int8: Sequence[str],
-    activations: Activations | None,
-) -> write.Quantisation:
-    """What `export_bundle`'s options say about quantised weights."""
-    recipe = choose_recipe(spec, weight_format, keep_int8)
-    return write.Quantisation(recipe, {"prefill": activations or "float", "step": activations or "int8"})
-
-
-def describe(made: write.Quantisation) -> dict[str, Any]:
-    """The manifest's object."""
-    return made.recipe.to_json() | {"activations": dict(made.activations), "calibration": None, "cost": None}
-
-
-def _check_float(
-    keep_int8: Sequence[str],
-    activations: Activations | None,
-    variants: Sequence[str],
-    calibrate: str | Path | None,
-) -> None:
-    """Nothing was asked for that only quantised weights have."""
-    asked = {
-        "--keep-int8": keep_int8,
-        "--activations": activations,
-        "--variant portable": "portable" in variants,
-        "--calibrate": calibrate,
-    }
-    for option, value in asked.items():
-        if value:
-            raise UsageError(
-                f"{option} is for quantised weights",
-                got="--weight-format float", expected="--weight-format int8 or int4",
-            )  # fmt: skip
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
