@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,46 @@ def test_tensorrt_is_refused_by_name(made: Any) -> None:
     with pytest.raises(BundleError, match="no graphs for TensorRT") as error:
         open_bundle(folder).graph_path("prefill_trt")
     assert "ONNX Runtime" in str(error.value.hint)
+
+
+def damage(folder: Path, target: Path, change: Any) -> Path:
+    """A copy with a changed manifest."""
+    shutil.copytree(folder, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    change(manifest, manifest["quantisation"])
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+HOSTILE: Mapping[str, Any] = {
+    "another format for all": lambda m, q: q["matrices"].update(dict.fromkeys(q["matrices"], "int8")),
+    "an unknown format": lambda m, q: q["matrices"].update({"lm_head.weight": "int3"}),
+    "a matrix too many": lambda m, q: q["matrices"].update({"layers.9.mlp.up.weight": "int8"}),
+    "a matrix too few": lambda m, q: q["matrices"].pop("lm_head.weight"),
+    "no object of names": lambda m, q: q.update(matrices=["lm_head.weight"]),
+    "a whole matrix and its parts": lambda m, q: q["matrices"].update(
+        {"layers.0.attention.qkv.weight": "int8"}
+    ),
+    "other blocks": lambda m, q: q.update(block_size=16),
+    "blocks of true": lambda m, q: q.update(block_size=True),
+    "an unknown key": lambda m, q: q.update(more=1),
+    "no reasons": lambda m, q: q.pop("kept_in_int8"),
+    "a reason of a megabyte": lambda m, q: q.update(kept_in_int8=[{"matrices": "*", "reason": "x" * 2**20}]),
+    "activations of another type": lambda m, q: q["activations"].update(step="int4"),
+    "activations of an unknown graph": lambda m, q: q["activations"].update(other="int8"),
+    "a cost that is no number": lambda m, q: q["cost"].update(kl="low"),
+    "a negative cost": lambda m, q: q["cost"].update(kl=-1.0),
+    "a perplexity below one": lambda m, q: q["cost"].update(perplexity=0.5),
+    "a share above one": lambda m, q: q["cost"].update(top1=1.5),
+    "nothing but its name": lambda m, q: m.update(quantisation=None),
+    "the key in an old version": lambda m, q: m.update(format_version=1),
+    "a new version without the key": lambda m, q: m.pop("quantisation"),
+    "a version of the future": lambda m, q: m.update(format_version=3),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_manifest_that_does_not_fit_is_refused(made: Any, tmp_path: Path, kind: str) -> None:
+    _, folder = made("neox", weight_format="int4")
+    with pytest.raises(BundleError):
+        open_bundle(damage(folder, tmp_path / "b", HOSTILE[kind]))
