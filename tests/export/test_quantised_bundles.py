@@ -254,7 +254,52 @@ def test_constant_and_zero_blocks_pass(tmp_path: Path) -> None:
     assert validate(runner, bundle.reference(), activations=bundle.activations).passed
 
 
-def test_tensorrt_is_refused_by_name(made: Any) -> None:
+def test_graphs_for_tensorrt_have_nodes_of_the_plugin_with_the_stored_bytes(
+    made: Any, tmp_path: Path
+) -> None:
+    """TensorRT is not here: elements and scales are compared, and tokens are embedded by ONNX Runtime."""
+    import onnxruntime as ort
+
+    _, folder = made("llama-tied", weight_format="int4", dtype="float16")
+    open_bundle(folder)
+    stored = stored_weights(folder)
+    for file in ("prefill.trt.onnx", "step.trt.onnx"):
+        model = onnx.load(folder / file)
+        tensors = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        products = [node for node in model.graph.node if node.op_type == "DijiangLinear"]
+        assert len(products) == 2 * (2 + 1 + 1 + 3) + 1  # qk, v, gate, dense, the MLP's three; the head
+        for node in products:
+            name, _, kind = node.input[1].rpartition(".")
+            words, scale = tensors[node.input[1]], tensors[node.input[2]].astype(np.float64)
+            u = words.astype("<i4").view(np.uint8)
+            if kind == "int4":
+                u = np.stack((u & 15, u >> 4), -1).reshape(*u.shape[:2], 32)
+            q = u.astype(np.float64) - (128 if kind == "int8" else 8)
+            whole = stored[name.replace("qkv.qk.", "qkv.").replace("qkv.v.", "qkv.")]
+            rows = slice(-len(q), None) if "qkv.v." in name else slice(None, len(q))
+            np.testing.assert_array_equal((q * scale[..., None]).reshape(len(q), -1), whole[rows])
+        assert not [node for node in model.graph.node if node.domain == "com.microsoft"]
+    graph = onnx.load(folder / "prefill.trt.onnx").graph
+    embedded = next(
+        node
+        for node in graph.node
+        if node.name.startswith("/embed_tokens/Cast") and node.attribute[0].i == 10
+    )
+    last = list(graph.node).index(embedded)
+    out = onnx.helper.make_tensor_value_info(embedded.output[0], onnx.TensorProto.FLOAT16, None)
+    del graph.node[last + 1 :]
+    used = {name for node in graph.node for name in node.input}
+    kept = [t for t in graph.initializer if t.name in used]
+    part = onnx.helper.make_graph(list(graph.node), "part", [graph.input[0]], [out], kept)
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(part, opset_imports=[opset], ir_version=8), tmp_path / "part.onnx")
+    ids = np.arange(97).reshape(1, 97)
+    session = ort.InferenceSession(tmp_path / "part.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"input_ids": ids})
+    np.testing.assert_array_equal(found[0], stored["embed_tokens.weight"].astype(np.float16))
+
+
+def test_tensorrt_is_refused_by_name_without_half_precision(made: Any) -> None:
     _, folder = made("neox", weight_format="int8")
     with pytest.raises(BundleError, match="no graphs for TensorRT") as error:
         open_bundle(folder).graph_path("prefill_trt")

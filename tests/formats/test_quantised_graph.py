@@ -16,9 +16,11 @@ from dijiang_engines.formats.onnx_external import check_external_data
 from dijiang_engines.formats.onnx_graph import check_operators, read_graph
 from dijiang_engines.formats.onnx_shapes import infer_shapes
 from dijiang_engines.formats.quantised_graph import check_quantised
+from dijiang_engines.op_contract import linear_fields
 from dijiang_engines.weight_formats import Matrix
 
 N, K = 24, 64
+PRODUCTS = ("MatMulNBits", "DequantizeLinear", "DijiangLinear")
 MATRICES = [Matrix("a.weight", "a.weight", 0, N, K, "int4"), Matrix("b.weight", "b.weight", 0, N, K, "int8")]
 
 
@@ -64,6 +66,19 @@ def portable() -> onnx.ModelProto:
     return model(nodes, initial)
 
 
+def plugin() -> onnx.ModelProto:
+    """The same by a node of TensorRT's plugin, the int4 matrix alone."""
+    inputs = ["x", "a.weight.int4", "a.weight.scale"]
+    node = helper.make_node(
+        "DijiangLinear", inputs, ["a.weight.y"], domain="dijiang", **linear_fields("int4", 1)
+    )
+    initial = [
+        tensor("a.weight.int4", TensorProto.INT32, [N, K // 32, 4], N * K // 2),
+        tensor("a.weight.scale", TensorProto.FLOAT16, [N, K // 32], 2 * N * K // 32),
+    ]
+    return model([node], initial)
+
+
 def model(nodes: list[onnx.NodeProto], initial: list[onnx.TensorProto]) -> onnx.ModelProto:
     outputs = [node.output[0] for node in nodes if node.output[0].endswith(".y")]
     graph = helper.make_graph(
@@ -84,11 +99,12 @@ def test_what_the_exporter_writes_passes() -> None:
     shapes = check(nbits())
     assert shapes["a.weight.y"] == shapes["b.weight.y"] == (2, 3, N)
     assert check(portable(), "step.portable.onnx")["a.weight.y"] == (2, 3, N)
+    assert check(plugin(), "step.trt.onnx")["a.weight.y"] == (2, 3, N)
 
 
 def attribute(name: str, value: Any) -> Callable[[onnx.ModelProto], None]:
     def change(made: onnx.ModelProto) -> None:
-        node = next(n for n in made.graph.node if n.op_type in ("MatMulNBits", "DequantizeLinear"))
+        node = next(n for n in made.graph.node if n.op_type in PRODUCTS)
         kept = [a for a in node.attribute if a.name != name]
         del node.attribute[:]
         node.attribute.extend(kept)
@@ -100,7 +116,7 @@ def attribute(name: str, value: Any) -> Callable[[onnx.ModelProto], None]:
 
 def given(index: int, name: str) -> Callable[[onnx.ModelProto], None]:
     def change(made: onnx.ModelProto) -> None:
-        node = next(n for n in made.graph.node if n.op_type in ("MatMulNBits", "DequantizeLinear"))
+        node = next(n for n in made.graph.node if n.op_type in PRODUCTS)
         while len(node.input) <= index:
             node.input.append("")
         node.input[index] = name
@@ -148,6 +164,19 @@ HOSTILE: dict[str, tuple[Callable[[], onnx.ModelProto], Callable[[onnx.ModelProt
     "zero points of another type": (portable, constant("z", 22, [N, 2], N)),
     "an activation for zero points": (portable, given(2, "x")),
     "no zero points": (portable, given(2, "")),
+    "another format of the plugin's": (plugin, attribute("term_weight_format", [3])),
+    "packed weights": (plugin, attribute("term_weight_format", [2])),
+    "a term more": (plugin, attribute("term_output", [0, 0])),
+    "a bias": (plugin, attribute("term_bias", [1])),
+    "a norm": (plugin, attribute("output_norm", [1])),
+    "an epsilon": (plugin, attribute("output_epsilon", [1e-5])),
+    "float32 activations": (plugin, attribute("dtype", [0])),
+    "another namespace": (plugin, attribute("plugin_namespace", "other")),
+    "no rows": (plugin, attribute("output_width", [N])),
+    "a residual": (plugin, given(3, "x")),
+    "another matrix for the plugin": (plugin, given(1, "b.weight.int8")),
+    "words of another shape": (plugin, constant("a.weight.int4", 6, [N, 1, 8], N * 32)),
+    "bytes for words": (plugin, constant("a.weight.int4", 2, [N, 2, 16], N * 32)),
     "bytes for 4-bit elements": (portable, constant("a.weight.int4", 2, [N, 2, 16], N * 32)),
 }
 
@@ -158,14 +187,16 @@ def test_what_it_never_writes_is_refused(kind: str) -> None:
     made = copy.deepcopy(make())
     change(made)
     with pytest.raises(BundleError):
-        check(made, "step.portable.onnx" if make is portable else "step.onnx")
+        check(made, {portable: "step.portable.onnx", plugin: "step.trt.onnx"}.get(make, "step.onnx"))
 
 
 def test_each_form_is_for_its_own_graphs_and_for_quantised_bundles() -> None:
-    graphs = {name: read_graph(make().SerializeToString()) for name, make in (("n", nbits), ("p", portable))}
+    made = (("n", nbits), ("p", portable), ("t", plugin))
+    graphs = {name: read_graph(make().SerializeToString()) for name, make in made}
     for name, file, quantised in (
         ("n", "step.portable.onnx", True), ("p", "step.onnx", True), ("n", "step.onnx", False),
-        ("p", "step.portable.onnx", False),
+        ("p", "step.portable.onnx", False), ("t", "step.onnx", True), ("t", "step.trt.onnx", False),
+        ("n", "step.trt.onnx", True), ("p", "step.trt.onnx", True),
     ):  # fmt: skip
         with pytest.raises(BundleError, match="is not one that a bundle's graph may use"):
             check_operators(graphs[name], file, 1, quantised=quantised)

@@ -87,8 +87,8 @@ class Bundle(Model):
         if name not in self.graphs and self.quantisation is not None and name.endswith("_trt"):
             raise BundleError(
                 f"the bundle {self.path} has no graphs for TensorRT",
-                got=f"{self.quantisation.weight_format} weights",
-                hint="ONNX Runtime runs it; for TensorRT export with `--weight-format float --dtype float16`",
+                got=f"{self.quantisation.weight_format} weights with float32 activations",
+                hint="ONNX Runtime runs it; for TensorRT export with `--dtype float16`",
             )
         if name not in self.graphs:
             raise BundleError(

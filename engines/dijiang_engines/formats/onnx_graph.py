@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.onnx_external import ITEM_BITS, MAX_RANK
 from dijiang_engines.formats.onnx_wire import VARINT, as_bytes, as_int, fields, packed
-from dijiang_engines.op_contract import DOMAIN, OP_NAME
+from dijiang_engines.op_contract import DOMAIN, LINEAR_NAME, OP_NAME
 
 Operator = tuple[str, str]
 """(domain, type); ONNX's own domain is empty."""
@@ -42,6 +42,7 @@ OPERATORS: Mapping[str, frozenset[Operator]] = MappingProxyType(
     {".trt.onnx": STANDARD | {PLUGIN}, ".ort.onnx": STANDARD | {LINEAR_ATTENTION}, ".onnx": STANDARD}
 )
 """By the end of a graph's file name, the first that fits: what its nodes may be."""
+LINEAR: Operator = (DOMAIN, LINEAR_NAME)
 MATMUL_NBITS: Operator = ("com.microsoft", "MatMulNBits")
 DEQUANTIZE: Operator = ("", "DequantizeLinear")
 PORTABLE = ".portable.onnx"
@@ -52,13 +53,15 @@ def operators(file: str, quantised: bool) -> frozenset[Operator]:
 
     Args:
         file: its file's name; the end of it says which runtime the graph is for.
-        quantised: the bundle's weights are. Then a product is MatMulNBits, or in a portable graph, which is
-            for any runtime, DequantizeLinear before a MatMul.
+        quantised: the bundle's weights are. Then a product is MatMulNBits, for TensorRT DijiangLinear, and in
+            a portable graph, which is for any runtime, DequantizeLinear before a MatMul.
     """
     allowed = next(some for end, some in OPERATORS.items() if file.endswith(end))
     if not quantised:
         return allowed
-    return allowed | {DEQUANTIZE if file.endswith(PORTABLE) else MATMUL_NBITS}
+    if file.endswith(PORTABLE):
+        return allowed | {DEQUANTIZE}
+    return allowed | {LINEAR if PLUGIN in allowed else MATMUL_NBITS}
 
 
 MAX_NODES_PER_LAYER = 256
@@ -67,7 +70,7 @@ KEPT_VALUES = 4096
 """Integers of a constant that are read; longer ones never say a shape."""
 
 _INT32, _INT64 = 6, 7  # TensorProto.DataType
-Attribute = int | float | str | tuple[int, ...]
+Attribute = int | float | str | tuple[int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ def _node(message: memoryview) -> Node:
 def _attribute(message: memoryview) -> tuple[str, Attribute]:
     name = ""
     single: Attribute | None = None
-    many: list[int] = []
+    many: list[int | float] = []
     for number, wire, value in fields(message):
         if number == 1:
             name = _text(as_bytes(wire, value))
@@ -202,6 +205,8 @@ def _attribute(message: memoryview) -> tuple[str, Attribute]:
             single = _signed(as_int(wire, value))
         elif number == 4:
             single = _text(as_bytes(wire, value))
+        elif number == 7 and isinstance(value, memoryview) and len(value) % 4 == 0:
+            many += struct.unpack(f"<{len(value) // 4}f", value)
         elif number == 8:
             many += [_signed(v) for v in ([value] if isinstance(value, int) else packed(wire, value))]
         elif number not in (13, 20):  # doc_string, type

@@ -25,6 +25,7 @@ from dijiang_engines.formats.onnx_external import MAX_RANK
 from dijiang_engines.formats.onnx_graph import (
     DEQUANTIZE,
     KEPT_VALUES,
+    LINEAR,
     LINEAR_ATTENTION,
     MATMUL_NBITS,
     PLUGIN,
@@ -32,6 +33,7 @@ from dijiang_engines.formats.onnx_graph import (
     Node,
 )
 from dijiang_engines.op_contract import INPUTS
+from dijiang_engines.weight_formats import BLOCK
 
 _INPUTS = [formal.name for formal in INPUTS]
 
@@ -321,6 +323,13 @@ def _matmul_nbits(call: _Call) -> list[Value]:
     return [Value((*x[:-1], *_sizes([call.attribute("N")])))]
 
 
+def _linear(call: _Call) -> list[Value]:
+    x, weight = call[0].shape, call[1].shape
+    if len(x) < 2 or len(weight) != 3 or x[-1] != BLOCK * weight[1]:
+        raise _Unknown(f"no product of {x} and {weight}")
+    return [Value((*x[:-1], weight[0]))]
+
+
 def _linear_attention(call: _Call) -> list[Value]:
     return [Value(call[2].shape), Value(call[3].shape)]  # o as v, the state as the state
 
@@ -393,6 +402,7 @@ _RULES: dict[tuple[str, str], Callable[[_Call], list[Value]]] = {
     ("", "Unsqueeze"): _unsqueeze,
     DEQUANTIZE: _same,
     MATMUL_NBITS: _matmul_nbits,
+    LINEAR: _linear,
     LINEAR_ATTENTION: _linear_attention,
     PLUGIN: _dijiang_attention,
 }  # fmt: skip

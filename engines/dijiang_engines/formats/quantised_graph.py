@@ -3,7 +3,8 @@
 com.microsoft::MatMulNBits (onnxruntime@v1.32.0, docs/ContribOperators.md) has inputs A [.., K], B uint8
 [N, K/32, bits·4] and scales [N, K/32], attributes K, N, bits, block_size and optionally accuracy_level; other
 inputs and attributes bundles have no use for. DequantizeLinear (onnx@v1.23.0, opset 21) has elements [N, K],
-and scales and zero points [N, K/32]. A runtime multiplies with what these say, and trusts it.
+and scales and zero points [N, K/32]. DijiangLinear is as `op_contract.linear_fields` says. A runtime
+multiplies with what these say, and trusts it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Mapping, Sequence
 
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.onnx_external import UINT4, UINT8
-from dijiang_engines.formats.onnx_graph import DEQUANTIZE, MATMUL_NBITS, Constant, Graph, Node
+from dijiang_engines.formats.onnx_graph import DEQUANTIZE, LINEAR, MATMUL_NBITS, Constant, Graph, Node
+from dijiang_engines.op_contract import linear_fields
 from dijiang_engines.weight_formats import BLOCK, Matrix
 
-_FLOAT16 = 10  # TensorProto.DataType
+_INT32, _FLOAT16 = 6, 10  # TensorProto.DataType
 _LEVELS = (0, 1, 2, 3, 4)
 
 
@@ -41,12 +43,20 @@ def check_quantised(graph: Graph, matrices: Sequence[Matrix]) -> None:
         elif node.operator == DEQUANTIZE:
             matrix = _matrix_of(node, 0, graph.constants, known, casts, scale=1)
             _check_dequantise(node, matrix, graph.constants)
+        elif node.operator == LINEAR:
+            matrix = _matrix_of(node, 1, graph.constants, known, {}, scale=2)
+            _check_linear(node, matrix, graph.constants[matrix.stored_name])
 
 
 def _stored_as(matrix: Matrix) -> set[tuple[int, tuple[int, ...]]]:
-    """MatMulNBits' bytes, or DequantizeLinear's elements."""
+    """MatMulNBits' bytes, DequantizeLinear's elements, or DijiangLinear's words."""
     whole = (UINT8 if matrix.bits == 8 else UINT4, (matrix.rows, matrix.columns))
-    return {(UINT8, matrix.stored_shape), whole}
+    return {(UINT8, matrix.stored_shape), whole, (_INT32, _words(matrix))}
+
+
+def _words(matrix: Matrix) -> tuple[int, int, int]:
+    rows, blocks, width = matrix.stored_shape
+    return (rows, blocks, width // 4)
 
 
 def _check_constant(name: str, constant: Constant, expected: set[tuple[int, tuple[int, ...]]]) -> None:
@@ -99,6 +109,22 @@ def _check_nbits(node: Node, matrix: Matrix, stored: Constant) -> None:
         )
     if type(level) is not int or level not in _LEVELS:
         raise BundleError(f"{node} has an unknown accuracy_level", got=repr(level)[:80])
+
+
+def _check_linear(node: Node, matrix: Matrix, stored: Constant) -> None:
+    _check_constant(matrix.stored_name, stored, {(_INT32, _words(matrix))})
+    found = dict(node.attributes)
+    expected = [_tuples(linear_fields(matrix.format, dtype)) for dtype in (1, 2)]
+    if len(node.inputs) != 3 or found not in expected:
+        raise BundleError(
+            f"the attributes of {node} are not those of its matrix",
+            got=f"{len(node.inputs)} inputs, {found}"[:300],
+            expected=f"3 inputs, {expected[0]}",
+        )
+
+
+def _tuples(fields: Mapping[str, list[int] | list[float] | str]) -> dict[str, object]:
+    return {name: value if isinstance(value, str) else tuple(value) for name, value in fields.items()}
 
 
 def _check_dequantise(node: Node, matrix: Matrix, constants: Mapping[str, Constant]) -> None:

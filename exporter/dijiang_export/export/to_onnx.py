@@ -109,7 +109,8 @@ def export_bundle(
     if weight_format == "float":
         check_float(keep_int8, activations, variants, calibrate)
     variants = tuple(dict.fromkeys(variants))
-    graph_files = write.graph_files(variants, quantised=weight_format != "float")
+    tensorrt = write.has_tensorrt(DTYPES[dtype], quantised=weight_format != "float")
+    graph_files = write.graph_files(variants, tensorrt=tensorrt)
     clock = Clock()
     with (
         open_checkpoint(source, extend_decay=extend_decay, max_positions=max_positions) as checkpoint,

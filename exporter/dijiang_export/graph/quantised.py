@@ -4,7 +4,9 @@
     Gemm(x, W, transB)      the same; a tied head, with the embedding's own tensors
     Gather(W, ids)          Gather of elements and of scales, then (u - 128) · scale
 
-The portable form has DequantizeLinear (opset 21) over blocks of a row, Transpose and MatMul. Both read the
+For TensorRT a product is a node of the plugin DijiangLinear (docs/tensorrt-plugin.md), which `build-engine`
+packs, and bytes are read as int32, four at a time: not every TensorRT has tensors of bytes.
+The portable form has DequantizeLinear (opset 21) over blocks of a row, Transpose and MatMul. All read the
 same bytes. Where activations are float32, scales are cast to it, so that q · scale is exact.
 """
 
@@ -13,19 +15,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from dijiang_engines.op_contract import DOMAIN as PLUGIN_DOMAIN
+from dijiang_engines.op_contract import LINEAR_NAME, linear_fields
 from dijiang_engines.weight_formats import BLOCK, ZERO, Activations, Matrix
 from dijiang_export.graph.builder import Builder
 from dijiang_export.graph.weights import Layout, StoredWeight, zero_point_name
 from dijiang_export.quantise.recipe import Recipe
 
-Form = Literal["nbits", "portable"]
+Form = Literal["nbits", "portable", "plugin"]
 DOMAIN, DOMAIN_VERSION = "com.microsoft", 1
 ACCURACY_LEVELS: dict[Activations, int] = {"float": 0, "int8": 4}
 """MatMulNBits' attribute: 0 leaves it to the runtime, which multiplies in the type of the activations."""
-FLOAT = ir.DataType.FLOAT.value
+FLOAT, INT32 = ir.DataType.FLOAT.value, ir.DataType.INT32.value
+PLUGIN_TYPES = {ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 2}
+"""Of activations, as DijiangLinear's `dtype` numbers them; it has no float32."""
 
 
 class Quantiser:
@@ -93,7 +100,7 @@ class Quantiser:
     def _product(self, x: ir.Value | None, parts: Sequence[Matrix], like: ir.Value) -> ir.Value:
         """x [B, L, K] -> [B, L, N], the parts' rows side by side."""
         assert x is not None and x.dtype is not None and like.shape is not None
-        make = self._nbits if self.form == "nbits" else self._dequantised
+        make = {"nbits": self._nbits, "portable": self._dequantised, "plugin": self._plugin}[self.form]
         products = []
         for part in parts:
             product = make(x, part)
@@ -112,6 +119,23 @@ class Quantiser:
             **accuracy,
         )  # fmt: skip
         return result
+
+    def _plugin(self, x: ir.Value, part: Matrix) -> ir.Value:
+        """One term, one output, nothing fused: what of it is fused, `build-engine` decides."""
+        assert x.dtype is not None
+        fields: dict[str, Any] = dict(linear_fields(part.format, PLUGIN_TYPES[x.dtype]))
+        scale = self._input(part.scale_name, self.layout[part.scale_name])
+        result: ir.Value = self._builder.op(
+            LINEAR_NAME, x, self._words(part), scale, domain=PLUGIN_DOMAIN, **fields
+        )
+        return result
+
+    def _words(self, part: Matrix) -> ir.Value:
+        """The elements as int32 [N, K/32, 4 or 8]."""
+        rows, blocks, width = part.stored_shape
+        name, offset = part.stored_name, self.layout[part.stored_name].offset
+        shape = (rows, blocks, width // 4)
+        return self._input(name, StoredWeight(name, ir.DataType.INT32, shape, False, offset))
 
     def _dequantised(self, x: ir.Value, part: Matrix) -> ir.Value:
         b, dtype = self._builder, x.dtype
@@ -154,16 +178,33 @@ class Quantiser:
         assert part.format == "int8", "an embedding is kept in int8"
         ids, dtype = node.inputs[1], node.outputs[0].dtype
         assert dtype is not None
-        # In portable graphs products see the same bytes as [N, K].
-        name = part.stored_name if self.form == "nbits" else f"{part.stored_name}.rows"
-        elements = self._input(name, self.layout[part.stored_name])
         scales = self._input(part.scale_name, self.layout[part.scale_name])
-        rows = b.op("Cast", b.op("Gather", elements, ids, axis=0, label="elements"), to=FLOAT)
+        if self.form == "plugin":
+            elements = self._bytes(b.op("Gather", self._words(part), ids, axis=0, label="elements"))
+        else:  # in portable graphs products see the same bytes as [N, K]
+            name = part.stored_name if self.form == "nbits" else f"{part.stored_name}.rows"
+            stored = self._input(name, self.layout[part.stored_name])
+            elements = b.op("Gather", stored, ids, axis=0, label="elements")
+        rows = b.op("Cast", elements, to=FLOAT)
         scale = b.op("Cast", b.op("Gather", scales, ids, axis=0, label="scales"), to=FLOAT)
         scale = b.op("Unsqueeze", scale, b.ints(3))
         whole = b.op("Mul", b.op("Sub", rows, b.real(float(ZERO["int8"]))), scale, label="dequantised")
         result: ir.Value = b.reshape(whole, 0, 0, part.columns)
         return result if dtype == ir.DataType.FLOAT else b.op("Cast", result, to=dtype.value)
+
+    def _bytes(self, words: ir.Value) -> ir.Value:
+        """int32 [.., n] -> its bytes, int32 0..255 [.., 4 n], whichever way a runtime rounds quotients."""
+        b, parts, rest = self._builder, [], words
+        step, zero = b.constant(256, np.int32), b.constant(0, np.int32)
+        for index in range(4):
+            quotient = b.op("Div", rest, step) if index < 3 else None
+            part = rest if quotient is None else b.op("Sub", rest, b.op("Mul", quotient, step))
+            below = b.op("Cast", b.op("Less", part, zero), to=INT32)
+            parts.append(b.op("Unsqueeze", b.op("Add", part, b.op("Mul", below, step)), b.ints(4)))
+            if quotient is not None:
+                rest = b.op("Sub", quotient, below)
+        result: ir.Value = b.reshape(b.op("Concat", *parts, axis=-1), 0, 0, 0, BLOCK)
+        return result
 
     def _input(self, name: str, stored: StoredWeight) -> ir.Value:
         """The graph's input for a stored tensor."""

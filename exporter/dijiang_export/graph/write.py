@@ -11,14 +11,14 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
+from dijiang_engines.op_contract import DOMAIN, OP_VERSION
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
 from dijiang_engines.weight_formats import Activations
 from dijiang_export.graph import custom_op, lower, opset, trace, weights
 from dijiang_export.graph.quantised import DOMAIN as MICROSOFT
 from dijiang_export.graph.quantised import DOMAIN_VERSION as MICROSOFT_VERSION
-from dijiang_export.graph.quantised import Quantiser
+from dijiang_export.graph.quantised import Form, Quantiser
 from dijiang_export.quantise.recipe import Recipe
 
 Target = Literal["standard", "trt", "ort", "capture", "portable"]
@@ -54,6 +54,10 @@ VARIANTS = {
 """Graphs that a bundle has only if they are asked for, by name."""
 
 
+_FORMS: Mapping[Target, Form] = {"portable": "portable", "trt": "plugin"}
+"""Of products of quantised matrices; of all others MatMulNBits."""
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """What graphs with quantised weights are made by."""
@@ -63,10 +67,15 @@ class Quantisation:
     """Of each graph's products."""
 
 
-def graph_files(variants: Sequence[str] = (), *, quantised: bool = False) -> tuple[GraphFile, ...]:
-    """GRAPHS, then those of `variants`. Of quantised weights there are no graphs for TensorRT."""
+def graph_files(variants: Sequence[str] = (), *, tensorrt: bool = True) -> tuple[GraphFile, ...]:
+    """GRAPHS, then those of `variants`; without those for TensorRT's plugin if it cannot have them."""
     files = (*GRAPHS, *(graph_file for name in variants for graph_file in VARIANTS[name]))
-    return tuple(one for one in files if not quantised or one.target != "trt")
+    return tuple(one for one in files if tensorrt or one.target != "trt")
+
+
+def has_tensorrt(dtype: torch.dtype, *, quantised: bool) -> bool:
+    """Whether there are graphs for the plugin, whose quantised products have no float32 activations."""
+    return not quantised or dtype != torch.float32
 
 
 def make_graphs(
@@ -87,11 +96,11 @@ def make_graphs(
     plain = layout if quantisation is None else weights.layout_of(spec, dtype)
     weights.check_layout(plain, trace.weight_inputs(prefill.graph, spec))
     models = {}
-    for graph_file in graph_files(variants, quantised=quantisation is not None):
+    for graph_file in graph_files(variants, tensorrt=has_tensorrt(dtype, quantised=quantisation is not None)):
         model, places = traced[graph_file.kind].clone(), layout
         if quantisation is not None:
-            form: Literal["nbits", "portable"] = "portable" if graph_file.target == "portable" else "nbits"
             activations = quantisation.activations[graph_file.kind]
+            form = _FORMS.get(graph_file.target, "nbits")
             places = Quantiser(model, quantisation.recipe, layout, form, activations).run()
         _lower(model, graph_file)
         models[graph_file.key] = model, places
@@ -151,8 +160,9 @@ def check(path: Path, target: Target) -> None:
 
 def _register_schema() -> None:
     """The checker looks custom ops up in onnx's registry."""
-    if not onnx.defs.has(OP_NAME, DOMAIN):
-        onnx.defs.register_schema(custom_op.onnx_schema())
+    for schema in (custom_op.onnx_schema(), custom_op.linear_schema()):
+        if not onnx.defs.has(schema.name, DOMAIN):
+            onnx.defs.register_schema(schema)
 
 
 def _remove_unused_initializers(graph: ir.Graph) -> None:
