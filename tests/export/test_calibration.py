@@ -104,7 +104,7 @@ def test_what_is_no_text_to_calibrate_with_is_refused(
 def test_a_text_beyond_the_limit_is_refused_unread(checkpoint: Path, tmp_path: Path) -> None:
     with (tmp_path / "t").open("wb") as file:
         file.truncate(LIMITS["text"] + 1)
-    with pytest.raises(TextError, match="too large|larger"):
+    with pytest.raises(TextError, match="large"):
         export_bundle(checkpoint, tmp_path / "b", weight_format="int4", calibrate=tmp_path / "t")
 
 

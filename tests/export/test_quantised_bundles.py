@@ -181,7 +181,9 @@ def test_the_manifest_says_which_matrices_are_int8_and_why(made: Any) -> None:
     in_int8 = {name for name, kind in formats.items() if kind == "int8"}
     layers = {name for name in formats if name.startswith("layers.")}
     assert in_int8 == {"embed_tokens.weight", "lm_head.weight"} | {
-        name for name in layers if name.endswith("qkv.v.weight") or name.startswith("layers.1.mlp.")
+        name
+        for name in layers
+        if name.endswith(("qkv.v.weight", "dense.weight")) or name.startswith("layers.1.mlp.")
     }
     assert {rule["matrices"] for rule in said["kept_in_int8"]} >= {"lm_head.weight", "layers.1.mlp.*"}
     assert all(rule["reason"] for rule in said["kept_in_int8"])

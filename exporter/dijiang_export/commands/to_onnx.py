@@ -42,7 +42,7 @@ class ToOnnxArguments:
         click.option(
             "--weight-format", type=one_of(WeightFormat), default="float", show_default=True,
             help="How matrices are stored: as floats of that type, or quantised in blocks of 32. int4 keeps "
-            "the head, the embedding and the rows of v in int8.",
+            "the head, the embedding, v and dense in int8.",
         ),
     ]  # fmt: skip
     keep_int8: Annotated[

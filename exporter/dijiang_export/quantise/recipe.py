@@ -21,6 +21,10 @@ KEPT: tuple[tuple[str, str], ...] = (
         "int8 costs nothing measurable, and a step reads one row of it; tied, it is the head too",
     ),
     (f"layers.*.{V}", "what the state adds up are values: with the head, 4 bits cost most here"),
+    (
+        "layers.*.attention.dense.weight",
+        "it is small: per byte, 8 bits gain more here than anywhere else in a layer",
+    ),
     ("project_in.weight", "all tokens go through it, and it is small"),
     ("project_out.weight", "all logits go through it, and it is small"),
 )
