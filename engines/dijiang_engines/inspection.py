@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.formats.onnx_external import external_tensors
-from dijiang_engines.formats.quantisation import KEY, Quantisation
+from dijiang_engines.formats.quantised.manifest import KEY, Quantisation
 from dijiang_engines.formats.safe_files import LIMITS, open_regular
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.sizes import ITEM_BYTES, part_sizes, weight_bytes

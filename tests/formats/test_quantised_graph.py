@@ -15,7 +15,7 @@ from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.onnx_external import check_external_data
 from dijiang_engines.formats.onnx_graph import check_operators, read_graph
 from dijiang_engines.formats.onnx_shapes import infer_shapes
-from dijiang_engines.formats.quantised_graph import check_quantised
+from dijiang_engines.formats.quantised.graph import check_quantised
 from dijiang_engines.op_contract import linear_fields
 from dijiang_engines.weight_formats import Matrix
 

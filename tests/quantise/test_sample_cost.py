@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.paths import ROOT
 
-from dijiang_engines.formats.quantisation import QuantisationCost
+from dijiang_engines.formats.quantised.manifest import QuantisationCost
 from dijiang_engines.progress import silent
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint

@@ -27,7 +27,7 @@ from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.manifest import RETRY, WEIGHTS, GraphInfo, Manifest, read_manifest
 from dijiang_engines.formats.onnx_external import check_external_data
 from dijiang_engines.formats.opened_files import OpenedFiles
-from dijiang_engines.formats.quantisation import Quantisation
+from dijiang_engines.formats.quantised.manifest import Quantisation
 from dijiang_engines.formats.safe_files import LIMITS
 from dijiang_engines.weight_formats import Activations, Matrix
 

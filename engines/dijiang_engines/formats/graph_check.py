@@ -17,7 +17,7 @@ from dijiang_engines.formats.onnx_graph import (
     read_graph,
 )
 from dijiang_engines.formats.onnx_shapes import infer_shapes
-from dijiang_engines.formats.quantised_graph import check_quantised
+from dijiang_engines.formats.quantised.graph import check_quantised
 from dijiang_engines.op_contract import attributes_of, chunk_size
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.weight_formats import Matrix

@@ -10,7 +10,7 @@ from typing import Any
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.file_table import MANIFEST, REFERENCE, check_format, file_table
-from dijiang_engines.formats.quantisation import KEY, Quantisation, read_quantisation
+from dijiang_engines.formats.quantised.manifest import KEY, Quantisation, read_quantisation
 from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION, T_TYPES
 from dijiang_engines.sizes import weight_bytes

@@ -6,7 +6,7 @@ that say shapes (what Shape, and arithmetic on it and on constants, gives) are c
 elements than `most` allows, and a shape that depends on what the inputs hold, are errors.
 
 Rules: Operators.md of onnx@v1.23.0, opsets 17 and 21; com.microsoft::LinearAttention as
-exporter/dijiang_export/graph/body_ort.py describes it, MatMulNBits as `quantised_graph` does;
+exporter/dijiang_export/graph/body_ort.py describes it, MatMulNBits as `quantised.graph` does;
 DijiangAttention as docs/op-contract.md does.
 """
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from dijiang_engines.formats.quantisation import Quantisation
+    from dijiang_engines.formats.quantised.manifest import Quantisation
     from dijiang_engines.inspection import Inspection
 
 

@@ -181,7 +181,7 @@ def _describe(report: ExportReport) -> str:
 
 
 def _cost(report: ExportReport) -> list[str]:
-    from dijiang_engines.formats.quantisation import QuantisationCost
+    from dijiang_engines.formats.quantised.manifest import QuantisationCost
 
     cost = None if report.quantisation is None else report.quantisation["cost"]
     return [] if cost is None else [f"quantisation: {QuantisationCost(**cost).sentence}"]

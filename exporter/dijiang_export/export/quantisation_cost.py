@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dijiang_engines.formats.quantisation import QuantisationCost
+from dijiang_engines.formats.quantised.manifest import QuantisationCost
 from dijiang_engines.progress import ProgressFactory
 from dijiang_engines.sizes import part_sizes
 from dijiang_engines.spec import ModelSpec

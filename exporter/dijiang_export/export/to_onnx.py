@@ -14,7 +14,7 @@ from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.formats.file_table import CONFIG, MANIFEST, REFERENCE, file_entries
 from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.manifest import FORMAT, FORMAT_VERSION, QUANTISED_VERSION
-from dijiang_engines.formats.quantisation import KEY
+from dijiang_engines.formats.quantised.manifest import KEY
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
