@@ -19,11 +19,16 @@ from support.oracles.numpy_runner import NumpyRunner
 
 from dijiang_engines.errors import BundleError, CheckpointError, UsageError
 from dijiang_engines.formats.bundle import Bundle, open_bundle
+from dijiang_engines.inspection import step_bytes
 from dijiang_engines.runners import open_runner
 from dijiang_engines.validation.validate import validate
 from dijiang_engines.weight_formats import matrix_shapes
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
+from dijiang_export.cli import main
 from dijiang_export.export.to_onnx import export_bundle
+from dijiang_export.export.windows import WindowModel
+from dijiang_export.graph.weights import layout_of
+from dijiang_export.quantise.recipe import choose_recipe
 
 Array = npt.NDArray[Any]
 
@@ -349,3 +354,58 @@ def test_a_manifest_that_does_not_fit_is_refused(made: Any, tmp_path: Path, kind
     _, folder = made("neox", weight_format="int4")
     with pytest.raises(BundleError):
         open_bundle(damage(folder, tmp_path / "b", HOSTILE[kind]))
+
+
+def test_inspect_and_the_report_say_what_it_is_and_costs(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = made("llama-tied", weight_format="int4")
+    assert main(["inspect", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    manifest = json.loads((folder / "manifest.json").read_text())["quantisation"]
+    assert found["bundle"]["quantisation"] == manifest
+    bundle = open_bundle(folder)
+    of_layout = layout_of(bundle.spec, torch.float32, choose_recipe(bundle.spec, "int4"))
+    stored = sum(weight.nbytes for name, weight in of_layout.items() if name != "inv_freq")
+    assert found["to_run"]["int4"]["weight_bytes"] == stored < found["to_run"]["float16"]["weight_bytes"]
+    assert step_bytes(bundle.spec, "float32", bundle.quantised) == stored  # the tied head is read whole
+    cost = manifest["cost"]
+    assert cost["tokens"] >= 64 and cost["kl"] > 0 and "the float model wrote" in cost["text"]
+    for command in (
+        ["inspect", str(folder)],
+        ["validate", str(folder), "--report", str(tmp_path / "r.html")],
+    ):
+        assert main(command) == 0
+        capsys.readouterr()
+    page = (tmp_path / "r.html").read_text()
+    assert "Quantisation costs: perplexity" in page and "Tolerances of steps, resume" in page
+
+
+def test_the_cost_is_that_of_the_text_that_the_model_writes(made: Any) -> None:
+    """Written by NumPy's model from the same first tokens, both models' losses summed up here."""
+    checkpoint, folder = made("neox", weight_format="int4")
+    cost = open_bundle(folder).quantisation.cost
+    with open_checkpoint(checkpoint) as opened:
+        plain = WindowModel(opened, torch.float32)
+        first = np.random.default_rng(0).integers(0, 97, 32)
+        with torch.inference_mode():
+            rows, _ = plain.write(first, 32, 0, NoProgress())
+        weights = {k: v.double().numpy() for k, v in opened.load_state_dict(torch.float64).items()}
+        spec = opened.spec
+    losses = []
+    for parameters in (weights, weights | stored_weights(folder)):
+        oracle = NumpyRunner(spec, parameters, all_logits=True)
+        lens = np.full(32, 32)
+        logits = oracle.prefill(rows[:, :-1], np.zeros(32, np.int64), lens, oracle.new_state(32))
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses.append(logits)
+    kl = (np.exp(losses[0]) * (losses[0] - losses[1])).sum(-1).mean()
+    assert cost.kl == pytest.approx(kl, rel=1e-3) and cost.tokens == 1024
+    for found, logits in zip((cost.perplexity_float, cost.perplexity), losses, strict=True):
+        chosen = np.take_along_axis(logits, rows[:, 1:, None], -1)
+        assert found == pytest.approx(np.exp(-chosen.mean()), rel=1e-4)
+
+
+class NoProgress:
+    def advance(self, amount: float = 1) -> None:
+        pass
