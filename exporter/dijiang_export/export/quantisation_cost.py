@@ -24,9 +24,9 @@ from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.export.dequantised import DequantisedCheckpoint
 from dijiang_export.export.windows import STATE_BYTES, IntArray, WindowModel
 
-MOST_ROWS, MOST_TOKENS, LEAST_TOKENS = 32, 32, 8
+MOST_ROWS, MOST_TOKENS, LEAST_TOKENS = 32, 16, 6
 """Of the text that a model writes itself."""
-WRITTEN_PARAMETERS = 1 << 33
+WRITTEN_PARAMETERS = 1 << 31
 """Parameters times tokens a row: for each token all weights are read."""
 
 
