@@ -141,7 +141,7 @@ def _prepack(bundle: Bundle) -> Prepack:
     int8 products of floats read the weights as they lie."""
     if bundle.files[WEIGHTS].bytes >= 0.6 * available_memory():
         return "none"
-    return "all" if bundle.weight_format == "int4" else "step"
+    return "step" if bundle.weight_format == "float" else "all"
 
 
 def _lowering(wanted: Lowering, bundle: Bundle, name: str, version: str) -> str:
