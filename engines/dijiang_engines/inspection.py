@@ -6,7 +6,7 @@ Needs neither a runtime nor PyTorch. Sizes are in bytes, counts in elements, hal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,10 +16,12 @@ import numpy.typing as npt
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.formats.onnx_external import external_tensors
+from dijiang_engines.formats.quantised.manifest import KEY, Quantisation
 from dijiang_engines.formats.safe_files import LIMITS, open_regular
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.sizes import ITEM_BYTES, part_sizes, weight_bytes
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import Matrix
 
 CONTEXTS = (2048, 32768)
 """Token counts at which a state is compared with a KV cache."""
@@ -27,12 +29,17 @@ PREFILL_TOKENS = 2048
 """Length for which the working memory of a prefill is estimated, if the model allows it."""
 
 
-def step_bytes(spec: ModelSpec, dtype: str) -> int:
+def step_bytes(spec: ModelSpec, dtype: str, quantised: Mapping[str, Sequence[Matrix]] | None = None) -> int:
     """Bytes of weights that one decoding step must read: all but the embedding tables, of which it takes a
-    row each; a tied embedding is read as the head."""
-    parts = part_sizes(spec)
-    skipped = {"positions"} if spec.tied_embeddings else {"positions", "embedding"}
-    return sum(part.nbytes(dtype) for name, part in parts.items() if name not in skipped)
+    row each; a tied embedding is read as the head. `quantised`: what is, as of a `Model`."""
+    total, parts = weight_bytes(spec, dtype, quantised), part_sizes(spec)
+    if "positions" in parts:
+        total -= parts["positions"].nbytes(dtype)
+    if spec.tied_embeddings:
+        return total
+    if quantised is None:
+        return total - parts["embedding"].nbytes(dtype)
+    return total - sum(part.nbytes for part in quantised["embed_tokens.weight"])
 
 
 def kv_cache_bytes(spec: ModelSpec, tokens: int, item_bytes: int) -> int:
@@ -122,6 +129,8 @@ class Inspection:
     decay: tuple[LayerDecay, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
     """What only a bundle or only a checkpoint has."""
+    quantisation: Quantisation | None = None
+    """Of a bundle's weights, if they are."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -144,15 +153,12 @@ class Inspection:
                 "layers": [asdict(layer) for layer in self.decay],
             },
             "prefill_tokens": prefill,
-            "to_run": {
-                name: {
-                    "weight_bytes": weight_bytes(spec, name),
-                    "bytes_read_per_token": step_bytes(spec, name) + 2 * spec.state_bytes,
-                    "step_working_bytes_estimate": working_bytes(spec, name, 1),
-                    "prefill_working_bytes_estimate": working_bytes(spec, name, prefill),
-                }
-                for name in ITEM_BYTES
-            },
+            "to_run": {name: self._to_run(name, prefill) for name in ITEM_BYTES}
+            | (
+                {}
+                if self.quantisation is None
+                else {self.quantisation.weight_format: self._to_run(self.dtype, prefill, as_stored=True)}
+            ),
             "state": {
                 "bytes_per_sequence": spec.state_bytes,
                 "dtype": "float32",
@@ -173,6 +179,17 @@ class Inspection:
                 },
             },
             self.kind: dict(self.details),
+        }
+
+    def _to_run(self, dtype: str, prefill: int, *, as_stored: bool = False) -> dict[str, int]:
+        """What an export to `dtype` takes, or with its quantised weights this bundle."""
+        spec = self.spec
+        parts = self.quantisation.parts if as_stored and self.quantisation is not None else None
+        return {
+            "weight_bytes": weight_bytes(spec, dtype, parts),
+            "bytes_read_per_token": step_bytes(spec, dtype, parts) + 2 * spec.state_bytes,
+            "step_working_bytes_estimate": working_bytes(spec, dtype, 1),
+            "prefill_working_bytes_estimate": working_bytes(spec, dtype, prefill),
         }
 
 
@@ -197,7 +214,9 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
             "cases": bundle.cases,
             "tokenizer": bundle.tokenizer_path is not None,
             "created_by": bundle.manifest.get("created_by"),
-        },
+        }
+        | ({} if bundle.quantisation is None else {KEY: bundle.manifest[KEY]}),
+        quantisation=bundle.quantisation,
     )
 
 

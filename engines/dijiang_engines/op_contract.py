@@ -124,6 +124,27 @@ CONSTANTS = frozenset(formal.name for formal in INPUTS if "B" not in formal.dims
 """Inputs that are the same in every call, float32 in models of every type."""
 
 
+LINEAR_NAME = "DijiangLinear"
+_STORED = {"int8": 3, "int4": 4}
+
+
+def linear_fields(weight_format: str, dtype: int) -> dict[str, list[int] | list[float] | str]:
+    """The attributes of a node DijiangLinear of a bundle's graph: one product of a matrix as it is stored.
+
+    Inputs are x T [B, L, K], the elements as int32 [N, K/32, 8 or 4] and the scales float16 [N, K/32].
+    `build-engine` packs such nodes and fuses what is around them: docs/tensorrt-plugin.md.
+
+    Args:
+        weight_format: int8 or int4.
+        dtype: T: 1 float16, 2 bfloat16.
+    """
+    zeros = ("term_output", "term_bias", "output_activation", "output_norm", "output_norm_bias")
+    fields: dict[str, list[int] | list[float] | str] = {name: [0] for name in zeros}
+    fields |= {"output_epsilon": [0.0], "output_residual": [0], "dtype": [dtype]}
+    fields |= {"term_weight_format": [_STORED[weight_format]], "output_width": [0]}
+    return fields | dict(zip(PLUGIN_ATTRIBUTES, ("1", DOMAIN), strict=True))
+
+
 def attributes_of(spec: ModelSpec) -> Attributes:
     """The attributes of every node of a model."""
     return Attributes(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import Matrix
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -50,6 +52,15 @@ def part_sizes(spec: ModelSpec) -> dict[str, PartSize]:
     return {name: size for name, size in parts.items() if size.count or size.wide}
 
 
-def weight_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of all weights in a bundle of `dtype`."""
-    return sum(part.nbytes(dtype) for part in part_sizes(spec).values())
+def weight_bytes(spec: ModelSpec, dtype: str, quantised: Mapping[str, Sequence[Matrix]] | None = None) -> int:
+    """Bytes of all weights in a bundle of `dtype`.
+
+    Args:
+        spec: the model.
+        dtype: of what is not quantised.
+        quantised: canonical name -> stored matrices of what is.
+    """
+    total = sum(part.nbytes(dtype) for part in part_sizes(spec).values())
+    for matrix in (one for parts in (quantised or {}).values() for one in parts):
+        total += matrix.nbytes - matrix.rows * matrix.columns * ITEM_BYTES[dtype]
+    return total

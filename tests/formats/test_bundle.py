@@ -157,7 +157,7 @@ def test_a_manifest_that_is_a_link_is_refused(toy: Toy) -> None:
         ('{"format": ' + "9" * 10_000 + "}", "manifest.json"),
         ("{}", "not a bundle's"),
         ('{"format": "other"}', "not a bundle's"),
-        ('{"format": "dijiang-bundle", "format_version": 2}', "update dijiang-export"),
+        ('{"format": "dijiang-bundle", "format_version": 3}', "update dijiang-export"),
         ('{"format": "dijiang-bundle", "format_version": "1"}', "format version"),
         ('{"format": "dijiang-bundle", "format_version": true}', "format version"),
         ('{"format": "dijiang-bundle", "format_version": 1}', "dtype"),

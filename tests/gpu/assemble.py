@@ -47,7 +47,7 @@ def main() -> int:
         with open_checkpoint(source) as checkpoint:
             layout = weights.layout_of(checkpoint.spec, dtype)
             extra = {"inv_freq": inverse_frequencies(checkpoint.spec)}
-            weights.write(target / WEIGHTS, layout, checkpoint, extra, lambda _: None)
+            weights.write(target / WEIGHTS, layout, checkpoint, extra, on_bytes=lambda _: None)
             print(f"weights after {time.perf_counter() - start:.1f} s", flush=True)
             record_cases(checkpoint, dtype, target / REFERENCE, cases)
     with (target / WEIGHTS).open("rb") as file:

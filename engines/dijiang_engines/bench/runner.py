@@ -10,7 +10,7 @@ Where a runner `TimesSteps` or `CountsMemory` (runners/base.py), the GPU's own t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,6 +25,7 @@ from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.runners.base import CountsMemory, IntArray, Runner, State, TimesSteps
 from dijiang_engines.sizes import weight_bytes
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
+from dijiang_engines.weight_formats import Matrix
 
 PREFILL_LENGTHS = (128, 512, 2048)
 BATCHES = (1, 2, 4, 8)
@@ -44,6 +45,7 @@ def bench_runner(
     runner: Runner,
     dtype: str,
     *,
+    quantised: Mapping[str, Sequence[Matrix]] | None = None,
     lengths: Sequence[int] = PREFILL_LENGTHS,
     batches: Sequence[int] = BATCHES,
     positions: Sequence[int] = (NEAR, FAR),
@@ -57,7 +59,8 @@ def bench_runner(
 
     Args:
         runner: what is measured.
-        dtype: the bundle's, for the number of bytes that a step reads.
+        dtype: the bundle's, and
+        quantised: which of its matrices are: for the number of bytes that a step reads.
         lengths: of prefills. Those of one row are all measured, those of more rows (`batches`) where all
             rows together have no more tokens than the longest of one row. What the model cannot hold is
             left out.
@@ -117,8 +120,8 @@ def bench_runner(
     return BenchReport(
         runner=runner.name,
         dtype=dtype,
-        weight_bytes=weight_bytes(spec, dtype),
-        step_bytes=step_bytes(spec, dtype),
+        weight_bytes=weight_bytes(spec, dtype, quantised),
+        step_bytes=step_bytes(spec, dtype, quantised),
         state_bytes=spec.state_bytes,
         load_seconds=load,
         prefill=tuple(prefills),

@@ -16,7 +16,7 @@ docs/bundle-format.md describes the format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,7 +27,9 @@ from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.manifest import RETRY, WEIGHTS, GraphInfo, Manifest, read_manifest
 from dijiang_engines.formats.onnx_external import check_external_data
 from dijiang_engines.formats.opened_files import OpenedFiles
+from dijiang_engines.formats.quantised.manifest import Quantisation
 from dijiang_engines.formats.safe_files import LIMITS
+from dijiang_engines.weight_formats import Activations, Matrix
 
 
 class Bundle(Model):
@@ -35,6 +37,7 @@ class Bundle(Model):
 
     Attributes:
         graphs: name ("prefill", "step", "prefill_trt", ...) -> GraphInfo; and those of `Model`.
+        quantisation: of the weights; None if they are floats.
     """
 
     wording = Wording(
@@ -51,6 +54,7 @@ class Bundle(Model):
             spec=manifest.spec, files=manifest.files, cases=manifest.cases, identity=identity,
         )  # fmt: skip
         self.graphs: Mapping[str, GraphInfo] = MappingProxyType(manifest.graphs)
+        self.quantisation: Quantisation | None = manifest.quantisation
 
     @property
     def name(self) -> str:
@@ -59,12 +63,33 @@ class Bundle(Model):
         name = source.get("name") if isinstance(source, dict) else None
         return name if isinstance(name, str) and name else self.path.name
 
+    @property
+    def quantised(self) -> Mapping[str, Sequence[Matrix]] | None:
+        """As of every `Model`."""
+        return None if self.quantisation is None else self.quantisation.parts
+
+    @property
+    def weight_format(self) -> str:
+        """As of every `Model`."""
+        return "float" if self.quantisation is None else self.quantisation.weight_format
+
+    @property
+    def activations(self) -> Mapping[str, Activations] | None:
+        """As of every `Model`."""
+        return None if self.quantisation is None else self.quantisation.activations
+
     def graph_path(self, name: str) -> Path:
         """The file of graph `name`.
 
         Raises:
             BundleError: the bundle has no such graph.
         """
+        if name not in self.graphs and self.quantisation is not None and name.endswith("_trt"):
+            raise BundleError(
+                f"the bundle {self.path} has no graphs for TensorRT",
+                got=f"{self.quantisation.weight_format} weights with float32 activations",
+                hint="ONNX Runtime runs it; for TensorRT export with `--dtype float16`",
+            )
         if name not in self.graphs:
             raise BundleError(
                 f"the bundle {self.path} has no graph {name!r}",
@@ -83,7 +108,10 @@ class Bundle(Model):
         data = self.opened.read(name, LIMITS["graph"])
         try:
             check_external_data(data, location=WEIGHTS, file_bytes=self.files[WEIGHTS].bytes)
-            check_graph(data, name, self.spec, step=self._is_step(name), all_logits=self.all_logits)
+            check_graph(
+                data, name, self.spec, step=self._is_step(name), all_logits=self.all_logits,
+                quantised=self.quantised,
+            )  # fmt: skip
         except BundleError as error:
             error.args = (f"{name}: {error.what}",)
             error.what = f"{name}: {error.what}"

@@ -210,7 +210,7 @@ def write_engine_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _check_header(raw: dict[str, Any]) -> None:
-    check_format(raw, "engine", FORMAT, FORMAT_VERSION, source=ENGINE_MANIFEST, again=REBUILD)
+    check_format(raw, "engine", FORMAT, (FORMAT_VERSION,), source=ENGINE_MANIFEST, again=REBUILD)
     for key, allowed in (("dtype", T_TYPES), ("logits", ("last", "all")), ("layout", tuple(LAYOUTS))):
         if raw.get(key) not in allowed:
             raise _bad(key, " | ".join(allowed))

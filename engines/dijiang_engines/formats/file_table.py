@@ -29,14 +29,15 @@ class FileInfo:
 
 
 def check_format(
-    manifest: dict[str, Any], kind: str, format_: str, version: int, *, source: str, again: str
+    manifest: dict[str, Any], kind: str, format_: str, versions: Sequence[int], *, source: str, again: str
 ) -> None:
     """A manifest is of this kind of folder, and of the version that is read here.
 
     Args:
         manifest: the JSON object.
         kind: "bundle" or "engine", for messages.
-        format_, version: what `format` and `format_version` must be.
+        format_: what `format` must be.
+        versions: what `format_version` may be.
         source: name of the manifest's file.
         again: what to do about an older version.
 
@@ -48,12 +49,12 @@ def check_format(
         article = "an" if kind[0] in "aeiou" else "a"
         raise BundleError(f"{source} is not {article} {kind}'s", got=repr(found)[:80], expected=repr(format_))
     number = manifest.get("format_version")
-    if number != version or isinstance(number, bool):
-        newer = isinstance(number, int) and number > version
+    if number not in versions or isinstance(number, (bool, float)):
+        newer = isinstance(number, int) and number > max(versions)
         raise BundleError(
             f"the {kind} has a format version that this program does not know",
             got=repr(number)[:80],
-            expected=version,
+            expected=" or ".join(map(str, versions)),
             hint="update dijiang-export" if newer else again,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from dijiang_engines.formats.file_table import CONFIG, REFERENCE, TOKENIZER, Fil
 from dijiang_engines.formats.opened_files import OpenedFiles
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import Activations, Matrix
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,21 @@ class Model(ABC):
     @abstractmethod
     def name(self) -> str:
         """Of the model, for people."""
+
+    @property
+    def quantised(self) -> Mapping[str, Sequence[Matrix]] | None:
+        """Canonical name -> stored matrices of what is quantised; None: nothing is."""
+        return None
+
+    @property
+    def weight_format(self) -> str:
+        """float, int8 or int4."""
+        return "float"
+
+    @property
+    def activations(self) -> Mapping[str, Activations] | None:
+        """What products of quantised matrices multiply with, for "prefill" and "step"; None: none are."""
+        return None
 
     @property
     def all_logits(self) -> bool:

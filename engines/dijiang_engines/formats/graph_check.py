@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.manifest import graph_io
 from dijiang_engines.formats.onnx_graph import (
     LINEAR_ATTENTION,
     PLUGIN,
+    PORTABLE,
     Graph,
     Operator,
     check_operators,
     read_graph,
 )
 from dijiang_engines.formats.onnx_shapes import infer_shapes
+from dijiang_engines.formats.quantised.graph import check_quantised
 from dijiang_engines.op_contract import attributes_of, chunk_size
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import Matrix
 
 PREFILLS = ((1, 1), (2, 300), (3, 20_000))
 STEPS = ((1, 1), (3, 1), (5000, 1))
@@ -29,7 +34,15 @@ _SLACK = 4
 _LEAST = 1 << 16
 
 
-def check_graph(model: bytes, file: str, spec: ModelSpec, *, step: bool, all_logits: bool) -> None:
+def check_graph(
+    model: bytes,
+    file: str,
+    spec: ModelSpec,
+    *,
+    step: bool,
+    all_logits: bool,
+    quantised: Mapping[str, Sequence[Matrix]] | None = None,
+) -> None:
     """Check a graph whose external data has been checked.
 
     Args:
@@ -38,14 +51,21 @@ def check_graph(model: bytes, file: str, spec: ModelSpec, *, step: bool, all_log
         spec: of the model.
         step: a graph for one token of each row.
         all_logits: it returns logits of every token.
+        quantised: canonical name -> stored matrices, of a bundle with quantised weights.
 
     Raises:
         BundleError: it is malformed, uses what bundles' graphs do not, makes larger values than a model of
             this geometry has use for, or returns others than the contract says.
     """
     graph = read_graph(model)
-    check_operators(graph, file, spec.num_layers)
+    check_operators(graph, file, spec.num_layers, quantised=quantised is not None)
     _check_attributes(graph, spec)
+    largest = 0
+    if quantised is not None:
+        stored = [matrix for parts in quantised.values() for matrix in parts]
+        check_quantised(graph, stored)
+        if file.endswith(PORTABLE):  # its products are of matrices that it makes
+            largest = max(matrix.rows * matrix.columns for matrix in stored)
     infos = graph_io(spec, step=step, all_logits=all_logits)
     for batch, length in STEPS if step else PREFILLS:
         sizes = {io_names.BATCH_DIM: batch, io_names.SEQUENCE_DIM: length}
@@ -58,7 +78,7 @@ def check_graph(model: bytes, file: str, spec: ModelSpec, *, step: bool, all_log
             raise BundleError("an input of a graph is a constant too", got=repr(min(shadowed)[:80]))
         if set(graph.outputs) != set(outputs):
             raise BundleError("a graph has other outputs than the manifest says")
-        shapes = infer_shapes(graph, inputs, most_elements(spec, batch, length))
+        shapes = infer_shapes(graph, inputs, max(most_elements(spec, batch, length), largest))
         for name, shape in outputs.items():
             if shapes.get(name) != shape:
                 raise BundleError(

@@ -10,6 +10,7 @@ from typing import Any
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.file_table import MANIFEST, REFERENCE, check_format, file_table
+from dijiang_engines.formats.quantised.manifest import KEY, Quantisation, read_quantisation
 from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION, T_TYPES
 from dijiang_engines.sizes import weight_bytes
@@ -17,6 +18,9 @@ from dijiang_engines.spec import ModelSpec
 
 FORMAT = "dijiang-bundle"
 FORMAT_VERSION = 1
+"""Of bundles whose weights are floats,"""
+QUANTISED_VERSION = 2
+"""and of those with quantised ones, which a reader that knows only the first refuses."""
 WEIGHTS = "weights.data"
 
 MAX_GRAPHS = 64
@@ -90,6 +94,7 @@ class Manifest:
         files: name -> FileInfo, every file but the manifest.
         graphs: name -> GraphInfo.
         cases: names of the recorded cases, None without a reference file.
+        quantisation: of the weights, None if they are floats.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -100,6 +105,9 @@ class Manifest:
         self.spec = ModelSpec.from_json(raw.get("spec", {}))
         self.dtype: str = raw["dtype"]
         self.logits: str = raw["logits"]
+        self.quantisation: Quantisation | None = None
+        if raw["format_version"] == QUANTISED_VERSION:
+            self.quantisation = read_quantisation(raw.get(KEY), self.spec, MANIFEST)
         self.files = file_table(raw, (WEIGHTS,), source=MANIFEST, hint=RETRY)
         self._check_weights()  # before anything is made in proportion to the spec
         self.graphs = self._graph_table()
@@ -107,7 +115,9 @@ class Manifest:
         self.cases: list[str] | None = None if reference is None else list(reference["cases"])
 
     def _check_weights(self) -> None:
-        needed, there = weight_bytes(self.spec, self.dtype), self.files[WEIGHTS].bytes
+        quantised = self.quantisation
+        parts = None if quantised is None else quantised.parts
+        needed, there = weight_bytes(self.spec, self.dtype, parts), self.files[WEIGHTS].bytes
         if needed > there:
             raise BundleError(
                 f"the manifest's model spec has more parameters than {WEIGHTS} has room for",
@@ -164,7 +174,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_header(manifest: dict[str, Any]) -> None:
     again = "export the checkpoint again"
-    check_format(manifest, "bundle", FORMAT, FORMAT_VERSION, source=MANIFEST, again=again)
+    versions = (FORMAT_VERSION, QUANTISED_VERSION)
+    check_format(manifest, "bundle", FORMAT, versions, source=MANIFEST, again=again)
+    if (manifest["format_version"] == QUANTISED_VERSION) != (KEY in manifest):
+        raise _bad_manifest(KEY, f"a value with format_version {QUANTISED_VERSION}, and none with another")
     if manifest.get("dtype") not in T_TYPES:
         raise _bad_manifest("dtype", " | ".join(T_TYPES))
     if manifest.get("logits") not in ("last", "all"):

@@ -14,6 +14,7 @@ The field numbers are those of onnx/onnx.proto (onnx@v1.23.0), which never chang
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dijiang_engines.errors import BundleError
@@ -40,8 +41,11 @@ _CHILDREN: dict[str, dict[int, str]] = {
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 13, 14
 _LOCATION_EXTERNAL = 1
 
-# TensorProto.DataType -> bytes of one element, for the types that weights come in.
-ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+UINT8, UINT4 = 2, 21  # TensorProto.DataType
+# TensorProto.DataType -> bits of one element, for the types that weights come in.
+ITEM_BITS = {
+    1: 32, UINT8: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, UINT4: 4,
+}  # fmt: skip
 
 _KEYS = ("location", "offset", "length", "checksum")
 
@@ -121,15 +125,13 @@ def check_external_data(model: bytes, *, location: str, file_bytes: int) -> list
                 got=f"bytes {tensor.offset} to {tensor.offset + tensor.length}",
                 expected=f"at most {file_bytes} bytes",
             )
-        item = ITEM_BYTES.get(tensor.data_type)
-        if item is None:
+        bits = ITEM_BITS.get(tensor.data_type)
+        if bits is None:
             raise BundleError(
                 f"tensor {tensor.name!r} has an element type that weights do not come in",
                 got=f"TensorProto.DataType {tensor.data_type}",
             )
-        size = item
-        for dim in tensor.dims:
-            size *= dim
+        size = -(-bits * math.prod(tensor.dims) // 8)
         if size != tensor.length:
             raise BundleError(
                 f"tensor {tensor.name!r} has another length than its shape",

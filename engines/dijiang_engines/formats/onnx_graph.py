@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.onnx_external import ITEM_BYTES, MAX_RANK
+from dijiang_engines.formats.onnx_external import ITEM_BITS, MAX_RANK
 from dijiang_engines.formats.onnx_wire import VARINT, as_bytes, as_int, fields, packed
-from dijiang_engines.op_contract import DOMAIN, OP_NAME
+from dijiang_engines.op_contract import DOMAIN, LINEAR_NAME, OP_NAME
 
 Operator = tuple[str, str]
 """(domain, type); ONNX's own domain is empty."""
@@ -42,6 +42,27 @@ OPERATORS: Mapping[str, frozenset[Operator]] = MappingProxyType(
     {".trt.onnx": STANDARD | {PLUGIN}, ".ort.onnx": STANDARD | {LINEAR_ATTENTION}, ".onnx": STANDARD}
 )
 """By the end of a graph's file name, the first that fits: what its nodes may be."""
+LINEAR: Operator = (DOMAIN, LINEAR_NAME)
+MATMUL_NBITS: Operator = ("com.microsoft", "MatMulNBits")
+DEQUANTIZE: Operator = ("", "DequantizeLinear")
+PORTABLE = ".portable.onnx"
+
+
+def operators(file: str, quantised: bool) -> frozenset[Operator]:
+    """What the nodes of a bundle's graph may be.
+
+    Args:
+        file: its file's name; the end of it says which runtime the graph is for.
+        quantised: the bundle's weights are. Then a product is MatMulNBits, for TensorRT DijiangLinear, and in
+            a portable graph, which is for any runtime, DequantizeLinear before a MatMul.
+    """
+    allowed = next(some for end, some in OPERATORS.items() if file.endswith(end))
+    if not quantised:
+        return allowed
+    if file.endswith(PORTABLE):
+        return allowed | {DEQUANTIZE}
+    return allowed | {LINEAR if PLUGIN in allowed else MATMUL_NBITS}
+
 
 MAX_NODES_PER_LAYER = 256
 """The largest of the exporter, prefill with trained tables, have about 130, and 50 around the layers."""
@@ -49,7 +70,7 @@ KEPT_VALUES = 4096
 """Integers of a constant that are read; longer ones never say a shape."""
 
 _INT32, _INT64 = 6, 7  # TensorProto.DataType
-Attribute = int | float | str | tuple[int, ...]
+Attribute = int | float | str | tuple[int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -121,18 +142,19 @@ def read_graph(model: bytes) -> Graph:
     return Graph(tuple(nodes), constants, tuple(names[11]), tuple(names[12]))
 
 
-def check_operators(graph: Graph, file: str, layers: int) -> None:
+def check_operators(graph: Graph, file: str, layers: int, *, quantised: bool = False) -> None:
     """Refuse what the exporter never writes.
 
     Args:
         graph: of a bundle.
-        file: its file's name; the end of it says which runtime the graph is for.
+        file: its file's name, and
+        quantised: whether the bundle's weights are: as for `operators`.
         layers: of the model.
 
     Raises:
         BundleError: an operator that is not in the list, or too many nodes.
     """
-    allowed = next(operators for end, operators in OPERATORS.items() if file.endswith(end))
+    allowed = operators(file, quantised)
     for node in graph.nodes:
         if node.operator not in allowed:
             domain, kind = node.operator
@@ -173,7 +195,7 @@ def _node(message: memoryview) -> Node:
 def _attribute(message: memoryview) -> tuple[str, Attribute]:
     name = ""
     single: Attribute | None = None
-    many: list[int] = []
+    many: list[int | float] = []
     for number, wire, value in fields(message):
         if number == 1:
             name = _text(as_bytes(wire, value))
@@ -183,6 +205,8 @@ def _attribute(message: memoryview) -> tuple[str, Attribute]:
             single = _signed(as_int(wire, value))
         elif number == 4:
             single = _text(as_bytes(wire, value))
+        elif number == 7 and isinstance(value, memoryview) and len(value) % 4 == 0:
+            many += struct.unpack(f"<{len(value) // 4}f", value)
         elif number == 8:
             many += [_signed(v) for v in ([value] if isinstance(value, int) else packed(wire, value))]
         elif number not in (13, 20):  # doc_string, type
@@ -206,7 +230,7 @@ def _constant(message: memoryview) -> tuple[str, Constant]:
             name = _text(as_bytes(wire, value))
         elif number == 9:
             raw = as_bytes(wire, value)
-    if data_type not in ITEM_BYTES:
+    if data_type not in ITEM_BITS:
         raise BundleError(
             f"constant {name[:80]!r} has an element type that models have no use for", got=data_type
         )

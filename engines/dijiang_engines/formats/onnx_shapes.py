@@ -5,8 +5,9 @@ product. Here a graph is walked for one size of call, without its weights: shape
 that say shapes (what Shape, and arithmetic on it and on constants, gives) are computed. A value with more
 elements than `most` allows, and a shape that depends on what the inputs hold, are errors.
 
-Rules: Operators.md of onnx@v1.23.0, opset 17; com.microsoft::LinearAttention as
-exporter/dijiang_export/graph/body_ort.py describes it; DijiangAttention as docs/op-contract.md does.
+Rules: Operators.md of onnx@v1.23.0, opsets 17 and 21; com.microsoft::LinearAttention as
+exporter/dijiang_export/graph/body_ort.py describes it, MatMulNBits as `quantised.graph` does;
+DijiangAttention as docs/op-contract.md does.
 """
 
 from __future__ import annotations
@@ -21,8 +22,18 @@ import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.onnx_external import MAX_RANK
-from dijiang_engines.formats.onnx_graph import KEPT_VALUES, LINEAR_ATTENTION, PLUGIN, Graph, Node
+from dijiang_engines.formats.onnx_graph import (
+    DEQUANTIZE,
+    KEPT_VALUES,
+    LINEAR,
+    LINEAR_ATTENTION,
+    MATMUL_NBITS,
+    PLUGIN,
+    Graph,
+    Node,
+)
 from dijiang_engines.op_contract import INPUTS
+from dijiang_engines.weight_formats import BLOCK
 
 _INPUTS = [formal.name for formal in INPUTS]
 
@@ -305,6 +316,20 @@ def _transpose(call: _Call) -> list[Value]:
     return [Value(tuple(shape[axis] for axis in order))]
 
 
+def _matmul_nbits(call: _Call) -> list[Value]:
+    x, inner = call[0].shape, call.attribute("K")
+    if len(x) < 2 or x[-1] != inner:
+        raise _Unknown(f"{x} has not {inner} columns")
+    return [Value((*x[:-1], *_sizes([call.attribute("N")])))]
+
+
+def _linear(call: _Call) -> list[Value]:
+    x, weight = call[0].shape, call[1].shape
+    if len(x) < 2 or len(weight) != 3 or x[-1] != BLOCK * weight[1]:
+        raise _Unknown(f"no product of {x} and {weight}")
+    return [Value((*x[:-1], weight[0]))]
+
+
 def _linear_attention(call: _Call) -> list[Value]:
     return [Value(call[2].shape), Value(call[3].shape)]  # o as v, the state as the state
 
@@ -375,6 +400,9 @@ _RULES: dict[tuple[str, str], Callable[[_Call], list[Value]]] = {
     ("", "Squeeze"): _squeeze,
     ("", "Transpose"): _transpose,
     ("", "Unsqueeze"): _unsqueeze,
+    DEQUANTIZE: _same,
+    MATMUL_NBITS: _matmul_nbits,
+    LINEAR: _linear,
     LINEAR_ATTENTION: _linear_attention,
     PLUGIN: _dijiang_attention,
 }  # fmt: skip

@@ -19,8 +19,8 @@ the first N layers the state after each row, summed over its features:
     embedding.positions   int64 [B]
     embedding.values.{i}  float32 [B, H, d]    i < N
 
-Metadata: format "dijiang-reference", version "1", cases (a JSON list), compute_dtype; rounding_cost (JSON,
-`rounding_cost`) and embedding (N), both absent from older files.
+Metadata: format "dijiang-reference", version "1", cases (a JSON list), compute_dtype; rounding_cost and
+rounding_cost_int8 (JSON, `rounding_cost`) and embedding (N), all absent from older files.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import BundleError
+from dijiang_engines.formats.rounding_cost import INT8_KEY, RoundingCost, read_rounding_cost
 from dijiang_engines.formats.rounding_cost import KEY as COST_KEY
-from dijiang_engines.formats.rounding_cost import RoundingCost, read_rounding_cost
 from dijiang_engines.formats.safe_files import parse_json
 from dijiang_engines.spec import ModelSpec
 
@@ -136,6 +136,7 @@ class Reference:
         cases: name -> ReferenceCase, in recorded order.
         compute_dtype: "float32" or "float64": what the reference computed in.
         rounding_cost: what rounding to the bundle's type costs the model; None in older files.
+        rounding_cost_int8: what it costs with activations in int8; None without quantised weights.
         embedding: the case with every row of the embedding; None without `--cases full` and in older files.
     """
 
@@ -179,6 +180,9 @@ class Reference:
         self.rounding_cost: RoundingCost | None = None
         if COST_KEY in metadata:
             self.rounding_cost = read_rounding_cost(metadata[COST_KEY], str(path), spec.num_layers)
+        self.rounding_cost_int8: RoundingCost | None = None
+        if INT8_KEY in metadata:
+            self.rounding_cost_int8 = read_rounding_cost(metadata[INT8_KEY], str(path), spec.num_layers)
         names = parse_json(metadata.get("cases", "").encode(), f"the list of cases in {path}")
         if not isinstance(names, list) or len(names) > MAX_CASES or len(set(map(str, names))) != len(names):
             raise BundleError(f"{path} has a bad list of cases")

@@ -10,7 +10,9 @@ In the metadata of reference.safetensors, key `rounding_cost`, as JSON:
      "logits": {"error": 1e-4, "cosine_distance": 1e-9, "kl": 1e-9},
      "state": [{"error": 1e-5, "cosine_distance": 1e-10}, ...]}                       one for each layer
 
-Units are those of the table of tolerances: of all recorded marks the largest.
+Units are those of the table of tolerances: of all recorded marks the largest. Key `rounding_cost_int8` has
+the same, measured with activations rounded to int8 before each product of a quantised matrix: what some
+runtimes' steps do with quantised weights.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dijiang_engines.formats.safe_files import parse_json
 from dijiang_engines.op_contract import T_TYPES
 
 KEY = "rounding_cost"
+INT8_KEY = "rounding_cost_int8"
 VERSION = 1
 
 

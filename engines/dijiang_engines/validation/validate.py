@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from dijiang_engines.validation.replay_rows import RowsReplayer
 from dijiang_engines.validation.seen_rows import SeenRows, Share
 from dijiang_engines.validation.series import ReplayResult, Summary
 from dijiang_engines.validation.tolerances import Bounds, Quantity, scale_of
+from dijiang_engines.weight_formats import Activations
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_FAILURES", "ReplayResult", "Report", "Skipped", "validate"]
 
 QUANTITIES: tuple[Quantity, ...] = ("logits", "state", "padding")
+STEPPED = ("steps", "resume")
+"""Replays that end in steps."""
 MAX_FAILURES = 100
 """Failed checks that a report keeps in full; it counts all of them."""
 
@@ -58,11 +61,24 @@ class Report:
     """Rows of the tokens' embedding that the replayed cases read."""
     position_rows: Share | None = None
     """Rows of the positions' embedding that they read; None if the model has none."""
+    step_bounds: Bounds | None = None
+    """What replays with steps were judged by, if by others than the rest."""
+    prefill_activations: Activations = "float"
+    """Of products of quantised matrices in a prefill."""
 
     @property
     def bounds(self) -> Bounds:
-        """What everything was judged by."""
-        return Bounds(self.dtype, self.rounding_cost)
+        """What everything was judged by, but for what `step_bounds` says."""
+        return Bounds(self.dtype, self.rounding_cost, self.prefill_activations)
+
+    def bounds_of(self, replay: str) -> Bounds:
+        """What one replay was judged by."""
+        return self.step_bounds if self.step_bounds is not None and replay in STEPPED else self.bounds
+
+    @property
+    def widest(self) -> Bounds:
+        """The bounds that allow most."""
+        return self.step_bounds or self.bounds
 
     @property
     def drift(self) -> tuple[Drift, ...]:
@@ -126,7 +142,8 @@ class Report:
             "runner": self.runner,
             "dtype": self.dtype,
             "tolerances": {q: asdict(self.bounds.widest(q)) for q in QUANTITIES},
-            "tolerances_from": None if self.rounding_cost is None else self._tolerances_from(),
+            "tolerances_from": None if self.rounding_cost is None else _tolerances_from(self.bounds),
+            **self._of_steps(),
             "embedding_rows": None if self.embedding_rows is None else asdict(self.embedding_rows),
             "position_rows": None if self.position_rows is None else asdict(self.position_rows),
             "results": [asdict(result) | {"passed": result.passed} for result in self.results],
@@ -136,14 +153,13 @@ class Report:
             "drift": [asdict(found) | {"sentence": found.sentence} for found in self.drift],
         }
 
-    def _tolerances_from(self) -> dict[str, Any]:
-        assert self.rounding_cost is not None
-        layers = range(len(self.rounding_cost.layers))
+    def _of_steps(self) -> dict[str, Any]:
+        bounds = self.step_bounds
+        if bounds is None:
+            return {}
         return {
-            "rounding_cost": self.rounding_cost.to_json(),
-            "scale": asdict(scale_of(self.dtype)),
-            "at_ceiling": self.bounds.at_ceiling,
-            "state_max_error": [self.bounds.state(layer).max_error for layer in layers],
+            "step_tolerances": {q: asdict(bounds.widest(q)) for q in QUANTITIES},
+            "step_tolerances_from": None if bounds.cost is None else _tolerances_from(bounds),
         }
 
     def table(self) -> Table:
@@ -156,6 +172,7 @@ class Report:
             f"Errors are relative: logits in standard deviations of the case's (at most {bound:.2g}), "
             f"states in units of the head's largest value (at most {state_bound:.2g}).",
             self.bounds.sentence,
+            *([] if self.step_bounds is None else [f"{', '.join(STEPPED)}: {self.step_bounds.sentence}"]),
             *self.coverage,
             *(found.sentence for found in self.drift),
             *self.left_out,
@@ -188,6 +205,7 @@ def validate(
     reference: Reference,
     *,
     dtype: str = "float32",
+    activations: Mapping[str, Activations] | None = None,
     cases: Sequence[str] | None = None,
     replays: Sequence[str] | None = None,
     progress: ProgressFactory = silent,
@@ -197,7 +215,8 @@ def validate(
     Args:
         runner: any runner; only the protocol is used.
         reference: `Bundle.reference()`.
-        dtype: the bundle's, which chooses the tolerances.
+        dtype: the bundle's, which chooses the tolerances together with
+        activations: of products of quantised matrices, for "prefill" and "step"; None for float weights.
         cases: names of recorded cases; default all.
         replays: names from `replay.REPLAYS`; default all that make sense for a case.
         progress: for the runner's calls.
@@ -209,15 +228,10 @@ def validate(
     """
     chosen = _replays(replays)
     names = _cases(reference, cases)
-    cost = reference.rounding_cost
-    if cost is not None and cost.dtype != dtype:
-        raise BundleError(
-            f"the rounding cost in {reference.path} was measured for another type than the bundle's",
-            got=cost.dtype,
-            expected=dtype,
-            hint="export the checkpoint again",
-        )
-    bounds = Bounds(dtype, cost)
+    prefill = (activations or {}).get("prefill", "float")
+    of_step = (activations or {}).get("step", "float")
+    bounds = _bounds(reference, dtype, prefill)
+    step_bounds = None if of_step == prefill else _bounds(reference, dtype, of_step)
     results: list[ReplayResult] = []
     failures: list[Check] = []
     skipped: list[Skipped] = []
@@ -232,14 +246,8 @@ def validate(
 
     seen = SeenRows(runner.spec)
     for name in names:
-        case: ReferenceCase | EmbeddingCase
-        replayer: RowsReplayer | EmbeddingReplayer
-        if name == EMBEDDING and reference.embedding is not None:
-            case = reference.embedding
-            replayer = EmbeddingReplayer(runner, case, bounds)
-        else:
-            case = reference.cases[name]
-            replayer = RowsReplayer(runner, case, bounds)
+        case, replayer = _replayer(runner, reference, name, bounds)
+        stepper = replayer if step_bounds is None else _replayer(runner, reference, name, step_bounds)[1]
         bad = replayer.bad_record()
         if bad is not None:
             collect(Summary(name, "record"), [bad])
@@ -250,7 +258,8 @@ def validate(
                 skipped.append(Skipped(name, way, reason))
                 continue
             with progress(f"Validating {name}, {way}", replayer.calls(way), "items") as bar:
-                collect(Summary(name, way), replayer.run(way, bar.advance))
+                judge = stepper if way in STEPPED else replayer
+                collect(Summary(name, way), judge.run(way, bar.advance))
             seen.add(case)
     return Report(
         runner.name,
@@ -258,10 +267,43 @@ def validate(
         tuple(results),
         tuple(failures),
         tuple(skipped),
-        cost,
+        bounds.cost,
         seen.embedding,
         seen.positions,
+        step_bounds,
+        prefill,
     )
+
+
+def _bounds(reference: Reference, dtype: str, activations: Activations) -> Bounds:
+    cost = reference.rounding_cost if activations == "float" else reference.rounding_cost_int8
+    if cost is not None and cost.dtype != dtype:
+        raise BundleError(
+            f"the rounding cost in {reference.path} was measured for another type than the bundle's",
+            got=cost.dtype,
+            expected=dtype,
+            hint="export the checkpoint again",
+        )
+    return Bounds(dtype, cost, activations)
+
+
+def _replayer(
+    runner: Runner, reference: Reference, name: str, bounds: Bounds
+) -> tuple[ReferenceCase | EmbeddingCase, RowsReplayer | EmbeddingReplayer]:
+    if name == EMBEDDING and reference.embedding is not None:
+        return reference.embedding, EmbeddingReplayer(runner, reference.embedding, bounds)
+    return reference.cases[name], RowsReplayer(runner, reference.cases[name], bounds)
+
+
+def _tolerances_from(bounds: Bounds) -> dict[str, Any]:
+    assert bounds.cost is not None
+    layers = range(len(bounds.cost.layers))
+    return {
+        "rounding_cost": bounds.cost.to_json(),
+        "scale": asdict(scale_of(bounds.row)),
+        "at_ceiling": bounds.at_ceiling,
+        "state_max_error": [bounds.state(layer).max_error for layer in layers],
+    }
 
 
 def _cases(reference: Reference, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -92,6 +92,7 @@ def measure_bundle(
         effort=effort,
         bandwidth=None,
         tokenizer=load_tokenizer(model),
+        quantised=model.quantised,
         progress=progress,
     )
     found = report.with_bandwidth(_better(before, _bandwidth(on_cpu, threads)))
@@ -111,6 +112,7 @@ def measure_bundle(
             "parameters": sum(part.count + part.wide for part in part_sizes(model.spec).values()),
             "spec": model.spec.to_json(),
             "weights_sha256": model.identity.weights_sha256,
+            "weight_format": model.weight_format,
         },
         "validated": validated,
         "bench": found.to_json(),
@@ -123,8 +125,9 @@ def _validated(model: Model, runner: Runner, progress: ProgressFactory) -> str:
     if model.reference_path is None:
         return "not validated: there are no recorded cases"
     report = validate(
-        runner, model.reference(), dtype=model.dtype, replays=["prefill", "steps"], progress=progress
-    )
+        runner, model.reference(),
+        dtype=model.dtype, activations=model.activations, replays=["prefill", "steps"], progress=progress,
+    )  # fmt: skip
     report.raise_on_mismatch()
     worst = max(r.logits_error or 0.0 for r in report.results)
     return f"validated: largest logit error {worst:.1e} standard deviations"

@@ -24,12 +24,17 @@ def draw_run(result: dict[str, Any]) -> Group:
         f"{name} {value}" for name, value in result.get("settings", {}).items() if name in _SHOWN
     )
     head = (
-        f"{model['name']}: {model['parameters'] / 1e6:.1f} M parameters, {found['dtype']}\n"
+        f"{model['name']}: {model['parameters'] / 1e6:.1f} M parameters, {_types(model, found)}\n"
         f"{found['runner']}, {where}{told and f'; {told}'}\n{result['validated']}"
     )
     parts: list[RenderableType] = [Text(head), _speed_table(result), _summary_table(result)]
     parts += [Text(f"note: {note}") for note in (*found["notes"], *_busy(result))]
     return Group(*parts)
+
+
+def _types(model: dict[str, Any], found: dict[str, Any]) -> str:
+    kind = model.get("weight_format", "float")  # older records have floats
+    return str(found["dtype"]) if kind == "float" else f"{kind} weights, {found['dtype']}"
 
 
 def _busy(result: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from dijiang_engines.formats.quantised.manifest import Quantisation
     from dijiang_engines.inspection import Inspection
 
 
@@ -66,9 +67,10 @@ def draw(found: Inspection, result: dict[str, Any]) -> Group:
     """For people: what `to_json` holds, in tables."""
     from rich.console import Group
 
-    return Group(
-        _model(found, result), _parameters(found, result), _decay(found), _memory(result), _running(result)
-    )
+    tables: list[Table | Group] = [_model(found, result), _parameters(found, result)]
+    if found.quantisation is not None:
+        tables.append(_quantisation(found.quantisation))
+    return Group(*tables, _decay(found), _memory(result), _running(result))
 
 
 def size(count: float) -> str:
@@ -100,7 +102,9 @@ def _model(found: Inspection, result: dict[str, Any]) -> Table:
     limit = spec.max_positions
     rows = {
         "family": spec.family,
-        "type of the weights": found.dtype,
+        "type of the weights": found.dtype
+        if found.quantisation is None
+        else f"{found.quantisation.weight_format}, and {found.dtype}",
         "layers": f"{spec.num_layers}, {residual} residual, {spec.norm}",
         "hidden size": str(spec.hidden_size),
         "heads": f"{spec.num_heads} of {spec.head_dim}{kv}",
@@ -131,6 +135,30 @@ def _parameters(found: Inspection, result: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("total", f"{total:,}", "100%")
     return table
+
+
+def _quantisation(quantised: Quantisation) -> Group:
+    """Which matrices have how many bits, why, and what that costs."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from dijiang_engines.weight_formats import BLOCK
+
+    parts = [part for parts in quantised.parts.values() for part in parts]
+    table = _table(
+        f"Quantised weights: {quantised.weight_format}, blocks of {BLOCK}", "", "matrices", "bytes"
+    )
+    for kind in sorted({part.format for part in parts}):
+        of_kind = [part for part in parts if part.format == kind]
+        table.add_row(kind, str(len(of_kind)), size(sum(part.nbytes for part in of_kind)))
+    lines = [f"in int8: {pattern}: {reason}" for pattern, reason in quantised.kept_in_int8]
+    used = ", ".join(f"{kind} in a {graph}" for graph, kind in quantised.activations.items())
+    lines.append(f"multiplied with activations in {used}")
+    if quantised.calibration is not None:
+        lines.append("calibrated with {tokens:,} tokens of {file}".format(**quantised.calibration))
+    cost = quantised.cost
+    lines.append("what it costs was not measured" if cost is None else f"it costs: {cost.sentence}")
+    return Group(table, Text("\n".join(lines)))
 
 
 def _decay(found: Inspection) -> Table:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
-from dijiang_export.commands.arguments import COUNT, PATH, Cases, Dtype, one_of, takes
+from dijiang_export.commands.arguments import COUNT, FILE, PATH, Cases, Dtype, one_of, takes
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, one_output
 
 if TYPE_CHECKING:
     from dijiang_export.export.to_onnx import ExportReport
 
 Logits = Literal["last", "all"]
-Variant = Literal["ort", "capture"]
+Variant = Literal["ort", "capture", "portable"]
+WeightFormat = Literal["float", "int8", "int4"]
+Activations = Literal["float", "int8"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,39 @@ class ToOnnxArguments:
         Dtype,
         click.option(
             "--dtype", type=one_of(Dtype), default="float32", show_default=True,
-            help="Type of weights and activations. State, attention arithmetic and logits are float32 in "
-            "all.",
+            help="Type of activations, and of weights that are not quantised. State, attention arithmetic "
+            "and logits are float32 in all.",
+        ),
+    ]  # fmt: skip
+    weight_format: Annotated[
+        WeightFormat,
+        click.option(
+            "--weight-format", type=one_of(WeightFormat), default="float", show_default=True,
+            help="How matrices are stored: as floats of that type, or quantised in blocks of 32. int4 keeps "
+            "the head, the embedding, v and dense in int8.",
+        ),
+    ]  # fmt: skip
+    keep_int8: Annotated[
+        tuple[str, ...],
+        click.option(
+            "--keep-int8", metavar="PATTERN", multiple=True,
+            help="With int4: store these matrices in int8 too, such as 'layers.*.mlp.down'.",
+        ),
+    ]  # fmt: skip
+    calibrate: Annotated[
+        Path | None,
+        click.option(
+            "--calibrate", type=FILE, metavar="FILE",
+            help="A text of the kind that the model is for: quantised matrices are rounded so that their "
+            "products on it change least.",
+        ),
+    ]  # fmt: skip
+    activations: Annotated[
+        Activations | None,
+        click.option(
+            "--activations", type=one_of(Activations),
+            help="What ONNX Runtime multiplies quantised matrices with. [default: float in a prefill, int8, "
+            "which is faster, in a step]",
         ),
     ]  # fmt: skip
     logits: Annotated[
@@ -66,7 +99,7 @@ class ToOnnxArguments:
         click.option(
             "--variant", "variants", type=one_of(Variant), multiple=True,
             help="Add graphs for ONNX Runtime on CUDA: with its own operator, or a step that CUDA graphs can "
-            "hold.",
+            "hold; or of quantised weights, portable: without any operator of Microsoft's.",
         ),
     ]  # fmt: skip
     force: Annotated[bool, click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")]
@@ -109,6 +142,10 @@ def to_onnx(output: Output, given: ToOnnxArguments) -> None:
         max_positions=given.max_positions,
         extend_decay=given.extend_decay,
         variants=given.variants,
+        weight_format=given.weight_format,
+        keep_int8=given.keep_int8,
+        activations=given.activations,
+        calibrate=given.calibrate,
         force=given.force,
         progress=output.progress,
     )
@@ -120,6 +157,7 @@ def to_onnx(output: Output, given: ToOnnxArguments) -> None:
             "spec": report.spec.to_json(),
             "dtype": report.dtype,
             "logits": report.logits,
+            "quantisation": report.quantisation,
             "weights_bytes": report.weights_bytes,
             "cases": report.cases,
             "notes": report.notes,
@@ -134,8 +172,20 @@ def _describe(report: ExportReport) -> str:
     seconds = sum(report.seconds.values())
     lines = [
         f"{report.path}: {spec.family}, {spec.num_layers} layers of {spec.num_heads}×{spec.head_dim}, "
-        f"{report.dtype}, {report.weights_bytes / 1e6:.1f} MB of weights, {seconds:.1f} s",
+        f"{report.dtype}, {report.weights_bytes / 1e6:.1f} MB of {_format(report)}weights, {seconds:.1f} s",
         f"state: {spec.state_bytes / 1e6:.2f} MB per sequence, whatever its length",
+        *_cost(report),
         f"next: dijiang-export validate {report.path}",
     ]
     return "\n".join(lines)
+
+
+def _cost(report: ExportReport) -> list[str]:
+    from dijiang_engines.formats.quantised.manifest import QuantisationCost
+
+    cost = None if report.quantisation is None else report.quantisation["cost"]
+    return [] if cost is None else [f"quantisation: {QuantisationCost(**cost).sentence}"]
+
+
+def _format(report: ExportReport) -> str:
+    return "" if report.quantisation is None else f"{report.quantisation['weight_format']} "

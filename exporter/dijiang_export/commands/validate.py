@@ -78,6 +78,7 @@ def _replay(given: ValidateArguments, output: Output) -> Report:
         runner,
         reference,
         dtype=opened.dtype,
+        activations=opened.activations,
         cases=given.cases or None,
         replays=given.replays or None,
         progress=output.progress,

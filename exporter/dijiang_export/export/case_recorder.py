@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dijiang_engines.op_contract import Attributes
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.export.cases import CaseInputs
+from dijiang_export.export.dequantised import ModelWeights
 from dijiang_export.export.streamed_model import StreamedModel
 from dijiang_export.reference.attention import Decay, dijiang_attention
 from dijiang_export.reference.model import ReferenceModel
@@ -47,7 +47,7 @@ class CaseRecorder(StreamedModel):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelWeights,
         dtype: torch.dtype,
         cases: list[CaseInputs],
         work: torch.dtype = torch.float64,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dijiang_engines.formats.reference_cases import EMBEDDING
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.checkpoint.checkpoint import Checkpoint
+from dijiang_export.export.dequantised import ModelWeights
 from dijiang_export.export.streamed_model import SEGMENT_BYTES, StreamedModel
 from dijiang_export.reference.attention import dijiang_attention
 from dijiang_export.reference.model import Block
@@ -48,7 +48,7 @@ class EmbeddingInputs:
     """[B]"""
 
 
-def embedding_inputs(checkpoint: Checkpoint, seed: int = 0) -> EmbeddingInputs:
+def embedding_inputs(checkpoint: ModelWeights, seed: int = 0) -> EmbeddingInputs:
     """Rows of tokens, each of the vocabulary once, where the first layer's decay lets all of them be seen."""
     spec = checkpoint.spec
     length, starts = _visible_rows(checkpoint)
@@ -64,7 +64,7 @@ def embedding_inputs(checkpoint: Checkpoint, seed: int = 0) -> EmbeddingInputs:
     return EmbeddingInputs(ids.reshape(rows, length), lens, positions)
 
 
-def _visible_rows(checkpoint: Checkpoint) -> tuple[int, npt.NDArray[np.int64] | None]:
+def _visible_rows(checkpoint: ModelWeights) -> tuple[int, npt.NDArray[np.int64] | None]:
     """Tokens in a row, and positions at which rows may begin; None: anywhere."""
     spec = checkpoint.spec
     limit = spec.max_positions
@@ -165,7 +165,7 @@ class EmbeddingRecorder(StreamedModel):
 
 
 def record_embedding(
-    checkpoint: Checkpoint, dtype: torch.dtype, progress: ProgressFactory = silent
+    checkpoint: ModelWeights, dtype: torch.dtype, progress: ProgressFactory = silent
 ) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, str]]:
     """The case's tensors and its metadata."""
     with torch.inference_mode():

@@ -13,15 +13,15 @@ from safetensors.numpy import save_file
 
 from dijiang_engines.formats import reference_cases, rounding_cost
 from dijiang_engines.progress import ProgressFactory, silent
-from dijiang_export.checkpoint.checkpoint import Checkpoint
 from dijiang_export.export.case_recorder import CaseRecorder
 from dijiang_export.export.cases import Cases, choose_cases
+from dijiang_export.export.dequantised import DequantisedCheckpoint, ModelWeights
 from dijiang_export.export.embedding_recorder import record_embedding
 from dijiang_export.export.rounding_recorder import measure_rounding
 
 
 def record_cases(
-    checkpoint: Checkpoint,
+    checkpoint: ModelWeights,
     dtype: torch.dtype,
     path: Path,
     cases: Cases,
@@ -41,7 +41,9 @@ def record_cases(
         return []
     with torch.inference_mode():
         tensors = CaseRecorder(checkpoint, dtype, chosen).run(progress)
-    cost = measure_rounding(checkpoint, dtype, chosen, tensors, progress)
+    costs = {rounding_cost.KEY: measure_rounding(checkpoint, dtype, chosen, tensors, progress)}
+    if isinstance(checkpoint, DequantisedCheckpoint):
+        costs[rounding_cost.INT8_KEY] = measure_rounding(checkpoint, dtype, chosen, tensors, progress, "int8")
     metadata = {
         "format": reference_cases.FORMAT,
         "version": reference_cases.VERSION,
@@ -52,7 +54,6 @@ def record_cases(
         more, note = record_embedding(checkpoint, dtype, progress)
         tensors |= more
         metadata |= note
-    if cost is not None:
-        metadata[rounding_cost.KEY] = json.dumps(cost.to_json())
+    metadata |= {key: json.dumps(cost.to_json()) for key, cost in costs.items() if cost is not None}
     save_file(tensors, path, metadata=metadata)
     return [case.name for case in chosen]

@@ -24,9 +24,10 @@ from dijiang_engines.formats.rounding_cost import Cost, RoundingCost
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.validation.compare import Comparison, compare_logits, compare_state
 from dijiang_engines.validation.tolerances import tolerance
-from dijiang_export.checkpoint.checkpoint import Checkpoint
+from dijiang_engines.weight_formats import BLOCK, Activations
 from dijiang_export.export.case_recorder import CaseRecorder
 from dijiang_export.export.cases import CaseInputs, first_tokens
+from dijiang_export.export.dequantised import ModelWeights, is_exact
 from dijiang_export.reference.model import DTYPES, MLP, AttentionOp, Block, ReferenceModel, RMSNorm
 
 MEASURED_TOKENS = 1000
@@ -35,11 +36,12 @@ MEASURED_TOKENS = 1000
 
 
 def measure_rounding(
-    checkpoint: Checkpoint,
+    checkpoint: ModelWeights,
     dtype: torch.dtype,
     cases: list[CaseInputs],
     exact: Mapping[str, Any],
     progress: ProgressFactory = silent,
+    activations: Activations = "float",
 ) -> RoundingCost | None:
     """What computing in the bundle's type costs this model, over the first tokens of the recorded cases.
 
@@ -52,6 +54,7 @@ def measure_rounding(
         cases: which; of long ones `MEASURED_TOKENS` are used.
         exact: what was recorded of them, as `CaseRecorder.run` returns it.
         progress: for the layers.
+        activations: int8: rounded to it before each product of a quantised matrix.
 
     Returns:
         None if the type cannot hold the activations.
@@ -60,9 +63,8 @@ def measure_rounding(
     layers = checkpoint.spec.num_layers
     short = [first_tokens(case, MEASURED_TOKENS) for case in cases]
     with torch.inference_mode():
-        rounded = RoundingRecorder(checkpoint, dtype, short, torch.float32).run(
-            progress, "Measuring rounding"
-        )
+        recorder = RoundingRecorder(checkpoint, dtype, short, torch.float32, activations)
+        rounded = recorder.run(progress, "Measuring rounding")
     if not all(np.isfinite(value).all() for value in rounded.values()):
         return None
     logits = [_cost(one) for case in short for _, one in logits_of(case, exact, rounded, name)]
@@ -114,13 +116,15 @@ class RoundingRecorder(CaseRecorder):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelWeights,
         dtype: torch.dtype,
         cases: list[CaseInputs],
         work: torch.dtype = torch.float64,
+        activations: Activations = "float",
     ) -> None:
         super().__init__(checkpoint, dtype, cases, work)
         self._mode = _Rounding(dtype, work)
+        self._activations = activations
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """As the `CaseRecorder`'s: weights are rounded already."""
@@ -131,6 +135,13 @@ class RoundingRecorder(CaseRecorder):
             if block is None:
                 return
             yield block
+
+    def product_input(self, name: str, x: Tensor) -> Tensor:
+        """Rounded to int8 in blocks, as by MatMulNBits' accuracy_level 4, where the matrix is quantised."""
+        if self._activations == "float" or not is_exact(self.checkpoint, name):
+            return x
+        with self._mode.paused():
+            return rounded_to_int8(x)
 
     def embed(self, ids: npt.NDArray[np.int64], position: int) -> Tensor:
         """As the `CaseRecorder`'s, rounded."""
@@ -156,6 +167,13 @@ class RoundingRecorder(CaseRecorder):
         with self._mode.paused():
             output, state = op(*tensors, **options)
         return self._mode.round(output), state
+
+
+def rounded_to_int8(x: Tensor) -> Tensor:
+    """x [..., K] in blocks of 32: to the nearest of 127 steps of its largest magnitude on either side."""
+    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    return (torch.where(step == 0, blocks, blocks / step).round() * step).reshape(x.shape)
 
 
 class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]

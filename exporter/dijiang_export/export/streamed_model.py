@@ -1,8 +1,8 @@
 """A checkpoint's layers as PyTorch modules whose matrices stay on disk.
 
-A matrix is read in blocks of rows, which are rounded to the bundle's type, widened, multiplied with and
-dropped. So memory does not grow with the model, and what is computed is the arithmetic of an engine with
-the weights that it has, not the rounding of weights that it cannot avoid.
+A matrix is read in blocks of rows, which are rounded to the bundle's type (dequantised ones are what they
+are), widened, multiplied with and dropped. So memory does not grow with the model, and what is computed is
+the arithmetic of an engine with the weights that it has, not the rounding of weights that it cannot avoid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dijiang_export.checkpoint.checkpoint import Checkpoint
+from dijiang_export.export.dequantised import ModelWeights, is_exact
 from dijiang_export.graph.weights import round_to
 from dijiang_export.reference.model import AttentionOp, Block, ReferenceModel, is_op_constant
 from dijiang_export.reference.rope import inverse_frequencies
@@ -36,7 +36,9 @@ class StreamedModel:
         work: in which everything is computed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, work: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, checkpoint: ModelWeights, dtype: torch.dtype, work: torch.dtype = torch.float64
+    ) -> None:
         self.checkpoint, self.dtype, self.work = checkpoint, dtype, work
         self.spec = checkpoint.spec
         self.names = set(checkpoint.names())
@@ -53,7 +55,11 @@ class StreamedModel:
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Blocks of rows of a weight, rounded to the bundle's type first."""
         for _, block in self.checkpoint.row_blocks(name, BLOCK_BYTES):
-            yield round_to(block, self.dtype, name).to(self.work)
+            yield self._rounded(block, name).to(self.work)
+
+    def _rounded(self, block: Tensor, name: str) -> Tensor:
+        """In the bundle's type; q · scale is exact, and no weight of that type."""
+        return block if is_exact(self.checkpoint, name) else round_to(block, self.dtype, name)
 
     def tensor(self, name: str) -> Tensor:
         """A whole small parameter, rounded; op constants are not, except P."""
@@ -91,10 +97,14 @@ class StreamedModel:
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
 
+    def product_input(self, name: str, x: Tensor) -> Tensor:
+        """What the matrix `name` is multiplied with, for x [..., in]."""
+        return x
+
     def embed(self, ids: npt.NDArray[np.int64], position: int) -> Tensor:
         """[n, h] for n tokens of one sequence, the first of them at `position`."""
         vectors = [self.checkpoint.rows("embed_tokens.weight", int(i), int(i) + 1) for i in ids]
-        x = round_to(torch.cat(vectors), self.dtype, "embed_tokens.weight").to(self.work)
+        x = self._rounded(torch.cat(vectors), "embed_tokens.weight").to(self.work)
         if self.spec.embedding_size != self.spec.hidden_size:
             x = StreamedLinear(self, "project_in.weight", None)(x)
         if self.spec.position_embeddings:
@@ -119,6 +129,7 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        x = self.model.product_input(self.name, x)
         parts = [x @ block.T for block in self.model.blocks(self.name)]
         y: Tensor = torch.cat(parts, dim=-1)
         return y if self.bias is None else y + self.bias

@@ -13,15 +13,25 @@ from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.formats.file_table import CONFIG, MANIFEST, REFERENCE, file_entries
 from dijiang_engines.formats.graph_check import check_graph
-from dijiang_engines.formats.manifest import FORMAT, FORMAT_VERSION
+from dijiang_engines.formats.manifest import FORMAT, FORMAT_VERSION, QUANTISED_VERSION
+from dijiang_engines.formats.quantised.manifest import KEY
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
+from dijiang_engines.weight_formats import Activations, WeightFormat
 from dijiang_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from dijiang_export.checkpoint.files import copy_file
 from dijiang_export.export.background import Background, Clock
 from dijiang_export.export.cases import Cases
+from dijiang_export.export.dequantised import DequantisedCheckpoint, ModelWeights
+from dijiang_export.export.quantisation import (
+    calibration_text,
+    check_float,
+    describe,
+    finish_weights,
+    quantisation_of,
+)
 from dijiang_export.export.record import record_cases
 from dijiang_export.graph import opset, weights, write
 from dijiang_export.reference.model import DTYPES
@@ -42,6 +52,8 @@ class ExportReport:
     cases: list[str]
     notes: list[str]
     seconds: dict[str, float]
+    quantisation: dict[str, Any] | None
+    """As the manifest has it; None for float weights."""
 
 
 def export_bundle(
@@ -54,6 +66,10 @@ def export_bundle(
     max_positions: int | None = None,
     extend_decay: bool = False,
     variants: Sequence[str] = (),
+    weight_format: WeightFormat = "float",
+    keep_int8: Sequence[str] = (),
+    activations: Activations | None = None,
+    calibrate: str | Path | None = None,
     force: bool = False,
     progress: ProgressFactory = silent,
 ) -> ExportReport:
@@ -62,18 +78,25 @@ def export_bundle(
     Args:
         source: Hugging Face folder of a DiJiang checkpoint.
         output: the bundle to make.
-        dtype: float32, float16 or bfloat16: the type of weights and activations; the op's arithmetic,
-            state and logits are float32 in all three.
+        dtype: float32, float16 or bfloat16: the type of activations and of weights that are not quantised;
+            the op's arithmetic, state and logits are float32 in all three.
         logits: of each row's last valid token, or of all tokens.
         cases: how many reference cases to record.
         max_positions: keep so many rows of trained tables.
         extend_decay: let trained tables go on past their last row instead of stopping.
         variants: names in `write.VARIANTS`: graphs for one runtime, beside those that every bundle has.
+        weight_format: how matrices are stored (docs/quantisation.md).
+        keep_int8: patterns of matrices that "int4" stores in int8, beside those of its recipe.
+        activations: what products of quantised matrices multiply with, in both graphs; None: float in a
+            prefill, int8 in a step.
+        calibrate: a text file, with which the layers' matrices are rounded with error compensation.
         force: replace an existing bundle.
         progress: opens progress bars.
 
     Raises:
-        UsageError: an unknown dtype, logits, cases or variant.
+        UsageError: an unknown dtype, logits, cases, variant or weight format, or options that do not go
+            together.
+        TextError: `calibrate` is no text to calibrate with.
         CheckpointError: the checkpoint cannot be read or does not fit the type.
         OutputError: the bundle cannot be written.
     """
@@ -82,7 +105,12 @@ def export_bundle(
     _check_choice("cases", cases, ("none", "short", "full"))
     for variant in variants:
         _check_choice("variant", variant, tuple(write.VARIANTS))
-    graph_files = write.graph_files(tuple(dict.fromkeys(variants)))
+    _check_choice("weight format", weight_format, ("float", "int8", "int4"))
+    if weight_format == "float":
+        check_float(keep_int8, activations, variants, calibrate)
+    variants = tuple(dict.fromkeys(variants))
+    tensorrt = write.has_tensorrt(DTYPES[dtype], quantised=weight_format != "float")
+    graph_files = write.graph_files(variants, tensorrt=tensorrt)
     clock = Clock()
     with (
         open_checkpoint(source, extend_decay=extend_decay, max_positions=max_positions) as checkpoint,
@@ -90,19 +118,27 @@ def export_bundle(
         Background() as background,
     ):
         spec = checkpoint.spec
-        layout = weights.layout_of(spec, DTYPES[dtype])
+        given = None if calibrate is None else calibration_text(Path(calibrate), checkpoint)
+        made = (
+            None if weight_format == "float" else quantisation_of(spec, weight_format, keep_int8, activations)
+        )
+        recipe = None if made is None else made.recipe
+        layout = weights.layout_of(spec, DTYPES[dtype], recipe, zero_points="portable" in variants)
         total = sum(weight.nbytes for weight in layout.values())
         # Tracing is Python's work, the other two are the disk's: all three at once.
         source_files = background.submit(checkpoint.hash_files)
         with progress("Tracing graphs, writing weights", total, "bytes") as bar:
             extra = {"inv_freq": inverse_frequencies(spec)}
             data = folder / weights.FILE_NAME
-            writing = background.submit(weights.write, data, layout, checkpoint, extra, on_bytes=bar.advance)
+            writing = background.submit(
+                weights.write, data, layout, checkpoint, extra, recipe, on_bytes=bar.advance
+            )
             with clock("graphs"):
                 models = write.make_graphs(
-                    spec, DTYPES[dtype], layout, all_logits=logits == "all", variants=tuple(variants)
-                )
-                graphs = {g.key: write.save(models[g.key], layout, folder, g) for g in graph_files}
+                    spec, DTYPES[dtype], layout,
+                    all_logits=logits == "all", variants=variants, quantisation=made,
+                )  # fmt: skip
+                graphs = {g.key: write.save(*models[g.key], folder, g) for g in graph_files}
             with clock("weights, after graphs"):
                 writing.result()
         with clock("check"):
@@ -111,18 +147,31 @@ def export_bundle(
                 check_graph(
                     (folder / graph_file.file).read_bytes(), graph_file.file, spec,
                     step=graph_file.kind == "step", all_logits=logits == "all",
+                    quantised=None if recipe is None else recipe.parts,
                 )  # fmt: skip
+        seen: ModelWeights = checkpoint
+        about = None
+        if made is not None:
+            stored = DequantisedCheckpoint(checkpoint, made.recipe, layout, data)
+            seen, about = stored, describe(made)
+            about |= finish_weights(
+                checkpoint, stored, DTYPES[dtype], given, cases != "none", clock, progress
+            )
         with clock("cases"):
-            recorded = record_cases(checkpoint, DTYPES[dtype], folder / REFERENCE, cases, progress)
+            recorded = record_cases(seen, DTYPES[dtype], folder / REFERENCE, cases, progress)
         for path in (checkpoint.path / CONFIG, *checkpoint.tokenizer_files):
             copy_file(path, folder)
         with clock("hashes"):
             files = file_entries(folder)
             entries = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
+            if about is not None:
+                entries |= {"format_version": QUANTISED_VERSION, KEY: about}
             text = json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
             (folder / MANIFEST).write_text(text, encoding="utf-8")
         notes = [*checkpoint.notes, *checkpoint.decay_notes]
-        report = ExportReport(Path(output), spec, dtype, logits, total, recorded, notes, clock.seconds)
+        if given is not None and given.note is not None:
+            notes.append(given.note)
+        report = ExportReport(Path(output), spec, dtype, logits, total, recorded, notes, clock.seconds, about)
     return report
 
 

@@ -44,6 +44,8 @@ class Builder:
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = self._unique(f"constant.{array.dtype.name}")
+            while name in self.graph.initializers:  # of another builder
+                name = self._unique(f"constant.{array.dtype.name}")
             tensor = ir.tensor(array, name=name)
             result = ir.Value(
                 name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)

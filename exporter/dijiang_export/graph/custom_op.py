@@ -16,6 +16,7 @@ from dijiang_engines.op_contract import (
     ATTRIBUTES,
     DOMAIN,
     INPUTS,
+    LINEAR_NAME,
     OP_NAME,
     OP_VERSION,
     OUTPUTS,
@@ -24,6 +25,7 @@ from dijiang_engines.op_contract import (
     Attributes,
     Formal,
     Inputs,
+    linear_fields,
 )
 from dijiang_export.reference.attention import Decay, dijiang_attention
 
@@ -62,6 +64,30 @@ def onnx_schema() -> defs.OpSchema:
                 for name in PLUGIN_ATTRIBUTES
             ),
         ],
+    )
+
+
+def linear_schema() -> defs.OpSchema:
+    """DijiangLinear as graphs with quantised weights have it, for onnx.checker."""
+    formal, kinds = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
+    of = {"list[int]": kinds.INTS, "list[float]": kinds.FLOATS, "str": kinds.STRING}
+    attributes = {
+        name: "str" if isinstance(value, str) else f"list[{type(value[0]).__name__}]"
+        for name, value in linear_fields("int8", 1).items()
+    }
+    return defs.OpSchema(
+        LINEAR_NAME,
+        DOMAIN,
+        OP_VERSION,
+        doc="A product with a matrix that is stored quantised.",
+        inputs=[
+            formal("x", "T", "[B, L, K]"),
+            formal("elements", "tensor(int32)", "[N, K/32, 8 or 4]"),
+            formal("scales", "tensor(float16)", "[N, K/32]"),
+        ],
+        outputs=[formal("y", "T", "[B, L, N]")],
+        type_constraints=[("T", ["tensor(float16)", "tensor(bfloat16)"], "Of activations.")],
+        attributes=[defs.OpSchema.Attribute(name, of[kind]) for name, kind in attributes.items()],
     )
 
 

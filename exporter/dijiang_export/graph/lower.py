@@ -123,6 +123,6 @@ def _gather_shapes(graph: ir.Graph) -> None:
 
 
 def _ops(graph: ir.Graph) -> list[ir.Node]:
-    nodes = [node for node in graph if node.domain == DOMAIN]
+    nodes = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, OP_NAME)]
     assert nodes, f"no {OP_NAME} in the graph"
     return nodes

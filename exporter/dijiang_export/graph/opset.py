@@ -10,6 +10,10 @@ import onnx_ir as ir
 
 OPSET = 17
 IR_VERSION = 8
+PORTABLE_OPSET = 21
+"""Has DequantizeLinear in blocks, and 4-bit integers,"""
+PORTABLE_IR_VERSION = 10
+"""which this version of the file knows."""
 
 # Reductions whose `axes` moved from attribute (<= 17) to input (18). ReduceSum moved at 13 already.
 _REDUCTIONS = {
@@ -43,6 +47,26 @@ def downgrade_to_17(model: ir.Model) -> None:
             _axes_to_attribute(node)
     graph.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
+
+
+def raise_to_21(model: ir.Model) -> None:
+    """Rewrite a graph of opset 17 in place.
+
+    Of the operators that these graphs use only reductions changed: their axes are an input.
+    """
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type in _REDUCTIONS and "axes" in node.attributes:
+            axes = node.attributes.pop("axes").as_ints()
+            name = f"{node.name}/axes"
+            tensor = ir.tensor(list(axes), dtype=ir.DataType.INT64, name=name)
+            value = ir.Value(
+                name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
+            )
+            model.graph.register_initializer(value)
+            node.resize_inputs(2)
+            node.replace_input_with(1, value)
+    model.graph.opset_imports[""] = PORTABLE_OPSET
+    model.ir_version = PORTABLE_IR_VERSION
 
 
 def _axes_to_attribute(node: ir.Node) -> None:

@@ -123,7 +123,7 @@ def resolve(options: OrtOptions, bundle: Bundle, name: str, version: str) -> Ort
         )
     prepack = options.prepack
     if prepack == "auto":
-        prepack = "step" if bundle.files[WEIGHTS].bytes < 0.6 * available_memory() else "none"
+        prepack = _prepack(bundle)
     return OrtConfig(
         name=name,
         threads=container_threads() if options.threads is None else options.threads,
@@ -134,6 +134,14 @@ def resolve(options: OrtOptions, bundle: Bundle, name: str, version: str) -> Ort
         lowering=_lowering(options.lowering, bundle, name, version),
         float32=bundle.dtype == "float32",
     )
+
+
+def _prepack(bundle: Bundle) -> Prepack:
+    """A step gains most by it; of quantised weights, whose copy is small, a prefill too: int4 products, and
+    that of its last token with the head."""
+    if bundle.files[WEIGHTS].bytes >= 0.6 * available_memory():
+        return "none"
+    return "step" if bundle.weight_format == "float" else "all"
 
 
 def _lowering(wanted: Lowering, bundle: Bundle, name: str, version: str) -> str:

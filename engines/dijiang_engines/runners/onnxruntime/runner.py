@@ -55,8 +55,8 @@ class OrtRunner:
         threads: of one operator; None leaves it to ONNX Runtime, within the container's CPU quota.
         spinning: whether they wait busily for work: "on", "off", or "auto", ONNX Runtime's own way, which is
             on; None: what DIJIANG_SPINNING says, else "auto". Off is for cores that others use too.
-        prepack: which sessions make a private, faster copy of the weights: "auto" is "step" if that
-            fits into the memory that is free now, else "none".
+        prepack: which sessions make a private, faster copy of the weights: "auto" is "step", or "all" of
+            quantised weights, if that fits into the memory that is free now, else "none".
         optimization: of the graph.
         device: index of the GPU.
         lowering: which of the bundle's graphs run, of those in LOWERINGS. "auto" is "standard" on the CPU;

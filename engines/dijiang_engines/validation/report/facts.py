@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
+from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.open import Model
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.machine import describe_machine, package_versions
@@ -38,7 +39,7 @@ def describe_run(model: Model, runner: Runner, reference: Reference) -> list[tup
         "folder": str(model.path),
         "geometry": f"{spec.family}, {spec.num_layers} layers of {spec.num_heads} × {spec.head_dim}, "
         f"hidden size {spec.hidden_size}, vocabulary {spec.vocab_size}, decay {decay}",
-        "weights and activations": f"{model.dtype}; state and logits float32",
+        "weights and activations": _types(model),
         "weights, SHA-256": model.identity.weights_sha256,
         "made by": _pairs(model.manifest.get("created_by")),
         "engine made for": _pairs(made_for),
@@ -53,6 +54,23 @@ def describe_run(model: Model, runner: Runner, reference: Reference) -> list[tup
         "date": now.strftime("%Y-%m-%d %H:%M UTC"),
     }
     return [(name, value) for name, value in facts.items() if value]
+
+
+def _types(model: Model) -> str:
+    """Types of everything, and of quantised weights what they cost."""
+    if not isinstance(model, Bundle) or model.quantisation is None:
+        return f"{model.dtype}; state and logits float32"
+    quantised = model.quantisation
+    kinds = [part.format for parts in quantised.parts.values() for part in parts]
+    text = f"weights {', '.join(f'{kinds.count(kind)} matrices {kind}' for kind in sorted(set(kinds)))}"
+    if quantised.calibration is not None:
+        text += (
+            f", calibrated with {quantised.calibration['tokens']} tokens of {quantised.calibration['file']}"
+        )
+    text += f"; all else {model.dtype}; activations of products "
+    text += ", ".join(f"{kind} in a {graph}" for graph, kind in quantised.activations.items())
+    text += "; state and logits float32"
+    return text if quantised.cost is None else f"{text}. Quantisation costs: {quantised.cost.sentence}"
 
 
 def _pairs(values: Any) -> str:

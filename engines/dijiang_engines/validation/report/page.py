@@ -12,8 +12,8 @@ from importlib.resources import files
 
 from dijiang_engines.svg_plot import MOST_SERIES, Axis, Series, plot
 from dijiang_engines.validation.series import ReplayResult
-from dijiang_engines.validation.tolerances import Bounds, scale_of
-from dijiang_engines.validation.validate import QUANTITIES, Report
+from dijiang_engines.validation.tolerances import Bounds, Quantity, scale_of
+from dijiang_engines.validation.validate import QUANTITIES, STEPPED, Report
 
 MARKER = '<meta name="generator" content="dijiang-export validate">'
 """By which an earlier report is recognised; near the beginning of the file."""
@@ -41,6 +41,11 @@ def report_html(report: Report, facts: Sequence[tuple[str, str]]) -> str:
         _section("Drift", _drift(report)),
         _section("All cases and replays", _results(report)),
         _section("Tolerances", _tolerances(report.bounds)),
+        *(
+            []
+            if report.step_bounds is None
+            else [_section(f"Tolerances of {', '.join(STEPPED)}", _tolerances(report.step_bounds))]
+        ),
     ]
     style = files("dijiang_engines.validation.report").joinpath("report.css").read_text(encoding="utf-8")
     return (
@@ -103,8 +108,13 @@ def _summary(report: Report) -> str:
     for quantity, name in (("logits_error", "logits"), ("state_error", "state")):
         errors = [e for r in report.results if (e := getattr(r, quantity)) is not None]
         if errors:
-            bound = report.bounds.widest("logits" if name == "logits" else "state").max_error
-            worst.append(f"{name} {max(errors):.1e}, {max(errors) / bound:.2g} of the tolerance")
+            kind: Quantity = "logits" if name == "logits" else "state"
+            shares = [
+                e / report.bounds_of(r.replay).widest(kind).max_error
+                for r in report.results
+                if (e := getattr(r, quantity)) is not None
+            ]
+            worst.append(f"{name} {max(errors):.1e}, at most {max(shares):.2g} of the tolerance")
     if worst:
         lines.append(f"<p>Largest errors: {escape('; '.join(worst))}.</p>")
     lines += [f'<p class="note">{escape(sentence)}</p>' for sentence in (*report.coverage, *report.left_out)]
@@ -128,7 +138,7 @@ def _failures(report: Report) -> str:
 
 def _plots(report: Report) -> str:
     by_case = _by_case(report.results)
-    logits, state = report.bounds.logits.max_error, report.bounds.widest("state").max_error
+    logits, state = report.widest.logits.max_error, report.widest.widest("state").max_error
     note = ""
     if len(by_case) > MOST_SERIES:
         note = f'<p class="note">The first {MOST_SERIES} of {len(by_case)} cases are drawn.</p>'
@@ -298,7 +308,7 @@ def _layers(bounds: Bounds) -> str:
     if bounds.cost is None:
         return ""
     last = len(bounds.cost.layers) - 1
-    why = f"<p>The factor: {escape(scale_of(bounds.dtype).reason)}.</p>"
+    why = f"<p>The factor: {escape(scale_of(bounds.row).reason)}.</p>"
     if bounds.state(last).max_error == bounds.state(0).max_error:
         return why
     allowed = [(float(i), bounds.state(i).max_error) for i in range(last + 1)]

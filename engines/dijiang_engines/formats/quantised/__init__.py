@@ -1,0 +1,1 @@
+"""Quantised weights in bundles: what the manifest says of them, and what graphs do with them."""
