@@ -14,6 +14,7 @@ from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.device_arrays import DeviceArray, device_array
 from dijiang_engines.kernels.library import Device, Library, device_argument
+from dijiang_engines.kernels.packing import packed_bytes
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "swiglu"]
 Norm = Literal["norm_none", "layer_norm", "rms_norm"]
@@ -29,6 +30,8 @@ class LinearTerm:
     """T [N, K]."""
     bias: Any = None
     """float32 [N], or None."""
+    weight_format: Literal["same", "int8", "int4"] = "same"
+    """Quantised, the weight is uint8 [bytes], as dijiang_engines.kernels.packing.pack makes it."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,16 @@ def _call(outputs: Sequence[LinearOutput], constant_weights: bool) -> abi.Linear
     )  # fmt: skip
     for t, (index, term) in enumerate(terms):
         weight = device_array(f"terms[{t}].weight", term.weight)
-        sizes = [weight.size(0), weight.size(1)]
-        weight.require([dtype], sizes, 0)
+        if term.weight_format == "same":
+            sizes = [weight.size(0), weight.size(1)]
+            weight.require([dtype], sizes, 0)
+        else:
+            sizes = [
+                device_array("output", outputs[index].output).shape[-1],
+                device_array("input", term.input).shape[-1],
+            ]
+            weight.require(["uint8"], [packed_bytes(term.weight_format, *sizes)], 0)
+        call.weight_formats |= abi.WEIGHT_FORMATS[term.weight_format] << (8 * t)
         call.terms[t] = abi.LinearTermStruct(
             input=_matrix(f"terms[{t}].input", term.input, dtype, rows, sizes[1]),
             weight=weight.pointer,

@@ -1,0 +1,207 @@
+// How products with quantised weights are cut, on the host.
+#include <algorithm>
+#include <cstdlib>
+
+#include "host/errors.h"
+#include "linear/quantized/quantized.h"
+
+namespace dijiang {
+namespace quantized {
+namespace {
+
+constexpr int32_t kMostRows = 16;     // of a block of few rows: what an mma has
+constexpr int32_t kReserved = 1024;   // bytes of shared memory of each block, by CUDA
+constexpr int32_t kMostWarps = 32;    // of a launch on a multiprocessor, with the registers that the kernels have
+constexpr int32_t kMoments = kMostRows * 8;  // bytes of the norm's means and scales, where the sums will be
+constexpr int32_t kManyRows = 128, kHalfRows = 64;  // of a block of many
+
+// What a multiprocessor takes for a chunk when memory is the limit, and a warp for one of its own, in clocks; and
+// what each round of tiles and each warp that shares a tile adds.
+constexpr float kChunkClocks = 45, kWarpClocks = 400, kRoundClocks = 500, kSharingClocks = 20;
+constexpr float kStageClocks = 40;  // and what a thread takes to stage and normalise eight elements
+
+int32_t ceiling(int64_t x, int64_t by) { return static_cast<int32_t>((x + by - 1) / by); }
+
+int32_t tiles_of(const dijiang_linear_output& output) { return ceiling(output.width, kTile); }
+
+// Do both terms read the same tensor? A call is also described where there are none yet: then what usually is so counts.
+bool one_input(const dijiang_linear_output& output, const dijiang_linear_term* terms, int32_t count) {
+    if (count != 2 || terms[0].inner != terms[1].inner) return false;
+    if (terms[0].input != nullptr) return terms[0].input == terms[1].input;
+    return output.activation == DIJIANG_SWIGLU || output.norm != DIJIANG_NORM_NONE;
+}
+
+int32_t padded(const Term& term) { return term.chunks * chunk_elements(term.format); }
+
+// What does not depend on the way to cut. Returns the chunks of the longest tile.
+int32_t outline(const dijiang_linear_call& call, Launch& launch) {
+    Params& params = launch.params;
+    params.call = call;
+    for (int32_t t = 0; t < call.term_count; ++t) {
+        const int32_t format = format_of(call, t);
+        params.terms[t] = {format, ceiling(call.terms[t].inner, chunk_elements(format))};
+    }
+    int32_t longest = 0;
+    for (int32_t o = 0, term = 0; o < call.output_count; ++o) {
+        OutputCut& cut = params.outputs[o];
+        cut.term = term;
+        int32_t chunks = 0, sum = 0, most = 0;
+        for (; term < call.term_count && call.terms[term].output == o; ++term) {
+            chunks += params.terms[term].chunks;
+            sum += padded(params.terms[term]);
+            most = std::max(most, padded(params.terms[term]));
+        }
+        cut.terms = term - cut.term;
+        cut.shared_input = one_input(call.outputs[o], call.terms + cut.term, cut.terms);
+        cut.staged = cut.shared_input ? most : sum;
+        longest = std::max(longest, chunks);
+        if (call.outputs[o].activation == DIJIANG_SWIGLU) params.any_gated = 1;
+    }
+    return longest;
+}
+
+// A way to cut: rows of a block, how many warps share a tile's K, how many tiles a block has at a time, and how many
+// blocks a multiprocessor has.
+struct Shape {
+    int32_t rows, warps, tiles, blocks;
+};
+
+void cut_few(const dijiang_device& device, const Shape& shape, int32_t longest, Launch& launch) {
+    Params& params = launch.params;
+    const dijiang_linear_call& call = params.call;
+    launch.threads = 32 * shape.warps * shape.tiles;
+    params.warps_per_tile = shape.warps;
+    params.tiles_per_block = shape.tiles;
+    params.rows_per_block = shape.rows;
+    launch.row_blocks = ceiling(call.rows, shape.rows);
+    int32_t pitch = 0;
+    int64_t tiles = 0;
+    for (int32_t o = 0; o < call.output_count; ++o) {
+        pitch = std::max(pitch, staged_pitch(params.outputs[o].staged));
+        tiles += tiles_of(call.outputs[o]);
+    }
+    params.staged_offset = kAhead * kSlot * shape.warps * shape.tiles;
+    params.sums_offset = params.staged_offset + 2 * shape.rows * pitch;
+    const int32_t sums = 2 * (shape.rows > 8 ? 4 : 2) * (params.any_gated != 0 ? 2 : 1);
+    launch.shared_memory = params.sums_offset + std::max(4 * sums * launch.threads, kMoments);
+
+    // As many rounds as let all blocks run at once.
+    const int64_t at_once = int64_t{device.multiprocessors} * shape.blocks * shape.tiles;
+    const int32_t rounds = ceiling(tiles, at_once);
+    launch.blocks = 0;
+    for (int32_t o = 0; o < call.output_count; ++o) {
+        OutputCut& cut = params.outputs[o];
+        cut.rounds = rounds;
+        cut.blocks = ceiling(tiles_of(call.outputs[o]), int64_t{rounds} * shape.tiles);
+        cut.first_block = launch.blocks;
+        launch.blocks += cut.blocks;
+    }
+    const auto load = static_cast<float>(rounds * shape.blocks * shape.tiles * longest);
+    const auto own = static_cast<float>(rounds * ceiling(longest, shape.warps));
+    const auto staged = static_cast<float>(shape.rows * pitch) / static_cast<float>(8 * launch.threads);
+    launch.cost = std::max(kChunkClocks * load, kWarpClocks * own) + kStageClocks * staged +
+                  static_cast<float>(rounds) * (kRoundClocks + kSharingClocks * static_cast<float>(shape.warps));
+}
+
+bool fits(const dijiang_device& device, const Shape& shape, const Launch& launch) {
+    return shape.blocks * (launch.shared_memory + kReserved) <= device.shared_memory + kReserved;
+}
+
+bool cut_few(const dijiang_device& device, int32_t longest, Launch& launch) {
+    const Launch outlined = launch;
+#ifdef DIJIANG_TUNE  // trials: the shape from outside
+    int w = 0, t = 0, r = 0;
+    if (const char* text = std::getenv("DIJIANG_TUNE"); text && std::sscanf(text, "%d,%d,%d", &w, &t, &r) == 3) {
+        for (int32_t rows = std::min(outlined.params.call.rows, kMostRows); rows > 0; rows = rows > 8 ? 8 : rows / 2) {
+            launch = outlined;
+            cut_few(device, {rows, w, t, r}, longest, launch);
+            if (fits(device, {rows, w, t, r}, launch)) return true;
+        }
+        return false;
+    }
+#endif
+    // Rows that do not fit make the weights be read again, but with few warps nothing is fast.
+    for (int32_t rows = std::min(outlined.params.call.rows, kMostRows); rows > 0; rows = rows > 8 ? 8 : rows / 2) {
+        Launch best = {};
+        const int32_t most_warps = std::min(longest, kMostThreads / 32);
+        for (int32_t warps = rows > 1 ? (most_warps + 3) / 4 : 1; warps <= most_warps; ++warps)
+            for (int32_t tiles = 1; tiles * warps <= kMostThreads / 32; ++tiles)
+                for (int32_t blocks = 1; blocks * tiles * warps <= kMostWarps; ++blocks) {
+                    const Shape shape = {rows, warps, tiles, blocks};
+                    launch = outlined;
+                    cut_few(device, shape, longest, launch);
+                    if (!fits(device, shape, launch)) continue;
+                    if (best.threads == 0 || launch.cost < 0.98f * best.cost) best = launch;
+                }
+        if (best.threads == 0) continue;
+        launch = best;
+        return true;
+    }
+    return false;
+}
+
+// The kernel for many rows has no norms, and takes two factors' weights together.
+bool can_be_many(const Params& params) {
+    for (int32_t o = 0; o < params.call.output_count; ++o) {
+        const OutputCut& cut = params.outputs[o];
+        if (params.call.outputs[o].norm != DIJIANG_NORM_NONE) return false;
+        if (params.call.outputs[o].activation == DIJIANG_SWIGLU &&
+            (cut.shared_input == 0 || params.terms[cut.term].format != params.terms[cut.term + 1].format))
+            return false;
+    }
+    return params.call.rows > kMostRows;
+}
+
+bool cut_many(const dijiang_device& device, Launch& launch) {
+    Params& params = launch.params;
+    int32_t elements = 0;
+    for (int32_t t = 0; t < params.call.term_count; ++t)
+        elements = std::max(elements, chunk_elements(params.terms[t].format));
+    launch.many = true;
+    launch.threads = 128;
+    launch.blocks = 0;
+    for (int32_t o = 0; o < params.call.output_count; ++o) {
+        OutputCut& cut = params.outputs[o];
+        cut.first_block = launch.blocks;
+        cut.blocks = ceiling(tiles_of(params.call.outputs[o]), params.call.outputs[o].activation == DIJIANG_SWIGLU ? 8 : 16);
+        launch.blocks += cut.blocks;
+    }
+    // Two blocks to a multiprocessor, or all its parts are not busy.
+    const int64_t tiles = int64_t{launch.blocks} * ceiling(params.call.rows, kManyRows);
+    params.rows_per_block = tiles >= 2 * device.multiprocessors ? kManyRows : kHalfRows;
+    launch.row_blocks = ceiling(params.call.rows, params.rows_per_block);
+    params.sums_offset = params.rows_per_block * elements * 2;
+    params.staged_offset = params.sums_offset + 16 * kSlot;
+    launch.shared_memory = 2 * params.staged_offset;
+    return launch.blocks <= 65535 && launch.shared_memory <= device.shared_memory;
+}
+
+}  // namespace
+
+dijiang_status cut(const dijiang_linear_call& call, const dijiang_device& device, Launch& launch) {
+    launch = {};
+    const int32_t longest = outline(call, launch);
+    if (can_be_many(launch.params) && cut_many(device, launch)) return DIJIANG_OK;
+    launch = {};
+    outline(call, launch);
+    if (cut_few(device, longest, launch)) return DIJIANG_OK;
+    return fail(DIJIANG_UNSUPPORTED,
+                "the input is too wide for this GPU; one row needs %d bytes of shared memory; expected %d at most",
+                launch.shared_memory, device.shared_memory);
+}
+
+std::string describe(const Launch& launch) {
+    if (launch.many)
+        return "quantized many blocks=" + std::to_string(launch.blocks * launch.row_blocks) +
+               " rows=" + std::to_string(launch.params.rows_per_block) +
+               " shared=" + std::to_string(launch.shared_memory);
+    return "quantized few blocks=" + std::to_string(launch.blocks) + " threads=" + std::to_string(launch.threads) +
+           " rows=" + std::to_string(launch.params.rows_per_block) + " passes=" + std::to_string(launch.row_blocks) +
+           " shared=" + std::to_string(launch.shared_memory) +
+           " warps=" + std::to_string(launch.params.warps_per_tile) +
+           " tiles=" + std::to_string(launch.params.tiles_per_block) +
+           " rounds=" + std::to_string(launch.params.outputs[0].rounds);
+}
+
+}  // namespace quantized
+}  // namespace dijiang
