@@ -98,6 +98,75 @@ def test_weights_keep_their_bits() -> None:
     assert constant.dtype == np.int32 and np.array_equal(constant.view(np.uint16), weight.T.view(np.uint16))
 
 
+# -- quantised ----------------------------------------------------------------------------------------
+
+
+def stored(rng: Any, width: int, inner: int, form: str) -> tuple[Any, Any]:
+    """Random words and scales."""
+    words = rng.integers(-(2**31), 2**31, (width, inner // 32, 4 if form == "int4" else 8)).astype(np.int32)
+    return words, (rng.standard_normal(words.shape[:2]) / (40 if form == "int4" else 700)).astype(np.float16)
+
+
+def quantised(network: Network, forms: str) -> int:
+    """Products with constant weights become nodes DijiangLinear, as a quantised bundle has them."""
+    rng, count = np.random.default_rng(3), 0
+    for layer in list(network.layers):
+        if layer.kind != "MATRIX_MULTIPLY" or "transposed" in layer.own:
+            continue
+        form = ("int4", "int8")[count % 2] if forms == "both" else forms
+        words, scales = stored(rng, layer.outputs[0].shape[-1], layer.inputs[0].shape[-1], form)
+        layer.inputs[1:] = [network.constant(words), network.constant(scales)]
+        layer.kind, layer.own = "PLUGIN_V3", {"stored": True}
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize(("family", "forms"), [("parallel", "int4"), ("parallel", "both"), ("llama", "both")])
+@pytest.mark.parametrize("norms", [True, False])
+def test_quantised_products_are_packed_and_fused(family: str, forms: str, norms: bool) -> None:
+    spec = FAMILIES[family]
+    network, given = step_network(family), call(spec)
+    count = quantised(network, forms)
+    before = network.evaluate(given)
+    done = rewrite(Trt(), network, floats=False, norms=norms)
+    same(before, network.evaluate(given), 5e-5 if spec.activation == "gelu" else 1e-9)
+    assert count > 0 and done.products == count
+    made = [layer.own["linear"] for layer in plugins(network)]
+    assert all({1: "int8", 2: "int4"}[f] in (forms, "int4", "int8") for m in made for f in m["term_weight_format"])
+    assert any(m["output_norm"].any() for m in made) == (norms and family == "parallel")
+    assert not [layer for layer in needed_layers(network) if "stored" in layer.own]
+
+
+def test_a_launch_is_quantised_or_it_is_not() -> None:
+    small = Small()
+    words, scales = stored(small.rng, 64, 64, "int8")
+    inputs = [small.x, small.network.constant(words), small.network.constant(scales)]
+    node = small.network.add("PLUGIN_V2", inputs, [(-1, 1, 64)], [""], stored=True).outputs[0]
+    done = small.check(small.pointwise("SUM", small.product(small.x, 64), node), small.product(small.x, 8))
+    assert done.products == 3
+    for layer in plugins(small.network):
+        if "linear" in layer.own:
+            assert len(set(layer.own["linear"].get("term_weight_format", [0]))) == 1
+
+
+def test_floats_can_be_left_to_tensorrt() -> None:
+    network = step_network("parallel")
+    done = rewrite(Trt(), network, floats=False)
+    assert (done.products, done.launches) == (0, 0) and done.left > 0
+
+
+def test_a_quantised_product_that_cannot_be_the_plugins_is_an_error() -> None:
+    small = Small()
+    words, scales = stored(small.rng, 8, 64, "int4")
+    for wide in (scales, scales.astype(np.float32) * 1.0001):
+        inputs = [small.x, small.network.constant(words), small.network.constant(wide)]
+        node = small.network.add("PLUGIN_V2", inputs, [(-1, 1, 8)], [""], stored=True).outputs[0]
+        small.network.outputs = [node]
+        with pytest.raises(RunnerError, match="cannot be the plugin's"):
+            rewrite(Trt(), small.network)
+        small.network.layers.pop()
+
+
 # -- small networks ------------------------------------------------------------------------------------
 
 

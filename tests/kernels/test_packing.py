@@ -4,27 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.oracles.packed_weights import unpacked
 
 from dijiang_engines.errors import KernelError
-from dijiang_engines.kernels.packing import CHUNK, pack, packed_bytes
-
-
-def unpacked(form: str, packed: bytes, n: int, k: int, inner: int) -> tuple[int, float]:
-    """q and scale of one element, from the header's words."""
-    chunk = CHUNK[form]
-    blocks = chunk // 32
-    bytes_ = 512 + 16 * blocks
-    at = (n // 8 * -(-inner // chunk) + k // chunk) * bytes_
-    block, within = k % chunk // 32, k % 32
-    lane = 4 * (n % 8) + within // 8
-    mine = packed[at + 16 * lane :]
-    if form == "int8":
-        q = mine[8 * block + within % 8] - 128
-    else:
-        word = int.from_bytes(mine[4 * block : 4 * block + 4], "little")
-        q = (word >> (within % 8 // 2 * 4 + 16 * (within % 2)) & 15) - 8
-    place = at + 512 + 2 * ((n % 8 // 2 * blocks + block) * 2 + n % 2)
-    return q, float(np.frombuffer(packed[place : place + 2], np.float16)[0])
+from dijiang_engines.kernels.packing import pack, packed_bytes
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
@@ -36,12 +19,12 @@ def test_every_element_is_where_the_header_says(form: str, width: int, inner: in
     scales = rng.normal(size=(width, inner // 32)).astype(np.float16)
     packed = pack(form, u if form == "int8" else u[..., 0::2] | u[..., 1::2] << 4, scales)
     assert packed.dtype == np.uint8 and packed.shape == (packed_bytes(form, width, inner),)
-    raw = packed.tobytes()
-    for n in range(-(-width // 8) * 8):
-        for k in range(-(-inner // CHUNK[form]) * CHUNK[form]):
-            inside = n < width and k < inner
-            expected = (int(u[n, k // 32, k % 32]) - zero, float(scales[n, k // 32])) if inside else (0, 0.0)
-            assert unpacked(form, raw, n, k, inner) == expected
+    q, scale = unpacked(form, packed, width, inner)
+    expected = u.reshape(width, inner).astype(int) - zero
+    assert np.array_equal(q[:width, :inner], expected)
+    assert np.array_equal(scale[:width, :inner], np.repeat(scales.astype(np.float64), 32, axis=1))
+    for each in (q, scale):
+        assert not each[width:].any() and not each[:, inner:].any()
 
 
 def test_what_is_no_such_weight_is_refused() -> None:

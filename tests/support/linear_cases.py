@@ -1,4 +1,4 @@
-"""Random products for dijiang_linear on a GPU, and what float64 makes of them."""
+"""Random products for dijiang_linear, and what float64 makes of them."""
 
 from __future__ import annotations
 
@@ -57,21 +57,22 @@ def activated(name: str, x: Any, second: Any) -> Any:
 
 def quantised(weight_format: str, width: int, inner: int, generator: Any) -> tuple[Any, Any]:
     """Random integers and scales of either sign: the weight in float64, and packed."""
+    device = generator.device
 
     def integers(low: int, high: int, *shape: int) -> Any:
-        return torch.randint(low, high, shape, generator=generator, device="cuda", dtype=torch.int32)
+        return torch.randint(low, high, shape, generator=generator, device=device, dtype=torch.int32)
 
     blocks = inner // 32
     most = 127 if weight_format == "int8" else 8
     q = integers(-most, 128 if weight_format == "int8" else 8, width, blocks, 32)
-    size = 0.5 + torch.rand(width, blocks, generator=generator, device="cuda")
+    size = 0.5 + torch.rand(width, blocks, generator=generator, device=device)
     scales = (size * (1 - 2 * integers(0, 2, width, blocks)) * inner**-0.5 / most).half()
     weight = (q.double() * scales.double()[..., None]).reshape(width, inner)
     u = (q + (128 if weight_format == "int8" else 8)).to(torch.uint8)
     if weight_format == "int4":
         u = u[..., 0::2] | u[..., 1::2] << 4
     packed = pack(weight_format, u.cpu().numpy(), scales.cpu().numpy())
-    return weight, torch.from_numpy(np.ascontiguousarray(packed)).cuda()
+    return weight, torch.from_numpy(np.ascontiguousarray(packed)).to(device)
 
 
 def make(
@@ -86,19 +87,20 @@ def make(
     residual: bool = False,
     seed: int = 0,
     weight_format: str | list[str] = "same",
+    device: str = "cuda",
 ) -> Case:
     """A random output. The bound: half a unit in the last place of the result, float32 sums, and with a norm
     that an element of it may be rounded to its other neighbour."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, kind: Any = dtype, scale: float = 1.0) -> Any:
-        return (scale * torch.randn(shape, generator=generator, device="cuda")).to(kind)
+        return (scale * torch.randn(shape, generator=generator, device=device)).to(kind)
 
     one_input = activation == "swiglu" or norm != "norm_none"
     inputs: list[Any] = []
     for size in inner:
         shift = 3 * torch.rand(
-            rows, 1, generator=generator, device="cuda"
+            rows, 1, generator=generator, device=device
         )  # a mean that LayerNorm takes away
         inputs.append(inputs[0] if inputs and one_input else (draw(rows, size) + shift).to(dtype))
     formats = [weight_format] * len(inner) if isinstance(weight_format, str) else weight_format
@@ -137,7 +139,7 @@ def make(
         expected = expected + rest.double()
     bound = 1.01 * unit * expected.abs() + slack + 2e-6 * (1 + expected.abs())
 
-    guarded = torch.full((2 * GUARD + rows * width,), 7, dtype=dtype, device="cuda")
+    guarded = torch.full((2 * GUARD + rows * width,), 7, dtype=dtype, device=device)
     guarded[GUARD:-GUARD] = float("nan")
     output = LinearOutput(
         guarded[GUARD:-GUARD].view(rows, width),

@@ -73,7 +73,7 @@ class LinearKernels(Library):
         Raises:
             KernelError: an array is wrong, or CUDA refused.
         """
-        call = _call(outputs, constant_weights)
+        call = linear_call(outputs, constant_weights)
         self.call("dijiang_linear", ctypes.byref(call), stream)
 
     def linear_plan(self, outputs: Sequence[LinearOutput], device: Device | None = None) -> str:
@@ -87,12 +87,12 @@ class LinearKernels(Library):
             KernelError: a size is out of range, or too large for the device.
         """
         text = ctypes.create_string_buffer(1024)
-        call = _call(outputs, False)
+        call = linear_call(outputs, False)
         self.call("dijiang_linear_plan", ctypes.byref(call), device_argument(device), text, len(text))
         return text.value.decode()
 
 
-def _call(outputs: Sequence[LinearOutput], constant_weights: bool) -> abi.LinearCallStruct:
+def linear_call(outputs: Sequence[LinearOutput], constant_weights: bool) -> abi.LinearCallStruct:
     terms = [(index, term) for index, output in enumerate(outputs) for term in output.terms]
     if len(outputs) > abi.LINEAR_MAX_OUTPUTS or len(terms) > abi.LINEAR_MAX_TERMS:
         raise KernelError(

@@ -55,8 +55,9 @@ def pack(weight_format: str, values: Any, scales: Any) -> Any:
     values = np.pad(values, [*more, (0, 0)], constant_values=zero)
     scales = np.pad(scales, more)
     tiles, chunks = values.shape[0] // TILE, values.shape[1] // of_chunk
-    # [tile, g, chunk, block, c, elements 8 c to 8 c + 7] -> [tile, chunk, g, c, block, ..]
-    values = values.reshape(tiles, TILE, chunks, of_chunk, 4, each // 4).transpose(0, 2, 1, 4, 3, 5)
+    # [tile, g, chunk, block, p, c, elements 8 p + 2 c and + 1] -> [tile, chunk, g, c, block, p, ..]
+    values = values.reshape(tiles, TILE, chunks, of_chunk, 4, 4, each // 16).transpose(0, 2, 1, 5, 3, 4, 6)
+    values = values.reshape(*values.shape[:5], each // 4)
     words = values if weight_format == "int8" else _nibbles(values)
     # [tile, c, 2, chunk, block] -> [tile, chunk, c, block, 2]
     scales = scales.reshape(tiles, 4, 2, chunks, of_chunk).transpose(0, 3, 1, 4, 2)

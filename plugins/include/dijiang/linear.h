@@ -41,9 +41,10 @@ typedef enum {
  * multiplied as they are, exactly: only sums are rounded, to float32. In memory they are tiles of 8 output elements
  * (rows beyond N: zeros), and a tile is chunks of 64 (int8) or 128 (int4) elements of K (beyond K: zeros), each
  * dense:
- *   512 bytes, 16 of each lane 4 g + c, g = 0..7, c = 0..3: of output element g, the elements 8 c .. 8 c + 7 of each
- *       block of 32 in turn. int8: u = q + 128, a byte each. int4: u = q + 8; of each 32-bit word, little-endian, the
- *       bits from 4 p on have element 2 p and those from 16 + 4 p on element 2 p + 1, p = 0..3;
+ *   512 bytes, 16 of each lane 4 g + c, g = 0..7, c = 0..3: of output element g, of each block of 32 in turn, the
+ *       elements 8 p + 2 c and 8 p + 2 c + 1, p = 0..3, which are an mma's. int8: u = q + 128, a byte each. int4: u =
+ *       q + 8; of each 32-bit word, little-endian, the bits from 4 p on have the first of a pair and those from
+ *       16 + 4 p on the second;
  *   scales, float16: [c = 0..3] [block of the chunk] [2], those of output elements 2 c and 2 c + 1.
  * engines/dijiang_engines/kernels/packing.py packs them. */
 typedef enum { DIJIANG_SAME = 0, DIJIANG_INT8 = 1, DIJIANG_INT4 = 2 } dijiang_weight_format;

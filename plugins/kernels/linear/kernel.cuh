@@ -9,12 +9,12 @@
 // runs, and it goes on being filled from one tile to the next.
 #pragma once
 
+#include "device/activation.cuh"
 #include "device/copies.cuh"
 #include "device/elements.cuh"
 #include "device/math.cuh"
 #include "device/mma.cuh"
 #include "device/overlap.cuh"
-#include "linear/activations.cuh"
 #include "linear/input.cuh"
 
 namespace dijiang {

@@ -15,10 +15,9 @@ constexpr int32_t kMostWarps = 32;    // of a launch on a multiprocessor, with t
 constexpr int32_t kMoments = kMostRows * 8;  // bytes of the norm's means and scales, where the sums will be
 constexpr int32_t kManyRows = 128, kHalfRows = 64;  // of a block of many
 
-// What a multiprocessor takes for a chunk when memory is the limit, and a warp for one of its own, in clocks; and
-// what each round of tiles and each warp that shares a tile adds.
-constexpr float kChunkClocks = 45, kWarpClocks = 400, kRoundClocks = 500, kSharingClocks = 20;
-constexpr float kStageClocks = 40;  // and what a thread takes to stage and normalise eight elements
+// What a multiprocessor takes for a chunk and a warp for one of its own, what each round of tiles adds, and what a
+// thread takes to stage eight elements, without a norm and with one, in clocks: as measured on an H100.
+constexpr float kChunkClocks = 60, kWarpClocks = 1000, kRoundClocks = 2500, kStageClocks = 700, kNormClocks = 2000;
 
 int32_t ceiling(int64_t x, int64_t by) { return static_cast<int32_t>((x + by - 1) / by); }
 
@@ -76,7 +75,9 @@ void cut_few(const dijiang_device& device, const Shape& shape, int32_t longest, 
     launch.row_blocks = ceiling(call.rows, shape.rows);
     int32_t pitch = 0;
     int64_t tiles = 0;
+    bool norm = false;
     for (int32_t o = 0; o < call.output_count; ++o) {
+        norm = norm || call.outputs[o].norm != DIJIANG_NORM_NONE;
         pitch = std::max(pitch, staged_pitch(params.outputs[o].staged));
         tiles += tiles_of(call.outputs[o]);
     }
@@ -87,7 +88,7 @@ void cut_few(const dijiang_device& device, const Shape& shape, int32_t longest, 
 
     // As many rounds as let all blocks run at once.
     const int64_t at_once = int64_t{device.multiprocessors} * shape.blocks * shape.tiles;
-    const int32_t rounds = ceiling(tiles, at_once);
+    const int32_t rounds = ceiling(tiles * launch.row_blocks, at_once);
     launch.blocks = 0;
     for (int32_t o = 0; o < call.output_count; ++o) {
         OutputCut& cut = params.outputs[o];
@@ -99,8 +100,8 @@ void cut_few(const dijiang_device& device, const Shape& shape, int32_t longest, 
     const auto load = static_cast<float>(rounds * shape.blocks * shape.tiles * longest);
     const auto own = static_cast<float>(rounds * ceiling(longest, shape.warps));
     const auto staged = static_cast<float>(shape.rows * pitch) / static_cast<float>(8 * launch.threads);
-    launch.cost = std::max(kChunkClocks * load, kWarpClocks * own) + kStageClocks * staged +
-                  static_cast<float>(rounds) * (kRoundClocks + kSharingClocks * static_cast<float>(shape.warps));
+    launch.cost = std::max(kChunkClocks * load, kWarpClocks * own) + kRoundClocks * static_cast<float>(rounds) +
+                  (norm ? kNormClocks : kStageClocks) * staged;
 }
 
 bool fits(const dijiang_device& device, const Shape& shape, const Launch& launch) {
@@ -120,11 +121,11 @@ bool cut_few(const dijiang_device& device, int32_t longest, Launch& launch) {
         return false;
     }
 #endif
-    // Rows that do not fit make the weights be read again, but with few warps nothing is fast.
+    // Fewer rows to a block make the weights be read again, but more of them fit a multiprocessor.
+    Launch best = {};
     for (int32_t rows = std::min(outlined.params.call.rows, kMostRows); rows > 0; rows = rows > 8 ? 8 : rows / 2) {
-        Launch best = {};
         const int32_t most_warps = std::min(longest, kMostThreads / 32);
-        for (int32_t warps = rows > 1 ? (most_warps + 3) / 4 : 1; warps <= most_warps; ++warps)
+        for (int32_t warps = 1; warps <= most_warps; ++warps)
             for (int32_t tiles = 1; tiles * warps <= kMostThreads / 32; ++tiles)
                 for (int32_t blocks = 1; blocks * tiles * warps <= kMostWarps; ++blocks) {
                     const Shape shape = {rows, warps, tiles, blocks};
@@ -133,11 +134,10 @@ bool cut_few(const dijiang_device& device, int32_t longest, Launch& launch) {
                     if (!fits(device, shape, launch)) continue;
                     if (best.threads == 0 || launch.cost < 0.98f * best.cost) best = launch;
                 }
-        if (best.threads == 0) continue;
-        launch = best;
-        return true;
     }
-    return false;
+    if (best.threads == 0) return false;
+    launch = best;
+    return true;
 }
 
 // The kernel for many rows has no norms, and takes two factors' weights together.
@@ -172,7 +172,7 @@ bool cut_many(const dijiang_device& device, Launch& launch) {
     launch.row_blocks = ceiling(params.call.rows, params.rows_per_block);
     params.sums_offset = params.rows_per_block * elements * 2;
     params.staged_offset = params.sums_offset + 16 * kSlot;
-    launch.shared_memory = 2 * params.staged_offset;
+    launch.shared_memory = std::max(2 * params.staged_offset, 4 * params.rows_per_block * kPitch);
     return launch.blocks <= 65535 && launch.shared_memory <= device.shared_memory;
 }
 

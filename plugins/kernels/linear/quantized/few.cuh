@@ -5,19 +5,18 @@
 // added to the others. Nothing is lost by rows that are not there: memory takes the time.
 #pragma once
 
+#include "device/activation.cuh"
 #include "device/copies.cuh"
 #include "device/elements.cuh"
 #include "device/math.cuh"
 #include "device/mma.cuh"
 #include "device/overlap.cuh"
 #include "linear/input.cuh"
-#include "linear/activations.cuh"
 #include "linear/quantized/weights.cuh"
 
 namespace dijiang {
 namespace quantized {
 
-using linear::activate;
 using linear::Affine;
 using linear::normalize;
 
@@ -37,15 +36,14 @@ __device__ void stage(const dijiang_linear_term* terms, const Term* cuts, int co
     }
 }
 
-// One chunk's products with the staged rows. mine: row g of them at this chunk's first column and this thread's;
-// high_at: elements from there to row g + 8.
+// One chunk's products with the staged rows. input: the address that this lane gives ldmatrix.
 //
-// Of up to 8 rows the mma's other 8 take what else the same registers hold: with A = {x, y, z, w}, eight neighbouring
-// elements of row g, its row g has x and z, for which B has the weights in one mma, and its row g + 8 has y and w,
-// for which B has them in another. So one load of 16 bytes is A as it is, twice.
+// Of up to 8 rows the mma's other 8 take what else the same registers hold: with the four pairs of row g as A, its row
+// g has pairs 0 and 2, for which B has the weights in one mma, and its row g + 8 has pairs 1 and 3, for which B has
+// them in another. So one ldmatrix is A as it is, twice.
 template <typename T, int kFormat, bool kSixteen>
-__device__ __forceinline__ void multiply_chunk(const uint4& weights, const unsigned char* scales, const T* mine,
-                                               int high_at, float (&sums)[4]) {
+__device__ __forceinline__ void multiply_chunk(const uint4& weights, const unsigned char* scales, uint32_t input,
+                                               float (&sums)[4]) {
     constexpr int kBlocks = kFormat == DIJIANG_INT4 ? 4 : 2;
     uint32_t pairs_of_scales[kBlocks];
     if constexpr (kBlocks == 4)
@@ -54,24 +52,23 @@ __device__ __forceinline__ void multiply_chunk(const uint4& weights, const unsig
         *reinterpret_cast<uint2*>(pairs_of_scales) = *reinterpret_cast<const uint2*>(scales);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-        const uint4 low = *reinterpret_cast<const uint4*>(mine + b * kBlock);
-        uint32_t pairs[4];
+        uint32_t x[4], pairs[4];
+        ldmatrix(x, input + 2 * b * kBlock);
         widen<T, kFormat>(weights, b, pairs);
         const float2 scale = unpack<__half>(pairs_of_scales[b]);
         float one[4] = {}, other[4] = {};
         if constexpr (kSixteen) {
-            const uint4 high = *reinterpret_cast<const uint4*>(mine + high_at + b * kBlock);
-            const uint32_t even[4] = {low.x, high.x, low.y, high.y}, odd[4] = {low.z, high.z, low.w, high.w};
-            mma<T>(one, even, pairs[0], pairs[1]);
-            mma<T>(one, odd, pairs[2], pairs[3]);
-            sums[2] = fmaf(scale.x, one[2], sums[2]);
-            sums[3] = fmaf(scale.y, one[3], sums[3]);
+            uint32_t y[4];
+            ldmatrix(y, input + 2 * b * kBlock + kBlock);
+            mma<T>(one, x, pairs[0], pairs[1]);
+            mma<T>(one, y, pairs[2], pairs[3]);
             sums[0] = fmaf(scale.x, one[0], sums[0]);
             sums[1] = fmaf(scale.y, one[1], sums[1]);
+            sums[2] = fmaf(scale.x, one[2], sums[2]);
+            sums[3] = fmaf(scale.y, one[3], sums[3]);
         } else {
-            const uint32_t both[4] = {low.x, low.y, low.z, low.w};
-            mma<T>(one, both, pairs[0], pairs[2]);
-            mma<T>(other, both, pairs[1], pairs[3]);
+            mma<T>(one, x, pairs[0], pairs[2]);
+            mma<T>(other, x, pairs[1], pairs[3]);
             sums[0] = fmaf(scale.x, one[0] + other[2], sums[0]);
             sums[1] = fmaf(scale.y, one[1] + other[3], sums[1]);
         }
@@ -178,8 +175,8 @@ __device__ void compute(const Params& p, unsigned char* shared) {
 
     const bool gated = out.activation == DIJIANG_SWIGLU;
     // Rows that are not there count as the last one, and what they make is thrown away.
-    const T* const mine = staged + min(g, rows - 1) * pitch + 8 * c;
-    const int high_at = kSixteen ? (min(g + 8, rows - 1) - min(g, rows - 1)) * pitch : 0;
+    const int my_row = kSixteen ? lane % 16 : lane % 8, my_column = kSixteen ? lane / 16 * 8 : lane / 8 * 8;
+    const uint32_t mine = shared_address(staged + min(my_row, rows - 1) * pitch + my_column);
     const int second_at = cut.shared_input ? 0 : first_chunks * chunk_elements(first_format);
     const int sums_size = kSums * (p.any_gated ? 2 : 1) * threads;
     float* met = reinterpret_cast<float*>(shared + p.sums_offset) + threadIdx.x;
@@ -214,9 +211,9 @@ __device__ void compute(const Params& p, unsigned char* shared) {
             request();
             slot = slot + 1 == kAhead ? 0 : slot + 1;
             if (format == DIJIANG_INT4)
-                multiply_chunk<T, DIJIANG_INT4, kSixteen>(weights, here + kLoad + 16 * c, mine + column, high_at, sums);
+                multiply_chunk<T, DIJIANG_INT4, kSixteen>(weights, here + kLoad + 16 * c, mine + 2 * column, sums);
             else
-                multiply_chunk<T, DIJIANG_INT8, kSixteen>(weights, here + kLoad + 8 * c, mine + column, high_at, sums);
+                multiply_chunk<T, DIJIANG_INT8, kSixteen>(weights, here + kLoad + 8 * c, mine + 2 * column, sums);
         };
         int i = working ? part : chunks;
         for (; i < first_chunks; i += sharing) multiply(first_format, i * chunk_elements(first_format));
@@ -254,8 +251,11 @@ __device__ void compute(const Params& p, unsigned char* shared) {
     wait_copies<0>();
 }
 
+#ifndef DIJIANG_BLOCKS
+#define DIJIANG_BLOCKS 2
+#endif
 template <typename T, bool kSixteen>
-__global__ void __launch_bounds__(kMostThreads, 2) few_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMostThreads, DIJIANG_BLOCKS) few_kernel(const __grid_constant__ Params p) {
     extern __shared__ uint4 shared[];
     compute<T, kSixteen>(p, reinterpret_cast<unsigned char*>(shared));
 }

@@ -15,10 +15,12 @@ constexpr int32_t kBlock = 32;  // elements of K that share a scale
 constexpr int32_t kLoad = 512;  // bytes of a chunk's weights: 16 a lane
 constexpr int32_t kSlot = kLoad + 64;  // of a chunk with its scales, at most
 #ifndef DIJIANG_AHEAD
-#define DIJIANG_AHEAD 8
+#define DIJIANG_AHEAD 12
 #endif
 constexpr int32_t kAhead = DIJIANG_AHEAD;  // chunks of each warp in shared memory, one less of them under way
 constexpr int32_t kMostThreads = 512;  // of a block; two of them have 64 registers a thread
+
+constexpr int32_t kPitch = 128 + 8;  // floats of a row of sums of the kernel for many rows: no two in one bank
 
 #ifdef __CUDACC__
 #define DIJIANG_BOTH __host__ __device__
@@ -73,8 +75,8 @@ DIJIANG_BOTH constexpr int32_t format_of(const dijiang_linear_call& call, int32_
     return static_cast<int32_t>(call.weight_formats >> (8 * term) & 0xffu);
 }
 
-// Elements from one staged row to the next. Two neighbouring rows then lie in different banks.
-DIJIANG_BOTH constexpr int32_t staged_pitch(int32_t elements) { return elements % 64 == 0 ? elements + 32 : elements; }
+// Elements from one staged row to the next: eight neighbouring rows then lie in different banks.
+DIJIANG_BOTH constexpr int32_t staged_pitch(int32_t elements) { return elements + 8; }
 
 // Cuts a valid call of at least one row.
 dijiang_status cut(const dijiang_linear_call&, const dijiang_device&, Launch&);

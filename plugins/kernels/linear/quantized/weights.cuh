@@ -1,39 +1,18 @@
 // Quantised weights in registers: how they lie in memory, and what becomes of them.
 //
 // A tile is 8 output elements; a chunk of it is what one load of 16 bytes a lane brings: 64 elements of K in int8,
-// 128 in int4. Thread (g, c) of a warp has output element g, and of each block of 32 along K the elements 8 c to
-// 8 c + 7: what it needs for two m16n8k16, whose input is taken in the same order. After a chunk's 512 bytes lie its
+// 128 in int4. Thread (g, c) of a warp has output element g, and of each block of 32 along K the pairs from 8 p + 2 c on:
+// B of two m16n8k16. After a chunk's 512 bytes lie its
 // scales, float16: of thread c, block by block, those of output elements 2 c and 2 c + 1, which it has sums of.
 #pragma once
 
-#include "device/elements.cuh"
+#include "device/bits.cuh"
 #include "linear/quantized/quantized.h"
 
 namespace dijiang {
 namespace quantized {
 
-// a & b | c and so on, as one instruction.
-template <int kTable> __device__ __forceinline__ uint32_t logic(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
-    return d;
-}
-constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa, kAndXor = (0xf0 & 0xcc) ^ 0xaa;
-
-// x y + z of pairs. All that is computed with it here is exact.
-template <typename T> __device__ __forceinline__ uint32_t fused(uint32_t x, uint32_t y, uint32_t z);
-template <> __device__ __forceinline__ uint32_t fused<__half>(uint32_t x, uint32_t y, uint32_t z) {
-    uint32_t d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(y), "r"(z));
-    return d;
-}
-template <> __device__ __forceinline__ uint32_t fused<__nv_bfloat16>(uint32_t x, uint32_t y, uint32_t z) {
-    uint32_t d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(y), "r"(z));
-    return d;
-}
-
-// Eight int4 of a block: bits 4 p and 16 + 4 p have elements 2 p and 2 p + 1. An integer below a 16-bit float's
+// Eight int4 of a block: bits 4 p and 16 + 4 p have pair p. An integer below a 16-bit float's
 // significand, with the exponent that makes its last bit 1, is that integer and a constant.
 template <typename T> __device__ __forceinline__ void widen4(uint32_t q, uint32_t (&pairs)[4]);
 template <> __device__ __forceinline__ void widen4<__half>(uint32_t q, uint32_t (&pairs)[4]) {

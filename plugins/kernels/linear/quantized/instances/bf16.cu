@@ -1,5 +1,4 @@
-#include "linear/quantized/few.cuh"
-#include "linear/quantized/many.cuh"
+#include "linear/quantized/launch.cuh"
 
 namespace dijiang::quantized {
 

@@ -1,11 +1,10 @@
-// What a product is put through before it is stored.
+// What an MLP has between its products (dijiang_activation).
 #pragma once
 
 #include "device/math.cuh"
 #include "dijiang/linear.h"
 
 namespace dijiang {
-namespace linear {
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 __device__ __forceinline__ float gelu_tanh(float x) {
@@ -23,5 +22,4 @@ __device__ __forceinline__ float activate(int activation, float x, float second)
     }
 }
 
-}  // namespace linear
 }  // namespace dijiang
