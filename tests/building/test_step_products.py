@@ -132,7 +132,9 @@ def test_quantised_products_are_packed_and_fused(family: str, forms: str, norms:
     same(before, network.evaluate(given), 5e-5 if spec.activation == "gelu" else 1e-9)
     assert count > 0 and done.products == count
     made = [layer.own["linear"] for layer in plugins(network)]
-    assert all({1: "int8", 2: "int4"}[f] in (forms, "int4", "int8") for m in made for f in m["term_weight_format"])
+    assert all(
+        {1: "int8", 2: "int4"}[f] in (forms, "int4", "int8") for m in made for f in m["term_weight_format"]
+    )
     assert any(m["output_norm"].any() for m in made) == (norms and family == "parallel")
     assert not [layer for layer in needed_layers(network) if "stored" in layer.own]
 

@@ -109,9 +109,7 @@ def has_quantised(trt: Any, network: Any) -> bool:
     """Does a parsed network have products with quantised weights?"""
     kinds = [getattr(trt.LayerType, kind) for kind in _PLUGINS if hasattr(trt.LayerType, kind)]
     layers = (network.get_layer(index) for index in range(network.num_layers))
-    return any(
-        layer.type in kinds and (layer.num_inputs, layer.num_outputs) == (3, 1) for layer in layers
-    )
+    return any(layer.type in kinds and (layer.num_inputs, layer.num_outputs) == (3, 1) for layer in layers)
 
 
 def rewrite(
@@ -312,9 +310,7 @@ def _summed(graph: Graph, product: Product, by_result: dict[str, Product]) -> Ou
         leaves = list(_leaves(graph, following, by_result))
         terms = [by_result[leaf.name] for leaf in leaves if _is_term(graph, leaf, by_result)]
         others = [leaf for leaf in leaves if not _is_term(graph, leaf, by_result)]
-        wide = all(
-            term.width == product.width and term.quantised == product.quantised for term in terms
-        )
+        wide = all(term.width == product.width and term.quantised == product.quantised for term in terms)
         if (
             len(terms) > 2
             or len(others) > 1
@@ -436,8 +432,8 @@ def _replace(
 
 
 def _words(term: Product) -> Any:
-    """A term's weight as int32, which TensorRT neither converts nor copies: two 16-bit numbers each, a row per
-    output element, or the bytes of a packed weight, [tiles, chunks, words of a chunk]."""
+    """A term's weight as int32, which TensorRT neither converts nor copies: two 16-bit numbers each, a row
+    per output element, or the bytes of a packed weight, [tiles, chunks, words of a chunk]."""
     if not term.quantised:
         return np.ascontiguousarray(term.weight.T).view(np.int32)
     packed = pack(term.weight_format, term.weight, term.scales).view(np.int32)
