@@ -1,6 +1,9 @@
 // How products with quantised weights are cut, on the host.
 #include <algorithm>
+#ifdef DIJIANG_TUNE
+#include <cstdio>
 #include <cstdlib>
+#endif
 
 #include "host/errors.h"
 #include "linear/quantized/quantized.h"
@@ -11,7 +14,7 @@ namespace {
 
 constexpr int32_t kMostRows = 16;     // of a block of few rows: what an mma has
 constexpr int32_t kReserved = 1024;   // bytes of shared memory of each block, by CUDA
-constexpr int32_t kMostWarps = 32;    // of a launch on a multiprocessor, with the registers that the kernels have
+constexpr int32_t kMostBlocks = 4, kMostWarps = 32;    // of a launch on a multiprocessor, with the registers that the kernels have
 constexpr int32_t kMoments = kMostRows * 8;  // bytes of the norm's means and scales, where the sums will be
 constexpr int32_t kManyRows = 128, kHalfRows = 64;  // of a block of many
 
@@ -32,15 +35,21 @@ bool one_input(const dijiang_linear_output& output, const dijiang_linear_term* t
 
 int32_t padded(const Term& term) { return term.chunks * chunk_elements(term.format); }
 
-// What does not depend on the way to cut. Returns the chunks of the longest tile.
-int32_t outline(const dijiang_linear_call& call, Launch& launch) {
-    Params& params = launch.params;
+// What does not depend on the way to cut.
+struct Work {
+    int64_t tiles = 0;
+    int32_t longest = 0;  // chunks of a tile
+    int32_t pitch = 0;    // elements of a staged row
+    bool norm = false;
+};
+
+Work outline(const dijiang_linear_call& call, Params& params) {
+    Work work;
     params.call = call;
     for (int32_t t = 0; t < call.term_count; ++t) {
         const int32_t format = format_of(call, t);
         params.terms[t] = {format, ceiling(call.terms[t].inner, chunk_elements(format))};
     }
-    int32_t longest = 0;
     for (int32_t o = 0, term = 0; o < call.output_count; ++o) {
         OutputCut& cut = params.outputs[o];
         cut.term = term;
@@ -53,90 +62,99 @@ int32_t outline(const dijiang_linear_call& call, Launch& launch) {
         cut.terms = term - cut.term;
         cut.shared_input = one_input(call.outputs[o], call.terms + cut.term, cut.terms);
         cut.staged = cut.shared_input ? most : sum;
-        longest = std::max(longest, chunks);
         if (call.outputs[o].activation == DIJIANG_SWIGLU) params.any_gated = 1;
+        work.longest = std::max(work.longest, chunks);
+        work.pitch = std::max(work.pitch, staged_pitch(cut.staged));
+        work.tiles += tiles_of(call.outputs[o]);
+        work.norm = work.norm || call.outputs[o].norm != DIJIANG_NORM_NONE;
     }
-    return longest;
+    return work;
 }
 
 // A way to cut: rows of a block, how many warps share a tile's K, how many tiles a block has at a time, and how many
 // blocks a multiprocessor has.
 struct Shape {
     int32_t rows, warps, tiles, blocks;
+
+    int32_t threads() const { return 32 * warps * tiles; }
 };
 
-void cut_few(const dijiang_device& device, const Shape& shape, int32_t longest, Launch& launch) {
-    Params& params = launch.params;
-    const dijiang_linear_call& call = params.call;
-    launch.threads = 32 * shape.warps * shape.tiles;
-    params.warps_per_tile = shape.warps;
-    params.tiles_per_block = shape.tiles;
-    params.rows_per_block = shape.rows;
-    launch.row_blocks = ceiling(call.rows, shape.rows);
-    int32_t pitch = 0;
-    int64_t tiles = 0;
-    bool norm = false;
-    for (int32_t o = 0; o < call.output_count; ++o) {
-        norm = norm || call.outputs[o].norm != DIJIANG_NORM_NONE;
-        pitch = std::max(pitch, staged_pitch(params.outputs[o].staged));
-        tiles += tiles_of(call.outputs[o]);
-    }
-    params.staged_offset = kAhead * kSlot * shape.warps * shape.tiles;
-    params.sums_offset = params.staged_offset + 2 * shape.rows * pitch;
+// Bytes of a block: the ring, the staged rows, the warps' sums.
+int32_t staged_offset(const Shape& shape) { return kAhead * kSlot * shape.warps * shape.tiles; }
+int32_t sums_offset(const Work& work, const Shape& shape) { return staged_offset(shape) + 2 * shape.rows * work.pitch; }
+int32_t shared_memory(const Params& params, const Work& work, const Shape& shape) {
     const int32_t sums = 2 * (shape.rows > 8 ? 4 : 2) * (params.any_gated != 0 ? 2 : 1);
-    launch.shared_memory = params.sums_offset + std::max(4 * sums * launch.threads, kMoments);
-
-    // As many rounds as let all blocks run at once.
-    const int64_t at_once = int64_t{device.multiprocessors} * shape.blocks * shape.tiles;
-    const int32_t rounds = ceiling(tiles * launch.row_blocks, at_once);
-    launch.blocks = 0;
-    for (int32_t o = 0; o < call.output_count; ++o) {
-        OutputCut& cut = params.outputs[o];
-        cut.rounds = rounds;
-        cut.blocks = ceiling(tiles_of(call.outputs[o]), int64_t{rounds} * shape.tiles);
-        cut.first_block = launch.blocks;
-        launch.blocks += cut.blocks;
-    }
-    const auto load = static_cast<float>(rounds * shape.blocks * shape.tiles * longest);
-    const auto own = static_cast<float>(rounds * ceiling(longest, shape.warps));
-    const auto staged = static_cast<float>(shape.rows * pitch) / static_cast<float>(8 * launch.threads);
-    launch.cost = std::max(kChunkClocks * load, kWarpClocks * own) + kRoundClocks * static_cast<float>(rounds) +
-                  (norm ? kNormClocks : kStageClocks) * staged;
+    return sums_offset(work, shape) + std::max(4 * sums * shape.threads(), kMoments);
 }
 
-bool fits(const dijiang_device& device, const Shape& shape, const Launch& launch) {
-    return shape.blocks * (launch.shared_memory + kReserved) <= device.shared_memory + kReserved;
+// As many rounds as let all blocks run at once.
+int32_t rounds_of(const dijiang_device& device, const Params& params, const Work& work, const Shape& shape) {
+    return ceiling(work.tiles * ceiling(params.call.rows, shape.rows),
+                   int64_t{device.multiprocessors} * shape.blocks * shape.tiles);
 }
 
-bool cut_few(const dijiang_device& device, int32_t longest, Launch& launch) {
-    const Launch outlined = launch;
+// Expected, in clocks.
+float cost_of(const dijiang_device& device, const Params& params, const Work& work, const Shape& shape) {
+    const int32_t rounds = rounds_of(device, params, work, shape);
+    const auto load = static_cast<float>(rounds * shape.blocks * shape.tiles * work.longest);
+    const auto own = static_cast<float>(rounds * ceiling(work.longest, shape.warps));
+    const auto staged = static_cast<float>(shape.rows * work.pitch) / static_cast<float>(8 * shape.threads());
+    return std::max(kChunkClocks * load, kWarpClocks * own) + kRoundClocks * static_cast<float>(rounds) +
+           (work.norm ? kNormClocks : kStageClocks) * staged;
+}
+
+bool fits(const dijiang_device& device, const Params& params, const Work& work, const Shape& shape) {
+    return shape.blocks * (shared_memory(params, work, shape) + kReserved) <= device.shared_memory + kReserved;
+}
+
+// The cheapest shape that fits; no threads if none does.
+Shape cheapest(const dijiang_device& device, const Params& params, const Work& work) {
 #ifdef DIJIANG_TUNE  // trials: the shape from outside
     int w = 0, t = 0, r = 0;
     if (const char* text = std::getenv("DIJIANG_TUNE"); text && std::sscanf(text, "%d,%d,%d", &w, &t, &r) == 3) {
-        for (int32_t rows = std::min(outlined.params.call.rows, kMostRows); rows > 0; rows = rows > 8 ? 8 : rows / 2) {
-            launch = outlined;
-            cut_few(device, {rows, w, t, r}, longest, launch);
-            if (fits(device, {rows, w, t, r}, launch)) return true;
-        }
-        return false;
+        for (int32_t rows = std::min(params.call.rows, kMostRows); rows > 0; rows = rows > 8 ? 8 : rows / 2)
+            if (fits(device, params, work, {rows, w, t, r})) return {rows, w, t, r};
+        return {};
     }
 #endif
+    Shape best = {};
+    float least = 0;
     // Fewer rows to a block make the weights be read again, but more of them fit a multiprocessor.
-    Launch best = {};
-    for (int32_t rows = std::min(outlined.params.call.rows, kMostRows); rows > 0; rows = rows > 8 ? 8 : rows / 2) {
-        const int32_t most_warps = std::min(longest, kMostThreads / 32);
-        for (int32_t warps = 1; warps <= most_warps; ++warps)
+    for (int32_t rows = std::min(params.call.rows, kMostRows); rows > 0; rows = rows > 8 ? 8 : rows / 2)
+        for (int32_t warps = 1; warps <= std::min(work.longest, kMostThreads / 32); ++warps)
             for (int32_t tiles = 1; tiles * warps <= kMostThreads / 32; ++tiles)
-                for (int32_t blocks = 1; blocks * tiles * warps <= kMostWarps; ++blocks) {
+                for (int32_t blocks = 1; blocks <= kMostBlocks && blocks * tiles * warps <= kMostWarps; ++blocks) {
                     const Shape shape = {rows, warps, tiles, blocks};
-                    launch = outlined;
-                    cut_few(device, shape, longest, launch);
-                    if (!fits(device, shape, launch)) continue;
-                    if (best.threads == 0 || launch.cost < 0.98f * best.cost) best = launch;
+                    if (!fits(device, params, work, shape)) break;
+                    const float cost = cost_of(device, params, work, shape);
+                    if (best.rows == 0 || cost < 0.98f * least) best = shape, least = cost;
                 }
+    return best;
+}
+
+bool cut_few(const dijiang_device& device, const Work& work, Launch& launch) {
+    Params& params = launch.params;
+    const Shape shape = cheapest(device, params, work);
+    if (shape.rows == 0) {
+        launch.shared_memory = shared_memory(params, work, {1, 1, 1, 1});
+        return false;
     }
-    if (best.threads == 0) return false;
-    launch = best;
+    launch.threads = shape.threads();
+    launch.row_blocks = ceiling(params.call.rows, shape.rows);
+    launch.shared_memory = shared_memory(params, work, shape);
+    params.warps_per_tile = shape.warps;
+    params.tiles_per_block = shape.tiles;
+    params.rows_per_block = shape.rows;
+    params.staged_offset = staged_offset(shape);
+    params.sums_offset = sums_offset(work, shape);
+    const int32_t rounds = rounds_of(device, params, work, shape);
+    for (int32_t o = 0; o < params.call.output_count; ++o) {
+        OutputCut& cut = params.outputs[o];
+        cut.rounds = rounds;
+        cut.blocks = ceiling(tiles_of(params.call.outputs[o]), int64_t{rounds} * shape.tiles);
+        cut.first_block = launch.blocks;
+        launch.blocks += cut.blocks;
+    }
     return true;
 }
 
@@ -180,11 +198,15 @@ bool cut_many(const dijiang_device& device, Launch& launch) {
 
 dijiang_status cut(const dijiang_linear_call& call, const dijiang_device& device, Launch& launch) {
     launch = {};
-    const int32_t longest = outline(call, launch);
-    if (can_be_many(launch.params) && cut_many(device, launch)) return DIJIANG_OK;
-    launch = {};
-    outline(call, launch);
-    if (cut_few(device, longest, launch)) return DIJIANG_OK;
+    const Work work = outline(call, launch.params);
+    if (can_be_many(launch.params)) {
+        Launch many = launch;
+        if (cut_many(device, many)) {
+            launch = many;
+            return DIJIANG_OK;
+        }
+    }
+    if (cut_few(device, work, launch)) return DIJIANG_OK;
     return fail(DIJIANG_UNSUPPORTED,
                 "the input is too wide for this GPU; one row needs %d bytes of shared memory; expected %d at most",
                 launch.shared_memory, device.shared_memory);

@@ -67,8 +67,7 @@ struct Params {
 struct Launch {
     Params params;
     int32_t blocks, row_blocks, threads, shared_memory;
-    float cost;  // expected, in clocks
-    bool many;   // the kernel for many rows
+    bool many;  // the kernel for many rows
 };
 
 DIJIANG_BOTH constexpr int32_t format_of(const dijiang_linear_call& call, int32_t term) {
