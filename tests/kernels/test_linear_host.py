@@ -42,6 +42,10 @@ def floats(*shape: int) -> Array:
     return Array(*shape, kind="<f4")
 
 
+def ceiling(size: int, by: int) -> int:
+    return -(-size // by)
+
+
 def linear(rows: int, inner: int, width: int, **named: Any) -> LinearOutput:
     term = LinearTerm(Array(rows, inner), Array(width, inner), floats(width))
     return LinearOutput(Array(rows, width), [term], **named)
@@ -101,7 +105,7 @@ def test_every_output_element_of_few_quantised_rows_has_a_block(
     plan = numbers(line)
     assert line.startswith("quantized few")
     each = plan["tiles"] * plan["rounds"]
-    assert plan["blocks"] == sum(-(-(-(-width // 8)) // each) for width in widths)
+    assert plan["blocks"] == sum(ceiling(ceiling(width, 8), each) for width in widths)
     assert plan["passes"] * plan["rows"] >= rows
     assert plan["threads"] == 32 * plan["warps"] * plan["tiles"] <= 512
     assert plan["shared"] <= device.shared_memory
@@ -116,7 +120,7 @@ def test_many_quantised_rows_have_a_kernel_of_their_own(
         line = kernels.linear_plan([quantised(rows, 2560, width, form)], replace(device, multiprocessors=132))
         plan = numbers(line)
         assert line.startswith("quantized many") and plan["rows"] == each
-        assert plan["blocks"] == -(-rows // each) * -(-width // 128)
+        assert plan["blocks"] == ceiling(rows, each) * ceiling(width, 128)
         assert plan["shared"] <= device.shared_memory
     norm: dict[str, Any] = {"norm": "rms_norm", "norm_weight": floats(2560), "epsilon": 1e-5}
     assert kernels.linear_plan([quantised(2048, 2560, 64, form, **norm)], device).startswith("quantized few")
