@@ -108,9 +108,9 @@ std::string Layer::name(int32_t at) const {
 bool Layer::agree_weight(
     int32_t term, const Dims& dims, int64_t& n, int64_t& k, bool dynamic, std::string& right) const {
     const int32_t format = attributes_.term_weight_format[term];
-    const auto unknown = [](int64_t size, int64_t by) { return size < 0 ? -1 : (size + by - 1) / by; };
+    const auto parts = [](int64_t size, int64_t by) { return size < 0 ? -1 : (size + by - 1) / by; };
     if (format == DIJIANG_SAME) {
-        int64_t half = unknown(k, 2);
+        int64_t half = k < 0 ? -1 : k / 2;
         const bool good = dims.nbDims == 2 && agree(dims.d[0], n, dynamic) && agree(dims.d[1], half, dynamic);
         if (k < 0 && half > 0) k = 2 * half;
         right = "[" + std::to_string(n) + ", " + std::to_string(k < 0 ? -1 : k / 2) + "]";
@@ -119,7 +119,7 @@ bool Layer::agree_weight(
     const bool stored = is_stored(format), four = format == DIJIANG_INT4 || format == kStoredInt4;
     const int64_t width = attributes_.output_width[attributes_.term_output[term]];
     if (!stored && !agree(width, n, false)) return false;
-    int64_t rows = stored ? n : unknown(n, 8), along = unknown(k, stored ? 32 : four ? 128 : 64);
+    int64_t rows = stored ? n : parts(n, 8), along = parts(k, stored ? 32 : four ? 128 : 64);
     const int64_t words = stored ? (four ? 4 : 8) : four ? 144 : 136;
     const bool good = dims.nbDims == 3 && agree(dims.d[0], rows, dynamic) && agree(dims.d[1], along, dynamic) &&
                       dims.d[2] == words;

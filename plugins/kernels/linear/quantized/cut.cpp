@@ -187,6 +187,9 @@ bool cut_many(const dijiang_device& device, Launch& launch) {
     // Two blocks to a multiprocessor, or all its parts are not busy.
     const int64_t tiles = int64_t{launch.blocks} * ceiling(params.call.rows, kManyRows);
     params.rows_per_block = tiles >= 2 * device.multiprocessors ? kManyRows : kHalfRows;
+#ifdef DIJIANG_TUNE
+    if (const char* text = std::getenv("DIJIANG_MANY_ROWS")) params.rows_per_block = std::atoi(text);
+#endif
     launch.row_blocks = ceiling(params.call.rows, params.rows_per_block);
     params.sums_offset = params.rows_per_block * elements * 2;
     params.staged_offset = params.sums_offset + 16 * kSlot;
