@@ -251,11 +251,8 @@ __device__ void compute(const Params& p, unsigned char* shared) {
     wait_copies<0>();
 }
 
-#ifndef DIJIANG_BLOCKS
-#define DIJIANG_BLOCKS 2
-#endif
 template <typename T, bool kSixteen>
-__global__ void __launch_bounds__(kMostThreads, DIJIANG_BLOCKS) few_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMostThreads, 1) few_kernel(const __grid_constant__ Params p) {
     extern __shared__ uint4 shared[];
     compute<T, kSixteen>(p, reinterpret_cast<unsigned char*>(shared));
 }

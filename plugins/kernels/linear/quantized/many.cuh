@@ -12,10 +12,6 @@
 #include "device/overlap.cuh"
 #include "linear/quantized/weights.cuh"
 
-#ifndef DIJIANG_MANY2
-#define DIJIANG_MANY2 3
-#endif
-
 namespace dijiang {
 namespace quantized {
 
@@ -174,7 +170,7 @@ template <typename T> struct Finish {
 };
 
 template <typename T, int kSlices>
-__global__ void __launch_bounds__(128, kSlices == 2 ? DIJIANG_MANY2 : 2) many_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(128, kSlices == 2 ? 3 : 2) many_kernel(const __grid_constant__ Params p) {
     constexpr int kRows = 32 * kSlices;
     extern __shared__ uint4 shared[];
     let_next_kernel_start();
