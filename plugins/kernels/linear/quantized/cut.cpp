@@ -1,9 +1,5 @@
 // How products with quantised weights are cut, on the host.
 #include <algorithm>
-#ifdef DIJIANG_TUNE
-#include <cstdio>
-#include <cstdlib>
-#endif
 
 #include "host/errors.h"
 #include "linear/quantized/quantized.h"
@@ -14,13 +10,13 @@ namespace {
 
 constexpr int32_t kMostRows = 16;     // of a block of few rows: what an mma has
 constexpr int32_t kReserved = 1024;   // bytes of shared memory of each block, by CUDA
-constexpr int32_t kMostBlocks = 2, kMostWarps = 16;  // of a launch on a multiprocessor, with the registers that the kernels have
+constexpr int32_t kMostBlocks = 4, kMostWarps = 32;  // of a launch on a multiprocessor, with the registers that the kernels have
 constexpr int32_t kMoments = kMostRows * 8;  // bytes of the norm's means and scales, where the sums will be
 constexpr int32_t kManyRows = 128, kHalfRows = 64;  // of a block of many
 
-// What a multiprocessor takes for a chunk and a warp for one of its own, what each round of tiles and each warp of a block
-// adds, and what a thread takes to stage eight elements, in clocks: as measured on an H100.
-constexpr float kChunkClocks = 60, kOwnClocks = 1000, kRoundClocks = 2500, kWarpClocks = 80, kStageClocks = 500;
+// What a multiprocessor takes for a chunk and a warp for one of its own, what each round of tiles adds, and what a
+// thread takes to stage eight elements, without a norm and with one, in clocks: as measured on an H100.
+constexpr float kChunkClocks = 60, kWarpClocks = 1000, kRoundClocks = 2500, kStageClocks = 700, kNormClocks = 2000;
 
 int32_t ceiling(int64_t x, int64_t by) { return static_cast<int32_t>((x + by - 1) / by); }
 
@@ -40,6 +36,7 @@ struct Work {
     int64_t tiles = 0;
     int32_t longest = 0;  // chunks of a tile
     int32_t pitch = 0;    // elements of a staged row
+    bool norm = false;
 };
 
 Work outline(const dijiang_linear_call& call, Params& params) {
@@ -65,6 +62,7 @@ Work outline(const dijiang_linear_call& call, Params& params) {
         work.longest = std::max(work.longest, chunks);
         work.pitch = std::max(work.pitch, staged_pitch(cut.staged));
         work.tiles += tiles_of(call.outputs[o]);
+        work.norm = work.norm || call.outputs[o].norm != DIJIANG_NORM_NONE;
     }
     return work;
 }
@@ -97,8 +95,8 @@ float cost_of(const dijiang_device& device, const Params& params, const Work& wo
     const auto load = static_cast<float>(rounds * shape.blocks * shape.tiles * work.longest);
     const auto own = static_cast<float>(rounds * ceiling(work.longest, shape.warps));
     const auto staged = static_cast<float>(shape.rows * work.pitch) / static_cast<float>(8 * shape.threads());
-    return std::max(kChunkClocks * load, kOwnClocks * own) + kRoundClocks * static_cast<float>(rounds) +
-           kWarpClocks * static_cast<float>(shape.warps * shape.tiles) + kStageClocks * staged;
+    return std::max(kChunkClocks * load, kWarpClocks * own) + kRoundClocks * static_cast<float>(rounds) +
+           (work.norm ? kNormClocks : kStageClocks) * staged;
 }
 
 bool fits(const dijiang_device& device, const Params& params, const Work& work, const Shape& shape) {
@@ -107,14 +105,6 @@ bool fits(const dijiang_device& device, const Params& params, const Work& work, 
 
 // The cheapest shape that fits; no threads if none does.
 Shape cheapest(const dijiang_device& device, const Params& params, const Work& work) {
-#ifdef DIJIANG_TUNE  // trials: the shape from outside
-    int w = 0, t = 0, r = 0;
-    if (const char* text = std::getenv("DIJIANG_TUNE"); text && std::sscanf(text, "%d,%d,%d", &w, &t, &r) == 3) {
-        for (int32_t rows = std::min(params.call.rows, kMostRows); rows > 0; rows = rows > 8 ? 8 : rows / 2)
-            if (fits(device, params, work, {rows, w, t, r})) return {rows, w, t, r};
-        return {};
-    }
-#endif
     Shape best = {};
     float least = 0;
     // Fewer rows to a block make the weights be read again, but more of them fit a multiprocessor.
@@ -185,9 +175,6 @@ bool cut_many(const dijiang_device& device, Launch& launch) {
     // Two blocks to a multiprocessor, or all its parts are not busy.
     const int64_t tiles = int64_t{launch.blocks} * ceiling(params.call.rows, kManyRows);
     params.rows_per_block = tiles >= 2 * device.multiprocessors ? kManyRows : kHalfRows;
-#ifdef DIJIANG_TUNE
-    if (const char* text = std::getenv("DIJIANG_MANY_ROWS")) params.rows_per_block = std::atoi(text);
-#endif
     launch.row_blocks = ceiling(params.call.rows, params.rows_per_block);
     params.sums_offset = params.rows_per_block * elements * 2;
     params.staged_offset = params.sums_offset + 16 * kSlot;
