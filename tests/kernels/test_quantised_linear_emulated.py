@@ -90,15 +90,15 @@ def product(rows: int, inner: list[int], width: int, form: Any, **more: Any) -> 
     return make(dtype, rows, inner, width, weight_format=form, device="cpu", **more)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("int4", torch.float16), ("int8", torch.float16), ("int4", torch.bfloat16), ("int8", torch.bfloat16)],
+)
 @pytest.mark.parametrize(
     ("rows", "inner", "width", "more"),
     [
-        (1, 288, 9, {"norm": "layer_norm", "activation": "gelu"}),
-        (8, 160, 17, {"norm": "rms_norm", "residual": True}),
-        (13, 96, 8, {"activation": "silu"}),
-        (65, 352, 131, {"residual": True, "activation": "relu"}),
+        (1, 288, 9, {"norm": "layer_norm", "activation": "gelu", "residual": True}),
+        (17, 160, 131, {"residual": True, "activation": "relu"}),
     ],
 )
 def test_a_product(
@@ -108,12 +108,14 @@ def test_a_product(
     run(emulated, [case], SMALL, backwards=rows % 2 == 1)
 
 
-@pytest.mark.parametrize("forms", [["int4", "int8"], ["int8", "int4"], ["int4", "int4"]])
-@pytest.mark.parametrize("rows", [3, 16, 70])
-def test_two_terms(emulated: Any, forms: list[str], rows: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "forms"),
+    [(8, ["int4", "int8"]), (13, ["int8", "int4"]), (20, ["int4", "int4"]), (20, ["int8", "int4"])],
+)
+def test_two_terms(emulated: Any, rows: int, forms: list[str]) -> None:
     run(emulated, [product(rows, [96, 160], 40, forms, residual=True)], SMALL)
     gated = product(
-        rows, [160, 160], 70, forms, activation="swiglu", norm="rms_norm" if rows < 20 else "norm_none"
+        rows, [160, 160], 70, forms, activation="swiglu", norm="rms_norm" if rows < 17 else "norm_none"
     )
     run(emulated, [gated], SMALL)
 

@@ -24,7 +24,7 @@
 
 namespace emulator {
 
-constexpr size_t kStack = 128 << 10;
+constexpr size_t kStack = 32 << 10;
 constexpr size_t kSharedMemory = 228 << 10;
 inline unsigned char* shared_memory = nullptr;  // kSharedMemory bytes
 
