@@ -151,6 +151,50 @@ def test_a_launch_is_quantised_or_it_is_not() -> None:
             assert len(set(layer.own["linear"].get("term_weight_format", [0]))) == 1
 
 
+def quantised_parts(small: Small, widths: tuple[int, ...]) -> list[Tensor]:
+    parts = []
+    for width in widths:
+        words, scales = stored(small.rng, width, 64, "int4")
+        inputs = [small.x, small.network.constant(words), small.network.constant(scales)]
+        parts.append(small.network.add("PLUGIN_V2", inputs, [(-1, 1, width)], [""], stored=True).outputs[0])
+    return parts
+
+
+def beside(small: Small, parts: list[Tensor]) -> Tensor:
+    """Along the last axis."""
+    shape = (-1, 1, sum(part.shape[-1] for part in parts))
+    return small.network.add(
+        "CONCATENATION", parts, [shape], [""], function=lambda *given: [np.concatenate(given, -1)]
+    ).outputs[0]
+
+
+def added(small: Small, tensor: Tensor) -> Tensor:
+    bias = small.network.constant(small.rng.standard_normal((1, 1, tensor.shape[-1])).astype(np.float16))
+    return small.pointwise("SUM", tensor, bias)
+
+
+def test_parts_of_a_matrix_take_their_pieces_of_its_bias() -> None:
+    small = Small()
+    whole = added(small, beside(small, quantised_parts(small, (40, 24))))
+    small.check(whole)
+    (fields,) = [layer.own["linear"] for layer in plugins(small.network) if "linear" in layer.own]
+    assert fields["term_bias"].tolist() == [1, 1] and fields["output_width"].tolist() == [40, 24]
+    assert "ELEMENTWISE" not in [layer.kind for layer in needed_layers(small.network)]
+
+
+def test_a_bias_behind_parts_stays_where_something_else_reads_them() -> None:
+    small = Small()
+    parts = quantised_parts(small, (40, 24))
+    small.check(added(small, beside(small, parts)), parts[0])
+    twice = Small()
+    pieces = quantised_parts(twice, (8, 8))
+    both = beside(twice, pieces)
+    twice.check(added(twice, both), twice.pointwise("RELU", both))
+    for made in (small, twice):
+        fields = [layer.own["linear"] for layer in plugins(made.network) if "linear" in layer.own]
+        assert [each["term_bias"].tolist() for each in fields] == [[0, 0]]
+
+
 def test_floats_can_be_left_to_tensorrt() -> None:
     network = step_network("parallel")
     done = rewrite(Trt(), network, floats=False)
