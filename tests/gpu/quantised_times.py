@@ -6,8 +6,8 @@
 Everything is a CUDA graph over as many layers as the model has, each with weights of its own, so that none
 stays in the cache; times are medians of replays. Beside it, in the same run: the kernel for float16 weights
 ("same"), cuBLAS in float16 and PyTorch's `_weight_int4pack_mm` ("tinygemm": int4, bfloat16, groups of 32),
-both without norms, biases, activations and residuals. "mixed" is what --weight-format int4 makes: the rows of
-v and the head in int8. Weights are random bytes: what is computed is test_quantised_linear_gpu.py's to show.
+both without norms, biases, activations and residuals. "mixed" has the rows of v and the head in int8, the
+rest in int4. Weights are random bytes: what is computed is test_quantised_linear_gpu.py's to show.
 """
 
 from __future__ import annotations
