@@ -1,6 +1,6 @@
 """Times dijiang_linear with quantised weights on a GPU: all products of a decoding step, and of a prefill.
 
-    python tests/gpu/quantised_times.py libdijiang_kernels.so [--shape 410m 2.8b] [--rows 1 8]
+    python tests/gpu/quantised/times.py libdijiang_kernels.so [--shape 410m 2.8b] [--rows 1 8]
         [--prefill 2048] [--weights int4 mixed int8 same] [--save times.json]
 
 Everything is a CUDA graph over as many layers as the model has, each with weights of its own, so that none
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu.linear_times import SHAPES, median_ms, stream
 from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
