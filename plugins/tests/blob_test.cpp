@@ -40,10 +40,12 @@ void linear() {
     attributes.term_bias[0] = 1;
     attributes.output_activation[0] = 0x01020304;  // four different bytes: their order shows
     attributes.output_norm[0] = attributes.output_norm_bias[0] = attributes.output_residual[1] = 1;
+    attributes.term_weight_format[2] = 2;
+    attributes.output_width[1] = 50304;
     attributes.output_epsilon[0] = 1.0000001e-5f;
     std::array<unsigned char, linear::kBlobSize> blob{};
     linear::write_blob(attributes, blob.data());
-    const unsigned char head[] = {'D', 'J', 'T', 'L', 1, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0};
+    const unsigned char head[] = {'D', 'J', 'T', 'L', 2, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0};
     expect(std::memcmp(blob.data(), head, sizeof head) == 0 && blob[52] == 4 && blob[55] == 1,
         "linear: little-endian, with magic and format version");
     linear::Attributes read;
@@ -57,10 +59,10 @@ void linear() {
     bool all = true;
     for (size_t size = 0; size < blob.size(); ++size) {
         const std::vector<unsigned char> part(blob.begin(), blob.begin() + static_cast<std::ptrdiff_t>(size));
-        all = all && refuses(part.data(), size, "expected 132");
+        all = all && refuses(part.data(), size, "expected 164");
     }
     expect(all, "linear: every shorter blob is refused");
-    for (const auto& [at, value, text] : {std::tuple<size_t, int, const char*>{0, 'X', "DJTL"}, {4, 2, "format 2"},
+    for (const auto& [at, value, text] : {std::tuple<size_t, int, const char*>{0, 'X', "DJTL"}, {4, 1, "format 1"},
              {8, 5, "1 to 4"}, {12, 0, "1 to 4"}, {15, 0x80, "1 to 4"}}) {
         auto other = blob;
         other[at] = static_cast<unsigned char>(value);

@@ -1,6 +1,7 @@
 // DijiangLinear in a real plugin registry: fields, refusals, types, shapes, clones, and what a plan keeps.
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #include "registry_cases.h"
 #include "registry_host.h"
@@ -133,6 +134,75 @@ void shapes(IPluginV3* plugin, test::Logger& logger) {
     expect(configure(call) != 0 && logger.said("is float32", kName), "linear refused: weights of another type");
 }
 
+// Int4 of bundles, as a parser makes it: a layer of it is created and shaped, and told to be packed.
+struct Stored {
+    int32_t zero = 0, one = 1, format = 4, width = 0;
+    float epsilon = 0.0f;
+    std::vector<PluginField> fields{{"term_output", &zero, PluginFieldType::kINT32, 1},
+        {"term_bias", &zero, PluginFieldType::kINT32, 1}, {"term_weight_format", &format, PluginFieldType::kINT32, 1},
+        {"output_activation", &zero, PluginFieldType::kINT32, 1}, {"output_norm", &zero, PluginFieldType::kINT32, 1},
+        {"output_norm_bias", &zero, PluginFieldType::kINT32, 1}, {"output_epsilon", &epsilon, PluginFieldType::kFLOAT32, 1},
+        {"output_residual", &zero, PluginFieldType::kINT32, 1}, {"output_width", &width, PluginFieldType::kINT32, 1},
+        {"dtype", &one, PluginFieldType::kINT32, 1}};
+
+    IPluginV3* create(nvinfer1::IPluginCreatorV3One& creator) {
+        const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
+        return creator.createPlugin("linear1", &collection, TensorRTPhase::kBUILD);
+    }
+};
+
+// One product of K 96 and N 20: its tensors, each a type and sizes, configured. 0: it is taken.
+int32_t configured(IPluginV3* plugin, const std::vector<std::pair<DataType, std::vector<int64_t>>>& given) {
+    std::vector<nvinfer1::DynamicPluginTensorDesc> tensors(given.size());
+    for (size_t i = 0; i < given.size(); ++i) {
+        tensors[i].desc.type = given[i].first;
+        tensors[i].desc.dims.nbDims = static_cast<int32_t>(given[i].second.size());
+        for (size_t d = 0; d < given[i].second.size(); ++d) tensors[i].desc.dims.d[d] = given[i].second[d];
+        tensors[i].min = tensors[i].max = tensors[i].desc.dims;
+    }
+    const auto inputs = static_cast<int32_t>(given.size()) - 1;
+    return test::build_of(plugin)->configurePlugin(tensors.data(), inputs, tensors.data() + inputs, 1);
+}
+
+void quantised(nvinfer1::IPluginCreatorV3One& creator, test::Logger& logger) {
+    Stored stored;
+    const std::unique_ptr<IPluginV3> parsed(stored.create(creator));
+    expect(parsed != nullptr, "linear: weights as a bundle stores them");
+    if (parsed == nullptr) return;
+    expect(configured(parsed.get(), {{kT, {1, 1, 96}}, {kI, {20, 3, 4}}, {kT, {20, 3}}, {kT, {1, 1, 20}}}) != 0 &&
+               logger.said("build-engine", kName),
+        "linear refused: weights that are not packed");
+    expect(configured(parsed.get(), {{kT, {1, 1, 96}}, {kI, {20, 3, 8}}, {kT, {20, 3}}, {kT, {1, 1, 20}}}) != 0 &&
+               logger.said("[20, 3, 4]", kName),
+        "linear refused: stored int8 where int4 is meant");
+    const struct {
+        int32_t format;
+        std::vector<int64_t> right, wrong;
+    } packed[] = {{1, {3, 2, 136}, {3, 1, 136}}, {2, {3, 1, 144}, {3, 1, 136}}};
+    for (const auto& it : packed) {
+        Stored node;
+        node.format = it.format, node.width = 20;
+        const std::unique_ptr<IPluginV3> plugin(node.create(creator));
+        expect(plugin != nullptr &&
+                   configured(plugin.get(), {{kT, {2, 1, 96}}, {kI, it.right}, {kT, {2, 1, 20}}}) == 0 &&
+                   configured(plugin.get(), {{kT, {2, 1, 96}}, {kI, it.wrong}, {kT, {2, 1, 20}}}) != 0,
+            "linear: packed weights of their shape, format " + std::to_string(it.format));
+        const PluginFieldCollection* kept = test::runtime_of(plugin.get())->getFieldsToSerialize();
+        const std::unique_ptr<IPluginV3> rebuilt(creator.createPlugin("linear1", kept, TensorRTPhase::kRUNTIME));
+        expect(rebuilt != nullptr && std::string(test::build_of(plugin.get())->getTimingCacheID()) ==
+                                         test::build_of(rebuilt.get())->getTimingCacheID(),
+            "linear: packed weights in a plan");
+    }
+    Stored wrong;
+    wrong.format = 5;
+    expect(std::unique_ptr<IPluginV3>(wrong.create(creator)) == nullptr && logger.said("term_weight_format", kName),
+        "linear refused: an unknown format");
+    Stored unsized;
+    unsized.format = 2;
+    expect(std::unique_ptr<IPluginV3>(unsized.create(creator)) == nullptr && logger.said("output_width", kName),
+        "linear refused: packed weights without a width");
+}
+
 void lifecycle(nvinfer1::IPluginCreatorV3One& creator, IPluginV3* plugin) {
     const std::unique_ptr<IPluginV3> copy(plugin->clone());
     const std::string identity = test::build_of(plugin)->getTimingCacheID();
@@ -178,4 +248,5 @@ void run_linear(test::Runtime& runtime) {
     formats(plugin.get());
     shapes(plugin.get(), runtime.logger);
     lifecycle(*creator, plugin.get());
+    quantised(*creator, runtime.logger);
 }

@@ -27,6 +27,13 @@ def test_it_arrives_as_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
     assert read_request(tmp_path / "request.json") == request
 
 
+def test_the_most_rows_are_those_of_all_profiles() -> None:
+    step = {name: [[1] * len(shape) for shape in shapes] for name, shapes in PROFILE.items()}
+    assert REQUEST.most_rows == 4 * 64
+    assert dataclasses.replace(REQUEST, profiles=[step]).most_rows == 1
+    assert dataclasses.replace(REQUEST, profiles=[step, PROFILE]).most_rows == 4 * 64
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(BuildRequest)])
 def test_every_field_is_needed(name: str) -> None:
     data = REQUEST.to_json()

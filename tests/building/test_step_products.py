@@ -7,6 +7,8 @@ tests/nvidia/test_tensorrt_bindings.py's and the GPU's to show.
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from support.fakes.network import Network, Registry, Tensor, Trt, replay
 from support.makers.step_graphs import FAMILIES, PARALLEL, description, initializers, step_graph
 
+from dijiang_engines.building import ahead
 from dijiang_engines.building.step_products import rewrite
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.spec import ModelSpec
@@ -96,6 +99,121 @@ def test_weights_keep_their_bits() -> None:
     packed = plugins(network)[0].inputs[1]
     constant = next(layer for layer in network.layers if packed in layer.outputs).own["weights"]
     assert constant.dtype == np.int32 and np.array_equal(constant.view(np.uint16), weight.T.view(np.uint16))
+
+
+# -- quantised ----------------------------------------------------------------------------------------
+
+
+def stored(rng: Any, width: int, inner: int, form: str) -> tuple[Any, Any]:
+    """Random words and scales."""
+    words = rng.integers(-(2**31), 2**31, (width, inner // 32, 4 if form == "int4" else 8)).astype(np.int32)
+    return words, (rng.standard_normal(words.shape[:2]) / (40 if form == "int4" else 700)).astype(np.float16)
+
+
+def quantised(network: Network, forms: str) -> int:
+    """Products with constant weights become nodes DijiangLinear, as a quantised bundle has them."""
+    rng, count = np.random.default_rng(3), 0
+    for layer in list(network.layers):
+        if layer.kind != "MATRIX_MULTIPLY" or "transposed" in layer.own:
+            continue
+        form = ("int4", "int8")[count % 2] if forms == "both" else forms
+        words, scales = stored(rng, layer.outputs[0].shape[-1], layer.inputs[0].shape[-1], form)
+        layer.inputs[1:] = [network.constant(words), network.constant(scales)]
+        layer.kind, layer.own = "PLUGIN_V3", {"stored": True}
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize(("family", "forms"), [("parallel", "int4"), ("parallel", "both"), ("llama", "both")])
+@pytest.mark.parametrize("norms", [True, False])
+def test_quantised_products_are_packed_and_fused(family: str, forms: str, norms: bool) -> None:
+    spec = FAMILIES[family]
+    network, given = step_network(family), call(spec)
+    count = quantised(network, forms)
+    before = network.evaluate(given)
+    done = rewrite(Trt(), network, floats=False, norms=norms)
+    same(before, network.evaluate(given), 5e-5 if spec.activation == "gelu" else 1e-9)
+    assert count > 0 and done.products == count
+    made = [layer.own["linear"] for layer in plugins(network)]
+    assert all(
+        {1: "int8", 2: "int4"}[f] in (forms, "int4", "int8") for m in made for f in m["term_weight_format"]
+    )
+    assert any(m["output_norm"].any() for m in made) == (norms and family == "parallel")
+    assert not [layer for layer in needed_layers(network) if "stored" in layer.own]
+
+
+def test_a_launch_is_quantised_or_it_is_not() -> None:
+    small = Small()
+    words, scales = stored(small.rng, 64, 64, "int8")
+    inputs = [small.x, small.network.constant(words), small.network.constant(scales)]
+    node = small.network.add("PLUGIN_V2", inputs, [(-1, 1, 64)], [""], stored=True).outputs[0]
+    done = small.check(small.pointwise("SUM", small.product(small.x, 64), node), small.product(small.x, 8))
+    assert done.products == 3
+    for layer in plugins(small.network):
+        if "linear" in layer.own:
+            assert len(set(layer.own["linear"].get("term_weight_format", [0]))) == 1
+
+
+def quantised_parts(small: Small, widths: tuple[int, ...]) -> list[Tensor]:
+    parts = []
+    for width in widths:
+        words, scales = stored(small.rng, width, 64, "int4")
+        inputs = [small.x, small.network.constant(words), small.network.constant(scales)]
+        parts.append(small.network.add("PLUGIN_V2", inputs, [(-1, 1, width)], [""], stored=True).outputs[0])
+    return parts
+
+
+def beside(small: Small, parts: list[Tensor]) -> Tensor:
+    """Along the last axis."""
+    shape = (-1, 1, sum(part.shape[-1] for part in parts))
+    return small.network.add(
+        "CONCATENATION", parts, [shape], [""], function=lambda *given: [np.concatenate(given, -1)]
+    ).outputs[0]
+
+
+def added(small: Small, tensor: Tensor) -> Tensor:
+    bias = small.network.constant(small.rng.standard_normal((1, 1, tensor.shape[-1])).astype(np.float16))
+    return small.pointwise("SUM", tensor, bias)
+
+
+def test_parts_of_a_matrix_take_their_pieces_of_its_bias() -> None:
+    small = Small()
+    whole = added(small, beside(small, quantised_parts(small, (40, 24))))
+    small.check(whole)
+    (fields,) = [layer.own["linear"] for layer in plugins(small.network) if "linear" in layer.own]
+    assert fields["term_bias"].tolist() == [1, 1] and fields["output_width"].tolist() == [40, 24]
+    assert "ELEMENTWISE" not in [layer.kind for layer in needed_layers(small.network)]
+
+
+def test_a_bias_behind_parts_stays_where_something_else_reads_them() -> None:
+    small = Small()
+    parts = quantised_parts(small, (40, 24))
+    small.check(added(small, beside(small, parts)), parts[0])
+    twice = Small()
+    pieces = quantised_parts(twice, (8, 8))
+    both = beside(twice, pieces)
+    twice.check(added(twice, both), twice.pointwise("RELU", both))
+    for made in (small, twice):
+        fields = [layer.own["linear"] for layer in plugins(made.network) if "linear" in layer.own]
+        assert [each["term_bias"].tolist() for each in fields] == [[0, 0]]
+
+
+def test_floats_can_be_left_to_tensorrt() -> None:
+    network = step_network("parallel")
+    done = rewrite(Trt(), network, floats=False)
+    assert (done.products, done.launches) == (0, 0) and done.left > 0
+
+
+def test_a_quantised_product_that_cannot_be_the_plugins_is_an_error() -> None:
+    small = Small()
+    words, scales = stored(small.rng, 8, 64, "int4")
+    for wide in (scales, scales.astype(np.float32) * 1.0001):
+        inputs = [small.x, small.network.constant(words), small.network.constant(wide)]
+        node = small.network.add("PLUGIN_V2", inputs, [(-1, 1, 8)], [""], stored=True).outputs[0]
+        small.network.outputs = [node]
+        with pytest.raises(RunnerError, match="cannot be the plugin's"):
+            rewrite(Trt(), small.network)
+        small.network.layers.pop()
 
 
 # -- small networks ------------------------------------------------------------------------------------
@@ -223,3 +341,23 @@ def test_more_outputs_than_a_launch_takes() -> None:
 def test_a_plugin_that_is_missing_or_refuses(registry: Registry, what: str) -> None:
     with pytest.raises(RunnerError, match=what):
         rewrite(Trt(registry), step_network("parallel"))
+
+
+def test_a_builder_that_cannot_put_layers_into_a_network_refuses_quantised_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TensorRT for RTX's bindings have no call for it: plans of such a graph are not even begun."""
+    small = Small()
+    quantised_parts(small, (8,))
+    trt = SimpleNamespace(
+        LayerType=Trt.LayerType, NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=0),
+        Builder=lambda logger: SimpleNamespace(create_network=lambda flags: small.network),
+        OnnxParser=lambda network, logger: SimpleNamespace(parse_from_file=lambda path: True),
+    )  # fmt: skip
+    monkeypatch.setattr(ahead, "make_logger", lambda *arguments, **named: None)
+    monkeypatch.setattr(ahead, "tensorrt_version", lambda *arguments: "1.7.1")
+    request: Any = SimpleNamespace(runtime="tensorrt-rtx", onnx=Path("step.trt.onnx"), profiles=[])
+    events: Any = SimpleNamespace(send=lambda *arguments, **named: None)
+    with pytest.raises(RunnerError, match="cannot have quantised products") as caught:
+        ahead.build_ahead(trt, request, events)
+    assert "--no-plugin" in str(caught.value.hint)

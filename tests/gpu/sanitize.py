@@ -28,7 +28,9 @@ TOOLS = {
     "synccheck": [],
     "racecheck": ["--racecheck-report=all"],
 }
-KERNELS = ("linear", "attention", "step")
+KERNELS = ("linear", "quantised", "attention", "step")
+ARGUMENTS = {"quantised": ("linear", "both")}
+"""Kernels that another program calls: which, and what it is told."""
 KERNELS_THAT_ARRIVE = ("fused_kernel", "wide_features_kernel")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK|LEAK) SUMMARY: .*|\d+ calls, \d+ bad")
 
@@ -80,12 +82,13 @@ class Programs:
 
 def check(kernels: str, tool: str, programs: Programs, environment: dict[str, str], timeout: float) -> bool:
     """Run the kernels' program under a tool, or bare with ""; prints what came of it."""
-    options, case_list = TOOLS.get(tool, []), []
+    options = TOOLS.get(tool, [])
+    program, *case_list = ARGUMENTS.get(kernels, (kernels,))
     if tool == "racecheck":
-        case_list = ["quick"]
+        case_list.append("quick")
         if kernels == "attention":
             options = options + not_understood(programs.path("control"), options, environment, timeout)
-    command = [str(programs.path(kernels)), *case_list]
+    command = [str(programs.path(program)), *case_list]
     if tool:
         command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *options, *command]
     run = Run(command, environment, timeout)

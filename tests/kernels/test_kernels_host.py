@@ -92,7 +92,9 @@ def test_structs_and_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
         "DIJIANG_STEP_MAX_ROWS": step.MAX_ROWS,
         **{
             f"DIJIANG_{name.upper()}": number
-            for name, number in (abi.DTYPES | abi.INTEGERS | abi.NORMS | abi.ACTIVATIONS).items()
+            for name, number in (
+                abi.DTYPES | abi.INTEGERS | abi.NORMS | abi.ACTIVATIONS | abi.WEIGHT_FORMATS
+            ).items()
         },
     }  # fmt: skip
     for name, number in numbers.items():

@@ -6,7 +6,6 @@ Skipped, with the reason, without a GPU or without the compiled kernels.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "swiglu")
-GUARD = 64
-"""Elements on both sides of an output that must stay what they are."""
+from support.linear_cases import ACTIVATIONS, make, run  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,114 +28,6 @@ def kernels() -> LinearKernels:
         return LinearKernels(Path(os.environ.get("DIJIANG_KERNELS") or find_kernels_library()))
     except PluginError as error:
         pytest.skip(str(error))
-
-
-@dataclass
-class Case:
-    """One output and what float64 makes of it."""
-
-    output: LinearOutput
-    guarded: Any
-    expected: Any
-    bound: Any
-
-    def check(self) -> float:
-        """Largest error in units of its bound."""
-        guard = self.guarded.double()
-        assert (guard[:GUARD] == 7).all() and (guard[-GUARD:] == 7).all(), "written beside the output"
-        error = (self.output.output.double() - self.expected).abs()
-        worst = float((error / self.bound).max())
-        assert worst <= 1, f"{worst} times the bound"
-        return worst
-
-
-def normed(x: Any, kind: str, weight: Any, bias: Any, epsilon: float) -> Any:
-    x = x.double()
-    if kind == "layer_norm":
-        x = x - x.mean(-1, keepdim=True)
-    y = x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
-    return y if bias is None else y + bias.double()
-
-
-def activated(name: str, x: Any, second: Any) -> Any:
-    functional = torch.nn.functional
-    if name == "swiglu":
-        return functional.silu(x) * second
-    if name == "gelu_tanh":
-        return functional.gelu(x, approximate="tanh")
-    return {"identity": lambda v: v, "relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu}[
-        name
-    ](x)
-
-
-def make(
-    dtype: Any,
-    rows: int,
-    inner: list[int],
-    width: int,
-    *,
-    activation: Any = "identity",
-    norm: Any = "norm_none",
-    bias: bool = True,
-    residual: bool = False,
-    seed: int = 0,
-) -> Case:
-    """A random output. The bound: half a unit in the last place of the result, float32 sums, and with a norm
-    that an element of it may be rounded to its other neighbour."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def draw(*shape: int, kind: Any = dtype, scale: float = 1.0) -> Any:
-        return (scale * torch.randn(shape, generator=generator, device="cuda")).to(kind)
-
-    one_input = activation == "swiglu" or norm != "norm_none"
-    inputs: list[Any] = []
-    for size in inner:
-        shift = 3 * torch.rand(
-            rows, 1, generator=generator, device="cuda"
-        )  # a mean that LayerNorm takes away
-        inputs.append(inputs[0] if inputs and one_input else (draw(rows, size) + shift).to(dtype))
-    weights = [draw(width, size, scale=size**-0.5) for size in inner]
-    biases = [draw(width, kind=torch.float32) if bias else None for _ in inner]
-    norm_weight = norm_bias = None
-    epsilon = 1e-5
-    if norm != "norm_none":
-        norm_weight = 1 + draw(inner[0], kind=torch.float32, scale=0.3)
-        norm_bias = draw(inner[0], kind=torch.float32, scale=0.3) if norm == "layer_norm" else None
-    rest = draw(rows, width) if residual else None
-
-    sums, sizes = [], []
-    unit = HALF_ULP[dtype]
-    for x, weight, b in zip(inputs, weights, biases, strict=True):
-        x = x if norm_weight is None else normed(x, norm, norm_weight, norm_bias, epsilon).to(dtype)
-        sums.append(x.double() @ weight.double().T + (0 if b is None else b.double()))
-        magnitude = x.double().abs() @ weight.double().abs().T + (0 if b is None else b.double().abs())
-        flips = 0.02 * unit if norm_weight is not None else 0.0  # few elements, of either sign
-        sizes.append(magnitude * (flips + 4 * weight.shape[1] ** 0.5 * 2.0**-24))
-    if activation == "swiglu":
-        expected = activated(activation, *sums)
-        slack = sizes[0] * 1.1 * sums[1].abs() + sizes[1] * sums[0].abs() + sizes[0] * sizes[1]
-    else:
-        expected = activated(activation, sum(sums), None)
-        slack = sum(sizes) * 1.2
-    if rest is not None:
-        expected = expected + rest.double()
-    bound = 1.01 * unit * expected.abs() + slack + 2e-6 * (1 + expected.abs())
-
-    guarded = torch.full((2 * GUARD + rows * width,), 7, dtype=dtype, device="cuda")
-    guarded[GUARD:-GUARD] = float("nan")
-    output = LinearOutput(
-        guarded[GUARD:-GUARD].view(rows, width),
-        [LinearTerm(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)],
-        activation, rest, norm, norm_weight, norm_bias, epsilon if norm != "norm_none" else 0.0,
-    )  # fmt: skip
-    return Case(output, guarded, expected, bound)
-
-
-def run(kernels: LinearKernels, cases: list[Case], constant: bool = False) -> float:
-    stream = torch.cuda.current_stream().cuda_stream
-    kernels.linear([case.output for case in cases], constant_weights=constant, stream=stream)
-    torch.cuda.synchronize()
-    return max(case.check() for case in cases)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -5,6 +5,7 @@ Addresses in these tests point nowhere: each call is refused before anything wou
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
+from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm, linear_call
 
 from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels.library import Device
+from dijiang_engines.kernels.packing import packed_bytes
 
 GIB = 1 << 30
 H200, ORIN, L4 = Device(90, 132, 232448), Device(87, 16, 166912), Device(89, 58, 101376)
@@ -40,8 +42,18 @@ def floats(*shape: int) -> Array:
     return Array(*shape, kind="<f4")
 
 
+def ceiling(size: int, by: int) -> int:
+    return -(-size // by)
+
+
 def linear(rows: int, inner: int, width: int, **named: Any) -> LinearOutput:
     term = LinearTerm(Array(rows, inner), Array(width, inner), floats(width))
+    return LinearOutput(Array(rows, width), [term], **named)
+
+
+def quantised(rows: int, inner: int, width: int, form: Any, **named: Any) -> LinearOutput:
+    weight = Array(packed_bytes(form, width, inner), kind="|u1")
+    term = LinearTerm(Array(rows, inner), weight, floats(width), form)
     return LinearOutput(Array(rows, width), [term], **named)
 
 
@@ -79,6 +91,51 @@ def test_every_output_element_has_a_block(
     resident = min((device.shared_memory + SHARED_RESERVED) // (plan["shared"] + SHARED_RESERVED),
                    1024 // plan["threads"])  # fmt: skip
     assert plan["blocks"] <= device.multiprocessors * max(resident, 1) + len(widths)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 16), st.integers(1, 400), st.lists(st.integers(1, 60000), min_size=1, max_size=4),
+    st.sampled_from([H200, ORIN, L4]), st.sampled_from(["int8", "int4"]),
+)  # fmt: skip
+def test_every_output_element_of_few_quantised_rows_has_a_block(
+    kernels: LinearKernels, rows: int, blocks: int, widths: list[int], device: Device, form: str
+) -> None:
+    line = kernels.linear_plan([quantised(rows, 32 * blocks, width, form) for width in widths], device)
+    plan = numbers(line)
+    assert line.startswith("quantized few")
+    each = plan["tiles"] * plan["rounds"]
+    assert plan["blocks"] == sum(ceiling(ceiling(width, 8), each) for width in widths)
+    assert plan["passes"] * plan["rows"] >= rows
+    assert plan["threads"] == 32 * plan["warps"] * plan["tiles"] <= 512
+    assert plan["shared"] <= device.shared_memory
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("device", [H200, ORIN, L4])
+def test_many_quantised_rows_have_a_kernel_of_their_own(
+    kernels: LinearKernels, form: str, device: Device
+) -> None:
+    for rows, width, each in ((17, 9, 64), (2048, 1024, 64), (2048, 50304, 128)):
+        line = kernels.linear_plan([quantised(rows, 2560, width, form)], replace(device, multiprocessors=132))
+        plan = numbers(line)
+        assert line.startswith("quantized many") and plan["rows"] == each
+        assert plan["blocks"] == ceiling(rows, each) * ceiling(width, 128)
+        assert plan["shared"] <= device.shared_memory
+    norm: dict[str, Any] = {"norm": "rms_norm", "norm_weight": floats(2560), "epsilon": 1e-5}
+    assert kernels.linear_plan([quantised(2048, 2560, 64, form, **norm)], device).startswith("quantized few")
+
+
+def test_weight_formats_that_cannot_be(kernels: LinearKernels) -> None:
+    good = quantised(2, 96, 20, "int4")
+    assert "wrong shape" in refused(kernels, [replace(good, output=Array(2, 30))])
+    mixed = replace(good, terms=[good.terms[0], linear(2, 64, 20).terms[0]])
+    assert "expected one kind in a call" in refused(kernels, [mixed])
+    for formats in (3, 2 | 1 << 8, 255):
+        call = linear_call([good], False)
+        call.weight_formats = formats
+        with pytest.raises(KernelError, match="weight_formats"):
+            kernels.call("dijiang_linear", ctypes.byref(call), 0)
 
 
 def test_rows_that_do_not_fit_are_split(kernels: LinearKernels) -> None:

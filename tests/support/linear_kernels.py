@@ -14,6 +14,7 @@ from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.device_arrays import DeviceArray, device_array
 from dijiang_engines.kernels.library import Device, Library, device_argument
+from dijiang_engines.kernels.packing import packed_bytes
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "swiglu"]
 Norm = Literal["norm_none", "layer_norm", "rms_norm"]
@@ -29,6 +30,8 @@ class LinearTerm:
     """T [N, K]."""
     bias: Any = None
     """float32 [N], or None."""
+    weight_format: Literal["same", "int8", "int4"] = "same"
+    """Quantised, the weight is uint8 [bytes], as dijiang_engines.kernels.packing.pack makes it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class LinearKernels(Library):
         Raises:
             KernelError: an array is wrong, or CUDA refused.
         """
-        call = _call(outputs, constant_weights)
+        call = linear_call(outputs, constant_weights)
         self.call("dijiang_linear", ctypes.byref(call), stream)
 
     def linear_plan(self, outputs: Sequence[LinearOutput], device: Device | None = None) -> str:
@@ -84,12 +87,12 @@ class LinearKernels(Library):
             KernelError: a size is out of range, or too large for the device.
         """
         text = ctypes.create_string_buffer(1024)
-        call = _call(outputs, False)
+        call = linear_call(outputs, False)
         self.call("dijiang_linear_plan", ctypes.byref(call), device_argument(device), text, len(text))
         return text.value.decode()
 
 
-def _call(outputs: Sequence[LinearOutput], constant_weights: bool) -> abi.LinearCallStruct:
+def linear_call(outputs: Sequence[LinearOutput], constant_weights: bool) -> abi.LinearCallStruct:
     terms = [(index, term) for index, output in enumerate(outputs) for term in output.terms]
     if len(outputs) > abi.LINEAR_MAX_OUTPUTS or len(terms) > abi.LINEAR_MAX_TERMS:
         raise KernelError(
@@ -111,8 +114,16 @@ def _call(outputs: Sequence[LinearOutput], constant_weights: bool) -> abi.Linear
     )  # fmt: skip
     for t, (index, term) in enumerate(terms):
         weight = device_array(f"terms[{t}].weight", term.weight)
-        sizes = [weight.size(0), weight.size(1)]
-        weight.require([dtype], sizes, 0)
+        if term.weight_format == "same":
+            sizes = [weight.size(0), weight.size(1)]
+            weight.require([dtype], sizes, 0)
+        else:
+            sizes = [
+                device_array("output", outputs[index].output).shape[-1],
+                device_array("input", term.input).shape[-1],
+            ]
+            weight.require(["uint8"], [packed_bytes(term.weight_format, *sizes)], 0)
+        call.weight_formats |= abi.WEIGHT_FORMATS[term.weight_format] << (8 * t)
         call.terms[t] = abi.LinearTermStruct(
             input=_matrix(f"terms[{t}].input", term.input, dtype, rows, sizes[1]),
             weight=weight.pointer,

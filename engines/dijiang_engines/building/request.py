@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.safe_files import parse_json, read_bounded
+from dijiang_engines.io_names import INPUT_IDS
 from dijiang_engines.nvidia.tensorrt_versions import RUNTIMES, TENSORRT
 from dijiang_engines.op_contract import T_TYPES
 
@@ -54,6 +56,11 @@ class BuildRequest:
     """Who builds: a key of `tensorrt_versions.RUNTIMES`."""
     capabilities: tuple[int, ...] = ()
     """Compute capabilities that the plan is for, as 10 * major + minor, where the builder needs no GPU."""
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the widest call: sequences times tokens."""
+        return max(math.prod(profile[INPUT_IDS][-1]) for profile in self.profiles)
 
     def __post_init__(self) -> None:
         for name in _PATHS:

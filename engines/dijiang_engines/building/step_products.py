@@ -1,31 +1,36 @@
-"""Gives the matrix products of a step's network to the plugin DijiangLinear, before TensorRT builds it.
+"""Gives the matrix products of a network to the plugin DijiangLinear, before TensorRT builds it.
 
-TensorRT's own products of one row read weights far below the memory's speed (docs/performance.md). The
-network that its parser made is searched for products with constant weights; each takes along its bias, the
+TensorRT's own products of one row read weights far below the memory's speed (docs/performance.md), and of
+quantised weights it has none. The network that its parser made is searched for products with constant
+weights, or with quantised ones, which the parser has as nodes of the plugin; each takes along its bias, the
 LayerNorm of its input, its activation, and the sum with a residual and a second product. Products of one
-input that do not depend on each other become one launch. What is not recognised stays TensorRT's.
+input that do not depend on each other become one launch. Floats that are not recognised stay TensorRT's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dijiang_engines.building.product_layers import Output, Product, Rewritten, replace
 from dijiang_engines.building.step_graph import POINTWISE, Floats, Graph, Node, read_graph
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.kernels import abi
-from dijiang_engines.op_contract import DOMAIN
 
 MAX_BATCH = 8
 """Rows of a step above which TensorRT's products are used: more do not share one reading of the weights."""
 
+MAX_NORM_ROWS = 16
+"""Rows of a plan above which norms stay TensorRT's: of more rows, only products without one have a kernel."""
+
 MAX_INPUT_BYTES = 96 << 10
 """Of all rows of the widest product's input: more does not fit shared memory beside the weights."""
 
-_NAME, _VERSION, _NAMESPACE = "DijiangLinear", "1", DOMAIN
+_PLUGINS = ("PLUGIN_V2", "PLUGIN_V3")
+_WORDS = {4: "int4", 8: "int8"}
+"""int32 words of a block of 32 weights as a bundle stores them: what they are."""
 _SAMPLES = np.linspace(-6, 6, 61)
 _ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
     "relu": POINTWISE["RELU"], "gelu": POINTWISE["GELU_ERF"], "gelu_tanh": POINTWISE["GELU_TANH"],
@@ -33,86 +38,53 @@ _ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
 }  # fmt: skip
 
 
-@dataclass(eq=False)
-class Product:
-    """x W + b; `result` is the tensor that holds it, or its activation."""
-
-    input: Any
-    """Before the norm."""
-    weight: Any
-    """[K, N]."""
-    result: Any
-    bias: Any = None
-    norm: tuple[Any, Any, float] | None = None
-    """weight, bias, epsilon."""
-    activation: str = "identity"
-
-    @property
-    def width(self) -> int:
-        """N."""
-        return int(self.weight.shape[1])
+def has_quantised(trt: Any, network: Any) -> bool:
+    """Does a parsed network have products with quantised weights?"""
+    kinds = [getattr(trt.LayerType, kind) for kind in _PLUGINS if hasattr(trt.LayerType, kind)]
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return any(layer.type in kinds and (layer.num_inputs, layer.num_outputs) == (3, 1) for layer in layers)
 
 
-@dataclass
-class Output:
-    """One output of a launch."""
-
-    terms: list[Product]
-    result: Any
-    activation: str = "identity"
-    residual: Any = None
-
-    @property
-    def norm(self) -> tuple[Any, Any, float] | None:
-        """Of the terms' input."""
-        return self.terms[0].norm
-
-
-@dataclass
-class Rewritten:
-    """What became of the products."""
-
-    launches: int = 0
-    products: int = 0
-    left: int = 0
-    """To TensorRT."""
-    kept: list[Any] = field(default_factory=list)
-    """Arrays that must live until the engine is built."""
-
-    def to_json(self) -> dict[str, int]:
-        """For the engine's manifest."""
-        return {"launches": self.launches, "products": self.products, "left": self.left}
-
-
-def rewrite(trt: Any, network: Any) -> Rewritten:
+def rewrite(
+    trt: Any, network: Any, *, dtype: str = "float16", floats: bool = True, norms: bool = True
+) -> Rewritten:
     """Replace products by plugin layers.
 
     Args:
         trt: the tensorrt module, with the plugin registered.
-        network: TensorRT's INetworkDefinition of a step in float16, parsed and not yet typed.
+        network: TensorRT's INetworkDefinition, parsed and not yet typed.
+        dtype: of its activations, float16 or bfloat16.
+        floats: take products with float16 weights too, which pay in steps alone.
+        norms: take norms along: the kernel that has them is for few rows.
 
     Returns:
         Counts, and what must be kept alive.
 
     Raises:
-        RunnerError: the plugin is not registered, or refuses a layer.
+        RunnerError: the plugin is not registered or refuses a layer, or a quantised product is not one that
+            the plugin can have.
     """
     graph = read_graph(trt, network)
     done = Rewritten()
     found: list[Product] = []
     for node in graph.nodes:
-        if node.kind == "MATRIX_MULTIPLY":
+        product = None
+        if node.kind == "MATRIX_MULTIPLY" and floats:
             product = _product(graph, node)
-            if product is None:
-                done.left += 1
-            else:
-                found.append(product)
+        elif node.kind in _PLUGINS:
+            product = _quantised_product(graph, node)
+        if product is not None:
+            _take_along(graph, product, norms)
+            found.append(product)
+        elif node.kind == "MATRIX_MULTIPLY":
+            done.left += 1
+    _biases_behind_parts(graph, found)
     order = graph.order()  # a launch reads the results of those before it
     launches = list(_launches(list(_outputs(graph, found))))
     launches.sort(key=lambda launch: max(order.get(t.name, -1) for o in launch for t in _reads(o)))
     now: dict[str, Any] = {}
     for launch in launches:
-        _replace(trt, network, graph, launch, now, done)
+        replace(trt, network, graph, launch, now, done, dtype)
         done.launches += 1
         done.products += sum(len(output.terms) for output in launch)
     return done
@@ -134,11 +106,37 @@ def _product(graph: Graph, node: Node) -> Product | None:
         if not np.array_equal(narrow.astype(weight.dtype), weight):
             return None
         weight = narrow
-    product = Product(node.inputs[0], weight, node.outputs[0])
-    _take_norm(graph, product)
+    return Product(node.inputs[0], weight, node.outputs[0])
+
+
+def _quantised_product(graph: Graph, node: Node) -> Product | None:
+    """A node DijiangLinear of an ONNX file: x, weights as a bundle stores them, scales."""
+    if len(node.inputs) != 3 or len(node.outputs) != 1:
+        return None
+    words, scales = (graph.constant(tensor) for tensor in node.inputs[1:])
+    if words is None or scales is None or words.ndim != 3 or words.dtype != np.int32:
+        return None
+    if words.shape[2] not in _WORDS or scales.shape != words.shape[:2]:
+        return None
+    name = node.outputs[0].name
+    narrow = scales.astype(np.float16)  # the parser may have widened them
+    if name in graph.outputs or not np.array_equal(narrow.astype(scales.dtype), scales):
+        raise RunnerError(
+            f"the quantised product {name} cannot be the plugin's",
+            got="an output of the graph" if name in graph.outputs else f"scales in {scales.dtype}",
+            expected="a product inside the graph, scales in float16",
+        )
+    stored = np.ascontiguousarray(words).view(np.uint8)
+    return Product(
+        node.inputs[0], stored, node.outputs[0], weight_format=_WORDS[words.shape[2]], scales=narrow
+    )
+
+
+def _take_along(graph: Graph, product: Product, norms: bool) -> None:
+    if norms:
+        _take_norm(graph, product)
     _take_bias(graph, product)
     _take_activation(graph, product)
-    return product
 
 
 def _take_norm(graph: Graph, product: Product) -> None:
@@ -146,7 +144,7 @@ def _take_norm(graph: Graph, product: Product) -> None:
     if node is None or node.kind != "NORMALIZATION" or node.layer.axes != 1 << 2:
         return
     weight, bias = (graph.constant(tensor) for tensor in node.inputs[1:3])
-    inner = product.weight.shape[0]
+    inner = product.inner
     if weight is None or bias is None or weight.size != inner or bias.size != inner:
         return
     product.norm = (_floats(weight), _floats(bias), float(node.layer.epsilon))
@@ -162,6 +160,35 @@ def _take_bias(graph: Graph, product: Product) -> None:
     if bias is not None and bias.size == product.width and following.outputs[0].name not in graph.outputs:
         product.bias = _floats(bias)
         product.result = following.outputs[0]
+
+
+def _biases_behind_parts(graph: Graph, products: list[Product]) -> None:
+    """A matrix that is stored in parts has its bias behind their results side by side: each gets its own."""
+    by_result = {product.result.name: product for product in products}
+    for node in graph.nodes:
+        parts = [by_result.get(tensor.name) for tensor in node.inputs if tensor is not None]
+        if node.kind != "CONCATENATION" or any(
+            part is None or part.bias is not None or part.activation != "identity" for part in parts
+        ):
+            continue
+        whole = node.outputs[0]
+        following = _only_reader(graph, whole)
+        if following is None or (following.kind, following.operation) != ("ELEMENTWISE", "SUM"):
+            continue
+        made = following.outputs[0]
+        others = [tensor for tensor in following.inputs if tensor.name != whole.name]
+        bias = graph.constant(others[0]) if len(others) == 1 else None
+        widths = [part.width for part in parts if part is not None]
+        alone = all(_only_reader(graph, part.result) is node for part in parts if part is not None)
+        beside = whole.shape[-1] == sum(widths)  # along the last axis
+        if bias is None or bias.size != sum(widths) or made.name in graph.outputs or not (alone and beside):
+            continue
+        ends = np.cumsum(widths)[:-1]
+        for part, piece in zip(parts, np.split(_floats(bias), ends), strict=True):
+            assert part is not None
+            part.bias = np.ascontiguousarray(piece)
+        for reader, place in graph.read_by(made):
+            reader.layer.set_input(place, whole)
 
 
 def _take_activation(graph: Graph, product: Product) -> None:
@@ -220,7 +247,8 @@ def _gated(graph: Graph, product: Product, by_result: dict[str, Product]) -> Out
     first, second = pair
     if first is None or second is None or (first.activation, second.activation) != ("silu", "identity"):
         return None
-    same = first.input.name == second.input.name and first.weight.shape == second.weight.shape
+    same = first.input.name == second.input.name and first.quantised == second.quantised
+    same = same and (first.inner, first.width) == (second.inner, second.width)
     same = same and (first.norm is None) == (second.norm is None)
     if first.norm is not None and second.norm is not None:
         same = same and all(np.array_equal(a, b) for a, b in zip(first.norm, second.norm, strict=True))
@@ -245,7 +273,7 @@ def _summed(graph: Graph, product: Product, by_result: dict[str, Product]) -> Ou
         leaves = list(_leaves(graph, following, by_result))
         terms = [by_result[leaf.name] for leaf in leaves if _is_term(graph, leaf, by_result)]
         others = [leaf for leaf in leaves if not _is_term(graph, leaf, by_result)]
-        wide = all(term.width == product.width for term in terms)
+        wide = all(term.width == product.width and term.quantised == product.quantised for term in terms)
         if (
             len(terms) > 2
             or len(others) > 1
@@ -284,7 +312,8 @@ def _launches(outputs: list[Output]) -> Iterator[list[Output]]:
     groups: dict[str, list[Output]] = {}
     for output in outputs:
         alike = output.residual is None and len({term.input.name for term in output.terms}) == 1
-        key = output.terms[0].input.name if alike else f"alone {output.result.name}"
+        first = output.terms[0]
+        key = f"{first.quantised} {first.input.name}" if alike else f"alone {output.result.name}"
         group = groups.setdefault(key, [])
         group.append(output)
         terms = sum(len(member.terms) for member in group)
@@ -308,82 +337,3 @@ def _only_reader(graph: Graph, tensor: Any) -> Node | None:
 
 def _floats(array: Any) -> Any:
     return np.ascontiguousarray(np.asarray(array, np.float32).reshape(-1))
-
-
-# -- replacing ------------------------------------------------------------------------------------------
-
-
-def _replace(
-    trt: Any,
-    network: Any,
-    graph: Graph,
-    launch: list[Output],
-    now: dict[str, Any],
-    done: Rewritten,
-) -> None:
-    """Add one plugin layer; `now` has the tensors that came in the place of others, by the others' names."""
-
-    def constant(array: Any) -> Any:
-        done.kept.append(array)
-        return network.add_constant(array.shape, trt.Weights(array)).get_output(0)
-
-    inputs: list[Any] = []
-    terms = [(index, term) for index, output in enumerate(launch) for term in output.terms]
-    for _, term in terms:
-        # A row per output element, two 16-bit numbers in an int32: TensorRT converts and copies no integers.
-        rows = np.ascontiguousarray(term.weight.T).view(np.int32)
-        inputs += [now.get(term.input.name, term.input), constant(rows)]
-        if term.bias is not None:
-            inputs.append(constant(term.bias))
-    for output in launch:
-        if output.norm is not None:
-            inputs += [constant(output.norm[0]), constant(output.norm[1])]
-        if output.residual is not None:
-            inputs.append(now.get(output.residual.name, output.residual))
-
-    def number(values: list[int]) -> Any:
-        return np.array(values, np.int32)
-
-    norms = [output.norm for output in launch]
-    values = {
-        "term_output": number([index for index, _ in terms]),
-        "term_bias": number([int(term.bias is not None) for _, term in terms]),
-        "output_activation": number([abi.ACTIVATIONS[output.activation] for output in launch]),
-        "output_norm": number([abi.NORMS["layer_norm" if norm else "norm_none"] for norm in norms]),
-        "output_norm_bias": number([int(norm is not None) for norm in norms]),
-        "output_epsilon": np.array([norm[2] if norm else 0.0 for norm in norms], np.float32),
-        "output_residual": number([int(output.residual is not None) for output in launch]),
-        "dtype": number([abi.DTYPES["float16"]]),
-    }
-    layer = _add_plugin(trt, network, inputs, values, done)
-    layer.name = f"{_NAME} {launch[0].result.name}"
-    for index, output in enumerate(launch):
-        now[output.result.name] = layer.get_output(index)
-        for node, place in graph.read_by(output.result):
-            node.layer.set_input(place, layer.get_output(index))
-
-
-def _add_plugin(trt: Any, network: Any, inputs: list[Any], values: dict[str, Any], done: Rewritten) -> Any:
-    kinds = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32}
-    fields = [trt.PluginField(name, value, kinds[str(value.dtype)]) for name, value in values.items()]
-    collection = trt.PluginFieldCollection(fields)
-    done.kept += [values, fields, collection]
-    registry = trt.get_plugin_registry()
-    modern = hasattr(network, "add_plugin_v3")
-    find = registry.get_creator if modern else registry.get_plugin_creator
-    creator = find(_NAME, _VERSION, _NAMESPACE)
-    if creator is None:
-        raise RunnerError(
-            f"the plugin {_NAME} is not registered",
-            hint="build the plugin again: `dijiang-export build-plugin`",
-        )
-    plugin = _create_v3(trt, creator, collection) if modern else creator.create_plugin(_NAME, collection)
-    if plugin is None:
-        raise RunnerError(f"the plugin {_NAME} refuses a layer; the builder's log says why")
-    done.kept.append(plugin)
-    return network.add_plugin_v3(inputs, [], plugin) if modern else network.add_plugin_v2(inputs, plugin)
-
-
-def _create_v3(trt: Any, creator: Any, collection: Any) -> Any:
-    """From 10 on a creator is told what the plugin is for."""
-    return creator.create_plugin(_NAME, collection, trt.TensorRTPhase.BUILD)

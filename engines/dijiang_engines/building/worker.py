@@ -19,8 +19,9 @@ from typing import Any
 
 from dijiang_engines.building.ahead import build_ahead
 from dijiang_engines.building.events import PARSING, Events, list_layers, progress_monitor, write_plan
+from dijiang_engines.building.product_layers import Rewritten
 from dijiang_engines.building.request import BuildRequest, read_request
-from dijiang_engines.building.step_products import Rewritten, rewrite
+from dijiang_engines.building.step_products import MAX_NORM_ROWS, has_quantised, rewrite
 from dijiang_engines.building.typed_network import ATTEMPTS, fix_sizes, type_network
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.nvidia.cuda import Cuda
@@ -87,8 +88,11 @@ def build(request: BuildRequest, events: Events) -> None:
     for held, constraints in attempts:
         network = _parse(poly, request, dialect, messages)
         fix_sizes(network[1], request.profiles)
-        if request.plugin_products:
-            products = rewrite(trt, network[1])
+        if request.plugin_products or has_quantised(trt, network[1]):
+            few = request.most_rows <= MAX_NORM_ROWS
+            products = rewrite(
+                trt, network[1], dtype=request.dtype, floats=request.plugin_products, norms=few
+            )
             print(f"products of the plugin: {products.to_json()}", file=sys.stderr)
         if typed:
             print(f"held to types: {held}, {type_network(trt, network[1], held)}", file=sys.stderr)

@@ -7,7 +7,7 @@ tests/kernels/test_kernels_host.py compares sizes and offsets with what a C comp
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
 from dijiang_engines.op_contract import ATTRIBUTES, INPUTS, OUTPUTS
 
@@ -19,6 +19,7 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 INTEGERS = {"int32": 0, "int64": 1}
 NORMS = {"norm_none": 0, "layer_norm": 1, "rms_norm": 2}
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
+WEIGHT_FORMATS = {"same": 0, "int8": 1, "int4": 2}
 LINEAR_MAX_TERMS = LINEAR_MAX_OUTPUTS = 4
 LINEAR_INNER_STEP = 32
 """The inner dimension of dijiang_linear is a multiple of it."""
@@ -172,7 +173,7 @@ class LinearCallStruct(ctypes.Structure):
         ("term_count", c_int32),
         ("output_count", c_int32),
         ("constant_weights", c_int32),
-        ("reserved", c_int32),
+        ("weight_formats", c_uint32),
         ("terms", LinearTermStruct * LINEAR_MAX_TERMS),
         ("outputs", LinearOutputStruct * LINEAR_MAX_OUTPUTS),
     ]

@@ -1,4 +1,4 @@
-/* Matrix products of few rows: what a decoding step spends its time on, read at the memory's speed.
+/* Matrix products of few rows, and with quantised weights of any number: what a model spends its time on.
  *
  *     output = activation(norm(input) weight^T + bias [+ a second product]) [+ residual]
  *
@@ -35,10 +35,24 @@ typedef enum {
     DIJIANG_SWIGLU = 5 /* silu(first term) * second term. Reserved, likewise */
 } dijiang_activation;
 
+/* How a weight is stored. All terms of a call have DIJIANG_SAME, or none has.
+ *
+ * Quantised weights are integers and scales, w = q * scale, with blocks of 32 along K that share a scale. They are
+ * multiplied as they are, exactly: only sums are rounded, to float32. In memory they are tiles of 8 output elements
+ * (rows beyond N: zeros), and a tile is chunks of 64 (int8) or 128 (int4) elements of K (beyond K: zeros), each
+ * dense:
+ *   512 bytes, 16 of each lane 4 g + c, g = 0..7, c = 0..3: of output element g, of each block of 32 in turn, the
+ *       elements 8 p + 2 c and 8 p + 2 c + 1, p = 0..3, which are an mma's. int8: u = q + 128, a byte each. int4: u =
+ *       q + 8; of each 32-bit word, little-endian, the bits from 4 p on have the first of a pair and those from
+ *       16 + 4 p on the second;
+ *   scales, float16: [c = 0..3] [block of the chunk] [2], those of output elements 2 c and 2 c + 1.
+ * engines/dijiang_engines/kernels/packing.py packs them. */
+typedef enum { DIJIANG_SAME = 0, DIJIANG_INT8 = 1, DIJIANG_INT4 = 2 } dijiang_weight_format;
+
 /* One product. Its sum, and everything else until the output is stored, is float32. */
 typedef struct {
     const void* input;  /* T [rows, K] */
-    const void* weight; /* T [N, K]: a row per output element */
+    const void* weight; /* T [N, K]: a row per output element; or packed, as weight_formats says */
     const float* bias;  /* [N], or NULL */
     int32_t inner;      /* K: a multiple of DIJIANG_LINEAR_INNER_STEP */
     int32_t output;     /* index of the output it belongs to; terms are in ascending order of it */
@@ -58,11 +72,13 @@ typedef struct {
 /* T is float16 or bfloat16. All matrices are dense; all pointers are multiples of 16 bytes. */
 typedef struct {
     int32_t dtype;            /* dijiang_dtype */
-    int32_t rows;             /* 0 does nothing; few, say up to 16, are what this is made for */
+    int32_t rows;             /* 0 does nothing; few, say up to 16, are what this is made for. More read the
+                                 weights again, but for quantised ones without norms, which then have a kernel
+                                 of their own (both terms of DIJIANG_SWIGLU in one format) */
     int32_t term_count, output_count;
     int32_t constant_weights; /* 1: no work on the stream writes weights, biases or norms, so that they may
                                  be read while the work before still runs */
-    int32_t reserved;         /* 0 */
+    uint32_t weight_formats;  /* a dijiang_weight_format of each term, term t's in bits 8 t to 8 t + 7 */
     dijiang_linear_term terms[DIJIANG_LINEAR_MAX_TERMS];
     dijiang_linear_output outputs[DIJIANG_LINEAR_MAX_OUTPUTS];
 } dijiang_linear_call;

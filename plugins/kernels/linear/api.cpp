@@ -7,11 +7,10 @@
 #include "host/device.h"
 #include "host/errors.h"
 #include "linear/linear.h"
+#include "linear/quantized/quantized.h"
 
 namespace dijiang {
 namespace {
-
-using linear::Launch;
 
 constexpr int32_t kMostRows = 65535 * 8;  // grids have no more blocks of rows
 
@@ -26,6 +25,19 @@ dijiang_status check_count(const char* field, int64_t value, int64_t least, int6
     if (value >= least && value <= most) return DIJIANG_OK;
     return fail(DIJIANG_INVALID_ARGUMENT, "%s is out of range; got %" PRId64 "; expected %" PRId64 " to %" PRId64, field,
                 value, least, most);
+}
+
+// All terms' formats are known, and all are of one kind: of T, or quantised.
+dijiang_status check_formats(const dijiang_linear_call& call) {
+    for (int32_t t = 0; t < DIJIANG_LINEAR_MAX_TERMS; ++t) {
+        const int32_t format = quantized::format_of(call, t);
+        const bool known = t < call.term_count ? format <= DIJIANG_INT4 : format == DIJIANG_SAME;
+        DIJIANG_TRY(check_number("weight_formats", t, "format", format, known,
+                                 "a dijiang_weight_format, 0 to 2, and 0 where there is no term"));
+        if (t > 0 && t < call.term_count && (format == DIJIANG_SAME) != (quantized::format_of(call, 0) == DIJIANG_SAME))
+            return fail(DIJIANG_UNSUPPORTED, "terms[%d] is quantised or not as terms[0] is not; expected one kind in a call", t);
+    }
+    return DIJIANG_OK;
 }
 
 dijiang_status check_output(const dijiang_linear_call& call, int32_t index, int32_t term, int32_t terms) {
@@ -58,7 +70,7 @@ dijiang_status check_shape(const dijiang_linear_call& call) {
     DIJIANG_TRY(check_count("term_count", call.term_count, 1, DIJIANG_LINEAR_MAX_TERMS));
     DIJIANG_TRY(check_count("output_count", call.output_count, 1, DIJIANG_LINEAR_MAX_OUTPUTS));
     DIJIANG_TRY(check_count("constant_weights", call.constant_weights, 0, 1));
-    DIJIANG_TRY(check_count("reserved", call.reserved, 0, 0));
+    DIJIANG_TRY(check_formats(call));
     int32_t last = 0;
     for (int32_t t = 0; t < call.term_count; ++t) {
         const dijiang_linear_term& term = call.terms[t];
@@ -105,6 +117,13 @@ struct Tensors {
     }
 };
 
+int64_t weight_bytes(const dijiang_linear_call& call, int32_t index) {
+    const dijiang_linear_term& term = call.terms[index];
+    const int64_t width = call.outputs[term.output].width;
+    const int32_t format = quantized::format_of(call, index);
+    return format == DIJIANG_SAME ? 2 * width * term.inner : quantized::packed_bytes(format, width, term.inner);
+}
+
 dijiang_status check_pointers(const dijiang_linear_call& call) {
     Tensors tensors;
     const int64_t rows = call.rows;
@@ -112,7 +131,7 @@ dijiang_status check_pointers(const dijiang_linear_call& call) {
         const dijiang_linear_term& term = call.terms[t];
         const int64_t width = call.outputs[term.output].width;
         DIJIANG_TRY(tensors.add("terms", t, "input", term.input, 2 * rows * term.inner, true, false));
-        DIJIANG_TRY(tensors.add("terms", t, "weight", term.weight, 2 * width * term.inner, true, false));
+        DIJIANG_TRY(tensors.add("terms", t, "weight", term.weight, weight_bytes(call, t), true, false));
         DIJIANG_TRY(tensors.add("terms", t, "bias", term.bias, 4 * width, false, false));
     }
     for (int32_t o = 0, term = 0; o < call.output_count; ++o) {
@@ -138,11 +157,17 @@ dijiang_status run(const dijiang_linear_call* call, cudaStream_t stream) {
     DIJIANG_TRY(check_pointers(*call));
     dijiang_device device{};
     DIJIANG_TRY(current_device(device));
-    Launch launch;
-    DIJIANG_TRY(linear::cut(*call, device, launch));
-    const bool overlap = can_overlap(device);
-    const cudaError_t error = call->dtype == DIJIANG_FLOAT16 ? linear::launch_f16(launch, overlap, stream)
-                                                             : linear::launch_bf16(launch, overlap, stream);
+    const bool overlap = can_overlap(device), half = call->dtype == DIJIANG_FLOAT16;
+    cudaError_t error = cudaSuccess;
+    if (quantized::format_of(*call, 0) != DIJIANG_SAME) {
+        quantized::Launch launch;
+        DIJIANG_TRY(quantized::cut(*call, device, launch));
+        error = half ? quantized::launch_f16(launch, overlap, stream) : quantized::launch_bf16(launch, overlap, stream);
+    } else {
+        linear::Launch launch;
+        DIJIANG_TRY(linear::cut(*call, device, launch));
+        error = half ? linear::launch_f16(launch, overlap, stream) : linear::launch_bf16(launch, overlap, stream);
+    }
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the kernel of products of few rows");
 }
 
@@ -155,9 +180,17 @@ dijiang_status describe(const dijiang_linear_call* call, const dijiang_device* g
     DIJIANG_TRY(given_or_current(given, device));
     dijiang_linear_call some = *call;
     if (some.rows == 0) some.rows = 1;
-    Launch launch;
-    DIJIANG_TRY(linear::cut(some, device, launch));
-    if (size > 0) std::snprintf(text, size, "%s", linear::describe(launch).c_str());
+    std::string line;
+    if (quantized::format_of(some, 0) != DIJIANG_SAME) {
+        quantized::Launch launch;
+        DIJIANG_TRY(quantized::cut(some, device, launch));
+        line = quantized::describe(launch);
+    } else {
+        linear::Launch launch;
+        DIJIANG_TRY(linear::cut(some, device, launch));
+        line = linear::describe(launch);
+    }
+    if (size > 0) std::snprintf(text, size, "%s", line.c_str());
     return DIJIANG_OK;
 }
 

@@ -23,7 +23,11 @@ dijiang_linear_call call_of(const Attributes& attributes) {
     call.output_count = attributes.outputs;
     // What names weights, biases and norms is constant in an engine; see Layer.
     call.constant_weights = 1;
-    for (int32_t t = 0; t < attributes.terms; ++t) call.terms[t].output = attributes.term_output[t];
+    for (int32_t t = 0; t < attributes.terms; ++t) {
+        const int32_t format = attributes.term_weight_format[t];
+        call.terms[t].output = attributes.term_output[t];
+        call.weight_formats |= static_cast<uint32_t>(is_stored(format) ? format - 2 : format) << (8 * t);
+    }
     for (int32_t o = 0; o < attributes.outputs; ++o) {
         call.outputs[o].activation = attributes.output_activation[o];
         call.outputs[o].norm = attributes.output_norm[o];
@@ -47,6 +51,16 @@ std::string why_unsupported(const Attributes& attributes) {
     for (int32_t o = 0; o < attributes.outputs; ++o)
         if (attributes.output_norm[o] == DIJIANG_NORM_NONE && attributes.output_norm_bias[o] != 0)
             return "output_norm_bias is 1 where output_norm is 0; expected 0";
+    for (int32_t t = 0; t < attributes.terms; ++t) {
+        const int32_t format = attributes.term_weight_format[t];
+        if (format < 0 || format > kStoredInt4)
+            return "term_weight_format is not possible; got " + std::to_string(format) + "; expected 0 to 4";
+        const int32_t output = attributes.term_output[t];
+        const bool packed = format == DIJIANG_INT8 || format == DIJIANG_INT4;
+        if (output >= 0 && output < attributes.outputs && packed != (attributes.output_width[output] > 0))
+            return "output_width is not possible; got " + std::to_string(attributes.output_width[output]) +
+                   "; expected N where weights are packed, else 0";
+    }
     // The kernels know the rest. A plugin is also created before its sizes are known.
     const dijiang_device device = reference_device();
     dijiang_linear_call call = call_of(attributes);
@@ -59,13 +73,15 @@ std::string why_unsupported(const Attributes& attributes) {
 std::string describe(const Attributes& attributes) {
     std::string text = "dtype=" + std::to_string(attributes.dtype);
     for (int32_t t = 0; t < attributes.terms; ++t)
-        text += " term=" + std::to_string(attributes.term_output[t]) + "," + std::to_string(attributes.term_bias[t]);
+        text += " term=" + std::to_string(attributes.term_output[t]) + "," + std::to_string(attributes.term_bias[t]) + "," +
+                std::to_string(attributes.term_weight_format[t]);
     for (int32_t o = 0; o < attributes.outputs; ++o) {
         char epsilon[40];
         std::snprintf(epsilon, sizeof epsilon, "%a", static_cast<double>(attributes.output_epsilon[o]));
         text += " output=" + std::to_string(attributes.output_activation[o]) + "," +
                 std::to_string(attributes.output_norm[o]) + "," + std::to_string(attributes.output_norm_bias[o]) + "," +
-                std::to_string(attributes.output_residual[o]) + "," + epsilon;
+                std::to_string(attributes.output_residual[o]) + "," + std::to_string(attributes.output_width[o]) + "," +
+                epsilon;
     }
     return text;
 }

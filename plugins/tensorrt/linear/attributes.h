@@ -9,16 +9,22 @@ namespace dijiang::trt::linear {
 
 constexpr char kName[] = "DijiangLinear";
 constexpr int32_t kMostTerms = DIJIANG_LINEAR_MAX_TERMS, kMostOutputs = DIJIANG_LINEAR_MAX_OUTPUTS;
-// A term has an input, weights and perhaps a bias; an output perhaps a norm's two tensors and a residual.
-constexpr int32_t kMostInputs = 3 * kMostTerms + 3 * kMostOutputs;
+// A term has an input, weights and perhaps scales and a bias; an output perhaps a norm's two tensors and a residual.
+constexpr int32_t kMostInputs = 4 * kMostTerms + 3 * kMostOutputs;
+
+// term_weight_format beyond dijiang_weight_format: weights as bundles store them, with scales of their own. A node of
+// an ONNX file has these; build-engine packs them. TensorRT's parser makes layers of them, but none is built.
+constexpr int32_t kStoredInt8 = 3, kStoredInt4 = 4;
+constexpr bool is_stored(int32_t format) { return format == kStoredInt8 || format == kStoredInt4; }
 
 // The fields of docs/tensorrt-plugin.md; entries beyond the counts are 0.
 struct Attributes {
     int32_t terms = 0, outputs = 0;
     int32_t dtype = 0;
-    int32_t term_output[kMostTerms] = {}, term_bias[kMostTerms] = {};
+    int32_t term_output[kMostTerms] = {}, term_bias[kMostTerms] = {}, term_weight_format[kMostTerms] = {};
     int32_t output_activation[kMostOutputs] = {}, output_norm[kMostOutputs] = {};
     int32_t output_norm_bias[kMostOutputs] = {}, output_residual[kMostOutputs] = {};
+    int32_t output_width[kMostOutputs] = {};  // N of packed weights; 0: the weight has a row for each
     float output_epsilon[kMostOutputs] = {};
 };
 

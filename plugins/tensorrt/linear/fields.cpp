@@ -17,20 +17,23 @@ constexpr FieldRule kRules[kFields] = {
     {"output_epsilon", PluginFieldType::kFLOAT32, kMostOutputs},
     {"output_residual", PluginFieldType::kINT32, kMostOutputs},
     {"dtype", PluginFieldType::kINT32, 1},
+    {"term_weight_format", PluginFieldType::kINT32, kMostTerms},
+    {"output_width", PluginFieldType::kINT32, kMostOutputs},
 };
-enum Rule { kTermOutput, kTermBias, kOutputActivation, kOutputNorm, kOutputNormBias, kOutputEpsilon, kOutputResidual };
+enum Rule { kTermOutput, kTermBias, kOutputActivation, kDtype = 7, kTermWeightFormat };
 
 // Where the values of each rule are.
 struct Addresses {
     explicit Addresses(Attributes& a)
         : at{a.term_output, a.term_bias, a.output_activation, a.output_norm, a.output_norm_bias, a.output_epsilon,
-              a.output_residual, &a.dtype} {}
+              a.output_residual, &a.dtype, a.term_weight_format, a.output_width} {}
 
     void* at[kFields];
 };
 
 int32_t length_of(const Attributes& attributes, int32_t rule) {
-    return rule <= kTermBias ? attributes.terms : rule <= kOutputResidual ? attributes.outputs : 1;
+    if (rule == kDtype) return 1;
+    return rule <= kTermBias || rule == kTermWeightFormat ? attributes.terms : attributes.outputs;
 }
 
 }  // namespace
@@ -39,13 +42,14 @@ const nvinfer1::PluginFieldCollection* field_names() noexcept { return advertise
 
 std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes) {
     const PluginField* found[kFields];
-    const std::string wrong = find_fields(fields, kRules, kFields, kFields, found);
+    const std::string wrong = find_fields(fields, kRules, kRequiredFields, kFields, found);
     if (!wrong.empty()) return wrong;
     attributes = {};
     attributes.terms = found[kTermOutput]->length;
     attributes.outputs = found[kOutputActivation]->length;
     const Addresses addresses(attributes);
     for (int32_t i = 0; i < kFields; ++i) {
+        if (found[i] == nullptr) continue;
         const int32_t length = length_of(attributes, i);
         if (found[i]->length != length)
             return "field " + std::string(kRules[i].name) + " has " + std::to_string(found[i]->length) +

@@ -10,7 +10,7 @@
 
 namespace dijiang::trt::linear {
 
-constexpr int32_t kFields = 8;
+constexpr int32_t kFields = 10, kRequiredFields = 8;  // the others are 0 where they are not given
 
 const nvinfer1::PluginFieldCollection* field_names() noexcept;
 

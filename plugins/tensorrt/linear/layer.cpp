@@ -13,7 +13,7 @@ struct View {
     DataType type;
 };
 
-const char* const kKinds[] = {"input", "weight", "bias", "norm_weight", "norm_bias", "residual", "output"};
+const char* const kKinds[] = {"input", "weight", "scale", "bias", "norm_weight", "norm_bias", "residual", "output"};
 
 const char* type_name(DataType type) {
     switch (type) {
@@ -35,6 +35,10 @@ std::string status_text(dijiang_status status) {
                                 : std::string(dijiang_status_name(status)) + ": " + dijiang_last_error();
 }
 
+bool of_term(Kind kind) {
+    return kind == Kind::input || kind == Kind::weight || kind == Kind::scale || kind == Kind::bias;
+}
+
 // A size that one tensor says and the others must repeat; -1 while it is unknown.
 bool agree(int64_t got, int64_t& size, bool dynamic) {
     if (got == -1 && dynamic) return true;
@@ -50,6 +54,7 @@ Layer::Layer(const Attributes& attributes) : attributes_(attributes) {
     for (int32_t t = 0; t < attributes.terms; ++t) {
         add(Kind::input, t);
         add(Kind::weight, t);
+        if (is_stored(attributes.term_weight_format[t])) add(Kind::scale, t);
         if (attributes.term_bias[t] != 0) add(Kind::bias, t);
     }
     for (int32_t o = 0; o < attributes.outputs; ++o) {
@@ -78,6 +83,7 @@ DataType Layer::type() const {
 DataType Layer::type_at(int32_t at) const {
     switch (places_[at].kind) {
         case Kind::weight: return DataType::kINT32;
+        case Kind::scale: return DataType::kHALF;
         case Kind::bias:
         case Kind::norm_weight:
         case Kind::norm_bias: return DataType::kFLOAT;
@@ -95,8 +101,32 @@ std::string Layer::name(int32_t at) const {
     const bool output = at >= inputs_;
     return std::string(output ? "output " : "input ") + std::to_string(output ? at - inputs_ : at) + " (" +
            kKinds[static_cast<int>(it.kind)] + " of " +
-           (it.kind == Kind::input || it.kind == Kind::weight || it.kind == Kind::bias ? "term " : "output ") +
+           (of_term(it.kind) ? "term " : "output ") +
            std::to_string(it.index) + ")";
+}
+
+bool Layer::agree_weight(
+    int32_t term, const Dims& dims, int64_t& n, int64_t& k, bool dynamic, std::string& right) const {
+    const int32_t format = attributes_.term_weight_format[term];
+    const auto parts = [](int64_t size, int64_t by) { return size < 0 ? -1 : (size + by - 1) / by; };
+    if (format == DIJIANG_SAME) {
+        int64_t half = k < 0 ? -1 : k / 2;
+        const bool good = dims.nbDims == 2 && agree(dims.d[0], n, dynamic) && agree(dims.d[1], half, dynamic);
+        if (k < 0 && half > 0) k = 2 * half;
+        right = "[" + std::to_string(n) + ", " + std::to_string(k < 0 ? -1 : k / 2) + "]";
+        return good;
+    }
+    const bool stored = is_stored(format), four = format == DIJIANG_INT4 || format == kStoredInt4;
+    const int64_t width = attributes_.output_width[attributes_.term_output[term]];
+    if (!stored && !agree(width, n, false)) return false;
+    int64_t rows = stored ? n : parts(n, 8), along = parts(k, stored ? 32 : four ? 128 : 64);
+    const int64_t words = stored ? (four ? 4 : 8) : four ? 144 : 136;
+    const bool good = dims.nbDims == 3 && agree(dims.d[0], rows, dynamic) && agree(dims.d[1], along, dynamic) &&
+                      dims.d[2] == words;
+    if (stored && n < 0) n = rows;
+    if (stored && k < 0 && along > 0) k = 32 * along;
+    right = "[" + std::to_string(rows) + ", " + std::to_string(along) + ", " + std::to_string(words) + "]";
+    return good;
 }
 
 template <typename Look>
@@ -112,18 +142,17 @@ std::string Layer::examine(int32_t inputs, int32_t outputs, bool dynamic, Look l
         for (int32_t at = 0; at < inputs + outputs; ++at) {
             const View tensor = look(at);
             const Place it = places_[at];
-            const bool of_term = it.kind == Kind::input || it.kind == Kind::weight || it.kind == Kind::bias;
-            int64_t& n = width[of_term ? attributes_.term_output[it.index] : it.index];
-            int64_t& k = inner[of_term ? it.index : places_[input_of(it.index)].index];
+            int64_t& n = width[of_term(it.kind) ? attributes_.term_output[it.index] : it.index];
+            int64_t& k = inner[of_term(it.kind) ? it.index : places_[input_of(it.index)].index];
             const Dims& dims = *tensor.dims;
             bool good = tensor.type == type_at(at);
             std::string right;
             switch (it.kind) {
-                case Kind::weight: {
-                    int64_t half = k < 0 ? -1 : k / 2;
-                    good = good && dims.nbDims == 2 && agree(dims.d[0], n, dynamic) && agree(dims.d[1], half, dynamic);
-                    if (k < 0 && half > 0) k = 2 * half;
-                    right = "[" + std::to_string(n) + ", " + std::to_string(k < 0 ? -1 : k / 2) + "]";
+                case Kind::weight: good = agree_weight(it.index, dims, n, k, dynamic, right) && good; break;
+                case Kind::scale: {
+                    int64_t blocks = k < 0 ? -1 : k / 32;
+                    good = good && dims.nbDims == 2 && agree(dims.d[0], n, dynamic) && agree(dims.d[1], blocks, dynamic);
+                    right = "[" + std::to_string(n) + ", " + std::to_string(blocks) + "]";
                     break;
                 }
                 case Kind::bias:
@@ -146,6 +175,10 @@ std::string Layer::examine(int32_t inputs, int32_t outputs, bool dynamic, Look l
                 return name(at) + " is " + type_name(tensor.type) + " " + shape_of(dims) + "; expected " +
                        type_name(type_at(at)) + " " + right + (dynamic ? " (-1: any size)" : "");
         }
+    for (int32_t t = 0; t < attributes_.terms; ++t)
+        if (is_stored(attributes_.term_weight_format[t]))
+            return "the weights of term " + std::to_string(t) +
+                   " are as bundles store them; expected packed ones: `dijiang-export build-engine` packs them";
     call = call_of(attributes_);
     const bool known = batch >= 0 && length >= 0;
     if (known && length > 0 && batch > INT32_MAX / length)
@@ -205,6 +238,7 @@ std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, 
         switch (it.kind) {
             case Kind::input: call.terms[it.index].input = data[at]; break;
             case Kind::weight: call.terms[it.index].weight = data[at]; break;
+            case Kind::scale: break;  // stored weights are never run: configure and the call refuse them
             case Kind::bias: call.terms[it.index].bias = numbers; break;
             case Kind::norm_weight: call.outputs[it.index].norm_weight = numbers; break;
             case Kind::norm_bias: call.outputs[it.index].norm_bias = numbers; break;

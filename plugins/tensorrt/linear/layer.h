@@ -10,7 +10,7 @@
 namespace dijiang::trt::linear {
 
 // What a tensor at a place is; places count inputs, then outputs.
-enum class Kind { input, weight, bias, norm_weight, norm_bias, residual, output };
+enum class Kind { input, weight, scale, bias, norm_weight, norm_bias, residual, output };
 struct Place {
     Kind kind;
     int32_t index;  // of its term, or of its output
@@ -18,8 +18,9 @@ struct Place {
 
 // The order of tensors. Weights, biases and norms come from constant layers: the network is made by this
 // project, which binds nothing else to them, so that a launch may read them before earlier work has ended.
-// Weights are int32, two elements each, which no version of TensorRT converts or copies; biases and norms
-// are float32, which is what constants are to the kernels and to TensorRT 8.6.
+// Weights are int32, which no version of TensorRT converts or copies: two elements each, or the bytes of a packed
+// weight, [tiles, chunks, words of a chunk]. Biases and norms are float32, which is what constants are to the kernels
+// and to TensorRT 8.6.
 class Layer {
 public:
     explicit Layer(const Attributes& attributes);
@@ -51,6 +52,9 @@ private:
     template <typename Look>
     std::string examine(int32_t inputs, int32_t outputs, bool dynamic, Look look, dijiang_linear_call& call) const;
     std::string name(int32_t at) const;
+    // The shape of a weight of N rows of K elements, where both are known, and what is wrong otherwise.
+    bool agree_weight(int32_t term, const nvinfer1::Dims& dims, int64_t& n, int64_t& k, bool dynamic,
+        std::string& right) const;
 
     Attributes attributes_;
     Place places_[kMostInputs + kMostOutputs];

@@ -6,15 +6,15 @@ namespace dijiang::trt::linear {
 namespace {
 
 constexpr uint32_t kMagic = 0x4c544a44;  // "DJTL", first byte first
-constexpr uint32_t kFormat = 1;
+constexpr uint32_t kFormat = 2;
 
 // The arrays of four integers, in the blob's order.
 template <typename A>
 auto arrays(A& a) {
     struct {
-        decltype(&a.term_output) at[6];
+        decltype(&a.term_output) at[8];
     } it{{&a.term_output, &a.term_bias, &a.output_activation, &a.output_norm, &a.output_norm_bias,
-        &a.output_residual}};
+        &a.output_residual, &a.term_weight_format, &a.output_width}};
     return it;
 }
 

@@ -1,9 +1,10 @@
 // How a TensorRT 8.6 plan keeps DijiangLinear: little-endian words, whatever the machine.
 //
-//   0  magic "DJTL", format version (1), terms, outputs, dtype
+//   0  magic "DJTL", format version (2), terms, outputs, dtype
 //  20  term_output[4], term_bias[4], output_activation[4], output_norm[4], output_norm_bias[4],
-//      output_residual[4], output_epsilon[4] (the bits of float32); 0 beyond the counts
-// 132  end
+//      output_residual[4], term_weight_format[4], output_width[4], output_epsilon[4] (the bits of float32); 0 beyond
+//      the counts
+// 164  end
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,7 @@
 
 namespace dijiang::trt::linear {
 
-constexpr size_t kBlobSize = 132;
+constexpr size_t kBlobSize = 164;
 
 // Writes kBlobSize bytes.
 void write_blob(const Attributes& attributes, unsigned char* bytes);

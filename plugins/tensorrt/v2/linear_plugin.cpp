@@ -34,7 +34,7 @@ nvinfer1::IPluginV2DynamicExt* PluginV2::clone() const noexcept {
 }
 
 nvinfer1::DimsExprs PluginV2::getOutputDimensions(int32_t output, const nvinfer1::DimsExprs* inputs,
-    int32_t input_count, nvinfer1::IExprBuilder&) noexcept {
+    int32_t input_count, nvinfer1::IExprBuilder& builder) noexcept {
     nvinfer1::DimsExprs dims{};
     dims.nbDims = -1;  // TensorRT's sign of an invalid shape
     if (output < 0 || output >= layer_.outputs() || input_count != layer_.inputs()) {
@@ -42,12 +42,13 @@ nvinfer1::DimsExprs PluginV2::getOutputDimensions(int32_t output, const nvinfer1
         return dims;
     }
     const nvinfer1::DimsExprs& weight = inputs[layer_.weight_of(output)];
-    if (inputs[layer_.input_of(output)].nbDims != 3 || weight.nbDims != 2) {
-        failed("the input of output " + std::to_string(output) + " does not have 3 dimensions, or its weight not 2");
+    if (inputs[layer_.input_of(output)].nbDims != 3 || weight.nbDims < 2) {
+        failed("the input of output " + std::to_string(output) + " does not have 3 dimensions, or its weight not 2 or 3");
         return dims;
     }
     dims = inputs[layer_.input_of(output)];
-    dims.d[2] = weight.d[0];
+    const int32_t width = layer_.attributes().output_width[output];
+    dims.d[2] = width > 0 ? builder.constant(width) : weight.d[0];
     return dims;
 }
 

@@ -38,17 +38,18 @@ int32_t PluginV3::getOutputDataTypes(
 }
 
 int32_t PluginV3::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs*,
-    int32_t, nvinfer1::DimsExprs* outputs, int32_t output_count, nvinfer1::IExprBuilder&) noexcept {
+    int32_t, nvinfer1::DimsExprs* outputs, int32_t output_count, nvinfer1::IExprBuilder& builder) noexcept {
     return report(text_of([&]() -> std::string {
         if (input_count != layer_.inputs() || output_count != layer_.outputs())
             return "got " + std::to_string(input_count) + " inputs; expected " + std::to_string(layer_.inputs());
         for (int32_t o = 0; o < output_count; ++o) {
             const nvinfer1::DimsExprs &input = inputs[layer_.input_of(o)], &weight = inputs[layer_.weight_of(o)];
-            if (input.nbDims != 3 || weight.nbDims != 2)
+            if (input.nbDims != 3 || weight.nbDims < 2)
                 return "the input of output " + std::to_string(o) + " has " + std::to_string(input.nbDims) +
-                       " dimensions and its weight " + std::to_string(weight.nbDims) + "; expected 3 and 2";
+                       " dimensions and its weight " + std::to_string(weight.nbDims) + "; expected 3 and 2 or 3";
             outputs[o] = input;
-            outputs[o].d[2] = weight.d[0];
+            const int32_t width = layer_.attributes().output_width[o];
+            outputs[o].d[2] = width > 0 ? builder.constant(width) : weight.d[0];
         }
         return {};
     }));

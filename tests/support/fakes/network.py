@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from support.oracles.packed_weights import unpacked
 
 
 class Enum:
@@ -174,7 +175,8 @@ class Network:
         widths = {}
         place = 0
         for output, bias in zip(plugin["term_output"], plugin["term_bias"], strict=True):
-            widths[output] = inputs[place + 1].shape[0]
+            packed = plugin.get("output_width")
+            widths[output] = inputs[place + 1].shape[0] if packed is None else int(packed[output])
             place += 2 + bias
         shapes = [(*inputs[0].shape[:-1], widths[o]) for o in range(len(plugin["output_norm"]))]
         names = [f"linear.{len(self.layers)}.{o}" for o in range(len(shapes))]
@@ -222,6 +224,8 @@ def _run(layer: ILayer, values: list[Any]) -> list[Any]:
         return [_norm(values[0], values[1], values[2], own["epsilon"], centred=True)]
     if "linear" in own:
         return _linear(own["linear"], values)
+    if "stored" in own:
+        return [np.asarray(values[0], np.float64) @ _stored(values[1], values[2]).T]
     results: list[Any] = own["function"](*values)
     return results
 
@@ -236,12 +240,10 @@ def _linear(fields: dict[str, Any], values: list[Any]) -> list[Any]:
     """plugins/include/dijiang/linear.h, without its roundings."""
     rest = iter(values)
     terms = []
-    for bias in fields["term_bias"]:
-        x, packed = next(rest), next(rest)
-        assert packed.dtype == np.int32
-        terms.append(
-            (np.asarray(x, np.float64), packed.view(np.float16).astype(np.float64), next(rest) if bias else 0)
-        )
+    for t, bias in enumerate(fields["term_bias"]):
+        x, words = np.asarray(next(rest), np.float64), next(rest)
+        assert words.dtype == np.int32
+        terms.append((x, _weight(fields, t, words, x.shape[-1]), next(rest) if bias else 0))
     results = []
     for o, norm in enumerate(fields["output_norm"]):
         mine = [term for term, output in zip(terms, fields["term_output"], strict=True) if output == o]
@@ -255,6 +257,24 @@ def _linear(fields: dict[str, Any], values: list[Any]) -> list[Any]:
         results.append(y + next(rest) if fields["output_residual"][o] else y)
     assert next(rest, None) is None
     return results
+
+
+def _stored(words: Any, scales: Any) -> Any:
+    """Weights as a bundle has them: docs/bundle-format.md."""
+    u = np.ascontiguousarray(words).view(np.uint8)
+    if words.shape[2] == 4:
+        u = np.stack([u & 15, u >> 4], -1).reshape(*u.shape[:2], 32)
+    q = u.astype(np.float64) - (8 if words.shape[2] == 4 else 128)
+    return (q * scales.astype(np.float64)[..., None]).reshape(len(words), -1)
+
+
+def _weight(fields: dict[str, Any], term: int, words: Any, inner: int) -> Any:
+    if "term_weight_format" not in fields:
+        return words.view(np.float16).astype(np.float64)
+    width = int(fields["output_width"][fields["term_output"][term]])
+    form = {1: "int8", 2: "int4"}[int(fields["term_weight_format"][term])]
+    q, scales = unpacked(form, words.reshape(-1).view(np.uint8), width, inner)
+    return (q * scales)[:width, :inner]
 
 
 def _activated(activation: int, sums: list[Any]) -> Any:

@@ -1,0 +1,178 @@
+"""Layers of the plugin DijiangLinear: what they compute, and how they come into a TensorRT network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dijiang_engines.building.step_graph import Graph
+from dijiang_engines.errors import RunnerError
+from dijiang_engines.kernels import abi
+from dijiang_engines.kernels.packing import BLOCK, CHUNK, pack
+from dijiang_engines.op_contract import DOMAIN
+
+_NAME, _VERSION, _NAMESPACE = "DijiangLinear", "1", DOMAIN
+
+
+@dataclass(eq=False)
+class Product:
+    """x W + b; `result` is the tensor that holds it, or its activation."""
+
+    input: Any
+    """Before the norm."""
+    weight: Any
+    """[K, N]; quantised, [N, K/32, bytes], uint8."""
+    result: Any
+    bias: Any = None
+    norm: tuple[Any, Any, float] | None = None
+    """weight, bias, epsilon."""
+    activation: str = "identity"
+    weight_format: str = "same"
+    scales: Any = None
+    """Of quantised weights: float16 [N, K/32]."""
+
+    @property
+    def quantised(self) -> bool:
+        """A launch has quantised weights alone, or none."""
+        return self.weight_format != "same"
+
+    @property
+    def width(self) -> int:
+        """N."""
+        return int(self.weight.shape[0 if self.quantised else 1])
+
+    @property
+    def inner(self) -> int:
+        """K."""
+        return int(self.weight.shape[1]) * BLOCK if self.quantised else int(self.weight.shape[0])
+
+
+@dataclass
+class Output:
+    """One output of a launch."""
+
+    terms: list[Product]
+    result: Any
+    activation: str = "identity"
+    residual: Any = None
+
+    @property
+    def norm(self) -> tuple[Any, Any, float] | None:
+        """Of the terms' input."""
+        return self.terms[0].norm
+
+
+@dataclass
+class Rewritten:
+    """What became of the products."""
+
+    launches: int = 0
+    products: int = 0
+    left: int = 0
+    """To TensorRT."""
+    kept: list[Any] = field(default_factory=list)
+    """Arrays that must live until the engine is built."""
+
+    def to_json(self) -> dict[str, int]:
+        """For the engine's manifest."""
+        return {"launches": self.launches, "products": self.products, "left": self.left}
+
+
+def replace(
+    trt: Any,
+    network: Any,
+    graph: Graph,
+    launch: list[Output],
+    now: dict[str, Any],
+    done: Rewritten,
+    dtype: str,
+) -> None:
+    """Add one plugin layer.
+
+    Args:
+        trt, network, graph: as in `step_products.rewrite`.
+        launch: what it computes.
+        now: the tensors that came in the place of others, by the others' names; gets those of this layer.
+        done: gets the arrays that must live on.
+        dtype: T.
+
+    Raises:
+        RunnerError: the plugin is not registered, or refuses the layer.
+    """
+
+    def constant(array: Any) -> Any:
+        done.kept.append(array)
+        return network.add_constant(array.shape, trt.Weights(array)).get_output(0)
+
+    inputs: list[Any] = []
+    terms = [(index, term) for index, output in enumerate(launch) for term in output.terms]
+    for _, term in terms:
+        inputs += [now.get(term.input.name, term.input), constant(_words(term))]
+        if term.bias is not None:
+            inputs.append(constant(term.bias))
+    for output in launch:
+        if output.norm is not None:
+            inputs += [constant(output.norm[0]), constant(output.norm[1])]
+        if output.residual is not None:
+            inputs.append(now.get(output.residual.name, output.residual))
+
+    def number(values: list[int]) -> Any:
+        return np.array(values, np.int32)
+
+    norms = [output.norm for output in launch]
+    values = {
+        "term_output": number([index for index, _ in terms]),
+        "term_bias": number([int(term.bias is not None) for _, term in terms]),
+        "output_activation": number([abi.ACTIVATIONS[output.activation] for output in launch]),
+        "output_norm": number([abi.NORMS["layer_norm" if norm else "norm_none"] for norm in norms]),
+        "output_norm_bias": number([int(norm is not None) for norm in norms]),
+        "output_epsilon": np.array([norm[2] if norm else 0.0 for norm in norms], np.float32),
+        "output_residual": number([int(output.residual is not None) for output in launch]),
+        "dtype": number([abi.DTYPES[dtype]]),
+    }
+    if any(term.quantised for _, term in terms):
+        values["term_weight_format"] = number([abi.WEIGHT_FORMATS[term.weight_format] for _, term in terms])
+        values["output_width"] = number([output.terms[0].width for output in launch])
+    layer = _add_plugin(trt, network, inputs, values, done)
+    layer.name = f"{_NAME} {launch[0].result.name}"
+    for index, output in enumerate(launch):
+        now[output.result.name] = layer.get_output(index)
+        for node, place in graph.read_by(output.result):
+            node.layer.set_input(place, layer.get_output(index))
+
+
+def _words(term: Product) -> Any:
+    """A term's weight as int32, which TensorRT neither converts nor copies: two 16-bit numbers each, a row
+    per output element, or the bytes of a packed weight, [tiles, chunks, words of a chunk]."""
+    if not term.quantised:
+        return np.ascontiguousarray(term.weight.T).view(np.int32)
+    packed = pack(term.weight_format, term.weight, term.scales).view(np.int32)
+    return packed.reshape(-(-term.width // 8), -(-term.inner // CHUNK[term.weight_format]), -1)
+
+
+def _add_plugin(trt: Any, network: Any, inputs: list[Any], values: dict[str, Any], done: Rewritten) -> Any:
+    kinds = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32}
+    fields = [trt.PluginField(name, value, kinds[str(value.dtype)]) for name, value in values.items()]
+    collection = trt.PluginFieldCollection(fields)
+    done.kept += [values, fields, collection]
+    registry = trt.get_plugin_registry()
+    modern = hasattr(network, "add_plugin_v3")
+    find = registry.get_creator if modern else registry.get_plugin_creator
+    creator = find(_NAME, _VERSION, _NAMESPACE)
+    if creator is None:
+        raise RunnerError(
+            f"the plugin {_NAME} is not registered",
+            hint="build the plugin again: `dijiang-export build-plugin`",
+        )
+    plugin = _create_v3(trt, creator, collection) if modern else creator.create_plugin(_NAME, collection)
+    if plugin is None:
+        raise RunnerError(f"the plugin {_NAME} refuses a layer; the builder's log says why")
+    done.kept.append(plugin)
+    return network.add_plugin_v3(inputs, [], plugin) if modern else network.add_plugin_v2(inputs, plugin)
+
+
+def _create_v3(trt: Any, creator: Any, collection: Any) -> Any:
+    """From 10 on a creator is told what the plugin is for."""
+    return creator.create_plugin(_NAME, collection, trt.TensorRTPhase.BUILD)

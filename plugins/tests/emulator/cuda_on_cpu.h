@@ -1,0 +1,164 @@
+// Blocks of CUDA threads on a CPU, one after the other: each thread is a fiber that runs until it meets a barrier.
+//
+// For tests of what a kernel computes, where there is no GPU. Included before a kernel's own headers, with this folder
+// before theirs: device/ here has what PTX does there. It finds wrong indices and missing waits for copies, which arrive
+// as late as they may; it does not find races between threads that no barrier parts, but the order of the fibers may be
+// turned around.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace emulator {
+
+constexpr size_t kStack = 32 << 10;
+constexpr size_t kSharedMemory = 228 << 10;
+inline unsigned char* shared_memory = nullptr;  // kSharedMemory bytes
+
+struct Copy {
+    uint32_t to;
+    const void* from;
+    bool there;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<unsigned char[]> stack;
+    bool done = false;
+    std::vector<Copy> open;                // copies of no group yet
+    std::deque<std::vector<Copy>> groups;  // and those that are under way
+};
+
+// Threads that wait for each other: a block, or a warp.
+struct Meeting {
+    int members = 0, arrived = 0;
+    uint64_t turn = 0;
+};
+
+struct Block {
+    std::vector<Fiber> fibers;
+    Meeting all;
+    std::vector<Meeting> warps;
+    std::vector<uint32_t> words;  // of each thread, 8: what it shows its warp
+    ucontext_t main;
+    int current = 0;
+    dim3 index, size;
+};
+inline Block* block = nullptr;
+
+inline void yield() {
+    Fiber& it = block->fibers[static_cast<size_t>(block->current)];
+    swapcontext(&it.context, &block->main);
+}
+
+inline void meet(Meeting& meeting) {
+    const uint64_t turn = meeting.turn;
+    if (++meeting.arrived == meeting.members) {
+        meeting.arrived = 0;
+        ++meeting.turn;
+        return;
+    }
+    while (meeting.turn == turn) yield();
+}
+inline void meet_warp() { meet(block->warps[static_cast<size_t>(block->current / 32)]); }
+
+// Every lane's words, once all have shown theirs; `look` reads them.
+template <typename Look> void exchange(const uint32_t* mine, int count, Look look) {
+    std::copy(mine, mine + count, &block->words[static_cast<size_t>(8 * block->current)]);
+    meet_warp();
+    const uint32_t* const warp = &block->words[static_cast<size_t>(8 * (block->current / 32 * 32))];
+    look([warp](int lane, int word) { return warp[8 * lane + word]; });
+    meet_warp();
+}
+
+struct Index {
+    unsigned x;
+};
+inline Index thread_index() { return {static_cast<unsigned>(block->current)}; }
+
+inline std::function<void()>* body = nullptr;
+inline void enter() {
+    (*body)();
+    block->fibers[static_cast<size_t>(block->current)].done = true;
+    yield();
+}
+
+// One block. backwards: the last thread is the first to run.
+inline void run_block(dim3 index, dim3 size, std::function<void()> kernel, bool backwards) {
+    Block it;
+    const int threads = static_cast<int>(size.x);
+    it.fibers = std::vector<Fiber>(static_cast<size_t>(threads));
+    it.all.members = threads;
+    it.warps.resize(static_cast<size_t>(threads / 32));
+    for (Meeting& warp : it.warps) warp.members = 32;
+    it.words.resize(static_cast<size_t>(8 * threads));
+    it.index = index;
+    it.size = size;
+    block = &it;
+    body = &kernel;
+    std::memset(shared_memory, 0xff, kSharedMemory);  // NaN, whatever the type
+    for (Fiber& fiber : it.fibers) {
+        fiber.stack = std::make_unique<unsigned char[]>(kStack);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStack;
+        fiber.context.uc_link = &it.main;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (int left = threads; left > 0;) {
+        left = 0;
+        for (int i = 0; i < threads; ++i) {
+            it.current = backwards ? threads - 1 - i : i;
+            Fiber& fiber = it.fibers[static_cast<size_t>(it.current)];
+            if (fiber.done) continue;
+            swapcontext(&it.main, &fiber.context);
+            if (!fiber.done) ++left;
+        }
+    }
+    block = nullptr;
+}
+
+}  // namespace emulator
+
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block->index)
+#define blockDim (::emulator::block->size)
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+inline void __syncthreads() { emulator::meet(emulator::block->all); }
+inline void __syncwarp() { emulator::meet_warp(); }
+template <typename T> T __ldg(const T* at) { return *at; }
+template <typename T> T __ldcg(const T* at) { return *at; }
+inline float __shfl_xor_sync(unsigned, float x, int offset) {
+    uint32_t word;
+    std::memcpy(&word, &x, 4);
+    const int lane = emulator::block->current % 32;
+    float found = 0;
+    emulator::exchange(&word, 1, [&](auto of) {
+        const uint32_t theirs = of(lane ^ offset, 0);
+        std::memcpy(&found, &theirs, 4);
+    });
+    return found;
+}
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
+    const uint64_t both = uint64_t{high} << 32 | low;
+    uint32_t made = 0;
+    for (int i = 0; i < 4; ++i) made |= static_cast<uint32_t>(both >> (8 * (select >> (4 * i) & 7)) & 0xff) << (8 * i);
+    return made;
+}
+using std::max;
+using std::min;

@@ -1,0 +1,10 @@
+#pragma once
+#include "cuda_on_cpu.h"
+namespace dijiang {
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
+inline float warp_sum(float x) {
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+    return x;
+}
+}  // namespace dijiang

@@ -1,0 +1,156 @@
+"""Random products for dijiang_linear, and what float64 makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
+
+from dijiang_engines.kernels.packing import pack
+
+HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "swiglu")
+GUARD = 64
+"""Elements on both sides of an output that must stay what they are."""
+
+
+@dataclass
+class Case:
+    """One output and what float64 makes of it."""
+
+    output: LinearOutput
+    guarded: Any
+    expected: Any
+    bound: Any
+
+    def check(self) -> float:
+        """Largest error in units of its bound."""
+        guard = self.guarded.double()
+        assert (guard[:GUARD] == 7).all() and (guard[-GUARD:] == 7).all(), "written beside the output"
+        error = (self.output.output.double() - self.expected).abs()
+        worst = float((error / self.bound).max())
+        assert worst <= 1, f"{worst} times the bound"
+        return worst
+
+
+def normed(x: Any, kind: str, weight: Any, bias: Any, epsilon: float) -> Any:
+    x = x.double()
+    if kind == "layer_norm":
+        x = x - x.mean(-1, keepdim=True)
+    y = x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+def activated(name: str, x: Any, second: Any) -> Any:
+    functional = torch.nn.functional
+    if name == "swiglu":
+        return functional.silu(x) * second
+    if name == "gelu_tanh":
+        return functional.gelu(x, approximate="tanh")
+    return {"identity": lambda v: v, "relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu}[
+        name
+    ](x)
+
+
+def quantised(weight_format: str, width: int, inner: int, generator: Any) -> tuple[Any, Any]:
+    """Random integers and scales of either sign: the weight in float64, and packed."""
+    device = generator.device
+
+    def integers(low: int, high: int, *shape: int) -> Any:
+        return torch.randint(low, high, shape, generator=generator, device=device, dtype=torch.int32)
+
+    blocks = inner // 32
+    most = 127 if weight_format == "int8" else 8
+    q = integers(-most, 128 if weight_format == "int8" else 8, width, blocks, 32)
+    size = 0.5 + torch.rand(width, blocks, generator=generator, device=device)
+    scales = (size * (1 - 2 * integers(0, 2, width, blocks)) * inner**-0.5 / most).half()
+    weight = (q.double() * scales.double()[..., None]).reshape(width, inner)
+    u = (q + (128 if weight_format == "int8" else 8)).to(torch.uint8)
+    if weight_format == "int4":
+        u = u[..., 0::2] | u[..., 1::2] << 4
+    packed = pack(weight_format, u.cpu().numpy(), scales.cpu().numpy())
+    return weight, torch.from_numpy(np.ascontiguousarray(packed)).to(device)
+
+
+def make(
+    dtype: Any,
+    rows: int,
+    inner: list[int],
+    width: int,
+    *,
+    activation: Any = "identity",
+    norm: Any = "norm_none",
+    bias: bool = True,
+    residual: bool = False,
+    seed: int = 0,
+    weight_format: str | list[str] = "same",
+    device: str = "cuda",
+) -> Case:
+    """A random output. The bound: half a unit in the last place of the result, float32 sums, and with a norm
+    that an element of it may be rounded to its other neighbour."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int, kind: Any = dtype, scale: float = 1.0) -> Any:
+        return (scale * torch.randn(shape, generator=generator, device=device)).to(kind)
+
+    one_input = activation == "swiglu" or norm != "norm_none"
+    inputs: list[Any] = []
+    for size in inner:
+        shift = 3 * torch.rand(
+            rows, 1, generator=generator, device=device
+        )  # a mean that LayerNorm takes away
+        inputs.append(inputs[0] if inputs and one_input else (draw(rows, size) + shift).to(dtype))
+    formats = [weight_format] * len(inner) if isinstance(weight_format, str) else weight_format
+    weights: list[Any] = []  # as the reference has them
+    stored: list[Any] = []  # and as the kernel does
+    for size, kind in zip(inner, formats, strict=True):
+        weight, packed = (
+            quantised(kind, width, size, generator) if kind != "same"
+            else (draw(width, size, scale=size**-0.5),) * 2
+        )  # fmt: skip
+        weights.append(weight)
+        stored.append(packed)
+    biases = [draw(width, kind=torch.float32) if bias else None for _ in inner]
+    norm_weight = norm_bias = None
+    epsilon = 1e-5
+    if norm != "norm_none":
+        norm_weight = 1 + draw(inner[0], kind=torch.float32, scale=0.3)
+        norm_bias = draw(inner[0], kind=torch.float32, scale=0.3) if norm == "layer_norm" else None
+    rest = draw(rows, width) if residual else None
+
+    sums, sizes = [], []
+    unit = HALF_ULP[dtype]
+    for x, weight, b in zip(inputs, weights, biases, strict=True):
+        x = x if norm_weight is None else normed(x, norm, norm_weight, norm_bias, epsilon).to(dtype)
+        sums.append(x.double() @ weight.double().T + (0 if b is None else b.double()))
+        magnitude = x.double().abs() @ weight.double().abs().T + (0 if b is None else b.double().abs())
+        flips = 0.02 * unit if norm_weight is not None else 0.0  # few elements, of either sign
+        sizes.append(magnitude * (flips + 4 * weight.shape[1] ** 0.5 * 2.0**-24))
+    if activation == "swiglu":
+        expected = activated(activation, *sums)
+        slack = sizes[0] * 1.1 * sums[1].abs() + sizes[1] * sums[0].abs() + sizes[0] * sizes[1]
+    else:
+        expected = activated(activation, sum(sums), None)
+        slack = sum(sizes) * 1.2
+    if rest is not None:
+        expected = expected + rest.double()
+    bound = 1.01 * unit * expected.abs() + slack + 2e-6 * (1 + expected.abs())
+
+    guarded = torch.full((2 * GUARD + rows * width,), 7, dtype=dtype, device=device)
+    guarded[GUARD:-GUARD] = float("nan")
+    output = LinearOutput(
+        guarded[GUARD:-GUARD].view(rows, width),
+        [LinearTerm(*term) for term in zip(inputs, stored, biases, formats, strict=True)],
+        activation, rest, norm, norm_weight, norm_bias, epsilon if norm != "norm_none" else 0.0,
+    )  # fmt: skip
+    return Case(output, guarded, expected, bound)
+
+
+def run(kernels: LinearKernels, cases: list[Case], constant: bool = False) -> float:
+    stream = torch.cuda.current_stream().cuda_stream
+    kernels.linear([case.output for case in cases], constant_weights=constant, stream=stream)
+    torch.cuda.synchronize()
+    return max(case.check() for case in cases)
