@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.fakes.tensorrt_rtx import FakeRtx
+from support.makers.checkpoints import neox
 from support.makers.engine_folders import build, visible
 from support.makers.plugin_cache import make_build
 
@@ -33,6 +34,7 @@ from dijiang_engines.nvidia.tensorrt_versions import (
 )
 from dijiang_engines.plugin.cache import cache_folder
 from dijiang_export.cli import main
+from dijiang_export.export.to_onnx import export_bundle
 
 Export = Callable[..., tuple[Path, Any]]
 RTX: dict[str, Any] = {"runtime": TENSORRT_RTX, "validate": False}
@@ -42,6 +44,23 @@ NONE_HERE: dict[str, Any] = {"gpus": 0}
 @pytest.fixture
 def bundle(exported: Export) -> Path:
     return exported()[0]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_weights_are_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is parsed, and whether or not there is a plugin."""
+    checkpoint = neox(hidden=64, heads=4, intermediate=96, vocab=97).save(tmp_path / "checkpoint")
+    options: dict[str, Any] = {"dtype": "float16", "weight_format": kind, "cases": "none"}
+    export_bundle(checkpoint, tmp_path / "bundle", **options)
+    FakeRtx(tmp_path / "machine", **NONE_HERE).enter(monkeypatch)
+    words = ["build-engine", str(tmp_path / "bundle"), "-o", str(tmp_path / "e"), "--runtime", TENSORRT_RTX]
+    for plugin in ([], ["--no-plugin"]):
+        assert main([*words, *plugin]) == 1
+        said = capfd.readouterr().err
+        assert f"got: {kind} weights" in said and "--weight-format float" in said and "Traceback" not in said
+    assert not (tmp_path / "e").exists()
 
 
 # The table

@@ -124,6 +124,7 @@ def choose_target(
     version = tensorrt_version(tensorrt_module(name), name)
     dialect = dialect_of(version, name)
     _check_dtype(bundle, f"{product.title} {version}", dialect)
+    _check_weights(bundle, product)
     named = tuple(dict.fromkeys(parse_capability(text, dialect) for text in capabilities))
     wanted = named or recipe_capabilities(recipe, dialect)
     plugin = None
@@ -161,6 +162,17 @@ def _check_dtype(bundle: Bundle, title: str, dialect: Dialect) -> None:
             f"{title} has no {bundle.dtype}",
             expected=" or ".join(dialect.dtypes),
             hint="export the checkpoint again with `--dtype float16`",
+        )
+
+
+def _check_weights(bundle: Bundle, product: Runtime) -> None:
+    """Its parser has neither MatMulNBits nor elements that are counted from 8 or 128."""
+    if bundle.weight_format != "float":
+        raise RunnerError(
+            f"engines of quantised weights are not built with {product.title}",
+            got=f"{bundle.weight_format} weights",
+            hint="ONNX Runtime runs this bundle, and `--runtime tensorrt` builds it; for this one export the "
+            "checkpoint again with `--weight-format float`",
         )
 
 
