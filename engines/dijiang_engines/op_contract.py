@@ -142,7 +142,7 @@ def linear_fields(weight_format: str, dtype: int) -> dict[str, list[int] | list[
     fields: dict[str, list[int] | list[float] | str] = {name: [0] for name in zeros}
     fields |= {"output_epsilon": [0.0], "output_residual": [0], "dtype": [dtype]}
     fields |= {"term_weight_format": [_STORED[weight_format]], "output_width": [0]}
-    return fields | dict(zip(PLUGIN_ATTRIBUTES, ("1", DOMAIN), strict=True))
+    return fields | dict(zip(PLUGIN_ATTRIBUTES, (DOMAIN, "1"), strict=True))
 
 
 def attributes_of(spec: ModelSpec) -> Attributes:

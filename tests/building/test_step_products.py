@@ -7,8 +7,6 @@ tests/nvidia/test_tensorrt_bindings.py's and the GPU's to show.
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ import pytest
 from support.fakes.network import Network, Registry, Tensor, Trt, replay
 from support.makers.step_graphs import FAMILIES, PARALLEL, description, initializers, step_graph
 
-from dijiang_engines.building import ahead
 from dijiang_engines.building.step_products import rewrite
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.spec import ModelSpec
@@ -341,23 +338,3 @@ def test_more_outputs_than_a_launch_takes() -> None:
 def test_a_plugin_that_is_missing_or_refuses(registry: Registry, what: str) -> None:
     with pytest.raises(RunnerError, match=what):
         rewrite(Trt(registry), step_network("parallel"))
-
-
-def test_a_builder_that_cannot_put_layers_into_a_network_refuses_quantised_products(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """TensorRT for RTX's bindings have no call for it: plans of such a graph are not even begun."""
-    small = Small()
-    quantised_parts(small, (8,))
-    trt = SimpleNamespace(
-        LayerType=Trt.LayerType, NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=0),
-        Builder=lambda logger: SimpleNamespace(create_network=lambda flags: small.network),
-        OnnxParser=lambda network, logger: SimpleNamespace(parse_from_file=lambda path: True),
-    )  # fmt: skip
-    monkeypatch.setattr(ahead, "make_logger", lambda *arguments, **named: None)
-    monkeypatch.setattr(ahead, "tensorrt_version", lambda *arguments: "1.7.1")
-    request: Any = SimpleNamespace(runtime="tensorrt-rtx", onnx=Path("step.trt.onnx"), profiles=[])
-    events: Any = SimpleNamespace(send=lambda *arguments, **named: None)
-    with pytest.raises(RunnerError, match="cannot have quantised products") as caught:
-        ahead.build_ahead(trt, request, events)
-    assert "--no-plugin" in str(caught.value.hint)

@@ -277,6 +277,8 @@ def test_graphs_for_tensorrt_have_nodes_of_the_plugin_with_the_stored_bytes(
         products = [node for node in model.graph.node if node.op_type == "DijiangLinear"]
         assert len(products) == 2 * (2 + 1 + 1 + 3) + 1  # qk, v, gate, dense, the MLP's three; the head
         for node in products:
+            values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert (values["plugin_namespace"], values["plugin_version"]) == (b"dijiang", b"1")
             name, _, kind = node.input[1].rpartition(".")
             words, scale = tensors[node.input[1]], tensors[node.input[2]].astype(np.float64)
             u = words.astype("<i4").view(np.uint8)

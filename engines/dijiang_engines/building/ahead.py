@@ -14,7 +14,6 @@ from typing import Any
 
 from dijiang_engines.building.events import NODE, PARSING, Events, list_layers, progress_monitor, write_plan
 from dijiang_engines.building.request import BuildRequest, Profile
-from dijiang_engines.building.step_products import has_quantised
 from dijiang_engines.building.typed_network import fix_sizes
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.nvidia.tensorrt_library import failure, make_logger, tensorrt_version
@@ -42,12 +41,6 @@ def build_ahead(trt: Any, request: BuildRequest, events: Events) -> None:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(request.onnx)):
         raise parser_failure(parser, request.onnx, title, messages)
-    if has_quantised(trt, network):  # its bindings cannot put packed layers in the place of these
-        raise RunnerError(
-            f"{title} cannot have quantised products of the plugin",
-            got=f"nodes DijiangLinear in {request.onnx.name}",
-            hint="build from the bundle's standard graphs: `build-engine --no-plugin`",
-        )
     fix_sizes(network, request.profiles)
     list_layers(network)
     events.send("phase", name="Building", steps=None)
