@@ -7,7 +7,7 @@ An element is q · scale of its block, where q is an integer and the scale a flo
     <name>.int4   uint8 [N, K/32, 16]: q + 8, q in -8..7; byte j has element 2j low, element 2j+1 high
     <name>.scale  float16 [N, K/32]; may be negative
 
-which is what com.microsoft::MatMulNBits reads (onnxruntime@v1.32.0, docs/ContribOperators.md), and, taken
+which is what com.microsoft::MatMulNBits reads (ContribOperators.md of onnxruntime@v1.32.0), and, taken
 as UINT8 or UINT4 [N, K], what DequantizeLinear of opset 21 reads.
 """
 

@@ -198,6 +198,8 @@ MUTATIONS: dict[str, list[tuple[str, str, tuple[int, int]]]] = {
     ],
     "building/step_products.py": [
         ("node.layer.op1", "node.layer.transpose1", ANY),
+    ],
+    "building/product_layers.py": [
         ("trt.PluginFieldType.INT32", "trt.PluginFieldType.INTEGER32", ANY),
         ("network.add_constant(array.shape, ", "network.add_constant(", ANY),
         ("node.layer.set_input(place, ", "node.layer.set_input(", ANY),

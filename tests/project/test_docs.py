@@ -339,7 +339,9 @@ def test_the_manifest_is_described(models: Path) -> None:
     described = [
         key.strip() for row in table("docs/bundle-format.md", "manifest.json") for key in row[0].split(",")
     ]
-    assert sorted(described) == sorted(manifest)
+    assert sorted(described) == sorted(
+        [*manifest, "quantisation"]
+    )  # which this one has not: its weights are floats
 
 
 def test_the_weights_are_described() -> None:

@@ -1,6 +1,6 @@
 """Quantised matrices in a bundle's graphs: what reads them, and that they are those of the manifest.
 
-com.microsoft::MatMulNBits (onnxruntime@v1.32.0, docs/ContribOperators.md) has inputs A [.., K], B uint8
+com.microsoft::MatMulNBits (ContribOperators.md of onnxruntime@v1.32.0) has inputs A [.., K], B uint8
 [N, K/32, bits·4] and scales [N, K/32], attributes K, N, bits, block_size and optionally accuracy_level; other
 inputs and attributes bundles have no use for. DequantizeLinear (onnx@v1.23.0, opset 21) has elements [N, K],
 and scales and zero points [N, K/32]. DijiangLinear is as `op_contract.linear_fields` says. A runtime
