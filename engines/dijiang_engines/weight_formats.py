@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from dijiang_engines.spec import ModelSpec
+if TYPE_CHECKING:
+    from dijiang_engines.spec import ModelSpec
 
 WeightFormat = Literal["float", "int8", "int4"]
 MatrixFormat = Literal["int8", "int4"]
@@ -139,8 +140,3 @@ def matrices(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, list[Matr
     if left:
         raise ValueError(f"the model has no matrix {min(left)[:80]!r}")
     return found
-
-
-def matrix_bytes(spec: ModelSpec, formats: Mapping[str, str]) -> int:
-    """Bytes of all quantised matrices; raises as `matrices`."""
-    return sum(part.nbytes for parts in matrices(spec, formats).values() for part in parts)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
+from support.linear_kernels import LinearKernels
 
 from dijiang_engines.errors import PluginError
 from dijiang_engines.plugin.cache import find_kernels_library
@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from support.linear_cases import ACTIVATIONS, make, run  # noqa: E402
+from support.linear_cases import ACTIVATIONS, check_chain, check_repeats, make, run  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -90,50 +90,15 @@ def test_numbers_that_are_none_stay_so(kernels: LinearKernels) -> None:
 
 
 def test_nothing_depends_on_how_often_or_where(kernels: LinearKernels) -> None:
-    case = make(torch.float16, 8, [1024, 4096], 1024, residual=True)
-    first = None
-    for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
-        for _ in range(20):
-            case.output.output.fill_(float("nan"))
-            torch.cuda.synchronize()
-            kernels.linear([case.output], constant_weights=True, stream=stream.cuda_stream)
-            torch.cuda.synchronize()
-            first = case.output.output.clone() if first is None else first
-            assert torch.equal(first, case.output.output)
+    check_repeats(kernels, make(torch.float16, 8, [1024, 4096], 1024, residual=True))
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_a_chain_in_a_graph_waits_for_what_it_reads(kernels: LinearKernels, rows: int) -> None:
-    """Each call reads what the one before wrote and overwrites what the one before that read, as
-    in an engine, where buffers are used again; kernels begin before the previous ones have ended."""
     hidden, inner, depth = 1024, 4096, 40
     generator = torch.Generator("cuda").manual_seed(3)
     up = [torch.randn(inner, hidden, generator=generator, device="cuda").half() / 32 for _ in range(depth)]
     down = [torch.randn(hidden, inner, generator=generator, device="cuda").half() / 64 for _ in range(depth)]
-    scale = torch.ones(hidden, device="cuda")
     x = torch.randn(rows, hidden, generator=generator, device="cuda").half()
-    buffers = [x.clone(), torch.empty_like(x)]
-    wide = torch.empty(rows, inner, dtype=torch.float16, device="cuda")
-
-    def chain(stream: int, wait: bool) -> None:
-        for i in range(depth):
-            old, new = buffers[i % 2], buffers[(i + 1) % 2]
-            for output in (
-                LinearOutput(wide, [LinearTerm(old, up[i])], "gelu", None, "rms_norm", scale, None, 1e-5),
-                LinearOutput(new, [LinearTerm(wide, down[i])], "identity", old),
-            ):
-                kernels.linear([output], constant_weights=True, stream=stream)
-                if wait:
-                    torch.cuda.synchronize()
-
-    chain(torch.cuda.current_stream().cuda_stream, wait=True)
-    expected = buffers[depth % 2].clone()
-    assert expected.isfinite().all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain(torch.cuda.current_stream().cuda_stream, wait=False)
-    for _ in range(100):
-        buffers[0].copy_(x)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(buffers[depth % 2], expected)
+    norm = ("rms_norm", torch.ones(hidden, device="cuda"), None, 1e-5)
+    check_chain(kernels, x, up, down, inner, norm=norm)

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from support.linear_cases import ACTIVATIONS, make, quantised, run  # noqa: E402
+from support.linear_cases import ACTIVATIONS, check_chain, check_repeats, make, quantised, run  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16]
 FORMATS = ["int8", "int4"]
@@ -145,16 +145,7 @@ def test_numbers_that_are_none_stay_so(kernels: LinearKernels, form: str) -> Non
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("rows", [1, 8, 200])
 def test_nothing_depends_on_how_often_or_where(kernels: LinearKernels, form: str, rows: int) -> None:
-    case = make(torch.float16, rows, [1024, 4096], 1024, residual=True, weight_format=form)
-    first = None
-    for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
-        for _ in range(20):
-            case.output.output.fill_(float("nan"))
-            torch.cuda.synchronize()
-            kernels.linear([case.output], constant_weights=True, stream=stream.cuda_stream)
-            torch.cuda.synchronize()
-            first = case.output.output.clone() if first is None else first
-            assert torch.equal(first, case.output.output)
+    check_repeats(kernels, make(torch.float16, rows, [1024, 4096], 1024, residual=True, weight_format=form))
 
 
 @pytest.mark.parametrize("forms", [("int4", "int4"), ("int4", "int8"), ("int8", "int4")])
@@ -162,36 +153,10 @@ def test_nothing_depends_on_how_often_or_where(kernels: LinearKernels, form: str
 def test_a_chain_in_a_graph_waits_for_what_it_reads(
     kernels: LinearKernels, rows: int, forms: tuple[str, str]
 ) -> None:
-    """As in test_linear_gpu.py: buffers are used again, and kernels begin before earlier ones have ended."""
     hidden, inner, depth = 1024, 4096, 20
     generator = torch.Generator("cuda").manual_seed(3)
     up = [quantised(forms[0], inner, hidden, generator)[1] for _ in range(depth)]
     down = [quantised(forms[1], hidden, inner, generator)[1] for _ in range(depth)]
-    scale = torch.ones(hidden, device="cuda")
     x = torch.randn(rows, hidden, generator=generator, device="cuda").half()
-    buffers = [x.clone(), torch.empty_like(x)]
-    wide = torch.empty(rows, inner, dtype=torch.float16, device="cuda")
-    norm: Any = ("rms_norm", scale, None, 1e-5) if rows <= 16 else ()
-
-    def chain(stream: int, wait: bool) -> None:
-        for i in range(depth):
-            old, new = buffers[i % 2], buffers[(i + 1) % 2]
-            for output in (
-                LinearOutput(wide, [LinearTerm(old, up[i], None, forms[0])], "gelu", None, *norm),  # type: ignore[arg-type]
-                LinearOutput(new, [LinearTerm(wide, down[i], None, forms[1])], "identity", old),  # type: ignore[arg-type]
-            ):
-                kernels.linear([output], constant_weights=True, stream=stream)
-                if wait:
-                    torch.cuda.synchronize()
-
-    chain(torch.cuda.current_stream().cuda_stream, wait=True)
-    expected = buffers[depth % 2].clone()
-    assert expected.isfinite().all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain(torch.cuda.current_stream().cuda_stream, wait=False)
-    for _ in range(100):
-        buffers[0].copy_(x)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(buffers[depth % 2], expected)
+    norm = ("rms_norm", torch.ones(hidden, device="cuda"), None, 1e-5) if rows <= 16 else ()
+    check_chain(kernels, x, up, down, inner, formats=forms, norm=norm)

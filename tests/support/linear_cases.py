@@ -154,3 +154,66 @@ def run(kernels: LinearKernels, cases: list[Case], constant: bool = False) -> fl
     kernels.linear([case.output for case in cases], constant_weights=constant, stream=stream)
     torch.cuda.synchronize()
     return max(case.check() for case in cases)
+
+
+def check_repeats(kernels: LinearKernels, case: Case) -> None:
+    """The same bits, however often and on whichever stream."""
+    first = None
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
+        for _ in range(20):
+            case.output.output.fill_(float("nan"))
+            torch.cuda.synchronize()
+            kernels.linear([case.output], constant_weights=True, stream=stream.cuda_stream)
+            torch.cuda.synchronize()
+            first = case.output.output.clone() if first is None else first
+            assert torch.equal(first, case.output.output)
+
+
+def check_chain(
+    kernels: LinearKernels,
+    x: Any,
+    up: list[Any],
+    down: list[Any],
+    inner: int,
+    *,
+    formats: tuple[str, str] = ("same", "same"),
+    norm: tuple[Any, ...] = (),
+) -> None:
+    """Each call reads what the one before wrote and overwrites what the one before that read, as engines do,
+    where buffers are used again; kernels begin before the previous ones have ended.
+
+    Args:
+        kernels: under test.
+        x: float16 [rows, hidden], the chain's input.
+        up: weights from hidden to `inner`, one for each of the chain's layers.
+        down: from `inner` to hidden.
+        inner: the wide size.
+        formats: of up and down.
+        norm: of each layer's input: the last fields of LinearOutput.
+    """
+    buffers = [x.clone(), torch.empty_like(x)]
+    wide = torch.empty(len(x), inner, dtype=x.dtype, device=x.device)
+    kinds: Any = formats
+
+    def chain(stream: int, wait: bool) -> None:
+        for i in range(len(up)):
+            old, new = buffers[i % 2], buffers[(i + 1) % 2]
+            for output in (
+                LinearOutput(wide, [LinearTerm(old, up[i], None, kinds[0])], "gelu", None, *norm),
+                LinearOutput(new, [LinearTerm(wide, down[i], None, kinds[1])], "identity", old),
+            ):
+                kernels.linear([output], constant_weights=True, stream=stream)
+                if wait:
+                    torch.cuda.synchronize()
+
+    chain(torch.cuda.current_stream().cuda_stream, wait=True)
+    expected = buffers[len(up) % 2].clone()
+    assert expected.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(torch.cuda.current_stream().cuda_stream, wait=False)
+    for _ in range(100):
+        buffers[0].copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(buffers[len(up) % 2], expected)

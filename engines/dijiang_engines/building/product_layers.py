@@ -10,8 +10,9 @@ import numpy as np
 from dijiang_engines.building.step_graph import Graph
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.kernels import abi
-from dijiang_engines.kernels.packing import BLOCK, CHUNK, pack
+from dijiang_engines.kernels.packing import CHUNK, pack
 from dijiang_engines.op_contract import DOMAIN
+from dijiang_engines.weight_formats import BLOCK
 
 _NAME, _VERSION, _NAMESPACE = "DijiangLinear", "1", DOMAIN
 

@@ -101,12 +101,8 @@ def _product(graph: Graph, node: Node) -> Product | None:
     weight = weight.reshape(weight.shape[-2:]) if weight.size == weight.shape[-2] * weight.shape[-1] else None
     if weight is None or weight.shape[0] % abi.LINEAR_INNER_STEP or node.outputs[0].name in graph.outputs:
         return None
-    if weight.dtype != np.float16:
-        narrow = weight.astype(np.float16)  # the parser may have widened them
-        if not np.array_equal(narrow.astype(weight.dtype), weight):
-            return None
-        weight = narrow
-    return Product(node.inputs[0], weight, node.outputs[0])
+    half = weight if weight.dtype == np.float16 else _as_half(weight)
+    return None if half is None else Product(node.inputs[0], half, node.outputs[0])
 
 
 def _quantised_product(graph: Graph, node: Node) -> Product | None:
@@ -118,18 +114,15 @@ def _quantised_product(graph: Graph, node: Node) -> Product | None:
         return None
     if words.shape[2] not in _WORDS or scales.shape != words.shape[:2]:
         return None
-    name = node.outputs[0].name
-    narrow = scales.astype(np.float16)  # the parser may have widened them
-    if name in graph.outputs or not np.array_equal(narrow.astype(scales.dtype), scales):
+    name, half = node.outputs[0].name, _as_half(scales)
+    if name in graph.outputs or half is None:
         raise RunnerError(
             f"the quantised product {name} cannot be the plugin's",
             got="an output of the graph" if name in graph.outputs else f"scales in {scales.dtype}",
             expected="a product inside the graph, scales in float16",
         )
     stored = np.ascontiguousarray(words).view(np.uint8)
-    return Product(
-        node.inputs[0], stored, node.outputs[0], weight_format=_WORDS[words.shape[2]], scales=narrow
-    )
+    return Product(node.inputs[0], stored, node.outputs[0], weight_format=_WORDS[words.shape[2]], scales=half)
 
 
 def _take_along(graph: Graph, product: Product, norms: bool) -> None:
@@ -152,14 +145,22 @@ def _take_norm(graph: Graph, product: Product) -> None:
 
 
 def _take_bias(graph: Graph, product: Product) -> None:
-    following = _only_reader(graph, product.result)
-    if following is None or following.operation != "SUM" or following.kind != "ELEMENTWISE":
-        return
-    others = [tensor for tensor in following.inputs if tensor.name != product.result.name]
+    bias, made = _added(graph, product.result, product.width)
+    if bias is not None:
+        product.bias, product.result = bias, made
+
+
+def _added(graph: Graph, tensor: Any, width: int) -> tuple[Any, Any]:
+    """The constant of `width` numbers that all that reads a tensor adds to it, and the sum; None, None."""
+    following = _only_reader(graph, tensor)
+    if following is None or (following.kind, following.operation) != ("ELEMENTWISE", "SUM"):
+        return None, None
+    others = [other for other in following.inputs if other.name != tensor.name]
     bias = graph.constant(others[0]) if len(others) == 1 else None
-    if bias is not None and bias.size == product.width and following.outputs[0].name not in graph.outputs:
-        product.bias = _floats(bias)
-        product.result = following.outputs[0]
+    made = following.outputs[0]
+    if bias is None or bias.size != width or made.name in graph.outputs:
+        return None, None
+    return _floats(bias), made
 
 
 def _biases_behind_parts(graph: Graph, products: list[Product]) -> None:
@@ -172,19 +173,14 @@ def _biases_behind_parts(graph: Graph, products: list[Product]) -> None:
         ):
             continue
         whole = node.outputs[0]
-        following = _only_reader(graph, whole)
-        if following is None or (following.kind, following.operation) != ("ELEMENTWISE", "SUM"):
-            continue
-        made = following.outputs[0]
-        others = [tensor for tensor in following.inputs if tensor.name != whole.name]
-        bias = graph.constant(others[0]) if len(others) == 1 else None
         widths = [part.width for part in parts if part is not None]
         alone = all(_only_reader(graph, part.result) is node for part in parts if part is not None)
         beside = whole.shape[-1] == sum(widths)  # along the last axis
-        if bias is None or bias.size != sum(widths) or made.name in graph.outputs or not (alone and beside):
+        bias, made = _added(graph, whole, sum(widths))
+        if bias is None or not (alone and beside):
             continue
         ends = np.cumsum(widths)[:-1]
-        for part, piece in zip(parts, np.split(_floats(bias), ends), strict=True):
+        for part, piece in zip(parts, np.split(bias, ends), strict=True):
             assert part is not None
             part.bias = np.ascontiguousarray(piece)
         for reader, place in graph.read_by(made):
@@ -337,3 +333,9 @@ def _only_reader(graph: Graph, tensor: Any) -> Node | None:
 
 def _floats(array: Any) -> Any:
     return np.ascontiguousarray(np.asarray(array, np.float32).reshape(-1))
+
+
+def _as_half(array: Any) -> Any:
+    """The same numbers in float16, which the parser may have widened; None: they are others."""
+    half = array.astype(np.float16)
+    return half if np.array_equal(half.astype(array.dtype), array) else None

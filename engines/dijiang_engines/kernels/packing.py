@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from dijiang_engines.errors import KernelError
+from dijiang_engines.weight_formats import BLOCK, ZERO
 
-BLOCK = 32
-"""Elements of K that share a scale."""
 TILE = 8
 """Output elements that lie together."""
 CHUNK = {"int8": 64, "int4": 128}
@@ -51,8 +50,8 @@ def pack(weight_format: str, values: Any, scales: Any) -> Any:
         )  # fmt: skip
     of_chunk = CHUNK[weight_format] // BLOCK
     more = [(0, -values.shape[0] % TILE), (0, -values.shape[1] % of_chunk)]
-    zero = 128 if weight_format == "int8" else 0x88
-    values = np.pad(values, [*more, (0, 0)], constant_values=zero)
+    zero = ZERO[weight_format]
+    values = np.pad(values, [*more, (0, 0)], constant_values=zero if weight_format == "int8" else 17 * zero)
     scales = np.pad(scales, more)
     tiles, chunks = values.shape[0] // TILE, values.shape[1] // of_chunk
     # [tile, g, chunk, block, p, c, elements 8 p + 2 c and + 1] -> [tile, chunk, g, c, block, p, ..]

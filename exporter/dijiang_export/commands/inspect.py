@@ -144,7 +144,7 @@ def _quantisation(quantised: Quantisation) -> Group:
 
     from dijiang_engines.weight_formats import BLOCK
 
-    parts = [part for parts in quantised.parts.values() for part in parts]
+    parts = quantised.stored
     table = _table(
         f"Quantised weights: {quantised.weight_format}, blocks of {BLOCK}", "", "matrices", "bytes"
     )
@@ -152,8 +152,7 @@ def _quantisation(quantised: Quantisation) -> Group:
         of_kind = [part for part in parts if part.format == kind]
         table.add_row(kind, str(len(of_kind)), size(sum(part.nbytes for part in of_kind)))
     lines = [f"in int8: {pattern}: {reason}" for pattern, reason in quantised.kept_in_int8]
-    used = ", ".join(f"{kind} in a {graph}" for graph, kind in quantised.activations.items())
-    lines.append(f"multiplied with activations in {used}")
+    lines.append(f"multiplied with activations in {quantised.multiplied_with}")
     if quantised.calibration is not None:
         lines.append("calibrated with {tokens:,} tokens of {file}".format(**quantised.calibration))
     cost = quantised.cost

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
+from dijiang_engines.weight_formats import Activations, WeightFormat
 from dijiang_export.commands.arguments import COUNT, FILE, PATH, Cases, Dtype, one_of, takes
 from dijiang_export.commands.common import DEFAULT_BUNDLE, Output, one_output
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 Logits = Literal["last", "all"]
 Variant = Literal["ort", "capture", "portable"]
-WeightFormat = Literal["float", "int8", "int4"]
-Activations = Literal["float", "int8"]
 
 
 @dataclass(frozen=True)

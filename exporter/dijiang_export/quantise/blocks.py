@@ -10,21 +10,17 @@ The quotient is by the scale as it is stored, in float32, and halves go to the e
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from dijiang_engines.errors import CheckpointError
-from dijiang_engines.weight_formats import BLOCK, ZERO
+from dijiang_engines.weight_formats import BLOCK, ZERO, MatrixFormat
 
-Format = Literal["int8", "int4"]
-
-LIMITS: dict[Format, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
+LIMITS: dict[MatrixFormat, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
 """Least and largest q."""
 
 
-def scales(blocks: Tensor, kind: Format, name: str) -> Tensor:
+def scales(blocks: Tensor, kind: MatrixFormat, name: str) -> Tensor:
     """The scale of each block: float16 [...] for float32 [..., 32].
 
     A block of zeros has scale 0. A scale that float16 can only hold with few bits is taken a step larger
@@ -58,7 +54,7 @@ def _next_half(scale: Tensor, towards: Tensor) -> Tensor:
     return torch.where(towards < 0, -bits, bits)
 
 
-def quantise(weights: Tensor, kind: Format, name: str) -> tuple[Tensor, Tensor]:
+def quantise(weights: Tensor, kind: MatrixFormat, name: str) -> tuple[Tensor, Tensor]:
     """Rows of a matrix -> integers and scales.
 
     Args:
@@ -77,7 +73,7 @@ def quantise(weights: Tensor, kind: Format, name: str) -> tuple[Tensor, Tensor]:
     return round_to_scale(blocks, scale.unsqueeze(-1), kind).reshape(weights.shape), scale
 
 
-def round_to_scale(weights: Tensor, scale: Tensor, kind: Format) -> Tensor:
+def round_to_scale(weights: Tensor, scale: Tensor, kind: MatrixFormat) -> Tensor:
     """round(w / scale), cut to what `kind` has: int8, in the shape of float32 `weights`.
 
     Args:
@@ -96,13 +92,13 @@ def dequantise(q: Tensor, scale: Tensor) -> Tensor:
     return blocks.reshape(q.shape)
 
 
-def pack(q: Tensor, kind: Format) -> Tensor:
+def pack(q: Tensor, kind: MatrixFormat) -> Tensor:
     """Integers as they are stored: uint8 [n, K/32, 32 or 16] from int8 [n, K]."""
     shifted = (q.short() + ZERO[kind]).to(torch.uint8).reshape(len(q), -1, BLOCK)
     return shifted if kind == "int8" else shifted[..., 0::2] | (shifted[..., 1::2] << 4)
 
 
-def unpack(stored: Tensor, kind: Format) -> Tensor:
+def unpack(stored: Tensor, kind: MatrixFormat) -> Tensor:
     """The opposite of `pack`: int8 [n, K] from uint8 [n, K/32, 32 or 16]."""
     if kind == "int4":
         stored = torch.stack((stored & 15, stored >> 4), -1)

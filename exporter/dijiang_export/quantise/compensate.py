@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dijiang_engines.weight_formats import BLOCK
-from dijiang_export.quantise.blocks import Format, round_to_scale, scales
+from dijiang_engines.weight_formats import BLOCK, MatrixFormat
+from dijiang_export.quantise.blocks import round_to_scale, scales
 
 DAMPING = 0.01
 """Added to H's diagonal, in units of its mean: few tokens leave directions unseen. GPTQ's own value."""
@@ -43,7 +43,7 @@ def factor(hessian: Tensor) -> Tensor:
         damping *= 10
 
 
-def compensate(weights: Tensor, upper: Tensor, kind: Format, name: str) -> tuple[Tensor, Tensor]:
+def compensate(weights: Tensor, upper: Tensor, kind: MatrixFormat, name: str) -> tuple[Tensor, Tensor]:
     """Quantise rows of one piece.
 
     Args:

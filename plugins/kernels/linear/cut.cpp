@@ -2,29 +2,15 @@
 #include <algorithm>
 
 #include "host/errors.h"
-#include "linear/linear.h"
+#include "linear/outputs.h"
 
 namespace dijiang {
 namespace linear {
 namespace {
 
-constexpr int32_t kMostRows = 16;     // of a block: what an mma has
 constexpr int32_t kUsualWarps = 12;  // most of a block of several tiles
 constexpr int32_t kUsualChunks = 10;  // of each warp: eight are under way before the first is needed
-constexpr int32_t kReserved = 1024;   // bytes of shared memory of each block, by CUDA
 constexpr int32_t kThreadsPerMultiprocessor = 2 * kMostThreads;  // with the registers that the kernels have
-constexpr int32_t kMoments = kMostRows * 8;  // bytes of the norm's means and scales, where the sums will be
-
-int32_t ceiling(int64_t x, int64_t by) { return static_cast<int32_t>((x + by - 1) / by); }
-
-int32_t tiles_of(const dijiang_linear_output& output) { return ceiling(output.width, kTile); }
-
-// Do both terms read the same tensor? A call is also described where there are none yet: then what usually is so counts.
-bool one_input(const dijiang_linear_output& output, const dijiang_linear_term* terms, int32_t count) {
-    if (count != 2 || terms[0].inner != terms[1].inner) return false;
-    if (terms[0].input != nullptr) return terms[0].input == terms[1].input;
-    return output.activation == DIJIANG_SWIGLU || output.norm != DIJIANG_NORM_NONE;
-}
 
 // A way to cut: how many warps share a tile's K and how many tiles a block has at a time.
 struct Shape {

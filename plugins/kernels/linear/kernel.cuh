@@ -16,6 +16,7 @@
 #include "device/mma.cuh"
 #include "device/overlap.cuh"
 #include "linear/input.cuh"
+#include "linear/start.cuh"
 
 namespace dijiang {
 namespace linear {
@@ -167,22 +168,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) linear_kernel(const __grid_co
 template <typename T> cudaError_t launch(const Launch& launch, bool overlap, cudaStream_t stream) {
     void (*const kernel)(Params) =
         launch.params.rows_per_block > 8 ? linear_kernel<T, true> : linear_kernel<T, false>;
-    if (launch.shared_memory > 48 * 1024) {
-        const cudaError_t status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_memory);
-        if (status != cudaSuccess) return status;
-    }
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.row_blocks));
-    config.blockDim = dim3(static_cast<unsigned>(launch.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(launch.shared_memory);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, launch.params);
+    const dim3 grid(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.row_blocks));
+    return start(kernel, launch.params, grid, launch.threads, launch.shared_memory, overlap, stream);
 }
 
 }  // namespace linear

@@ -2,8 +2,7 @@
 #include "cuda_on_cpu.h"
 
 #include "host/errors.h"
-#include "linear/quantized/few.cuh"
-#include "linear/quantized/many.cuh"
+#include "linear/quantized/kernels.cuh"
 
 // Instead of host/errors.cpp, which needs CUDA's runtime.
 dijiang_status dijiang::fail(dijiang_status status, const char*, ...) noexcept { return status; }
@@ -16,11 +15,8 @@ alignas(128) uint4 shared[emulator::kSharedMemory / sizeof(uint4)];
 namespace {
 
 template <typename T> void run(const Launch& it, bool backwards) {
-    void (*const kernel)(Params) = it.many ? (it.params.rows_per_block > 64 ? many_kernel<T, 4> : many_kernel<T, 2>)
-                                   : it.params.rows_per_block > 8 ? few_kernel<T, true>
-                                                                  : few_kernel<T, false>;
-    const auto blocks = static_cast<unsigned>(it.blocks), row_blocks = static_cast<unsigned>(it.row_blocks);
-    const dim3 grid = it.many ? dim3(row_blocks, blocks) : dim3(blocks, row_blocks);
+    const auto kernel = kernel_of<T>(it);
+    const dim3 grid = grid_of(it);
     for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x)
             emulator::run_block({x, y, 1}, dim3(static_cast<unsigned>(it.threads)), [&] { kernel(it.params); }, backwards);

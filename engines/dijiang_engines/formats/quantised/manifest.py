@@ -70,9 +70,14 @@ class Quantisation:
     cost: QuantisationCost | None
 
     @property
-    def nbytes(self) -> int:
-        """Of all quantised matrices."""
-        return sum(part.nbytes for parts in self.parts.values() for part in parts)
+    def stored(self) -> list[Matrix]:
+        """All of them, in the order of weights.data."""
+        return [part for parts in self.parts.values() for part in parts]
+
+    @property
+    def multiplied_with(self) -> str:
+        """`activations` in words."""
+        return ", ".join(f"{kind} in a {graph}" for graph, kind in self.activations.items())
 
 
 def read_quantisation(value: Any, spec: ModelSpec, what: str) -> Quantisation:

@@ -61,14 +61,13 @@ def _types(model: Model) -> str:
     if not isinstance(model, Bundle) or model.quantisation is None:
         return f"{model.dtype}; state and logits float32"
     quantised = model.quantisation
-    kinds = [part.format for parts in quantised.parts.values() for part in parts]
+    kinds = [part.format for part in quantised.stored]
     text = f"weights {', '.join(f'{kinds.count(kind)} matrices {kind}' for kind in sorted(set(kinds)))}"
     if quantised.calibration is not None:
         text += (
             f", calibrated with {quantised.calibration['tokens']} tokens of {quantised.calibration['file']}"
         )
-    text += f"; all else {model.dtype}; activations of products "
-    text += ", ".join(f"{kind} in a {graph}" for graph, kind in quantised.activations.items())
+    text += f"; all else {model.dtype}; activations of products {quantised.multiplied_with}"
     text += "; state and logits float32"
     return text if quantised.cost is None else f"{text}. Quantisation costs: {quantised.cost.sentence}"
 

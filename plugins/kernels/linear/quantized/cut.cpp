@@ -2,32 +2,26 @@
 #include <algorithm>
 
 #include "host/errors.h"
+#include "linear/outputs.h"
 #include "linear/quantized/quantized.h"
 
 namespace dijiang {
 namespace quantized {
 namespace {
 
-constexpr int32_t kMostRows = 16;     // of a block of few rows: what an mma has
-constexpr int32_t kReserved = 1024;   // bytes of shared memory of each block, by CUDA
+using linear::ceiling;
+using linear::kMoments;
+using linear::kMostRows;
+using linear::kReserved;
+using linear::one_input;
+using linear::tiles_of;
+
 constexpr int32_t kMostBlocks = 4, kMostWarps = 32;  // of a launch on a multiprocessor, with the registers that the kernels have
-constexpr int32_t kMoments = kMostRows * 8;  // bytes of the norm's means and scales, where the sums will be
 constexpr int32_t kManyRows = 128, kHalfRows = 64;  // of a block of many
 
 // What a multiprocessor takes for a chunk and a warp for one of its own, what each round of tiles adds, and what a
 // thread takes to stage eight elements, without a norm and with one, in clocks: as measured on an H100.
 constexpr float kChunkClocks = 60, kWarpClocks = 1000, kRoundClocks = 2500, kStageClocks = 700, kNormClocks = 2000;
-
-int32_t ceiling(int64_t x, int64_t by) { return static_cast<int32_t>((x + by - 1) / by); }
-
-int32_t tiles_of(const dijiang_linear_output& output) { return ceiling(output.width, kTile); }
-
-// Do both terms read the same tensor? A call is also described where there are none yet: then what usually is so counts.
-bool one_input(const dijiang_linear_output& output, const dijiang_linear_term* terms, int32_t count) {
-    if (count != 2 || terms[0].inner != terms[1].inner) return false;
-    if (terms[0].input != nullptr) return terms[0].input == terms[1].input;
-    return output.activation == DIJIANG_SWIGLU || output.norm != DIJIANG_NORM_NONE;
-}
 
 int32_t padded(const Term& term) { return term.chunks * chunk_elements(term.format); }
 
