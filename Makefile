@@ -5,7 +5,8 @@
 # TORCH_INDEX  where to find PyTorch, if not in the default package index: for the CPU build
 #              TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # ARGS         more arguments for pytest                                     e.g. ARGS="-k cli"
-# ARCHITECTURES  what `make plugin` compiles for, e.g. "87;90"                default: all that nvcc knows
+# ARCHITECTURES  what `make plugin` compiles for, e.g. "87-real;90", into a folder of its own; the tests then take
+#              DIJIANG_TEST_ARCHITECTURES, its default, to be the same     default: all that nvcc knows
 # JOBS         compilers at a time                                           default: one per CPU
 # TRT_INCLUDE  folders with TensorRT's headers for `make plugin-headers`     e.g. /opt/trt-8.6/include:/opt/trt-11.1/include
 # RTX_RECORD   a file that `make rtx-test` adds a line to for each plan      e.g. docs/evidence/rtx-builds.txt
@@ -25,7 +26,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
-ARCHITECTURES ?=
+ARCHITECTURES ?= $(DIJIANG_TEST_ARCHITECTURES)
 JOBS ?= $(shell nproc)
 TRT_INCLUDE ?=
 RTX_RECORD ?=
@@ -40,6 +41,8 @@ ENGINE_TEST ?=
 CLI := $(BIN)/dijiang-export
 INSTALLED := $(VENV)/.installed
 BUNDLE := build/demo/tiny-stdlib.bundle
+# The folder that tests/support/makers/plugin_builds.py uses too.
+PLUGIN := build/plugin$(addprefix -,$(subst ;,-,$(ARCHITECTURES)))
 PROMPT := def read_file(path):
 # For as many tests at a time as there are cores: threads of PyTorch and ONNX Runtime that spin while they wait for
 # each other take those of other tests.
@@ -99,9 +102,9 @@ format: $(INSTALLED) ## let ruff format and sort
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-plugin: ## compile the CUDA kernels for every architecture into build/plugin
-	cmake -S plugins -B build/plugin -DDIJIANG_WARNINGS_AS_ERRORS=ON -DCMAKE_CUDA_ARCHITECTURES="$(ARCHITECTURES)"
-	env -u MAKEFLAGS -u MAKELEVEL cmake --build build/plugin --parallel $(JOBS)
+plugin: ## compile the CUDA kernels for every architecture, or ARCHITECTURES, into build/plugin…
+	cmake -S plugins -B $(PLUGIN) -DDIJIANG_WARNINGS_AS_ERRORS=ON -DCMAKE_CUDA_ARCHITECTURES="$(ARCHITECTURES)"
+	env -u MAKEFLAGS -u MAKELEVEL cmake --build $(PLUGIN) --parallel $(JOBS)
 
 plugin-headers: $(INSTALLED) ## compile the TensorRT plugin against the headers in each of TRT_INCLUDE
 	env -u MAKEFLAGS -u MAKELEVEL $(BIN)/python .ci/plugin_headers.py --jobs $(JOBS) "$(TRT_INCLUDE)"

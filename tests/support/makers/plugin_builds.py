@@ -2,7 +2,8 @@
 
 DIJIANG_KERNELS             names a built libdijiang_kernels.so: nothing is compiled
 DIJIANG_TEST_COMPILE        0: compile nothing, skip what needs it
-DIJIANG_TEST_ARCHITECTURES  such as "90": compile for fewer GPUs, into a folder of its own; default: all
+DIJIANG_TEST_ARCHITECTURES  such as "80-real;90": compile for fewer GPUs, the last with PTX, into a folder of
+                            their own; default: all
 """
 
 from __future__ import annotations
