@@ -15,7 +15,7 @@ constexpr int32_t kBlock = 32;  // elements of K that share a scale
 constexpr int32_t kLoad = 512;  // bytes of a chunk's weights: 16 a lane
 constexpr int32_t kSlot = kLoad + 64;  // of a chunk with its scales, at most
 constexpr int32_t kAhead = 12;  // chunks of each warp in shared memory, one less of them under way
-constexpr int32_t kMostThreads = 512;  // of a block; two of them have 64 registers a thread
+constexpr int32_t kMostThreads = 512;  // of a block; one of them has 128 registers a thread
 
 constexpr int32_t kPitch = 128 + 8;  // floats of a row of sums of the kernel for many rows: no two in one bank
 
