@@ -53,7 +53,7 @@ message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${DIJIANG_ARCHITECTURES}
 
 # nvcc's front end takes most of the time, once for each compute_*. What it makes of the first of a family runs on
 # all of it, and becomes the same machine code there (nvcc 13.0, byte for byte): these sources only ask whether
-# an architecture is 90 or newer. So a family is compiled from the first of it that is wanted; an architecture
+# an architecture is 90, or newer. So a family is compiled from the first of it that is wanted; an architecture
 # that leaves PTX in the library too is compiled from its own compute_*.
 set(DIJIANG_FAMILIES "80-real 86-real 87-real 89-real" "100-real 101-real 103-real 110-real")
 

@@ -83,11 +83,18 @@ class Student(nn.Module):
             fixed = ("log_decay", ".proj") if freeze_projection else "log_decay"
             parameter.requires_grad_(not name.endswith(fixed))
         if learn_decay:
-            for layer in self.net.layers:
-                layer.attention.log_decay.requires_grad_(True)
-                parametrize.register_parametrization(layer.attention, "log_decay", Rate())
+            self._learn_decay()
         self._layer = torch.compile(_layer, dynamic=False) if compiled else _layer
         self._attend = torch.compile(_attend, dynamic=False) if compiled else _attend
+
+    def _learn_decay(self) -> None:
+        for layer in self.net.layers:
+            layer.attention.log_decay.requires_grad_(True)
+            parametrize.register_parametrization(layer.attention, "log_decay", Rate())
+        # PyTorch makes a class for each module that it gives a parametrization. Layers of many classes are
+        # compiled one by one, and after the eighth not at all: let all have the first one's.
+        for layer in self.net.layers:
+            layer.attention.__class__ = type(self.net.layers[0].attention)
 
     def angles(self, first: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
         """RoPE's cosines and sines [B, L, 1, r/2] of windows that begin at positions `first` [B]."""

@@ -28,7 +28,7 @@ TOOLS = {
     "synccheck": [],
     "racecheck": ["--racecheck-report=all"],
 }
-KERNELS = ("linear", "quantised", "attention")
+KERNELS = ("linear", "quantised", "attention", "step")
 ARGUMENTS = {"quantised": ("linear", "both")}
 """Kernels that another program calls: which, and what it is told."""
 KERNELS_THAT_ARRIVE = ("fused_kernel", "wide_features_kernel")
@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("--kernels", default=",".join(KERNELS), help="default: %(default)s")
     parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
     parser.add_argument(
-        "--built", type=Path, help="a folder with the programs compiled: linear, attention, control"
+        "--built", type=Path, help="a folder with the programs compiled: linear, attention, step, control"
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds per tool (default: %(default)s)")
     arguments = parser.parse_args()

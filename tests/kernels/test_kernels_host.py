@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from support.paths import ROOT
 
 from dijiang_engines.errors import KernelError
-from dijiang_engines.kernels import abi
+from dijiang_engines.kernels import abi, step
 from dijiang_engines.kernels.attention import AttentionBuffers, Geometry, Kernels, load_kernels
 from dijiang_engines.kernels.device_arrays import device_array
 from dijiang_engines.kernels.library import Device
@@ -89,6 +89,7 @@ def test_structs_and_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
         "DIJIANG_LINEAR_MAX_TERMS": abi.LINEAR_MAX_TERMS,
         "DIJIANG_LINEAR_MAX_OUTPUTS": abi.LINEAR_MAX_OUTPUTS,
         "DIJIANG_LINEAR_INNER_STEP": abi.LINEAR_INNER_STEP,
+        "DIJIANG_STEP_MAX_ROWS": step.MAX_ROWS,
         **{
             f"DIJIANG_{name.upper()}": number
             for name, number in (
@@ -100,7 +101,7 @@ def test_structs_and_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
         lines.append(f'printf("{name} %d\\n", (int){name});')
         expected.append(f"{name} {number}")
     body = "\n    ".join(lines)
-    includes = "#include <stdio.h>\n#include <dijiang/sampling.h>\n#include <dijiang/linear.h>\n"
+    includes = "#include <stdio.h>\n#include <dijiang/sampling.h>\n#include <dijiang/step.h>\n"
     source = f"{includes}int main(void) {{\n    {body}\n    return 0;\n}}\n"
     compile_c(source, tmp_path / "layout")
     output = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
@@ -109,7 +110,7 @@ def test_structs_and_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
 
 def test_every_declared_function_is_bound() -> None:
     text = "".join(
-        (INCLUDE / "dijiang" / name).read_text() for name in ("kernels.h", "sampling.h", "linear.h")
+        (INCLUDE / "dijiang" / name).read_text() for name in ("kernels.h", "sampling.h", "linear.h", "step.h")
     )
     declared = re.findall(r"^DIJIANG_API [\w ]+?[ *]+(dijiang_\w+)\(([^;]*)\);", text, re.MULTILINE)
     assert {name for name, _ in declared} == set(abi.FUNCTIONS)

@@ -24,6 +24,7 @@ from support.makers.byte_tokenizer import write_tokenizer
 from support.makers.checkpoints import RandomCheckpoint, llama, neox, opt, opt_350m
 from support.oracles.official import official_forward
 from support.paths import ROOT
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from dijiang_export.checkpoint.checkpoint import open_checkpoint
@@ -102,6 +103,25 @@ def test_checkpointing_changes_no_gradient(converted: Path) -> None:
     assert plain.keys() == saved.keys() and any(name.endswith("proj") for name in plain)
     for name, wanted in plain.items():
         torch.testing.assert_close(saved[name], wanted)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of what it does itself
+@pytest.mark.parametrize("learn_decay", [False, True])
+def test_all_layers_are_one_code_to_the_compiler(
+    learn_decay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives up after eight codes of one function: later layers would not be compiled at all."""
+    folder = llama(vocab=VOCAB, layers=3).vanilla().with_tokenizer().save(tmp_path / "vanilla")
+    convert_checkpoint(folder, tmp_path / "converted")
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", **options))
+    torch.compiler.reset()
+    counters.clear()
+    net = Student(tmp_path / "converted", CHUNKED, learn_decay=learn_decay, compiled=True).train()
+    net(torch.zeros(1, 70, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    decays = [layer.attention.log_decay for layer in net.net.layers]
+    assert len({id(decay) for decay in decays}) == 3
 
 
 @pytest.mark.parametrize("learn_decay", [False, True])

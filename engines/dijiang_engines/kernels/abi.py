@@ -1,4 +1,4 @@
-"""plugins/include/dijiang/{kernels,sampling,linear}.h in ctypes: structs and functions.
+"""plugins/include/dijiang/{kernels,sampling,linear,step}.h in ctypes: structs and functions.
 
 The headers say what everything means; fields that are the op's come from `op_contract`.
 tests/kernels/test_kernels_host.py compares sizes and offsets with what a C compiler makes of them.
@@ -179,6 +179,78 @@ class LinearCallStruct(ctypes.Structure):
     ]
 
 
+class StepModelStruct(ctypes.Structure):
+    """dijiang_step_model."""
+
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in (
+                "layers", "hidden", "inner", "vocabulary", "num_heads", "num_kv_heads", "head_dim",
+                "rotary_dim", "dtype", "norm", "activation", "parallel_residual", "table_rows",
+                "position_rows", "position_offset",
+            )
+        ),
+        ("norm_epsilon", c_float),
+        ("group_norm_epsilon", c_float),
+        ("reserved", c_int32),
+    ]  # fmt: skip
+
+
+class StepSizeStruct(ctypes.Structure):
+    """dijiang_step_size."""
+
+    _fields_ = [
+        ("packed", c_size_t),
+        ("sync", c_size_t),
+        ("blocks", c_int32),
+        ("threads", c_int32),
+        ("shared_memory", c_int32),
+        ("ring", c_int32),
+    ]
+
+
+class StepLayerStruct(ctypes.Structure):
+    """dijiang_step_layer."""
+
+    _fields_ = [
+        (name, c_void_p)
+        for name in (
+            "qkv", "gate", "dense", "up", "mlp_gate", "down", "qkv_bias", "dense_bias", "up_bias",
+            "mlp_gate_bias", "down_bias", "attention_norm_weight", "attention_norm_bias",
+            "mlp_norm_weight", "mlp_norm_bias", "proj", "norm_weight", "norm_bias", "log_decay", "gain",
+            "read_scale",
+        )
+    ]  # fmt: skip
+
+
+class StepEndsStruct(ctypes.Structure):
+    """dijiang_step_ends."""
+
+    _fields_ = [(name, c_void_p) for name in ("head", "norm_weight", "norm_bias", "inv_freq")]
+
+
+class StepBuffersStruct(ctypes.Structure):
+    """dijiang_step_buffers."""
+
+    _fields_ = [
+        ("packed", c_void_p),
+        ("embedding", c_void_p),
+        ("position_embedding", c_void_p),
+        ("input_ids", c_void_p),
+        ("positions", c_void_p),
+        ("seq_lens", c_void_p),
+        ("states", ctypes.POINTER(c_void_p)),
+        ("state_row_stride", c_int64),
+        ("logits", c_void_p),
+        ("logits_row_stride", c_int64),
+        ("sync", c_void_p),
+        ("sync_size", c_size_t),
+        ("rows", c_int32),
+        ("integers", c_int32),
+    ]
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "dijiang_device": DeviceStruct,
     "dijiang_geometry": GeometryStruct,
@@ -189,6 +261,11 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "dijiang_linear_term": LinearTermStruct,
     "dijiang_linear_output": LinearOutputStruct,
     "dijiang_linear_call": LinearCallStruct,
+    "dijiang_step_model": StepModelStruct,
+    "dijiang_step_size": StepSizeStruct,
+    "dijiang_step_layer": StepLayerStruct,
+    "dijiang_step_ends": StepEndsStruct,
+    "dijiang_step_buffers": StepBuffersStruct,
 }
 
 _pointer = ctypes.POINTER
@@ -220,6 +297,19 @@ FUNCTIONS: dict[str, tuple[object, list[object]]] = {
         c_int32,
         [_pointer(LinearCallStruct), _pointer(DeviceStruct), c_void_p, c_size_t],
     ),
+    "dijiang_step_sizes": (
+        c_int32,
+        [_pointer(StepModelStruct), c_int32, _pointer(DeviceStruct), _pointer(StepSizeStruct)],
+    ),
+    "dijiang_step_pack_layer": (
+        c_int32,
+        [_pointer(StepModelStruct), c_int32, _pointer(StepLayerStruct), c_void_p, c_size_t, c_void_p],
+    ),
+    "dijiang_step_pack_ends": (
+        c_int32,
+        [_pointer(StepModelStruct), _pointer(StepEndsStruct), c_void_p, c_size_t, c_void_p],
+    ),
+    "dijiang_step": (c_int32, [_pointer(StepModelStruct), _pointer(StepBuffersStruct), c_void_p]),
 }
 """Name -> result, arguments."""
 

@@ -1,4 +1,4 @@
-/* Matrix products of few rows: what a decoding step spends its time on, read at the memory's speed.
+/* Matrix products of few rows, and with quantised weights of any number: what a model spends its time on.
  *
  *     output = activation(norm(input) weight^T + bias [+ a second product]) [+ residual]
  *
@@ -72,7 +72,9 @@ typedef struct {
 /* T is float16 or bfloat16. All matrices are dense; all pointers are multiples of 16 bytes. */
 typedef struct {
     int32_t dtype;            /* dijiang_dtype */
-    int32_t rows;             /* 0 does nothing; few, say up to 16, are what this is made for */
+    int32_t rows;             /* 0 does nothing; few, say up to 16, are what this is made for. More read the
+                                 weights again, but for quantised ones without norms, which then have a kernel
+                                 of their own (both terms of DIJIANG_SWIGLU in one format) */
     int32_t term_count, output_count;
     int32_t constant_weights; /* 1: no work on the stream writes weights, biases or norms, so that they may
                                  be read while the work before still runs */

@@ -1,13 +1,13 @@
 """Times dijiang_linear with quantised weights on a GPU: all products of a decoding step, and of a prefill.
 
-    python tests/gpu/quantised_times.py libdijiang_kernels.so [--shape 410m 2.8b] [--rows 1 8]
+    python tests/gpu/quantised/times.py libdijiang_kernels.so [--shape 410m 2.8b] [--rows 1 8]
         [--prefill 2048] [--weights int4 mixed int8 same] [--save times.json]
 
 Everything is a CUDA graph over as many layers as the model has, each with weights of its own, so that none
 stays in the cache; times are medians of replays. Beside it, in the same run: the kernel for float16 weights
 ("same"), cuBLAS in float16 and PyTorch's `_weight_int4pack_mm` ("tinygemm": int4, bfloat16, groups of 32),
-both without norms, biases, activations and residuals. "mixed" is what --weight-format int4 makes: the rows of
-v and the head in int8. Weights are random bytes: what is computed is test_quantised_linear_gpu.py's to show.
+both without norms, biases, activations and residuals. "mixed" has the rows of v and the head in int8, the
+rest in int4. Weights are random bytes: what is computed is test_quantised_linear_gpu.py's to show.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu.linear_times import SHAPES, median_ms, stream
 from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
