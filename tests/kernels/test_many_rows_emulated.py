@@ -1,0 +1,130 @@
+"""Products of many rows on a CPU: their own sources, with kernels on emulated threads and a stand-in for cuBLASLt.
+
+It shows that calls are cut, widened, normalised and finished as they should be, and what happens where the library is
+not there or lacks something. The stand-in (plugins/tests/emulator/cublaslt.cpp) multiplies for real but is no cuBLASLt:
+that is test_many_rows_gpu.py's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernels.test_quantised_linear_emulated import on_host
+from support.linear_cases import Case, make
+from support.linear_kernels import linear_call
+from support.paths import ROOT
+
+PLUGINS = ROOT / "plugins"
+INCLUDES = ("tests/emulator", "include", "kernels")
+MANY = "kernels/linear/many"
+SOURCES = ("tests/emulator/many.cpp", *(f"{MANY}/{name}.cpp" for name in ("run", "plan", "product", "cublaslt")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("many")
+
+
+def compiled(target: Path, sources: tuple[str, ...], *more: str) -> Path:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc, which hands C++ to the host's compiler with CUDA's headers")
+    subprocess.run([
+        nvcc, "-std=c++17", "-O1", "-Xcompiler=-fPIC,-Wno-unknown-pragmas", "-shared", "-cudart=none",
+        *(f"-I{PLUGINS / folder}" for folder in INCLUDES), *(str(PLUGINS / source) for source in sources),
+        *more, "-o", str(target),
+    ], check=True)  # fmt: skip
+    return target
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Path:
+    return compiled(folder / "many.so", SOURCES, "-ldl")
+
+
+@pytest.fixture(scope="module")
+def emulated(library: Path, folder: Path) -> Any:
+    """With the stand-in, which the process then keeps."""
+    stand_in = compiled(folder / "cublaslt.so", ("tests/emulator/cublaslt.cpp",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIJIANG_CUBLASLT", str(stand_in))
+        loaded = ctypes.CDLL(str(library))
+        loaded.workspace_of_many.restype = ctypes.c_int64
+        case = many(torch.float16, 64, [32], 8)
+        run(loaded, [case])  # finds the stand-in
+    loaded.choices_made = ctypes.c_int.in_dll(ctypes.CDLL(str(stand_in)), "choices_made")
+    return loaded
+
+
+def many(dtype: Any, rows: int, inner: list[int], width: int, **more: Any) -> Case:
+    return make(dtype, rows, inner, width, device="cpu", rounded=True, **more)
+
+
+def run(emulated: Any, cases: list[Case], backwards: bool = False) -> str:
+    """How the call was cut; fails if an output is wrong, or anything beside the workspace is written."""
+    call = linear_call([on_host(case.output) for case in cases], True)
+    call.dtype = {torch.float16: 1, torch.bfloat16: 2}[cases[0].output.output.dtype]
+    size = emulated.workspace_of_many(ctypes.byref(call))
+    memory = torch.full((size + 512,), 255, dtype=torch.uint8)
+    start = -memory.data_ptr() % 256
+    memory[start + size :] = 7
+    done, text = ctypes.c_int32(), ctypes.create_string_buffer(512)
+    status = emulated.emulate_many(
+        ctypes.byref(call), ctypes.c_void_p(memory.data_ptr() + start), int(backwards), ctypes.byref(done),
+        text, len(text),
+    )  # fmt: skip
+    assert status == 0 and done.value == 1, text.value
+    assert (memory[start + size :] == 7).all()
+    for case in cases:
+        case.check()
+    return text.value.decode()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["same", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("rows", "inner", "width", "more"),
+    [
+        (64, 160, 40, {"bias": False}),
+        (65, 96, 19, {"norm": "layer_norm", "activation": "gelu", "residual": True}),
+        (70, 288, 9, {"norm": "rms_norm", "bias": False, "residual": True}),
+    ],
+)
+def test_a_product(
+    emulated: Any, dtype: Any, form: str, rows: int, inner: int, width: int, more: dict[str, Any]
+) -> None:
+    case = many(dtype, rows, [inner], width, weight_format=form, seed=rows, **more)
+    run(emulated, [case], backwards=rows % 2 == 1)
+
+
+@pytest.mark.parametrize("forms", [["same", "same"], ["int4", "int8"]])
+def test_two_terms(emulated: Any, forms: list[str]) -> None:
+    run(emulated, [many(torch.float16, 66, [96, 160], 24, weight_format=forms, residual=True)])
+    run(emulated, [many(torch.float16, 66, [64, 64], 24, weight_format=forms, activation="swiglu")])
+
+
+def test_several_outputs(emulated: Any) -> None:
+    plan = run(emulated, [
+        many(torch.float16, 64, [128], 136, weight_format="int4", norm="rms_norm"),
+        many(torch.float16, 64, [128], 24, weight_format="int8", bias=False, seed=1),
+        many(torch.float16, 64, [128], 40, weight_format="int4", norm="rms_norm", activation="relu", seed=2),
+    ])  # fmt: skip
+    assert "pieces=3 widened=1" in plan
+
+
+def test_an_algorithm_is_chosen_once(emulated: Any) -> None:
+    case = many(torch.float16, 67, [32], 48, weight_format="int4")
+    run(emulated, [case])
+    before = emulated.choices_made.value
+    assert before > 0
+    run(emulated, [case])
+    assert emulated.choices_made.value == before
