@@ -23,6 +23,7 @@ from support.linear_cases import Case, make
 from support.linear_kernels import linear_call
 from support.paths import ROOT
 
+
 PLUGINS = ROOT / "plugins"
 INCLUDES = ("tests/emulator", "include", "kernels")
 MANY = "kernels/linear/many"
@@ -128,3 +129,70 @@ def test_an_algorithm_is_chosen_once(emulated: Any) -> None:
     assert before > 0
     run(emulated, [case])
     assert emulated.choices_made.value == before
+
+
+SCRIPT = """
+import ctypes, json, sys
+from dijiang_engines.kernels import abi
+library = ctypes.CDLL(sys.argv[1])
+rows, inner, width = 64, 32, 8
+call = abi.LinearCallStruct(dtype=1, rows=rows, term_count=1, output_count=1)
+memory = (ctypes.c_char * (64 << 20))()
+place = ctypes.addressof(memory) + -ctypes.addressof(memory) % 256
+call.terms[0] = abi.LinearTermStruct(input=place, weight=place + 8192, inner=inner)
+call.outputs[0] = abi.LinearOutputStruct(output=place + 16384, width=width)
+done, text = ctypes.c_int32(7), ctypes.create_string_buffer(1024)
+status = library.emulate_many(
+    ctypes.byref(call), ctypes.c_void_p(place + 32768), 0, ctypes.byref(done), text, len(text)
+)
+print(json.dumps([status, done.value, text.value.decode()]))
+"""
+
+
+def in_another_process(library: Path, cublaslt: str | None) -> tuple[int, int, str]:
+    """Status, whether cuBLASLt did it, and the plan or why not."""
+    environment = {name: value for name, value in os.environ.items() if name != "DIJIANG_CUBLASLT"}
+    if cublaslt is not None:
+        environment["DIJIANG_CUBLASLT"] = cublaslt
+    command = [sys.executable, "-c", SCRIPT, str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    status, was_done, text = json.loads(done.stdout)
+    return status, was_done, text
+
+
+def test_without_the_library_nothing_is_enqueued(library: Path, tmp_path: Path) -> None:
+    assert in_another_process(library, "none") == (0, 0, "DIJIANG_CUBLASLT is none")
+    missing = str(tmp_path / "nowhere.so")
+    status, done, why = in_another_process(library, missing)
+    assert (status, done) == (0, 0) and why.startswith(f"{missing}: ") and "cannot open" in why
+    (tmp_path / "text.so").write_text("no library")
+    assert in_another_process(library, str(tmp_path / "text.so"))[:2] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("-DNO_MATMUL", "it has no cublasLtMatmul"),
+        ("-DOLD_VERSION", "it is version 10200, older than 11.0"),
+        ("-DNO_ALGORITHM_FOR=8", "has no algorithm for it"),
+        ("-DFAILS_TO_CREATE", "failed; got cublasStatus_t 1"),
+    ],
+)
+def test_a_library_that_cannot(library: Path, tmp_path: Path, flag: str, why: str) -> None:
+    stand_in = compiled(tmp_path / "cublaslt.so", ("tests/emulator/cublaslt.cpp",), flag)
+    found = in_another_process(library, str(stand_in))
+    assert found[:2] == (0, 0) and why in found[2], found
+
+
+def test_what_the_process_has_already_is_taken(library: Path, tmp_path: Path) -> None:
+    """As in a process where PyTorch or TensorRT has loaded its own from a folder that nobody searches."""
+    flags = ("-Xlinker=-soname=libcublasLt.so.12",)
+    stand_in = compiled(tmp_path / "elsewhere.so", ("tests/emulator/cublaslt.cpp",), *flags)
+    loaded = f"import ctypes\nkept = ctypes.CDLL({str(stand_in)!r})\n"
+    environment = {name: value for name, value in os.environ.items() if name != "DIJIANG_CUBLASLT"}
+    done = subprocess.run(
+        [sys.executable, "-c", loaded + SCRIPT, str(library)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    status, was_done, plan = json.loads(done.stdout)
+    assert (status, was_done) == (0, 1) and "products many" in plan

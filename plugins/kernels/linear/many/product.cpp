@@ -94,11 +94,23 @@ private:
 
 namespace {
 
+// On a device: opened once, whatever came of it, so that equal calls go the same way.
+struct Opened {
+    cublaslt::Handle handle = nullptr;
+    int status = 0;
+};
+
 // What was made so far. Handles live as long as the process: at its end CUDA may have gone before.
 struct Memory {
     std::mutex mutex;
-    std::map<int, cublaslt::Handle> handles;  // by device
+    std::map<int, Opened> devices;
     std::map<std::pair<int, Shape>, std::shared_ptr<const Product>> products;  // null: the library has no algorithm
+
+    const Opened& open(const cublaslt::Library& library, int device) {
+        const auto [place, fresh] = devices.try_emplace(device);
+        if (fresh) place->second.status = library.create(&place->second.handle);
+        return place->second;
+    }
 };
 
 Memory& memory() {
@@ -121,12 +133,12 @@ dijiang_status prepare(const Shape& shape, std::shared_ptr<const Product>& produ
     auto known = it.products.find(key);
     if (known == it.products.end()) {
         const OutsideCapture outside;
-        cublaslt::Handle& handle = it.handles[device];
-        if (handle == nullptr) {
-            const int status = library->create(&handle);
-            if (status != 0) return fail_library(status, "cublasLtCreate");
+        const Opened& opened = it.open(*library, device);
+        if (opened.status != 0) {
+            why = "cublasLtCreate of " + library->name + " failed; got cublasStatus_t " + std::to_string(opened.status);
+            return DIJIANG_OK;
         }
-        auto made = std::make_shared<Product>(*library, handle);
+        auto made = std::make_shared<Product>(*library, opened.handle);
         const int status = made->choose(shape);
         if (status != 0 && status != cublaslt::kNotSupported) return fail_library(status, "choosing an algorithm of cuBLASLt");
         if (it.products.size() >= kMostRemembered) it.products.clear();

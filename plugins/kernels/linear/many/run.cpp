@@ -31,7 +31,7 @@ public:
 
     // Is there an algorithm for each product? Rows come in as many as possible, and then the rest.
     dijiang_status prepare_all(bool& good, std::string& why) const {
-        good = true;
+        good = false;
         std::shared_ptr<const Product> product;
         const int32_t rest = call_.rows % plan_.rows_at_once;
         for (const int32_t rows : {plan_.rows_at_once, rest == 0 ? plan_.rows_at_once : rest})
@@ -39,9 +39,9 @@ public:
                 for (const Piece& piece : group)
                     for (int32_t t = 0; t < plan_.outputs[piece.output].terms; ++t) {
                         DIJIANG_TRY(prepare(shape_of(piece, t, rows), product, why));
-                        if (product == nullptr) good = false;
-                        if (!good) return DIJIANG_OK;
+                        if (product == nullptr) return DIJIANG_OK;
                     }
+        good = true;
         return DIJIANG_OK;
     }
 
