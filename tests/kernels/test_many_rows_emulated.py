@@ -1,8 +1,8 @@
-"""Products of many rows on a CPU: their own sources, with kernels on emulated threads and a stand-in for cuBLASLt.
+"""Products of many rows on a CPU: their own sources, on emulated threads, with a stand-in for cuBLASLt.
 
-It shows that calls are cut, widened, normalised and finished as they should be, and what happens where the library is
-not there or lacks something. The stand-in (plugins/tests/emulator/cublaslt.cpp) multiplies for real but is no cuBLASLt:
-that is test_many_rows_gpu.py's.
+It shows that calls are cut, widened, normalised and finished as they should be, and what happens where the
+library is not there or lacks something. The stand-in (plugins/tests/emulator/cublaslt.cpp) multiplies for real
+but is no cuBLASLt: that is test_many_rows_gpu.py's.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from support.linear_cases import Case, make
 from support.linear_kernels import linear_call
 from support.paths import ROOT
 
-
 PLUGINS = ROOT / "plugins"
 INCLUDES = ("tests/emulator", "include", "kernels")
 MANY = "kernels/linear/many"
-SOURCES = ("tests/emulator/many.cpp", *(f"{MANY}/{name}.cpp" for name in ("run", "plan", "product", "cublaslt")))
+SOURCES = (
+    "tests/emulator/many.cpp",
+    *(f"{MANY}/{name}.cpp" for name in ("run", "plan", "product", "cublaslt")),
+)
 
 
 @pytest.fixture(scope="module")

@@ -88,9 +88,7 @@ def test_activations(kernels: LinearKernels, dtype: Any, form: str, activation: 
 def test_two_terms_are_added(kernels: LinearKernels, dtype: Any, forms: list[str]) -> None:
     for inner in ([1024, 4096], [32, 4096], [96, 64], [288, 288]):
         for bias in (False, True):
-            case = many(
-                dtype, 130, inner, 520, residual=bias, bias=bias, seed=inner[0], weight_format=forms
-            )
+            case = many(dtype, 130, inner, 520, residual=bias, bias=bias, seed=inner[0], weight_format=forms)
             run(kernels, [case], constant=True, workspace=True)
 
 
@@ -173,9 +171,12 @@ def test_a_chain_in_a_graph_waits_for_what_it_reads(kernels: LinearKernels, form
     up = [weight(inner, hidden) for _ in range(depth)]
     down = [weight(hidden, inner) for _ in range(depth)]
     x = torch.randn(rows, hidden, generator=generator, device="cuda").half()
-    outputs = [LinearOutput(torch.empty(rows, inner, device="cuda").half(), [LinearTerm(x, up[0], None, form)], "gelu")]
-    size = kernels.workspace_size(outputs)
-    memory = torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+    wide, narrow = (torch.empty(rows, n, device="cuda").half() for n in (inner, hidden))
+    size = max(
+        kernels.workspace_size([LinearOutput(to, [LinearTerm(of, w[0], None, form)])])
+        for to, of, w in ((wide, x, up), (narrow, wide, down))
+    )
+    memory = torch.empty(size, dtype=torch.uint8, device="cuda")
     check_chain(kernels, x, up, down, inner, formats=(form, form), workspace=memory)
 
 
@@ -197,7 +198,7 @@ def test_threads_may_call_at_the_same_time(kernels: LinearKernels) -> None:
     cases = [many(torch.float16, 100 + i % 3, [256], 264, seed=i, weight_format="int8") for i in range(6)]
     memory = [workspace_for(kernels, [case.output]) for case in cases]
     torch.cuda.synchronize()
-    wrong: list[Exception] = []
+    wrong: list[KernelError] = []
 
     def call(i: int) -> None:
         try:
@@ -205,7 +206,7 @@ def test_threads_may_call_at_the_same_time(kernels: LinearKernels) -> None:
             for _ in range(20):
                 kernels.linear([cases[i].output], workspace=memory[i], stream=stream.cuda_stream)
             stream.synchronize()
-        except Exception as error:  # told below
+        except KernelError as error:  # told below
             wrong.append(error)
 
     threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]

@@ -90,8 +90,10 @@ def make(
     device: str = "cuda",
     rounded: bool = False,
 ) -> Case:
-    """A random output, quantised weights as they are or `rounded` to the type. The bound: half a unit in the last place of the result, float32 sums, and with a norm
-    that an element of it may be rounded to its other neighbour."""
+    """A random output, quantised weights as they are or `rounded` to the type.
+
+    The bound: half a unit in the last place of the result, float32 sums, and with a norm that an element
+    of it may be rounded to its other neighbour."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, kind: Any = dtype, scale: float = 1.0) -> Any:
@@ -156,9 +158,7 @@ def workspace_for(kernels: LinearKernels, outputs: list[LinearOutput]) -> Any:
     return torch.full((max(size, 256),), 255, dtype=torch.uint8, device="cuda")
 
 
-def run(
-    kernels: LinearKernels, cases: list[Case], constant: bool = False, workspace: bool = False
-) -> float:
+def run(kernels: LinearKernels, cases: list[Case], constant: bool = False, workspace: bool = False) -> float:
     stream = torch.cuda.current_stream().cuda_stream
     outputs = [case.output for case in cases]
     memory = workspace_for(kernels, outputs) if workspace else None
@@ -175,9 +175,7 @@ def check_repeats(kernels: LinearKernels, case: Case, workspace: bool = False) -
         for _ in range(20):
             case.output.output.fill_(float("nan"))
             torch.cuda.synchronize()
-            kernels.linear(
-                [case.output], constant_weights=True, workspace=memory, stream=stream.cuda_stream
-            )
+            kernels.linear([case.output], constant_weights=True, workspace=memory, stream=stream.cuda_stream)
             torch.cuda.synchronize()
             first = case.output.output.clone() if first is None else first
             assert torch.equal(first, case.output.output)
