@@ -1,8 +1,8 @@
 """Products of many rows on a CPU: their own sources, on emulated threads, with a stand-in for cuBLASLt.
 
 It shows that calls are cut, widened, normalised and finished as they should be, and what happens where the
-library is not there or lacks something. The stand-in (plugins/tests/emulator/cublaslt.cpp) multiplies for real
-but is no cuBLASLt: that is test_many_rows_gpu.py's.
+library is not there or lacks something. The stand-in (plugins/tests/emulator/cublaslt.cpp) multiplies for
+real but is no cuBLASLt: that is test_many_rows_gpu.py's.
 """
 
 from __future__ import annotations
