@@ -28,6 +28,7 @@ INCLUDES = ("tests/emulator", "include", "kernels")
 MANY = "kernels/linear/many"
 SOURCES = (
     "tests/emulator/many.cpp",
+    "kernels/linear/quantized/cut.cpp",
     *(f"{MANY}/{name}.cpp" for name in ("run", "plan", "product", "cublaslt")),
 )
 
@@ -62,7 +63,7 @@ def emulated(library: Path, folder: Path) -> Any:
         patch.setenv("DIJIANG_CUBLASLT", str(stand_in))
         loaded = ctypes.CDLL(str(library))
         loaded.workspace_of_many.restype = ctypes.c_int64
-        case = many(torch.float16, 64, [32], 8)
+        case = many(torch.float16, 17, [32], 8)
         run(loaded, [case])  # finds the stand-in
     loaded.choices_made = ctypes.c_int.in_dll(ctypes.CDLL(str(stand_in)), "choices_made")
     return loaded
@@ -97,9 +98,9 @@ def run(emulated: Any, cases: list[Case], backwards: bool = False) -> str:
 @pytest.mark.parametrize(
     ("rows", "inner", "width", "more"),
     [
-        (64, 160, 40, {"bias": False}),
-        (65, 96, 19, {"norm": "layer_norm", "activation": "gelu", "residual": True}),
-        (70, 288, 9, {"norm": "rms_norm", "bias": False, "residual": True}),
+        (17, 160, 40, {"bias": False}),
+        (18, 96, 19, {"norm": "layer_norm", "activation": "gelu", "residual": True}),
+        (35, 288, 9, {"norm": "rms_norm", "bias": False, "residual": True}),
     ],
 )
 def test_a_product(
@@ -111,21 +112,21 @@ def test_a_product(
 
 @pytest.mark.parametrize("forms", [["same", "same"], ["int4", "int8"]])
 def test_two_terms(emulated: Any, forms: list[str]) -> None:
-    run(emulated, [many(torch.float16, 66, [96, 160], 24, weight_format=forms, residual=True)])
-    run(emulated, [many(torch.float16, 66, [64, 64], 24, weight_format=forms, activation="swiglu")])
+    run(emulated, [many(torch.float16, 20, [96, 160], 24, weight_format=forms, residual=True)])
+    run(emulated, [many(torch.float16, 19, [64, 64], 24, weight_format=forms, activation="swiglu")])
 
 
 def test_several_outputs(emulated: Any) -> None:
     plan = run(emulated, [
-        many(torch.float16, 64, [128], 136, weight_format="int4", norm="rms_norm"),
-        many(torch.float16, 64, [128], 24, weight_format="int8", bias=False, seed=1),
-        many(torch.float16, 64, [128], 40, weight_format="int4", norm="rms_norm", activation="relu", seed=2),
+        many(torch.float16, 17, [128], 136, weight_format="int4", norm="rms_norm"),
+        many(torch.float16, 17, [128], 24, weight_format="int8", bias=False, seed=1),
+        many(torch.float16, 17, [128], 40, weight_format="int4", norm="rms_norm", activation="relu", seed=2),
     ])  # fmt: skip
     assert "pieces=3 widened=1" in plan
 
 
 def test_an_algorithm_is_chosen_once(emulated: Any) -> None:
-    case = many(torch.float16, 67, [32], 48, weight_format="int4")
+    case = many(torch.float16, 21, [32], 48, weight_format="int4")
     run(emulated, [case])
     before = emulated.choices_made.value
     assert before > 0
@@ -137,7 +138,7 @@ SCRIPT = """
 import ctypes, json, sys
 from dijiang_engines.kernels import abi
 library = ctypes.CDLL(sys.argv[1])
-rows, inner, width = 64, 32, 8
+rows, inner, width = 17, 32, 8
 call = abi.LinearCallStruct(dtype=1, rows=rows, term_count=1, output_count=1)
 memory = (ctypes.c_char * (64 << 20))()
 place = ctypes.addressof(memory) + -ctypes.addressof(memory) % 256

@@ -15,7 +15,7 @@ from support.linear_kernels import LinearKernels, linear_call
 
 from dijiang_engines.errors import KernelError
 
-LEAST_ROWS = 64
+LEAST_ROWS = 17
 MIB = 1 << 20
 
 

@@ -91,7 +91,8 @@ DIJIANG_API dijiang_status dijiang_linear(const dijiang_linear_call* call, dijia
  * DIJIANG_CUBLASLT names another file, or "none"). Quantised weights are first made T, each rounded once; a norm's
  * rows too; sums stay float32 until the output is stored. A shape has one algorithm on a device, so that equal calls
  * have equal bits; a row's bits depend on how many rows there are, and are not those of dijiang_linear. Without cuBLASLt,
- * with few rows, or with a workspace of NULL, it is dijiang_linear.
+ * with up to 16 rows, with a workspace of NULL, and up to 128 rows where the kernels for quantised weights are expected to
+ * be faster, it is dijiang_linear.
  *
  * workspace: a multiple of 256, overlaps nothing else of the call, holds nothing between calls. */
 DIJIANG_API dijiang_status dijiang_linear_with_workspace(const dijiang_linear_call* call, void* workspace,

@@ -188,7 +188,7 @@ dijiang_status run(const dijiang_linear_call* call, void* workspace, size_t work
     DIJIANG_TRY(check_pointers(*call, needed > 0 ? workspace : nullptr, needed));
     dijiang_device device{};
     DIJIANG_TRY(current_device(device));
-    if (needed > 0) {
+    if (needed > 0 && many::pays(*call, device)) {
         bool done = false;
         std::string why;
         DIJIANG_TRY(many::run(*call, workspace, can_overlap(device), stream, done, why));

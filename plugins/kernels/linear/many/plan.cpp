@@ -76,7 +76,33 @@ void group(const dijiang_linear_call& call, Plan& plan) {
     }
 }
 
+// Expected microseconds, as measured on an H100: of the kernel for a chunk of K, while no multiprocessor has two blocks;
+// for a launch of cuBLASLt's and its kernels around it; for widening 10^6 weights and reading them again.
+constexpr float kChunkOfInt4 = 2.2f, kChunkOfInt8 = 1.4f, kSeveralBlocks = 1.3f;
+constexpr float kLaunches = 7.0f, kMillionOfInt4 = 1.7f, kMillionOfInt8 = 1.85f;
+constexpr int32_t kFewRows = 128;  // beyond, the kernel's blocks have too much to multiply
+
 }  // namespace
+
+bool pays(const dijiang_linear_call& call, const dijiang_device& device) {
+    if (!quantised(call, 0) || call.rows > kFewRows) return true;
+    quantized::Launch launch;
+    if (quantized::cut(call, device, launch) != DIJIANG_OK || !launch.many) return true;
+    float longest = 0.0f, widening = kLaunches;
+    for (int32_t o = 0; o < call.output_count; ++o) {
+        const quantized::OutputCut& cut = launch.params.outputs[o];
+        float chunks = 0.0f;
+        for (int32_t t = cut.term; t < cut.term + cut.terms; ++t) {
+            const bool four = launch.params.terms[t].format == DIJIANG_INT4;
+            chunks += (four ? kChunkOfInt4 : kChunkOfInt8) * static_cast<float>(launch.params.terms[t].chunks);
+            widening += (four ? kMillionOfInt4 : kMillionOfInt8) * 1e-6f * static_cast<float>(call.outputs[o].width) *
+                        static_cast<float>(call.terms[t].inner);
+        }
+        longest = std::max(longest, chunks);
+    }
+    const float share = static_cast<float>(launch.blocks * launch.row_blocks) / static_cast<float>(device.multiprocessors);
+    return widening < longest * std::max(1.0f, kSeveralBlocks * share);
+}
 
 Plan plan(const dijiang_linear_call& call, bool any_bias) {
     Plan it;

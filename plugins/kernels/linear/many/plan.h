@@ -10,11 +10,11 @@
 namespace dijiang {
 namespace many {
 
-constexpr int32_t kLeastRows = 64;       // from here on, with a workspace: as measured on an H100
+constexpr int32_t kLeastRows = 17;       // from here on, with a workspace
 constexpr int32_t kRowsAtOnce = 8192;
 constexpr int32_t kColumns = 128;        // pieces are multiples of it
 constexpr int32_t kMostJobs = 8;         // weights that are widened in one launch
-constexpr int64_t kMostWeights = int64_t{64} << 20, kMostSums = int64_t{64} << 20;  // bytes, unless one piece has more
+constexpr int64_t kMostWeights = int64_t{32} << 20, kMostSums = int64_t{32} << 20;  // bytes, unless one piece has more
 
 // Output elements from `column` on, of one output.
 struct Piece {
@@ -42,6 +42,10 @@ constexpr int64_t sums_stride(int64_t columns) { return (columns + 7) / 8 * 8; }
 
 // Of a valid call of at least kLeastRows rows; equal calls have equal plans. any_bias: as if each term had a bias.
 Plan plan(const dijiang_linear_call& call, bool any_bias = false);
+
+// Is it worth it? Quantised weights of few rows are read faster by the kernel that multiplies them as they are, if its
+// blocks are many and have little to do each.
+bool pays(const dijiang_linear_call& call, const dijiang_device& device);
 
 // Bytes that a call needs whatever its pointers are; more rows never need less. 0 below kLeastRows.
 int64_t workspace(const dijiang_linear_call& call);
