@@ -23,6 +23,8 @@ from support.linear_cases import Case, make
 from support.linear_kernels import linear_call
 from support.paths import ROOT
 
+from dijiang_engines.kernels import abi
+
 PLUGINS = ROOT / "plugins"
 INCLUDES = ("tests/emulator", "include", "kernels")
 MANY = "kernels/linear/many"
@@ -132,6 +134,31 @@ def test_an_algorithm_is_chosen_once(emulated: Any) -> None:
     assert before > 0
     run(emulated, [case])
     assert emulated.choices_made.value == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "widths", "form", "pays"),
+    [
+        (64, [1024], [3072, 1024, 4096], 2, False), (64, [1024, 4096], [1024], 2, True),
+        (17, [1024], [3072, 1024, 4096], 1, False), (17, [1024, 4096], [1024], 1, True),
+        (128, [2560], [7680, 2560, 10240], 2, False), (128, [2560, 10240], [2560], 2, True),
+        (256, [2560], [7680, 2560, 10240], 2, True), (17, [2560], [7680, 2560, 10240], 0, True),
+    ],
+)  # fmt: skip
+def test_few_rows_go_the_way_that_was_faster(
+    emulated: Any, rows: int, inner: list[int], widths: list[int], form: int, pays: bool
+) -> None:
+    """At the sizes of docs/evidence/many-rows-h100.txt, with that GPU's multiprocessors."""
+    call = abi.LinearCallStruct(
+        dtype=1, rows=rows, term_count=len(inner) * len(widths), output_count=len(widths)
+    )
+    for o, width in enumerate(widths):
+        call.outputs[o] = abi.LinearOutputStruct(width=width)
+        for t, size in enumerate(inner):
+            call.terms[o * len(inner) + t] = abi.LinearTermStruct(inner=size, output=o)
+            call.weight_formats |= form << 8 * (o * len(inner) + t)
+    device = abi.DeviceStruct(90, 132, 232448)
+    assert emulated.many_pays(ctypes.byref(call), ctypes.byref(device)) == pays
 
 
 SCRIPT = """

@@ -73,3 +73,6 @@ extern "C" int32_t emulate_many(const dijiang_linear_call* call, void* workspace
     return status;
 }
 extern "C" int64_t workspace_of_many(const dijiang_linear_call* call) { return dijiang::many::workspace(*call); }
+extern "C" int32_t many_pays(const dijiang_linear_call* call, const dijiang_device* device) {
+    return dijiang::many::pays(*call, *device) ? 1 : 0;
+}
