@@ -76,19 +76,23 @@ void group(const dijiang_linear_call& call, Plan& plan) {
     }
 }
 
-// Expected microseconds, as measured on an H100: of the kernel for a chunk of K, while no multiprocessor has two blocks;
-// for a launch of cuBLASLt's and its kernels around it; for widening 10^6 weights and reading them again.
-constexpr float kChunkOfInt4 = 2.2f, kChunkOfInt8 = 1.4f, kSeveralBlocks = 1.3f;
-constexpr float kLaunches = 7.0f, kMillionOfInt4 = 1.7f, kMillionOfInt8 = 1.85f;
+// Expected microseconds, as fitted to measurements on an H100 (docs/evidence/many-rows-h100.txt). Of the kernel that
+// multiplies integers: for a chunk of K, with what each more block of a multiprocessor adds to that, up to the blocks
+// that run there at once. Of cuBLASLt: for its launch and those around it, for a row, and for widening a million
+// weights and reading them again.
+constexpr float kChunkOfInt4 = 2.2f, kChunkOfInt8 = 1.25f, kEachBlock = 0.4f, kBlocksAtOnce = 3.0f;
+constexpr float kLaunches = 7.0f, kEachRow = 0.05f, kMillionOfInt4 = 1.7f, kMillionOfInt8 = 1.95f;
 constexpr int32_t kFewRows = 128;  // beyond, the kernel's blocks have too much to multiply
 
 }  // namespace
 
 bool pays(const dijiang_linear_call& call, const dijiang_device& device) {
     if (!quantised(call, 0) || call.rows > kFewRows) return true;
+    for (int32_t o = 0; o < call.output_count; ++o)
+        if (call.outputs[o].norm != DIJIANG_NORM_NONE) return true;  // that kernel has none
     quantized::Launch launch;
     if (quantized::cut(call, device, launch) != DIJIANG_OK || !launch.many) return true;
-    float longest = 0.0f, widening = kLaunches;
+    float longest = 0.0f, widening = kLaunches + kEachRow * static_cast<float>(call.rows);
     for (int32_t o = 0; o < call.output_count; ++o) {
         const quantized::OutputCut& cut = launch.params.outputs[o];
         float chunks = 0.0f;
@@ -101,7 +105,8 @@ bool pays(const dijiang_linear_call& call, const dijiang_device& device) {
         longest = std::max(longest, chunks);
     }
     const float share = static_cast<float>(launch.blocks * launch.row_blocks) / static_cast<float>(device.multiprocessors);
-    return widening < longest * std::max(1.0f, kSeveralBlocks * share);
+    const float slower = (1.0f + kEachBlock * std::min(share, kBlocksAtOnce)) * std::max(share / kBlocksAtOnce, 1.0f);
+    return widening < longest * slower;
 }
 
 Plan plan(const dijiang_linear_call& call, bool any_bias) {
