@@ -46,7 +46,7 @@ function(dijiang_tensorrt_plugin folder)
         set(output "${CMAKE_BINARY_DIR}/tensorrt-${version}")
     endif()
     dijiang_shared_library(${target} exports/tensorrt.map ${sources})
-    target_include_directories(${target} PRIVATE include tensorrt)
+    target_include_directories(${target} PRIVATE include tensorrt kernels)
     # As system headers: NVIDIA's own warnings are not ours.
     target_include_directories(${target} SYSTEM PRIVATE "${folder}" ${DIJIANG_CUDA_INCLUDE})
     set_target_properties(${target} PROPERTIES OUTPUT_NAME ${name} LIBRARY_OUTPUT_DIRECTORY "${output}")

@@ -43,10 +43,11 @@ void linear() {
     attributes.term_weight_format[2] = 2;
     attributes.output_width[1] = 50304;
     attributes.output_epsilon[0] = 1.0000001e-5f;
+    attributes.workspace = linear::kReserved;
     std::array<unsigned char, linear::kBlobSize> blob{};
     linear::write_blob(attributes, blob.data());
-    const unsigned char head[] = {'D', 'J', 'T', 'L', 2, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0};
-    expect(std::memcmp(blob.data(), head, sizeof head) == 0 && blob[52] == 4 && blob[55] == 1,
+    const unsigned char head[] = {'D', 'J', 'T', 'L', 3, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0};
+    expect(std::memcmp(blob.data(), head, sizeof head) == 0 && blob[20] == 1 && blob[56] == 4 && blob[59] == 1,
         "linear: little-endian, with magic and format version");
     linear::Attributes read;
     expect(linear::read_blob(blob.data(), blob.size(), read).empty() &&
@@ -59,10 +60,10 @@ void linear() {
     bool all = true;
     for (size_t size = 0; size < blob.size(); ++size) {
         const std::vector<unsigned char> part(blob.begin(), blob.begin() + static_cast<std::ptrdiff_t>(size));
-        all = all && refuses(part.data(), size, "expected 164");
+        all = all && refuses(part.data(), size, "expected 168");
     }
     expect(all, "linear: every shorter blob is refused");
-    for (const auto& [at, value, text] : {std::tuple<size_t, int, const char*>{0, 'X', "DJTL"}, {4, 1, "format 1"},
+    for (const auto& [at, value, text] : {std::tuple<size_t, int, const char*>{0, 'X', "DJTL"}, {4, 2, "format 2"},
              {8, 5, "1 to 4"}, {12, 0, "1 to 4"}, {15, 0x80, "1 to 4"}}) {
         auto other = blob;
         other[at] = static_cast<unsigned char>(value);

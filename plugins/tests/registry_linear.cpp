@@ -109,6 +109,19 @@ void shapes(IPluginV3* plugin, test::Logger& logger) {
     for (auto& tensor : unknown)
         if (tensor.dims.nbDims == 3) tensor.dims.d[0] = -1;
     expect(configure(unknown) == 0, "linear: an unknown batch");
+    const auto reserved = [&](int64_t rows) {
+        std::vector<nvinfer1::DynamicPluginTensorDesc> tensors;
+        for (auto tensor : call_of_right_sizes()) {
+            nvinfer1::DynamicPluginTensorDesc it{};
+            it.min = it.max = tensor.dims;
+            if (tensor.dims.nbDims == 3) it.max.d[1] = rows, tensor.dims.d[1] = -1;
+            it.desc = tensor;
+            tensors.push_back(it);
+        }
+        return build->getWorkspaceSize(tensors.data(), kInputs, tensors.data() + kInputs, kOutputs);
+    };
+    expect(reserved(1) == 0 && reserved(8) == 0, "linear: few rows need no workspace");
+    expect(reserved(512) > 0 && reserved(2048) > reserved(512), "linear: many rows do, as the profile's most have it");
     const struct {
         int32_t at, dimension;
         int64_t size;
@@ -211,6 +224,16 @@ void lifecycle(nvinfer1::IPluginCreatorV3One& creator, IPluginV3* plugin) {
     const std::unique_ptr<IPluginV3> rebuilt(creator.createPlugin("linear0", kept, TensorRTPhase::kRUNTIME));
     expect(rebuilt != nullptr && identity == test::build_of(rebuilt.get())->getTimingCacheID(),
         "linear: rebuilt of what a plan keeps");
+    bool said = false;
+    for (int32_t i = 0; i < kept->nbFields; ++i)
+        said = said || (std::string(kept->fields[i].name) == "workspace" &&
+                           *static_cast<const int32_t*>(kept->fields[i].data) == 1);
+    expect(said, "linear: a plan keeps that it reserves a workspace");
+    Node old;
+    const PluginFieldCollection before{static_cast<int32_t>(old.fields.size()), old.fields.data()};
+    const std::unique_ptr<IPluginV3> of_old_plan(creator.createPlugin("linear0", &before, TensorRTPhase::kRUNTIME));
+    expect(of_old_plan != nullptr && identity != test::build_of(of_old_plan.get())->getTimingCacheID(),
+        "linear: a plan that does not say so has none");
     Node other;
     other.epsilon[0] = 1.0000001e-5f;
     const std::unique_ptr<IPluginV3> different(other.create(creator));
@@ -240,6 +263,8 @@ void run_linear(test::Runtime& runtime) {
     refuse("a term of no output", "terms[2].output", [](Node& n) { n.term_output[2] = 2; });
     refuse("a norm without epsilon", "epsilon", [](Node& n) { n.epsilon[0] = 0.0f; });
     refuse("a norm's bias without norm", "output_norm_bias", [](Node& n) { n.norm_bias[1] = 1; });
+    refuse("a plan's own field in a node", "unknown field workspace",
+        [](Node& n) { n.fields.emplace_back("workspace", &n.dtype, PluginFieldType::kINT32, 1); });
     refuse("float32", "dtype", [](Node& n) { n.dtype = 0; });
     Node node;
     const std::unique_ptr<IPluginV3> plugin(node.create(*creator));

@@ -88,9 +88,12 @@ def make(
     seed: int = 0,
     weight_format: str | list[str] = "same",
     device: str = "cuda",
+    rounded: bool = False,
 ) -> Case:
-    """A random output. The bound: half a unit in the last place of the result, float32 sums, and with a norm
-    that an element of it may be rounded to its other neighbour."""
+    """A random output, quantised weights as they are or `rounded` to the type.
+
+    The bound: half a unit in the last place of the result, float32 sums, and with a norm that an element
+    of it may be rounded to its other neighbour."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, kind: Any = dtype, scale: float = 1.0) -> Any:
@@ -111,7 +114,7 @@ def make(
             quantised(kind, width, size, generator) if kind != "same"
             else (draw(width, size, scale=size**-0.5),) * 2
         )  # fmt: skip
-        weights.append(weight)
+        weights.append(weight.to(dtype).double() if rounded else weight)
         stored.append(packed)
     biases = [draw(width, kind=torch.float32) if bias else None for _ in inner]
     norm_weight = norm_bias = None
@@ -149,21 +152,30 @@ def make(
     return Case(output, guarded, expected, bound)
 
 
-def run(kernels: LinearKernels, cases: list[Case], constant: bool = False) -> float:
+def workspace_for(kernels: LinearKernels, outputs: list[LinearOutput]) -> Any:
+    """For calls of many rows, full of what must not be read."""
+    size = kernels.workspace_size(outputs)
+    return torch.full((max(size, 256),), 255, dtype=torch.uint8, device="cuda")
+
+
+def run(kernels: LinearKernels, cases: list[Case], constant: bool = False, workspace: bool = False) -> float:
     stream = torch.cuda.current_stream().cuda_stream
-    kernels.linear([case.output for case in cases], constant_weights=constant, stream=stream)
+    outputs = [case.output for case in cases]
+    memory = workspace_for(kernels, outputs) if workspace else None
+    kernels.linear(outputs, constant_weights=constant, workspace=memory, stream=stream)
     torch.cuda.synchronize()
     return max(case.check() for case in cases)
 
 
-def check_repeats(kernels: LinearKernels, case: Case) -> None:
+def check_repeats(kernels: LinearKernels, case: Case, workspace: bool = False) -> None:
     """The same bits, however often and on whichever stream."""
     first = None
+    memory = workspace_for(kernels, [case.output]) if workspace else None
     for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
         for _ in range(20):
             case.output.output.fill_(float("nan"))
             torch.cuda.synchronize()
-            kernels.linear([case.output], constant_weights=True, stream=stream.cuda_stream)
+            kernels.linear([case.output], constant_weights=True, workspace=memory, stream=stream.cuda_stream)
             torch.cuda.synchronize()
             first = case.output.output.clone() if first is None else first
             assert torch.equal(first, case.output.output)
@@ -178,6 +190,7 @@ def check_chain(
     *,
     formats: tuple[str, str] = ("same", "same"),
     norm: tuple[Any, ...] = (),
+    workspace: Any = None,
 ) -> None:
     """Each call reads what the one before wrote and overwrites what the one before that read, as engines do,
     where buffers are used again; kernels begin before the previous ones have ended.
@@ -190,6 +203,7 @@ def check_chain(
         inner: the wide size.
         formats: of up and down.
         norm: of each layer's input: the last fields of LinearOutput.
+        workspace: for many rows, shared by all calls.
     """
     buffers = [x.clone(), torch.empty_like(x)]
     wide = torch.empty(len(x), inner, dtype=x.dtype, device=x.device)
@@ -202,7 +216,7 @@ def check_chain(
                 LinearOutput(wide, [LinearTerm(old, up[i], None, kinds[0])], "gelu", None, *norm),
                 LinearOutput(new, [LinearTerm(wide, down[i], None, kinds[1])], "identity", old),
             ):
-                kernels.linear([output], constant_weights=True, stream=stream)
+                kernels.linear([output], constant_weights=True, workspace=workspace, stream=stream)
                 if wait:
                     torch.cuda.synchronize()
 

@@ -58,7 +58,12 @@ class LinearKernels(Library):
     """Products of few rows; conventions as in `dijiang_engines.kernels.attention`."""
 
     def linear(
-        self, outputs: Sequence[LinearOutput], *, constant_weights: bool = False, stream: int = 0
+        self,
+        outputs: Sequence[LinearOutput],
+        *,
+        constant_weights: bool = False,
+        workspace: Any = None,
+        stream: int = 0,
     ) -> None:
         """Enqueue up to four outputs that do not depend on each other, in one launch.
 
@@ -68,13 +73,38 @@ class LinearKernels(Library):
             outputs: what to compute.
             constant_weights: no work on the stream writes weights, biases or norms; they may be read while
                 the work before still runs.
+            workspace: uint8 [workspace_size or more], for many rows, or None.
             stream: where to.
 
         Raises:
             KernelError: an array is wrong, or CUDA refused.
         """
         call = linear_call(outputs, constant_weights)
-        self.call("dijiang_linear", ctypes.byref(call), stream)
+        if workspace is None:
+            self.call("dijiang_linear", ctypes.byref(call), stream)
+            return
+        array = device_array("workspace", workspace)
+        array.require(["uint8"], array.shape, 0)
+        self.call(
+            "dijiang_linear_with_workspace", ctypes.byref(call), array.pointer, _count(array.shape), stream
+        )
+
+    def workspace_size(self, outputs: Sequence[LinearOutput]) -> int:
+        """Bytes of workspace that `linear` may use for these outputs; 0 for few rows."""
+        size = ctypes.c_size_t()
+        call = linear_call(outputs, False)
+        self.call("dijiang_linear_workspace_size", ctypes.byref(call), ctypes.byref(size))
+        return size.value
+
+    def library(self) -> str:
+        """The cuBLASLt that products of many rows use, and its version.
+
+        Raises:
+            KernelError: there is none.
+        """
+        text = ctypes.create_string_buffer(1024)
+        self.call("dijiang_linear_library", text, len(text))
+        return text.value.decode()
 
     def linear_plan(self, outputs: Sequence[LinearOutput], device: Device | None = None) -> str:
         """One line that says how `linear` cuts the work.

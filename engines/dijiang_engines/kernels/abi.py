@@ -293,6 +293,9 @@ FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "dijiang_sample_plan": (c_int32, [c_int32, c_int32, _pointer(DeviceStruct), c_void_p, c_size_t]),
     "dijiang_advance": (c_int32, [_pointer(AdvanceBuffersStruct), c_void_p]),
     "dijiang_linear": (c_int32, [_pointer(LinearCallStruct), c_void_p]),
+    "dijiang_linear_with_workspace": (c_int32, [_pointer(LinearCallStruct), c_void_p, c_size_t, c_void_p]),
+    "dijiang_linear_workspace_size": (c_int32, [_pointer(LinearCallStruct), _pointer(c_size_t)]),
+    "dijiang_linear_library": (c_int32, [c_void_p, c_size_t]),
     "dijiang_linear_plan": (
         c_int32,
         [_pointer(LinearCallStruct), _pointer(DeviceStruct), c_void_p, c_size_t],

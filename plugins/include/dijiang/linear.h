@@ -4,7 +4,7 @@
  *
  * One launch does up to DIJIANG_LINEAR_MAX_OUTPUTS such outputs, which must not depend on each other. An
  * output is the sum of one or two products ("terms"), or, with DIJIANG_SWIGLU, silu(first) * second.
- * Conventions are those of dijiang/kernels.h. Nothing here needs a workspace or sync memory.
+ * Conventions are those of dijiang/kernels.h. Nothing here needs sync memory.
  */
 #ifndef DIJIANG_LINEAR_H
 #define DIJIANG_LINEAR_H
@@ -85,6 +85,25 @@ typedef struct {
 
 /* Enqueues one call. */
 DIJIANG_API dijiang_status dijiang_linear(const dijiang_linear_call* call, dijiang_stream stream);
+
+/* The same with memory to work in, for prefill: a call of many rows, with any weights, norms and activations, is then
+ * done by cuBLASLt where the process has it (libcublasLt.so.13, .12 or .11, found at run time; the environment's
+ * DIJIANG_CUBLASLT names another file, or "none"). Quantised weights are first made T, each rounded once; a norm's
+ * rows too; sums stay float32 until the output is stored. A shape has one algorithm on a device, so that equal calls
+ * have equal bits; a row's bits depend on how many rows there are, and are not those of dijiang_linear. Without cuBLASLt,
+ * with up to 16 rows, with a workspace of NULL, and up to 128 rows where the kernels for quantised weights are expected to
+ * be faster, it is dijiang_linear.
+ *
+ * workspace: a multiple of 256, overlaps nothing else of the call, holds nothing between calls. */
+DIJIANG_API dijiang_status dijiang_linear_with_workspace(const dijiang_linear_call* call, void* workspace,
+                                                         size_t workspace_size, dijiang_stream stream);
+
+/* Bytes that it needs, whatever the call's pointers are; 0 for few rows. More rows never need less. Asks no GPU. */
+DIJIANG_API dijiang_status dijiang_linear_workspace_size(const dijiang_linear_call* call, size_t* size);
+
+/* Which cuBLASLt the process has, and its version: "libcublasLt.so.13 130100". DIJIANG_UNSUPPORTED where there is none;
+ * dijiang_last_error() then says what was tried. */
+DIJIANG_API dijiang_status dijiang_linear_library(char* text, size_t size);
 
 /* Checks everything of a call but its pointers, and writes one line that says how it would be cut, e.g.
  * "linear blocks=512 threads=256 rows=8 shared=2560". device: NULL for the current one. text may be NULL if

@@ -7,6 +7,8 @@
 #include "host/device.h"
 #include "host/errors.h"
 #include "linear/linear.h"
+#include "linear/many/cublaslt.h"
+#include "linear/many/run.h"
 #include "linear/quantized/quantized.h"
 
 namespace dijiang {
@@ -102,7 +104,7 @@ struct Name {
 };
 
 struct Tensors {
-    static constexpr int kMost = 3 * DIJIANG_LINEAR_MAX_TERMS + 4 * DIJIANG_LINEAR_MAX_OUTPUTS;
+    static constexpr int kMost = 3 * DIJIANG_LINEAR_MAX_TERMS + 4 * DIJIANG_LINEAR_MAX_OUTPUTS + 1;
     Name names[kMost];
     Region regions[kMost];
     int count = 0;
@@ -124,8 +126,13 @@ int64_t weight_bytes(const dijiang_linear_call& call, int32_t index) {
     return format == DIJIANG_SAME ? 2 * width * term.inner : quantized::packed_bytes(format, width, term.inner);
 }
 
-dijiang_status check_pointers(const dijiang_linear_call& call) {
+// workspace: of `workspace_size` bytes; NULL if there is none.
+dijiang_status check_pointers(const dijiang_linear_call& call, const void* workspace, int64_t workspace_size) {
     Tensors tensors;
+    if (workspace != nullptr) {
+        DIJIANG_TRY(check_pointer("workspace", workspace, 256));
+        tensors.regions[tensors.count++] = dense("workspace", workspace, workspace_size, true);
+    }
     const int64_t rows = call.rows;
     for (int32_t t = 0; t < call.term_count; ++t) {
         const dijiang_linear_term& term = call.terms[t];
@@ -149,33 +156,68 @@ dijiang_status check_pointers(const dijiang_linear_call& call) {
     return check_apart(tensors.regions, tensors.count);
 }
 
-dijiang_status run(const dijiang_linear_call* call, cudaStream_t stream) {
-    if (call == nullptr)
-        return fail(DIJIANG_INVALID_ARGUMENT, "call is missing; got NULL; expected a dijiang_linear_call");
-    DIJIANG_TRY(check_shape(*call));
-    if (call->rows == 0) return DIJIANG_OK;
-    DIJIANG_TRY(check_pointers(*call));
-    dijiang_device device{};
-    DIJIANG_TRY(current_device(device));
-    const bool overlap = can_overlap(device), half = call->dtype == DIJIANG_FLOAT16;
+// By the kernels of this library alone.
+dijiang_status enqueue(const dijiang_linear_call& call, const dijiang_device& device, cudaStream_t stream) {
+    const bool overlap = can_overlap(device), half = call.dtype == DIJIANG_FLOAT16;
     cudaError_t error = cudaSuccess;
-    if (quantized::format_of(*call, 0) != DIJIANG_SAME) {
+    if (quantized::format_of(call, 0) != DIJIANG_SAME) {
         quantized::Launch launch;
-        DIJIANG_TRY(quantized::cut(*call, device, launch));
+        DIJIANG_TRY(quantized::cut(call, device, launch));
         error = half ? quantized::launch_f16(launch, overlap, stream) : quantized::launch_bf16(launch, overlap, stream);
     } else {
         linear::Launch launch;
-        DIJIANG_TRY(linear::cut(*call, device, launch));
+        DIJIANG_TRY(linear::cut(call, device, launch));
         error = half ? linear::launch_f16(launch, overlap, stream) : linear::launch_bf16(launch, overlap, stream);
     }
-    return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the kernel of products of few rows");
+    return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the kernel of products");
+}
+
+dijiang_status check_call(const dijiang_linear_call* call) {
+    if (call == nullptr)
+        return fail(DIJIANG_INVALID_ARGUMENT, "call is missing; got NULL; expected a dijiang_linear_call");
+    return check_shape(*call);
+}
+
+dijiang_status run(const dijiang_linear_call* call, void* workspace, size_t workspace_size, cudaStream_t stream) {
+    DIJIANG_TRY(check_call(call));
+    if (call->rows == 0) return DIJIANG_OK;
+    const int64_t needed = workspace == nullptr ? 0 : many::workspace(*call);
+    if (needed > 0 && workspace_size < static_cast<size_t>(needed))
+        return fail(DIJIANG_INVALID_ARGUMENT, "workspace_size is too small; got %zu; expected %" PRId64 " bytes or more",
+                    workspace_size, needed);
+    DIJIANG_TRY(check_pointers(*call, needed > 0 ? workspace : nullptr, needed));
+    dijiang_device device{};
+    DIJIANG_TRY(current_device(device));
+    if (needed > 0 && many::pays(*call, device)) {
+        bool done = false;
+        std::string why;
+        DIJIANG_TRY(many::run(*call, workspace, can_overlap(device), stream, done, why));
+        if (done) return DIJIANG_OK;
+    }
+    return enqueue(*call, device, stream);
+}
+
+dijiang_status workspace_size(const dijiang_linear_call* call, size_t* size) {
+    DIJIANG_TRY(check_call(call));
+    DIJIANG_TRY(check_pointer("size", size, alignof(size_t)));
+    *size = static_cast<size_t>(many::workspace(*call));
+    return DIJIANG_OK;
+}
+
+dijiang_status library_name(char* text, size_t size) {
+    DIJIANG_TRY(check_text(text, size));
+    std::string why;
+    const cublaslt::Library* const library = cublaslt::find(why);
+    if (library == nullptr)
+        return fail(DIJIANG_UNSUPPORTED, "there is no cuBLASLt; got %s; expected libcublasLt.so.11 to 13 of CUDA, or "
+                    "where DIJIANG_CUBLASLT says", why.c_str());
+    std::snprintf(text, size, "%s %zu", library->name.c_str(), library->version);
+    return DIJIANG_OK;
 }
 
 dijiang_status describe(const dijiang_linear_call* call, const dijiang_device* given, char* text, size_t size) {
-    if (call == nullptr)
-        return fail(DIJIANG_INVALID_ARGUMENT, "call is missing; got NULL; expected a dijiang_linear_call");
+    DIJIANG_TRY(check_call(call));
     if (size > 0) DIJIANG_TRY(check_text(text, size));
-    DIJIANG_TRY(check_shape(*call));
     dijiang_device device{};
     DIJIANG_TRY(given_or_current(given, device));
     dijiang_linear_call some = *call;
@@ -200,7 +242,20 @@ dijiang_status describe(const dijiang_linear_call* call, const dijiang_device* g
 using namespace dijiang;
 
 dijiang_status dijiang_linear(const dijiang_linear_call* call, dijiang_stream stream) {
-    return guarded([&] { return run(call, stream); });
+    return guarded([&] { return run(call, nullptr, 0, stream); });
+}
+
+dijiang_status dijiang_linear_workspace_size(const dijiang_linear_call* call, size_t* size) {
+    return guarded([&] { return workspace_size(call, size); });
+}
+
+dijiang_status dijiang_linear_with_workspace(const dijiang_linear_call* call, void* workspace, size_t workspace_size,
+                                             dijiang_stream stream) {
+    return guarded([&] { return run(call, workspace, workspace_size, stream); });
+}
+
+dijiang_status dijiang_linear_library(char* text, size_t size) {
+    return guarded([&] { return library_name(text, size); });
 }
 
 dijiang_status dijiang_linear_plan(const dijiang_linear_call* call, const dijiang_device* device, char* text,

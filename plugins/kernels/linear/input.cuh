@@ -54,6 +54,30 @@ __device__ void stage(const dijiang_linear_term* terms, int count, int first_row
     }
 }
 
+// A row's mean, or 0 for RMSNorm, and one over its deviation, by all lanes of a warp.
+template <typename T> __device__ __forceinline__ float2 moments_of(const dijiang_linear_output& out, const T* x, int inner) {
+    const int lane = threadIdx.x % 32;
+    float mean = 0.0f, squares = 0.0f;
+    if (out.norm == DIJIANG_LAYER_NORM) {
+        float sum = 0.0f;
+        for (int column = 8 * lane; column < inner; column += 256) {
+            float eight[8];
+            unpack_eight<T>(*reinterpret_cast<const uint4*>(x + column), eight);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum += eight[i];
+        }
+        mean = warp_sum(sum) / static_cast<float>(inner);
+    }
+    for (int column = 8 * lane; column < inner; column += 256) {
+        float eight[8];
+        unpack_eight<T>(*reinterpret_cast<const uint4*>(x + column), eight);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) squares = fmaf(eight[i] - mean, eight[i] - mean, squares);
+    }
+    squares = warp_sum(squares) / static_cast<float>(inner);
+    return {mean, rsqrtf(squares + out.epsilon)};
+}
+
 // LayerNorm or RMSNorm of the staged rows, in place. All threads of the block call it after a barrier, and
 // one must follow. A warp knows the sums of a row; a thread scales some columns of all rows, first those that
 // it has `affine` of.
@@ -61,28 +85,9 @@ template <typename T>
 __device__ void normalize(const dijiang_linear_output& out, int inner, int rows, int pitch, Affine& affine,
                           T* staged, float2* moments) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const bool layer = out.norm == DIJIANG_LAYER_NORM;
     for (int row = warp; row < rows; row += warps) {
-        const T* const x = staged + row * pitch;
-        float mean = 0.0f, squares = 0.0f;
-        if (layer) {
-            float sum = 0.0f;
-            for (int column = 8 * lane; column < inner; column += 256) {
-                float eight[8];
-                unpack_eight<T>(*reinterpret_cast<const uint4*>(x + column), eight);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) sum += eight[i];
-            }
-            mean = warp_sum(sum) / static_cast<float>(inner);
-        }
-        for (int column = 8 * lane; column < inner; column += 256) {
-            float eight[8];
-            unpack_eight<T>(*reinterpret_cast<const uint4*>(x + column), eight);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) squares = fmaf(eight[i] - mean, eight[i] - mean, squares);
-        }
-        squares = warp_sum(squares) / static_cast<float>(inner);
-        if (lane == 0) moments[row] = {mean, rsqrtf(squares + out.epsilon)};
+        const float2 moment = moments_of(out, staged + row * pitch, inner);
+        if (lane == 0) moments[row] = moment;
     }
     __syncthreads();
     for (int column = 8 * threadIdx.x; column < inner; column += 8 * blockDim.x) {

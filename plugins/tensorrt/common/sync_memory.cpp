@@ -2,21 +2,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include "host/outside_capture.h"
+
 namespace dijiang::trt {
 namespace {
-
-// Lets this thread allocate while another (or it itself) captures a graph: what follows is no part of the
-// graph.
-class OutsideCapture {
-public:
-    OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    ~OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    OutsideCapture(const OutsideCapture&) = delete;
-    OutsideCapture& operator=(const OutsideCapture&) = delete;
-
-private:
-    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 // Zeroes on a stream of its own: the default stream would wait for, and hold up, unrelated work.
 cudaError_t zero(void* data, size_t bytes) {

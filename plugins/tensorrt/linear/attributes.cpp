@@ -48,6 +48,9 @@ std::string why_unsupported(const Attributes& attributes) {
         std::string wrong = wrong_flags(it.name, it.values, it.count);
         if (!wrong.empty()) return wrong;
     }
+    if (attributes.workspace != 0 && attributes.workspace != kReserved)
+        return "workspace is not possible; got " + std::to_string(attributes.workspace) +
+               "; expected 0 or 1: the plan was built by a newer plugin";
     for (int32_t o = 0; o < attributes.outputs; ++o)
         if (attributes.output_norm[o] == DIJIANG_NORM_NONE && attributes.output_norm_bias[o] != 0)
             return "output_norm_bias is 1 where output_norm is 0; expected 0";
@@ -71,7 +74,7 @@ std::string why_unsupported(const Attributes& attributes) {
 }
 
 std::string describe(const Attributes& attributes) {
-    std::string text = "dtype=" + std::to_string(attributes.dtype);
+    std::string text = "dtype=" + std::to_string(attributes.dtype) + " workspace=" + std::to_string(attributes.workspace);
     for (int32_t t = 0; t < attributes.terms; ++t)
         text += " term=" + std::to_string(attributes.term_output[t]) + "," + std::to_string(attributes.term_bias[t]) + "," +
                 std::to_string(attributes.term_weight_format[t]);

@@ -15,6 +15,8 @@ constexpr int32_t kMostInputs = 4 * kMostTerms + 3 * kMostOutputs;
 // term_weight_format beyond dijiang_weight_format: weights as bundles store them, with scales of their own. A node of
 // an ONNX file has these; build-engine packs them. TensorRT's parser makes layers of them, but none is built.
 constexpr int32_t kStoredInt8 = 3, kStoredInt4 = 4;
+constexpr int32_t kReserved = 1, kAlignment = 256;
+
 constexpr bool is_stored(int32_t format) { return format == kStoredInt8 || format == kStoredInt4; }
 
 // The fields of docs/tensorrt-plugin.md; entries beyond the counts are 0.
@@ -26,6 +28,9 @@ struct Attributes {
     int32_t output_norm_bias[kMostOutputs] = {}, output_residual[kMostOutputs] = {};
     int32_t output_width[kMostOutputs] = {};  // N of packed weights; 0: the weight has a row for each
     float output_epsilon[kMostOutputs] = {};
+    // What the plan reserves: 0, no workspace, as plans of plugins had none once; kReserved, dijiang_linear_workspace_size
+    // of the largest call and kAlignment.
+    int32_t workspace = 0;
 };
 
 // The C ABI's call of a layer with these attributes, its sizes and pointers still to be filled in.

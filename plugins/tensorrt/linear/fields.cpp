@@ -19,30 +19,31 @@ constexpr FieldRule kRules[kFields] = {
     {"dtype", PluginFieldType::kINT32, 1},
     {"term_weight_format", PluginFieldType::kINT32, kMostTerms},
     {"output_width", PluginFieldType::kINT32, kMostOutputs},
+    {"workspace", PluginFieldType::kINT32, 1},
 };
-enum Rule { kTermOutput, kTermBias, kOutputActivation, kDtype = 7, kTermWeightFormat };
+enum Rule { kTermOutput, kTermBias, kOutputActivation, kDtype = 7, kTermWeightFormat, kWorkspace = 10 };
 
 // Where the values of each rule are.
 struct Addresses {
     explicit Addresses(Attributes& a)
         : at{a.term_output, a.term_bias, a.output_activation, a.output_norm, a.output_norm_bias, a.output_epsilon,
-              a.output_residual, &a.dtype, a.term_weight_format, a.output_width} {}
+              a.output_residual, &a.dtype, a.term_weight_format, a.output_width, &a.workspace} {}
 
     void* at[kFields];
 };
 
 int32_t length_of(const Attributes& attributes, int32_t rule) {
-    if (rule == kDtype) return 1;
+    if (rule == kDtype || rule == kWorkspace) return 1;
     return rule <= kTermBias || rule == kTermWeightFormat ? attributes.terms : attributes.outputs;
 }
 
 }  // namespace
 
-const nvinfer1::PluginFieldCollection* field_names() noexcept { return advertised<kRules, kFields>(); }
+const nvinfer1::PluginFieldCollection* field_names() noexcept { return advertised<kRules, kNodeFields>(); }
 
-std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes) {
-    const PluginField* found[kFields];
-    const std::string wrong = find_fields(fields, kRules, kRequiredFields, kFields, found);
+std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes, bool of_plan) {
+    const PluginField* found[kFields] = {};
+    const std::string wrong = find_fields(fields, kRules, kRequiredFields, of_plan ? kFields : kNodeFields, found);
     if (!wrong.empty()) return wrong;
     attributes = {};
     attributes.terms = found[kTermOutput]->length;
@@ -56,6 +57,7 @@ std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attribute
                    " values; expected " + std::to_string(length);
         std::memcpy(addresses.at[i], found[i]->data, 4 * static_cast<size_t>(length));
     }
+    if (!of_plan) attributes.workspace = kReserved;
     return {};
 }
 

@@ -221,8 +221,41 @@ std::string Layer::prepare(
     return status_text(dijiang_linear_plan(&call, nullptr, nullptr, 0));
 }
 
+template <typename Look>
+std::string Layer::reserve(int32_t inputs, int32_t outputs, Look look, size_t& bytes) const {
+    bytes = 0;
+    dijiang_linear_call call;
+    std::string wrong = examine(inputs, outputs, false, look, call);
+    if (!wrong.empty()) return wrong;
+    wrong = status_text(dijiang_linear_workspace_size(&call, &bytes));
+    if (bytes > 0) bytes += kAlignment;
+    return wrong;
+}
+
+std::string Layer::workspace(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out, int32_t outputs,
+    size_t& bytes) const {
+    return reserve(
+        inputs, outputs,
+        [&](int32_t at) {
+            const PluginTensorDesc& desc = at < inputs ? in[at] : out[at - inputs];
+            return View{&desc.dims, desc.type};
+        },
+        bytes);
+}
+
+std::string Layer::workspace_of_largest(const DynamicPluginTensorDesc* in, int32_t inputs,
+    const DynamicPluginTensorDesc* out, int32_t outputs, size_t& bytes) const {
+    return reserve(
+        inputs, outputs,
+        [&](int32_t at) {
+            const DynamicPluginTensorDesc& tensor = at < inputs ? in[at] : out[at - inputs];
+            return View{&tensor.max, tensor.desc.type};
+        },
+        bytes);
+}
+
 std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* data,
-    void* const* results, cudaStream_t stream) const {
+    void* const* results, void* workspace, cudaStream_t stream) const {
     dijiang_linear_call call;
     std::string wrong = examine(
         inputs_, attributes_.outputs, false,
@@ -246,7 +279,14 @@ std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, 
         }
     }
     for (int32_t o = 0; o < attributes_.outputs; ++o) call.outputs[o].output = results[o];
-    return status_text(dijiang_linear(&call, stream));
+    size_t bytes = 0;
+    if (attributes_.workspace == kReserved && workspace != nullptr) {
+        wrong = status_text(dijiang_linear_workspace_size(&call, &bytes));
+        if (!wrong.empty()) return wrong;
+        const auto address = reinterpret_cast<uintptr_t>(workspace);
+        workspace = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+    }
+    return status_text(dijiang_linear_with_workspace(&call, bytes == 0 ? nullptr : workspace, bytes, stream));
 }
 
 }  // namespace dijiang::trt::linear

@@ -43,14 +43,22 @@ public:
     std::string prepare(const nvinfer1::PluginTensorDesc* in, int32_t inputs, const nvinfer1::PluginTensorDesc* out,
         int32_t outputs) const;
 
+    // Bytes that a plan reserves for calls of these sizes, and smaller ones; asks no GPU.
+    std::string workspace(const nvinfer1::PluginTensorDesc* in, int32_t inputs, const nvinfer1::PluginTensorDesc* out,
+        int32_t outputs, size_t& bytes) const;
+    std::string workspace_of_largest(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
+        const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs, size_t& bytes) const;
+
     // Enqueues the call: no allocation, no synchronisation.
     std::string run(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
-        const void* const* data, void* const* results, cudaStream_t stream) const;
+        const void* const* data, void* const* results, void* workspace, cudaStream_t stream) const;
 
 private:
     // Checks shapes and types and fills in the sizes; -1 fits any size if `dynamic`.
     template <typename Look>
     std::string examine(int32_t inputs, int32_t outputs, bool dynamic, Look look, dijiang_linear_call& call) const;
+    template <typename Look>
+    std::string reserve(int32_t inputs, int32_t outputs, Look look, size_t& bytes) const;
     std::string name(int32_t at) const;
     // The shape of a weight of N rows of K elements, where both are known, and what is wrong otherwise.
     bool agree_weight(int32_t term, const nvinfer1::Dims& dims, int64_t& n, int64_t& k, bool dynamic,

@@ -36,7 +36,9 @@ struct Linear {
     static const char* name() { return linear::kName; }
     static const nvinfer1::PluginFieldCollection* fields() noexcept { return linear::field_names(); }
 
-    std::string read(const nvinfer1::PluginFieldCollection* given) { return linear::read_fields(given, attributes); }
+    std::string read(const nvinfer1::PluginFieldCollection* given) {
+        return linear::read_fields(given, attributes, false);
+    }
     std::string read(const void* bytes, size_t size) { return linear::read_blob(bytes, size, attributes); }
     std::string unfit() const {
         if (attributes.dtype == DIJIANG_BFLOAT16) return "TensorRT 8.6 has no bfloat16; expected dtype 1 (float16)";

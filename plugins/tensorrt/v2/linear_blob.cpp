@@ -6,7 +6,7 @@ namespace dijiang::trt::linear {
 namespace {
 
 constexpr uint32_t kMagic = 0x4c544a44;  // "DJTL", first byte first
-constexpr uint32_t kFormat = 2;
+constexpr uint32_t kFormat = 3;
 
 // The arrays of four integers, in the blob's order.
 template <typename A>
@@ -23,7 +23,8 @@ auto arrays(A& a) {
 void write_blob(const Attributes& attributes, unsigned char* bytes) {
     Writer writer(bytes);
     for (const uint32_t value : {kMagic, kFormat}) writer.integer(value);
-    for (const int32_t value : {attributes.terms, attributes.outputs, attributes.dtype}) writer.integer(value);
+    for (const int32_t value : {attributes.terms, attributes.outputs, attributes.dtype, attributes.workspace})
+        writer.integer(value);
     for (const auto* array : arrays(attributes).at)
         for (const int32_t value : *array) writer.integer(value);
     for (const float value : attributes.output_epsilon) writer.real(value);
@@ -34,7 +35,8 @@ std::string read_blob(const void* bytes, size_t size, Attributes& attributes) {
     Reader reader(bytes, size);
     std::string wrong = reader.head(kMagic, kFormat);
     if (!wrong.empty()) return wrong;
-    for (int32_t* value : {&attributes.terms, &attributes.outputs, &attributes.dtype}) *value = reader.integer();
+    for (int32_t* value : {&attributes.terms, &attributes.outputs, &attributes.dtype, &attributes.workspace})
+        *value = reader.integer();
     for (auto* array : arrays(attributes).at)
         for (int32_t& value : *array) value = reader.integer();
     for (float& value : attributes.output_epsilon) value = reader.real();

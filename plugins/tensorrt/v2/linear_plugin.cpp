@@ -60,10 +60,19 @@ void PluginV2::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int3
     report(unfit_);
 }
 
+// With the largest sizes of the profile that TensorRT plans for.
+size_t PluginV2::getWorkspaceSize(const nvinfer1::PluginTensorDesc* in, int32_t inputs,
+    const nvinfer1::PluginTensorDesc* out, int32_t outputs) const noexcept {
+    size_t bytes = 0;
+    // The return value cannot say that this failed; enqueue meets the same error and can.
+    report(text_of([&] { return layer_.workspace(in, inputs, out, outputs, bytes); }));
+    return bytes;
+}
+
 int32_t PluginV2::enqueue(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
-    const void* const* data, void* const* results, void*, cudaStream_t stream) noexcept {
+    const void* const* data, void* const* results, void* workspace, cudaStream_t stream) noexcept {
     if (!unfit_.empty()) return failed(unfit_);
-    return report(text_of([&] { return layer_.run(in, out, data, results, stream); }));
+    return report(text_of([&] { return layer_.run(in, out, data, results, workspace, stream); }));
 }
 
 size_t PluginV2::getSerializationSize() const noexcept { return kBlobSize; }

@@ -35,10 +35,8 @@ public:
     }
     void configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
         const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) noexcept override;
-    size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc*, int32_t, const nvinfer1::PluginTensorDesc*,
-        int32_t) const noexcept override {
-        return 0;
-    }
+    size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc* in, int32_t inputs, const nvinfer1::PluginTensorDesc* out,
+        int32_t outputs) const noexcept override;
 
     int32_t initialize() noexcept override { return 0; }
     void terminate() noexcept override {}

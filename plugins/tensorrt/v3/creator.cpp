@@ -30,8 +30,8 @@ struct Linear {
     static const char* name() { return linear::kName; }
     static const nvinfer1::PluginFieldCollection* fields() noexcept { return linear::field_names(); }
 
-    std::string read(const nvinfer1::PluginFieldCollection* given, bool) {
-        return linear::read_fields(given, attributes);
+    std::string read(const nvinfer1::PluginFieldCollection* given, bool of_plan) {
+        return linear::read_fields(given, attributes, of_plan);
     }
     std::string unfit() const { return linear::why_unsupported(attributes); }
     nvinfer1::IPluginV3* make() const { return new linear::PluginV3(attributes); }

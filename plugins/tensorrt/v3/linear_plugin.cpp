@@ -60,14 +60,22 @@ int32_t PluginV3::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, i
     return report(text_of([&] { return layer_.configure(in, inputs, out, outputs); }));
 }
 
+size_t PluginV3::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
+    const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) const noexcept {
+    size_t bytes = 0;
+    // The return value cannot say that this failed; enqueue meets the same error and can.
+    report(text_of([&] { return layer_.workspace_of_largest(in, inputs, out, outputs, bytes); }));
+    return bytes;
+}
+
 int32_t PluginV3::onShapeChange(const nvinfer1::PluginTensorDesc* in, int32_t inputs,
     const nvinfer1::PluginTensorDesc* out, int32_t outputs) noexcept {
     return report(text_of([&] { return layer_.prepare(in, inputs, out, outputs); }));
 }
 
 int32_t PluginV3::enqueue(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
-    const void* const* data, void* const* results, void*, cudaStream_t stream) noexcept {
-    return report(text_of([&] { return layer_.run(in, out, data, results, stream); }));
+    const void* const* data, void* const* results, void* workspace, cudaStream_t stream) noexcept {
+    return report(text_of([&] { return layer_.run(in, out, data, results, workspace, stream); }));
 }
 
 nvinfer1::IPluginV3* PluginV3::attachToContext(nvinfer1::IPluginResourceContext* context) noexcept {

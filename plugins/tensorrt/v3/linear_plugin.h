@@ -40,6 +40,8 @@ public:
     }
     int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
         const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) noexcept override;
+    size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
+        const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) const noexcept override;
     const char* getTimingCacheID() noexcept override { return identity_.c_str(); }
 
     // Runtime

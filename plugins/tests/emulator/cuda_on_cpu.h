@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -152,6 +153,11 @@ inline float __shfl_xor_sync(unsigned, float x, int offset) {
         const uint32_t theirs = of(lane ^ offset, 0);
         std::memcpy(&found, &theirs, 4);
     });
+    return found;
+}
+inline uint32_t __shfl_sync(unsigned, uint32_t x, int lane) {
+    uint32_t found = 0;
+    emulator::exchange(&x, 1, [&](auto of) { found = of(lane, 0); });
     return found;
 }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {

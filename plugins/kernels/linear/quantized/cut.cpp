@@ -16,12 +16,12 @@ using linear::kReserved;
 using linear::one_input;
 using linear::tiles_of;
 
-constexpr int32_t kMostBlocks = 4, kMostWarps = 32;  // of a launch on a multiprocessor, with the registers that the kernels have
+constexpr int32_t kMostBlocks = 2, kMostWarps = 16;  // of a launch on a multiprocessor, with the registers that the kernels have
 constexpr int32_t kManyRows = 128, kHalfRows = 64;  // of a block of many
 
-// What a multiprocessor takes for a chunk and a warp for one of its own, what each round of tiles adds, and what a
-// thread takes to stage eight elements, without a norm and with one, in clocks: as measured on an H100.
-constexpr float kChunkClocks = 60, kWarpClocks = 1000, kRoundClocks = 2500, kStageClocks = 700, kNormClocks = 2000;
+// What a multiprocessor takes for a chunk and a warp for one of its own, what each round of tiles and each warp of a block
+// adds, and what a thread takes to stage eight elements, in clocks: as measured on an H100.
+constexpr float kChunkClocks = 60, kOwnClocks = 1000, kRoundClocks = 2500, kWarpClocks = 80, kStageClocks = 500;
 
 int32_t padded(const Term& term) { return term.chunks * chunk_elements(term.format); }
 
@@ -30,7 +30,6 @@ struct Work {
     int64_t tiles = 0;
     int32_t longest = 0;  // chunks of a tile
     int32_t pitch = 0;    // elements of a staged row
-    bool norm = false;
 };
 
 Work outline(const dijiang_linear_call& call, Params& params) {
@@ -56,7 +55,6 @@ Work outline(const dijiang_linear_call& call, Params& params) {
         work.longest = std::max(work.longest, chunks);
         work.pitch = std::max(work.pitch, staged_pitch(cut.staged));
         work.tiles += tiles_of(call.outputs[o]);
-        work.norm = work.norm || call.outputs[o].norm != DIJIANG_NORM_NONE;
     }
     return work;
 }
@@ -89,8 +87,8 @@ float cost_of(const dijiang_device& device, const Params& params, const Work& wo
     const auto load = static_cast<float>(rounds * shape.blocks * shape.tiles * work.longest);
     const auto own = static_cast<float>(rounds * ceiling(work.longest, shape.warps));
     const auto staged = static_cast<float>(shape.rows * work.pitch) / static_cast<float>(8 * shape.threads());
-    return std::max(kChunkClocks * load, kWarpClocks * own) + kRoundClocks * static_cast<float>(rounds) +
-           (work.norm ? kNormClocks : kStageClocks) * staged;
+    return std::max(kChunkClocks * load, kOwnClocks * own) + kRoundClocks * static_cast<float>(rounds) +
+           kWarpClocks * static_cast<float>(shape.warps * shape.tiles) + kStageClocks * staged;
 }
 
 bool fits(const dijiang_device& device, const Params& params, const Work& work, const Shape& shape) {

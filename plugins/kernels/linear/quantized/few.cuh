@@ -252,7 +252,7 @@ __device__ void compute(const Params& p, unsigned char* shared) {
 }
 
 template <typename T, bool kSixteen>
-__global__ void __launch_bounds__(kMostThreads, 2) few_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMostThreads, 1) few_kernel(const __grid_constant__ Params p) {
     extern __shared__ uint4 shared[];
     compute<T, kSixteen>(p, reinterpret_cast<unsigned char*>(shared));
 }

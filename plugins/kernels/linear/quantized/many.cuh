@@ -120,8 +120,44 @@ struct Source {
     }
 };
 
+// What a thread does with the sums of its two columns, every `step`-th row.
+template <typename T> struct Finish {
+    const float* at;  // of the sums
+    T* to;
+    const T* added;   // a residual, or null
+    float2 bias, second_bias;
+    int row, rows, step, width;
+    bool both, aligned;  // is the second column there, and can both be read and written at once?
+
+    template <int kActivation> __device__ __forceinline__ void run() {
+        constexpr bool kGated = kActivation == DIJIANG_SWIGLU;
+        const int64_t stride = int64_t{step} * width;
+#pragma unroll 4
+        for (; row < rows; row += step) {
+            const float2 x = *reinterpret_cast<const float2*>(at);
+            const float2 other = kGated ? *reinterpret_cast<const float2*>(at + 32) : float2{0.0f, 0.0f};
+            float2 rest = {0.0f, 0.0f};
+            if (added != nullptr) {
+                if (aligned) rest = unpack<T>(*reinterpret_cast<const uint32_t*>(added));
+                else rest = {to_float(added[0]), both ? to_float(added[1]) : 0.0f};
+                added += stride;
+            }
+            const float one = activate(kActivation, x.x + bias.x, other.x + second_bias.x) + rest.x;
+            const float two = activate(kActivation, x.y + bias.y, other.y + second_bias.y) + rest.y;
+            if (aligned) {
+                *reinterpret_cast<uint32_t*>(to) = pack<T>(one, two);
+            } else {
+                to[0] = from_float<T>(one);
+                if (both) to[1] = from_float<T>(two);
+            }
+            to += stride;
+            at += step * kPitch;
+        }
+    }
+};
+
 template <typename T, int kSlices>
-__global__ void __launch_bounds__(128, 2) many_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(128, kSlices == 2 ? 3 : 2) many_kernel(const __grid_constant__ Params p) {
     constexpr int kRows = 32 * kSlices;
     extern __shared__ uint4 shared[];
     let_next_kernel_start();
@@ -173,30 +209,33 @@ __global__ void __launch_bounds__(128, 2) many_kernel(const __grid_constant__ Pa
     __syncthreads();
     const float* const first_bias = p.call.terms[cut.term].bias;
     const float* const second_bias = cut.terms > 1 ? p.call.terms[cut.term + 1].bias : nullptr;
-    // A thread has one column: its own of 128 weight rows, or its own of 64 and the second term's.
-    const int mine = gated ? threadIdx.x % 64 : threadIdx.x, width = out.width, column = first_tile * kTile + mine;
+    // A thread has two neighbouring columns of 128 weight rows, or of 64 with the second term's beside them.
+    const int pairs = gated ? 32 : 64, pair = threadIdx.x % pairs, width = out.width;
+    const int column = first_tile * kTile + 2 * pair;
     if (column >= width) return;
-    const float one = first_bias == nullptr ? 0.0f : __ldg(first_bias + column);
-    const float two = second_bias == nullptr ? 0.0f : __ldg(second_bias + column);
-    const int at = gated ? mine / 32 * 64 + mine % 32 : mine;  // of the first term's sum
-    const int last = min(kRows, p.call.rows - first_row), step = gated ? 2 : 1, activation = out.activation;
-    const int start = gated ? threadIdx.x / 64 : 0;
-    const float* here = sums + start * kPitch + at;
-    const int64_t place = int64_t{first_row + start} * width + column;
-    T* to = static_cast<T*>(out.output) + place;
-    const T* added = static_cast<const T*>(out.residual);
-    if (added != nullptr) added += place;
-    const float bias = gated ? one : one + two;
-#pragma unroll 4
-    for (int row = start; row < last; row += step) {
-        float y = activate(activation, here[0] + bias, gated ? here[32] + two : 0.0f);
-        if (added != nullptr) {
-            y += to_float(*added);
-            added += step * width;
-        }
-        *to = from_float<T>(y);
-        to += step * width;
-        here += step * kPitch;
+    Finish<T> finish;
+    finish.at = sums + threadIdx.x / pairs * kPitch + (gated ? 2 * pair + pair / 16 * 32 : 2 * pair);
+    finish.row = first_row + threadIdx.x / pairs, finish.rows = min(first_row + kRows, p.call.rows);
+    finish.step = 128 / pairs, finish.width = width;
+    finish.both = column + 1 < width, finish.aligned = width % 2 == 0;
+    const auto bias_of = [&](const float* bias) {
+        return bias == nullptr ? float2{0.0f, 0.0f}
+                               : float2{__ldg(bias + column), finish.both ? __ldg(bias + column + 1) : 0.0f};
+    };
+    const float2 one = bias_of(first_bias), two = bias_of(second_bias);
+    finish.bias = gated ? one : float2{one.x + two.x, one.y + two.y};
+    finish.second_bias = two;
+    const int64_t place = int64_t{finish.row} * width + column;
+    finish.to = static_cast<T*>(out.output) + place;
+    finish.added = static_cast<const T*>(out.residual);
+    if (finish.added != nullptr) finish.added += place;
+    switch (out.activation) {  // here, not for each element
+        case DIJIANG_RELU: finish.template run<DIJIANG_RELU>(); break;
+        case DIJIANG_GELU: finish.template run<DIJIANG_GELU>(); break;
+        case DIJIANG_GELU_TANH: finish.template run<DIJIANG_GELU_TANH>(); break;
+        case DIJIANG_SILU: finish.template run<DIJIANG_SILU>(); break;
+        case DIJIANG_SWIGLU: finish.template run<DIJIANG_SWIGLU>(); break;
+        default: finish.template run<DIJIANG_IDENTITY>();
     }
 }
 
