@@ -16,23 +16,31 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from support.makers import random_models as rm
+from support.makers.checkpoints import neox
 from support.paths import TESTS
 from support.tensorrt_wheels import FOLDER, REQUIRED, unpack, version_of, wheels, without
 
 from dijiang_engines import io_names
+from dijiang_engines.building.plans import plans
+from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.building.run_worker import run_worker
+from dijiang_engines.building.signed_blocks import write_signed
 from dijiang_engines.errors import RunnerError
+from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.formats.manifest import graph_io
+from dijiang_engines.formats.onnx_external import external_tensors
 from dijiang_engines.nvidia.private_link import PATH_VARIABLE, parser_environment
 from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX, dialect_of
 from dijiang_engines.plugin.cache import find_tensorrt_library
 from dijiang_engines.progress import silent
 from dijiang_engines.spec import ModelSpec
+from dijiang_export.export.to_onnx import export_bundle
 from dijiang_export.graph import lower
 
 WHEELS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs")
@@ -186,6 +194,67 @@ def _report(
             file.write(f"{line} {found['done']['seconds']:6.1f} s\n")
 
 
+# Quantised weights
+
+WIDE: dict[str, int] = {"hidden": 128, "heads": 4, "intermediate": 512, "vocab": 512, "layers": 1}
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """In both formats: head, embedding, v and dense in int8, all else in int4."""
+    folder = tmp_path_factory.mktemp("quantised")
+    checkpoint = neox(**WIDE).save(folder / "checkpoint")
+    export_bundle(checkpoint, folder / "bundle", weight_format="int4", dtype="float16", cases="none")
+    return open_bundle(folder / "bundle")
+
+
+def quantised_requests(bundle: Bundle, folder: Path, plugin: Path | None = None) -> list[BuildRequest]:
+    recipe = Recipe("r", max_batch=BATCH, max_length=LENGTH, opt_length=64, layout="two")
+    sources = list(plans(bundle, recipe, standard=plugin is None))
+    graphs = write_signed(bundle, [source.graph for source in sources], folder)
+    return [
+        BuildRequest(
+            onnx=graphs[source.graph], plan=folder / source.file, plugin=plugin, dtype=bundle.dtype,
+            profiles=source.profiles, workspace=1 << 28, optimization_level=3, timing_cache=None, device=0,
+            plugin_products=False, runtime=TENSORRT_RTX, capabilities=(80, 86, 89, 120, 121),
+        )
+        for source in sources
+    ]  # fmt: skip
+
+
+def check_quantised(bundle: Bundle, made: BuildRequest) -> None:
+    """Each matrix is in the plan as q in its own bits, row by row or column by column, and not as floats; the
+    embedding as it is stored."""
+    plan = made.plan.read_bytes()
+    stored = (bundle.path / "weights.data").read_bytes()
+    places = {t.name: t for t in external_tensors((bundle.path / "step.onnx").read_bytes())}
+    assert bundle.quantised is not None
+    for part in (part for parts in bundle.quantised.values() for part in parts):
+        place = places[part.stored_name]
+        data = stored[place.offset : place.offset + place.length]
+        if part.name == "embed_tokens.weight":
+            assert data in plan
+            continue
+        q = np.frombuffer(data, np.uint8) ^ (0x88 if part.format == "int4" else 0x80)
+        turned = q.reshape(part.rows, -1).T.tobytes() if part.format == "int8" else b""
+        assert q.tobytes() in plan or (turned and turned in plan), part.stored_name
+    assert len(plan) < len(stored) + (3 << 20), "kernels and the like: 2 MB"
+
+
+def test_plans_keep_quantised_weights_in_their_bits(quantised: Bundle, site: Path, tmp_path: Path) -> None:
+    requests = quantised_requests(quantised, tmp_path)
+    for made, found in zip(requests, run(site, tmp_path, requests), strict=True):
+        assert "error" not in found, found["error"]
+        check_quantised(quantised, made)
+
+
+def test_the_bundle_s_own_graphs_are_refused(quantised: Bundle, site: Path, tmp_path: Path) -> None:
+    """Which is why there are others; a version that takes them makes these needless."""
+    (made, _) = quantised_requests(quantised, tmp_path)
+    (found,) = run(site, tmp_path, [dataclasses.replace(made, onnx=quantised.graph_path("prefill"))])
+    assert "MatMulNBits" in found["error"]
+
+
 # The plugin
 
 
@@ -208,6 +277,16 @@ def test_with_the_plugin(name: str, dtype: str, site: Path, plugin: Path, tmp_pa
     for kind, made, found in zip(kinds, requests, run(site, tmp_path, requests), strict=True):
         check(made, found, name, kind)
         _report(name, dtype, capabilities, kind, made, found)
+
+
+def test_quantised_weights_beside_the_plugin_s_attention(
+    quantised: Bundle, site: Path, plugin: Path, tmp_path: Path
+) -> None:
+    requests = quantised_requests(quantised, tmp_path, plugin)
+    for made, found in zip(requests, run(site, tmp_path, requests), strict=True):
+        assert "error" not in found, found["error"]
+        assert found["plugins"] == quantised.spec.num_layers, "attention alone"
+        check_quantised(quantised, made)
 
 
 def test_without_the_link_the_parser_ends_its_process(site: Path, plugin: Path, tmp_path: Path) -> None:
