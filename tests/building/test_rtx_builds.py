@@ -22,6 +22,7 @@ import pytest
 import torch
 from support.makers import random_models as rm
 from support.makers.checkpoints import neox
+from support.makers.engine_folders import Exported
 from support.paths import TESTS
 from support.tensorrt_wheels import FOLDER, REQUIRED, unpack, version_of, wheels, without
 
@@ -40,7 +41,7 @@ from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX, dialect_of
 from dijiang_engines.plugin.cache import find_tensorrt_library
 from dijiang_engines.progress import silent
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.export.to_onnx import export_bundle
+from dijiang_engines.weight_formats import BLOCK
 from dijiang_export.graph import lower
 
 WHEELS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs")
@@ -196,16 +197,12 @@ def _report(
 
 # Quantised weights
 
-WIDE: dict[str, int] = {"hidden": 128, "heads": 4, "intermediate": 512, "vocab": 512, "layers": 1}
-
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """In both formats: head, embedding, v and dense in int8, all else in int4."""
-    folder = tmp_path_factory.mktemp("quantised")
-    checkpoint = neox(**WIDE).save(folder / "checkpoint")
-    export_bundle(checkpoint, folder / "bundle", weight_format="int4", dtype="float16", cases="none")
-    return open_bundle(folder / "bundle")
+def quantised(exported: Exported) -> Bundle:
+    """In both formats: head, embedding, v and dense in int8, all else in int4. test_signed_blocks has it too."""
+    model = neox(hidden=64, heads=4, intermediate=96, vocab=97)
+    return open_bundle(exported(model, weight_format="int4", dtype="float16", cases="none")[0])
 
 
 def quantised_requests(bundle: Bundle, folder: Path, plugin: Path | None = None) -> list[BuildRequest]:
@@ -223,22 +220,33 @@ def quantised_requests(bundle: Bundle, folder: Path, plugin: Path | None = None)
 
 
 def check_quantised(bundle: Bundle, made: BuildRequest) -> None:
-    """Each matrix is in the plan as q in its own bits, row by row or column by column, and not as floats; the
-    embedding as it is stored."""
+    """Each matrix is in the plan as q in its own bits, by rows or by columns, and not in float16; the
+    embedding is as it is stored."""
     plan = made.plan.read_bytes()
     stored = (bundle.path / "weights.data").read_bytes()
     places = {t.name: t for t in external_tensors((bundle.path / "step.onnx").read_bytes())}
     assert bundle.quantised is not None
     for part in (part for parts in bundle.quantised.values() for part in parts):
-        place = places[part.stored_name]
-        data = stored[place.offset : place.offset + place.length]
+        data, scales = (
+            stored[places[name].offset : places[name].offset + places[name].length]
+            for name in (part.stored_name, part.scale_name)
+        )
         if part.name == "embed_tokens.weight":
             assert data in plan
             continue
-        q = np.frombuffer(data, np.uint8) ^ (0x88 if part.format == "int4" else 0x80)
-        turned = q.reshape(part.rows, -1).T.tobytes() if part.format == "int8" else b""
-        assert q.tobytes() in plan or (turned and turned in plan), part.stored_name
-    assert len(plan) < len(stored) + (3 << 20), "kernels and the like: 2 MB"
+        signed = np.frombuffer(data, np.uint8) ^ (0x88 if part.format == "int4" else 0x80)
+        turned = signed.reshape(part.rows, -1).T.tobytes() if part.format == "int8" else b""
+        assert signed.tobytes() in plan or (turned and turned in plan), part.stored_name
+        q = (
+            signed.view(np.int8)
+            if part.format == "int8"
+            else np.stack((signed << 4, signed), -1).view(np.int8) >> 4
+        )
+        blocks = q.reshape(*part.scale_shape, BLOCK).astype(np.float32)
+        floats = blocks * np.frombuffer(scales, np.float16).reshape(part.scale_shape)[..., None]
+        wide = floats.reshape(part.rows, part.columns).astype(np.float16)
+        for matrix in (wide, wide.T):
+            assert matrix.tobytes()[:4096] not in plan, f"{part.name} is there in float16"
 
 
 def test_plans_keep_quantised_weights_in_their_bits(quantised: Bundle, site: Path, tmp_path: Path) -> None:
