@@ -200,8 +200,8 @@ def _report(
 
 @pytest.fixture(scope="module")
 def quantised(exported: Exported) -> Bundle:
-    """In both formats: head, embedding, v and dense in int8, all else in int4. test_signed_blocks has it too."""
-    model = neox(hidden=64, heads=4, intermediate=96, vocab=97)
+    """In both formats: head, embedding, v and dense in int8, all else in int4."""
+    model = neox(hidden=64, heads=4, intermediate=96, vocab=128)
     return open_bundle(exported(model, weight_format="int4", dtype="float16", cases="none")[0])
 
 
