@@ -33,6 +33,7 @@ from dijiang_engines.nvidia.tensorrt_versions import (
     parse_capability,
 )
 from dijiang_engines.plugin.cache import cache_folder
+from dijiang_engines.validation.report.facts import _types
 from dijiang_export.cli import main
 
 Export = Callable[..., tuple[Path, Any]]
@@ -71,6 +72,10 @@ def test_quantised_weights(exported: Export, tmp_path: Path, dtype: str, plugin:
     files = sorted(path.name for path in (tmp_path / "e").iterdir())
     assert [name for name in files if not name.endswith(".json")] == ["model.plan"]
     assert made.engine.made_for.graphs == ("plugin" if "trt" in graph else "standard")
+    engine, source = open_engine(tmp_path / "e"), open_bundle(bundle)
+    assert (engine.weight_format, engine.quantised) == ("int4", source.quantised)
+    assert source.activations is not None and engine.activations is None, "no engine rounds activations"
+    assert "matrices int4" in _types(engine) and f"activations of products {dtype};" in _types(engine)
     standard = "int4 weights with float32 activations: standard graphs"
     assert (standard in said) == (dtype == "float32")
 

@@ -31,6 +31,7 @@ from dijiang_engines.formats.engine import (
 )  # fmt: skip
 from dijiang_engines.formats.file_table import ENGINE_MANIFEST, MANIFEST, REFERENCE
 from dijiang_engines.formats.manifest import WEIGHTS
+from dijiang_engines.formats.quantised.manifest import KEY
 from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
 from dijiang_engines.nvidia.private_link import parser_environment
 from dijiang_engines.plugin.cache import cache_folder
@@ -259,7 +260,7 @@ def _facts(bundle: Bundle, recipe: Recipe, target: Target, builds: list[dict[str
         },
         "reference": None if bundle.cases is None else {"file": REFERENCE, "cases": bundle.cases},
         "validated": None,
-    }
+    } | ({} if bundle.quantisation is None else {KEY: bundle.manifest[KEY]})
 
 
 def _validate(folder: Path, device: int, progress: ProgressFactory) -> Report:
