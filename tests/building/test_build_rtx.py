@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.fakes.tensorrt_rtx import FakeRtx
-from support.makers.checkpoints import neox
+from support.makers.checkpoints import llama, neox
 from support.makers.engine_folders import build, visible
 from support.makers.plugin_cache import make_build
 
@@ -33,8 +33,8 @@ from dijiang_engines.nvidia.tensorrt_versions import (
     parse_capability,
 )
 from dijiang_engines.plugin.cache import cache_folder
+from dijiang_engines.validation.report.facts import _types
 from dijiang_export.cli import main
-from dijiang_export.export.to_onnx import export_bundle
 
 Export = Callable[..., tuple[Path, Any]]
 RTX: dict[str, Any] = {"runtime": TENSORRT_RTX, "validate": False}
@@ -46,21 +46,38 @@ def bundle(exported: Export) -> Path:
     return exported()[0]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_quantised_weights_are_refused(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Before anything is parsed, and whether or not there is a plugin."""
-    checkpoint = neox(hidden=64, heads=4, intermediate=96, vocab=97).save(tmp_path / "checkpoint")
-    options: dict[str, Any] = {"dtype": "float16", "weight_format": kind, "cases": "none"}
-    export_bundle(checkpoint, tmp_path / "bundle", **options)
-    FakeRtx(tmp_path / "machine", **NONE_HERE).enter(monkeypatch)
-    words = ["build-engine", str(tmp_path / "bundle"), "-o", str(tmp_path / "e"), "--runtime", TENSORRT_RTX]
-    for plugin in ([], ["--no-plugin"]):
-        assert main([*words, *plugin]) == 1
-        said = capfd.readouterr().err
-        assert f"got: {kind} weights" in said and "--weight-format float" in said and "Traceback" not in said
-    assert not (tmp_path / "e").exists()
+@pytest.mark.parametrize(
+    ("dtype", "plugin", "graph"),
+    [
+        ("float16", True, "prefill.trt.onnx"),
+        ("float16", False, "prefill.onnx"),
+        ("float32", True, "prefill.onnx"),
+    ],
+)
+def test_quantised_weights(exported: Export, tmp_path: Path, dtype: str, plugin: bool, graph: str) -> None:
+    """Graphs of their own, which are gone afterwards; with float32 activations the plugin has no products."""
+    sizes = {"hidden": 64, "heads": 4, "intermediate": 96, "vocab": 97}
+    tied = llama(kv_heads=2, **sizes).with_config(tie_word_embeddings=True)  # test_signed_blocks has both too
+    bundle = exported(
+        tied if dtype == "float32" else neox(**sizes), dtype=dtype, weight_format="int4", cases="none"
+    )[0]
+    machine = FakeRtx(tmp_path / "machine", **NONE_HERE)
+    said: list[str] = []
+    made = build(
+        machine, bundle, tmp_path / "e", use_plugin=None if plugin else False, log=said.append, **RTX
+    )
+    (call,) = machine.calls
+    assert Path(call["onnx"]).name == graph and Path(call["onnx"]).parent != bundle
+    assert not Path(call["onnx"]).parent.exists() and visible(tmp_path) == ["e"]
+    files = sorted(path.name for path in (tmp_path / "e").iterdir())
+    assert [name for name in files if not name.endswith(".json")] == ["model.plan"]
+    assert made.engine.made_for.graphs == ("plugin" if "trt" in graph else "standard")
+    engine, source = open_engine(tmp_path / "e"), open_bundle(bundle)
+    assert (engine.weight_format, engine.quantised) == ("int4", source.quantised)
+    assert source.activations is not None and engine.activations is None, "no engine rounds activations"
+    assert "matrices int4" in _types(engine) and f"activations of products {dtype};" in _types(engine)
+    standard = "int4 weights with float32 activations: standard graphs"
+    assert (standard in said) == (dtype == "float32")
 
 
 # The table

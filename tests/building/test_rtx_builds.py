@@ -16,23 +16,32 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from support.makers import random_models as rm
+from support.makers.checkpoints import neox
+from support.makers.engine_folders import Exported
 from support.paths import TESTS
 from support.tensorrt_wheels import FOLDER, REQUIRED, unpack, version_of, wheels, without
 
 from dijiang_engines import io_names
+from dijiang_engines.building.plans import plans
+from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.building.run_worker import run_worker
+from dijiang_engines.building.signed_blocks import write_signed
 from dijiang_engines.errors import RunnerError
+from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.formats.manifest import graph_io
+from dijiang_engines.formats.onnx_external import external_tensors
 from dijiang_engines.nvidia.private_link import PATH_VARIABLE, parser_environment
 from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX, dialect_of
 from dijiang_engines.plugin.cache import find_tensorrt_library
 from dijiang_engines.progress import silent
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import BLOCK
 from dijiang_export.graph import lower
 
 WHEELS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs")
@@ -186,6 +195,74 @@ def _report(
             file.write(f"{line} {found['done']['seconds']:6.1f} s\n")
 
 
+# Quantised weights
+
+
+@pytest.fixture(scope="module")
+def quantised(exported: Exported) -> Bundle:
+    """In both formats: head, embedding, v and dense in int8, all else in int4."""
+    model = neox(hidden=64, heads=4, intermediate=96, vocab=128)
+    return open_bundle(exported(model, weight_format="int4", dtype="float16", cases="none")[0])
+
+
+def quantised_requests(bundle: Bundle, folder: Path, plugin: Path | None = None) -> list[BuildRequest]:
+    recipe = Recipe("r", max_batch=BATCH, max_length=LENGTH, opt_length=64, layout="two")
+    sources = list(plans(bundle, recipe, standard=plugin is None))
+    graphs = write_signed(bundle, [source.graph for source in sources], folder)
+    return [
+        BuildRequest(
+            onnx=graphs[source.graph], plan=folder / source.file, plugin=plugin, dtype=bundle.dtype,
+            profiles=source.profiles, workspace=1 << 28, optimization_level=3, timing_cache=None, device=0,
+            plugin_products=False, runtime=TENSORRT_RTX, capabilities=(80, 86, 89, 120, 121),
+        )
+        for source in sources
+    ]  # fmt: skip
+
+
+def check_quantised(bundle: Bundle, made: BuildRequest) -> None:
+    """Each matrix is in the plan as q in its own bits, by rows or by columns, and not in float16; the
+    embedding is as it is stored."""
+    plan = made.plan.read_bytes()
+    stored = (bundle.path / "weights.data").read_bytes()
+    places = {t.name: t for t in external_tensors((bundle.path / "step.onnx").read_bytes())}
+    assert bundle.quantised is not None
+    for part in (part for parts in bundle.quantised.values() for part in parts):
+        data, scales = (
+            stored[places[name].offset : places[name].offset + places[name].length]
+            for name in (part.stored_name, part.scale_name)
+        )
+        if part.name == "embed_tokens.weight":
+            assert data in plan
+            continue
+        signed = np.frombuffer(data, np.uint8) ^ (0x88 if part.format == "int4" else 0x80)
+        turned = signed.reshape(part.rows, -1).T.tobytes() if part.format == "int8" else b""
+        assert signed.tobytes() in plan or (turned and turned in plan), part.stored_name
+        q = (
+            signed.view(np.int8)
+            if part.format == "int8"
+            else np.stack((signed << 4, signed), -1).view(np.int8) >> 4
+        )
+        blocks = q.reshape(*part.scale_shape, BLOCK).astype(np.float32)
+        floats = blocks * np.frombuffer(scales, np.float16).reshape(part.scale_shape)[..., None]
+        wide = floats.reshape(part.rows, part.columns).astype(np.float16)
+        for matrix in (wide, wide.T):
+            assert matrix.tobytes()[:4096] not in plan, f"{part.name} is there in float16"
+
+
+def test_plans_keep_quantised_weights_in_their_bits(quantised: Bundle, site: Path, tmp_path: Path) -> None:
+    requests = quantised_requests(quantised, tmp_path)
+    for made, found in zip(requests, run(site, tmp_path, requests), strict=True):
+        assert "error" not in found, found["error"]
+        check_quantised(quantised, made)
+
+
+def test_the_bundle_s_own_graphs_are_refused(quantised: Bundle, site: Path, tmp_path: Path) -> None:
+    """Which is why there are others; a version that takes them makes these needless."""
+    (made, _) = quantised_requests(quantised, tmp_path)
+    (found,) = run(site, tmp_path, [dataclasses.replace(made, onnx=quantised.graph_path("prefill"))])
+    assert "MatMulNBits" in found["error"]
+
+
 # The plugin
 
 
@@ -208,6 +285,16 @@ def test_with_the_plugin(name: str, dtype: str, site: Path, plugin: Path, tmp_pa
     for kind, made, found in zip(kinds, requests, run(site, tmp_path, requests), strict=True):
         check(made, found, name, kind)
         _report(name, dtype, capabilities, kind, made, found)
+
+
+def test_quantised_weights_beside_the_plugin_s_attention(
+    quantised: Bundle, site: Path, plugin: Path, tmp_path: Path
+) -> None:
+    requests = quantised_requests(quantised, tmp_path, plugin)
+    for made, found in zip(requests, run(site, tmp_path, requests), strict=True):
+        assert "error" not in found, found["error"]
+        assert found["plugins"] == quantised.spec.num_layers, "attention alone"
+        check_quantised(quantised, made)
 
 
 def test_without_the_link_the_parser_ends_its_process(site: Path, plugin: Path, tmp_path: Path) -> None:

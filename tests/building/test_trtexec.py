@@ -253,6 +253,16 @@ def test_what_tensorrt_rtx_cannot_do(bundles: dict[str, Bundle]) -> None:
         rtx_commands(bundles["float32"], Path("p"), two, version="newest")
 
 
+def test_quantised_weights_are_build_engine_s(bundles: dict[str, Bundle], monkeypatch: Any) -> None:
+    bundle = bundles["float32"]
+    monkeypatch.setattr(type(bundle), "weight_format", "int4")
+    two = RECIPE.with_changes(layout="two")
+    for ask in (lambda: commands(bundle, "10.3"), lambda: rtx_commands(bundle, Path("p"), two)):
+        with pytest.raises(UsageError, match="do not build engines of quantised weights") as info:
+            ask()
+        assert "int4" in str(info.value.got) and "build-engine" in str(info.value.hint)
+
+
 def test_tensorrt_alone_is_wrong_usage(bundles: dict[str, Bundle], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["build-engine", str(bundles["float32"].path), "--tensorrt", "10.3"]) == 2
     assert "--print-trtexec" in capfd.readouterr().err

@@ -180,6 +180,8 @@ BAD = [
     (("files", "model.plan", "bytes"), 10**18, "wrong size"),
     (("reference",), {"cases": ["short"]}, "files"),
     (("reference",), "short", "reference"),
+    (("quantisation",), [], "quantisation"),
+    (("quantisation",), {"weight_format": "int4"}, "quantisation"),
 ]
 
 

@@ -127,6 +127,24 @@ def test_everything_that_is_used_exists(probe: Probe) -> None:
         _check_build(found[name], name.split()[1], name.endswith("products"), probe.version)
 
 
+@pytest.mark.parametrize("wanted", ["verbose", ""])
+@needs_bindings
+def test_the_builder_s_log_says_everything_if_asked(wanted: str, polygraphy: Path) -> None:
+    """Through Polygraphy's own logger, which is silent about tactics otherwise."""
+    program = (
+        "from polygraphy.logger import G_LOGGER; from dijiang_engines.building import worker; "
+        "worker._say_all(); G_LOGGER.extra_verbose('tactic 7'); G_LOGGER.error('an error')"
+    )
+    path = os.pathsep.join([str(polygraphy), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path, "DIJIANG_TENSORRT_LOG": wanted},
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert "an error" in said and ("tactic 7" in said) == bool(wanted)
+
+
 def _check_build(asked: dict[str, Any], dtype: str, products: bool, version: tuple[int, int, int]) -> None:
     """What the builder was asked for, as its methods were called."""
     old = version[0] < 10

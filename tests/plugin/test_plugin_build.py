@@ -208,6 +208,29 @@ def test_headers_that_are_named(version: tuple[int, int, int], tools: FakeToolch
     failure(lambda: needs(tools, kernels_only=True, tensorrt_include=tmp_path), UsageError)
 
 
+OLD_ORDER = ("loadLibrary", "deregisterCreator")
+
+
+@pytest.mark.parametrize(
+    ("version", "order", "fits"),
+    [((8, 6, 0), OLD_ORDER, True), ((8, 6, 1), OLD_ORDER[::-1], True), ((8, 6, 0), OLD_ORDER[::-1], False),
+     ((8, 6, 2), OLD_ORDER, False)],
+)  # fmt: skip
+def test_headers_with_another_number_in_them(
+    version: tuple[int, int, int], order: tuple[str, str], fits: bool, tools: FakeToolchain, tmp_path: Path
+) -> None:
+    """8.6.0's plugin registry has its functions in another order: a plugin compiled so ends its process."""
+    folder = tmp_path / "include"
+    write_headers(folder, version)
+    lines = [f"    virtual void {name}(int what) noexcept = 0;" for name in order]
+    (folder / "NvInferRuntimeCommon.h").write_text("\n".join(["class IPluginRegistry {", *lines, "};"]))
+    if fits:
+        assert needs(tools, kernels_only=False, tensorrt_include=folder).headers.version == version
+        return
+    error = failure(lambda: needs(tools, kernels_only=False, tensorrt_include=folder))
+    assert "another TensorRT's than their number says" in error.what and str(folder) in str(error.got)
+
+
 # What is made and kept
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dijiang_engines.building.lock import only_builder
@@ -16,6 +18,7 @@ from dijiang_engines.building.plans import PlanSource, check_fit, plans, plugin_
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.building.run_worker import run_worker
+from dijiang_engines.building.signed_blocks import write_signed
 from dijiang_engines.building.target import Target, choose_target
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.atomic import output_folder
@@ -28,6 +31,7 @@ from dijiang_engines.formats.engine import (
 )  # fmt: skip
 from dijiang_engines.formats.file_table import ENGINE_MANIFEST, MANIFEST, REFERENCE
 from dijiang_engines.formats.manifest import WEIGHTS
+from dijiang_engines.formats.quantised.manifest import KEY
 from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
 from dijiang_engines.nvidia.private_link import parser_environment
 from dijiang_engines.plugin.cache import cache_folder
@@ -110,10 +114,15 @@ def build_engine(
         output_folder(output, force=force, markers=(ENGINE_MANIFEST,)) as folder,
         bundle.opened.unchanged_by_name(*bundle.files),
     ):
-        builds = [
-            {"file": plan.file} | _build(bundle, recipe, target, plan, folder, cache, device, progress, log)
-            for plan in plans(bundle, recipe, standard=target.plugin is None)
-        ]
+        wanted = list(plans(bundle, recipe, standard=target.plugin is None))
+        with _graphs(bundle, target, [plan.graph for plan in wanted], folder) as graphs:
+            builds = [
+                {"file": plan.file}
+                | _build(
+                    bundle, recipe, target, plan, graphs[plan.graph], folder, cache, device, progress, log
+                )
+                for plan in wanted
+            ]
         _copy_files(bundle, folder)
         about = _facts(bundle, recipe, target, builds)
         write_engine_manifest(folder, about)
@@ -125,11 +134,23 @@ def build_engine(
     return BuildResult(open_engine(output, verify=False), seconds, report, estimate)
 
 
+@contextmanager
+def _graphs(bundle: Bundle, target: Target, names: list[str], folder: Path) -> Iterator[dict[str, Path]]:
+    """The files that the builder reads, by the bundle's names for the graphs: the bundle's own, or, of
+    quantised weights for TensorRT for RTX, others that are there only while the block runs."""
+    if bundle.quantised is None or not target.dialect.ahead_of_time:
+        yield {name: bundle.graph_path(name) for name in names}
+        return
+    with TemporaryDirectory(dir=folder) as place:
+        yield write_signed(bundle, names, Path(place))
+
+
 def _build(
     bundle: Bundle,
     recipe: Recipe,
     target: Target,
     plan: PlanSource,
+    onnx: Path,
     folder: Path,
     cache: Path | None,
     device: int,
@@ -138,7 +159,7 @@ def _build(
 ) -> dict[str, Any]:
     """Build one plan in a process of its own; what that said of it."""
     request = BuildRequest(
-        onnx=bundle.graph_path(plan.graph), plan=folder / plan.file,
+        onnx=onnx, plan=folder / plan.file,
         plugin=None if target.plugin is None else target.plugin[0], dtype=bundle.dtype,
         profiles=plan.profiles, workspace=recipe.workspace_mb << 20,
         optimization_level=recipe.optimization_level, timing_cache=cache, device=device,
@@ -239,7 +260,7 @@ def _facts(bundle: Bundle, recipe: Recipe, target: Target, builds: list[dict[str
         },
         "reference": None if bundle.cases is None else {"file": REFERENCE, "cases": bundle.cases},
         "validated": None,
-    }
+    } | ({} if bundle.quantisation is None else {KEY: bundle.manifest[KEY]})
 
 
 def _validate(folder: Path, device: int, progress: ProgressFactory) -> Report:

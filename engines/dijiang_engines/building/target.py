@@ -32,6 +32,8 @@ from dijiang_engines.nvidia.tensorrt_versions import (
 from dijiang_engines.plugin.cache import BuiltPlugin, built_plugins, runs_on, tensorrt_name
 
 Plugin = tuple[Path, BuiltPlugin]
+_PLUGIN_GRAPH = "prefill_trt"
+"""In a bundle's list of graphs; absent where the plugin has no products for its types."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,17 @@ def choose_target(
     version = tensorrt_version(tensorrt_module(name), name)
     dialect = dialect_of(version, name)
     _check_dtype(bundle, f"{product.title} {version}", dialect)
-    _check_weights(bundle, product)
     named = tuple(dict.fromkeys(parse_capability(text, dialect) for text in capabilities))
     wanted = named or recipe_capabilities(recipe, dialect)
     plugin = None
     major = dialect.plugin_major(version)
     if use_plugin is None:
-        use_plugin = _any_build(major)
+        use_plugin = _any_build(major) and _PLUGIN_GRAPH in bundle.graphs
         if not use_plugin:
-            log(f"no plugin for {product.title} was built: standard graphs")
+            reason = f"no plugin for {product.title} was built"
+            if _PLUGIN_GRAPH not in bundle.graphs:
+                reason = f"{bundle.weight_format} weights with {bundle.dtype} activations"
+            log(f"{reason}: standard graphs")
     if use_plugin:
         plugin, wanted = _held(major, wanted, exactly=bool(named), log=log)
     return Target(product, version, dialect, None, tuple(sorted(wanted)), plugin)
@@ -162,17 +166,6 @@ def _check_dtype(bundle: Bundle, title: str, dialect: Dialect) -> None:
             f"{title} has no {bundle.dtype}",
             expected=" or ".join(dialect.dtypes),
             hint="export the checkpoint again with `--dtype float16`",
-        )
-
-
-def _check_weights(bundle: Bundle, product: Runtime) -> None:
-    """Its parser has neither MatMulNBits nor elements that are counted from 8 or 128."""
-    if bundle.weight_format != "float":
-        raise RunnerError(
-            f"engines of quantised weights are not built with {product.title}",
-            got=f"{bundle.weight_format} weights",
-            hint="ONNX Runtime runs this bundle, and `--runtime tensorrt` builds it; for this one export the "
-            "checkpoint again with `--weight-format float`",
         )
 
 

@@ -99,6 +99,7 @@ def trtexec_commands(
     check_fit(bundle, recipe, precision)
     numbers, dialect = _version(version or _built_version() or DEFAULT_VERSION)
     name = ".".join(map(str, numbers))
+    _check_weights(bundle)
     _check_possible(bundle, recipe, dialect, numbers, name)
     library, notes = _plugin(numbers[0])
     options = [
@@ -155,6 +156,7 @@ def rtx_commands(
         RunnerError: that version is not supported.
     """
     check_fit(bundle, recipe, precision)
+    _check_weights(bundle)
     name = version or RTX_VERSION
     _, dialect = _version(name, TENSORRT_RTX)
     if recipe.layout == "one":
@@ -204,6 +206,16 @@ def _builds() -> list[BuiltPlugin]:
     """The builds of the plugin that `build-engine` would look at."""
     folder = os.environ.get(ENVIRONMENT)
     return [read_manifest(Path(folder))] if folder else built_plugins()
+
+
+def _check_weights(bundle: Bundle) -> None:
+    """Quantised ones are packed, or made signed, by `build-engine`, between parsing and building."""
+    if bundle.weight_format != "float":
+        raise UsageError(
+            "NVIDIA's command line tools do not build engines of quantised weights",
+            got=f"{bundle.weight_format} weights",
+            hint="`build-engine` does, without --print-trtexec",
+        )
 
 
 def _check_possible(

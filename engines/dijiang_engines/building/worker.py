@@ -74,6 +74,7 @@ def build(request: BuildRequest, events: Events) -> None:
         return
     cuda = Cuda(request.device)
     poly = _polygraphy()
+    _say_all()
     poly.get_trt_logger()  # Polygraphy's, which prints to standard output: that is the log
     messages = _keep_messages()
     peak = PeakMemory(cuda)
@@ -185,6 +186,14 @@ def _config(
     if dialect.progress_monitor and (monitor := progress_monitor(trt, events)) is not None:
         options["progress_monitor"] = monitor
     return poly.CreateConfig(**options)
+
+
+def _say_all() -> None:
+    """With DIJIANG_TENSORRT_LOG=verbose the log gets everything that TensorRT says, tactics included."""
+    from polygraphy.logger import G_LOGGER
+
+    if os.environ.get("DIJIANG_TENSORRT_LOG") == "verbose":
+        G_LOGGER.module_severity = G_LOGGER.EXTRA_VERBOSE
 
 
 def _keep_messages() -> list[str]:

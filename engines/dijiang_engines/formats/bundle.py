@@ -16,7 +16,7 @@ docs/bundle-format.md describes the format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,9 +27,8 @@ from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.manifest import RETRY, WEIGHTS, GraphInfo, Manifest, read_manifest
 from dijiang_engines.formats.onnx_external import check_external_data
 from dijiang_engines.formats.opened_files import OpenedFiles
-from dijiang_engines.formats.quantised.manifest import Quantisation
 from dijiang_engines.formats.safe_files import LIMITS
-from dijiang_engines.weight_formats import Activations, Matrix
+from dijiang_engines.weight_formats import Activations
 
 
 class Bundle(Model):
@@ -37,7 +36,6 @@ class Bundle(Model):
 
     Attributes:
         graphs: name ("prefill", "step", "prefill_trt", ...) -> GraphInfo; and those of `Model`.
-        quantisation: of the weights; None if they are floats.
     """
 
     wording = Wording(
@@ -52,9 +50,9 @@ class Bundle(Model):
         super().__init__(
             path, opened, manifest.raw,
             spec=manifest.spec, files=manifest.files, cases=manifest.cases, identity=identity,
+            quantisation=manifest.quantisation,
         )  # fmt: skip
         self.graphs: Mapping[str, GraphInfo] = MappingProxyType(manifest.graphs)
-        self.quantisation: Quantisation | None = manifest.quantisation
 
     @property
     def name(self) -> str:
@@ -62,16 +60,6 @@ class Bundle(Model):
         source = self.manifest.get("source")
         name = source.get("name") if isinstance(source, dict) else None
         return name if isinstance(name, str) and name else self.path.name
-
-    @property
-    def quantised(self) -> Mapping[str, Sequence[Matrix]] | None:
-        """As of every `Model`."""
-        return None if self.quantisation is None else self.quantisation.parts
-
-    @property
-    def weight_format(self) -> str:
-        """As of every `Model`."""
-        return "float" if self.quantisation is None else self.quantisation.weight_format
 
     @property
     def activations(self) -> Mapping[str, Activations] | None:

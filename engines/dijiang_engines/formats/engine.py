@@ -31,6 +31,7 @@ from dijiang_engines.formats.file_table import (
 )
 from dijiang_engines.formats.folder import Model, ModelIdentity, Wording, spec_sha256
 from dijiang_engines.formats.opened_files import OpenedFiles
+from dijiang_engines.formats.quantised.manifest import KEY, read_quantisation
 from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 from dijiang_engines.op_contract import T_TYPES
 from dijiang_engines.spec import ModelSpec
@@ -102,7 +103,8 @@ class MadeFor:
 class EngineFolder(Model):
     """An opened engine folder. Make one with `open_engine`.
 
-    spec, dtype, logits, cases and identity are those of the bundle that it was built from.
+    spec, dtype, logits, cases, identity and quantisation are those of the bundle that it was built from; but
+    its products multiply with activations in dtype, whatever the bundle's do.
 
     Attributes:
         layout: "one" or "two".
@@ -137,7 +139,13 @@ class EngineFolder(Model):
         self._name = _text(source, "source", "name")
         reference = manifest.get("reference")
         cases = None if reference is None else _case_names(reference, files)
-        super().__init__(path, opened, manifest, spec=spec, files=files, cases=cases, identity=identity)
+        stored, quantisation = manifest.get(KEY), None
+        if stored is not None:
+            quantisation = read_quantisation(stored, spec, ENGINE_MANIFEST, REBUILD)
+        super().__init__(
+            path, opened, manifest, spec=spec, files=files, cases=cases, identity=identity,
+            quantisation=quantisation,
+        )  # fmt: skip
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.file_table import CONFIG, REFERENCE, TOKENIZER, FileInfo
 from dijiang_engines.formats.opened_files import OpenedFiles
+from dijiang_engines.formats.quantised.manifest import Quantisation
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.weight_formats import Activations, Matrix
@@ -61,6 +62,7 @@ class Model(ABC):
         files: name -> FileInfo of every file but the manifest.
         cases: names of the recorded cases, None without any.
         identity: what the model is, wherever it came from.
+        quantisation: of the weights; None if they are floats.
     """
 
     wording: ClassVar[Wording]
@@ -75,6 +77,7 @@ class Model(ABC):
         files: Mapping[str, FileInfo],
         cases: list[str] | None,
         identity: ModelIdentity,
+        quantisation: Quantisation | None = None,
     ) -> None:
         self.path = path
         self.opened = opened
@@ -85,6 +88,7 @@ class Model(ABC):
         self.files: Mapping[str, FileInfo] = MappingProxyType(dict(files))
         self.cases = cases
         self.identity = identity
+        self.quantisation = quantisation
         self._verified: set[str] = set()
         opened.expect(self.files)
 
@@ -96,16 +100,17 @@ class Model(ABC):
     @property
     def quantised(self) -> Mapping[str, Sequence[Matrix]] | None:
         """Canonical name -> stored matrices of what is quantised; None: nothing is."""
-        return None
+        return None if self.quantisation is None else self.quantisation.parts
 
     @property
     def weight_format(self) -> str:
         """float, int8 or int4."""
-        return "float"
+        return "float" if self.quantisation is None else self.quantisation.weight_format
 
     @property
     def activations(self) -> Mapping[str, Activations] | None:
-        """What products of quantised matrices multiply with, for "prefill" and "step"; None: none are."""
+        """What products of quantised matrices multiply with, for "prefill" and "step"; None: with activations
+        in `dtype`."""
         return None
 
     @property

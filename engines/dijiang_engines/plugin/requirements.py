@@ -250,6 +250,12 @@ def _need_headers(
         candidates = toolchain.find_headers(environment, cuda.processor.triplet if cuda else None)
     usable = [headers for headers in candidates if headers.usable]
     if usable:
+        if usable[0].renumbered:
+            raise PluginError(
+                "these headers are another TensorRT's than their number says",
+                got=f"{usable[0]} in {usable[0].folder}, its plugin registry in another order",
+                hint=f"the plugin would end processes that load it; {GET_HEADERS}",
+            )
         return usable[0]
     if candidates:
         found = ", ".join(f"TensorRT {headers} in {headers.folder}" for headers in candidates)

@@ -91,6 +91,19 @@ class Headers:
         """The plugin can be compiled against it."""
         return self.version[:2] == (8, 6) or self.version >= (10, 3)
 
+    @property
+    def renumbered(self) -> bool:
+        """They say 8.6.0 and are not, or the other way round: IPluginRegistry declares `deregisterCreator`
+        after `loadLibrary` in 8.6.0 (NvInferRuntimeCommon.h at v8.6.0), before it from 8.6.1 on."""
+        if self.version[:2] != (8, 6):
+            return False
+        try:
+            text = (self.folder / "NvInferRuntimeCommon.h").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        places = [text.find(f" {name}(") for name in ("deregisterCreator", "loadLibrary")]
+        return min(places) >= 0 and (places[0] > places[1]) != (self.version[2] == 0)
+
     def __str__(self) -> str:
         return ".".join(map(str, self.version))
 

@@ -1,6 +1,7 @@
 """What a manifest says about quantised weights: formats, recipe, and what they cost; checked value by value.
 
-Key `quantisation` of manifest.json, which a bundle of format version 2 has and one of version 1 has not:
+Key `quantisation` of manifest.json, which a bundle of format version 2 has and one of version 1 has not, and
+of engine.json, where an engine was built from such a bundle:
 
     {"weight_format": "int4", "block_size": 32,
      "matrices": {"embed_tokens.weight": "int8", "layers.0.attention.qkv.qk.weight": "int4", ...},
@@ -80,13 +81,17 @@ class Quantisation:
         return ", ".join(f"{kind} in a {graph}" for graph, kind in self.activations.items())
 
 
-def read_quantisation(value: Any, spec: ModelSpec, what: str) -> Quantisation:
+AGAIN = "export the checkpoint again, or copy the bundle again"
+
+
+def read_quantisation(value: Any, spec: ModelSpec, what: str, again: str = AGAIN) -> Quantisation:
     """Check the manifest's object.
 
     Args:
         value: of the key.
         spec: of the model.
-        what: the file, for messages.
+        what: the file, and
+        again: what to do about it, for messages.
 
     Raises:
         BundleError: anything is missing, unknown, or not what a bundle may say.
@@ -98,7 +103,7 @@ def read_quantisation(value: Any, spec: ModelSpec, what: str) -> Quantisation:
                 f"{what} has a bad or missing value for {KEY}{where}",
                 got=None if got is None else repr(got)[:100],
                 expected=expected,
-                hint="export the checkpoint again, or copy the bundle again",
+                hint=again,
             )
 
     need(isinstance(value, dict) and set(value) == _KEYS, "", f"an object with {', '.join(sorted(_KEYS))}")

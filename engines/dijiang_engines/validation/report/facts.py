@@ -6,7 +6,6 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
-from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.open import Model
 from dijiang_engines.formats.reference_cases import Reference
 from dijiang_engines.machine import describe_machine, package_versions
@@ -58,7 +57,7 @@ def describe_run(model: Model, runner: Runner, reference: Reference) -> list[tup
 
 def _types(model: Model) -> str:
     """Types of everything, and of quantised weights what they cost."""
-    if not isinstance(model, Bundle) or model.quantisation is None:
+    if model.quantisation is None:
         return f"{model.dtype}; state and logits float32"
     quantised = model.quantisation
     kinds = [part.format for part in quantised.stored]
@@ -67,7 +66,8 @@ def _types(model: Model) -> str:
         text += (
             f", calibrated with {quantised.calibration['tokens']} tokens of {quantised.calibration['file']}"
         )
-    text += f"; all else {model.dtype}; activations of products {quantised.multiplied_with}"
+    text += f"; all else {model.dtype}; activations of products "
+    text += model.dtype if model.activations is None else quantised.multiplied_with
     text += "; state and logits float32"
     return text if quantised.cost is None else f"{text}. Quantisation costs: {quantised.cost.sentence}"
 
