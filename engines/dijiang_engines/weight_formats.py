@@ -31,6 +31,8 @@ _FORMATS: Mapping[str, MatrixFormat] = {"int8": "int8", "int4": "int4"}
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 ZERO: Mapping[str, int] = {"int8": 128, "int4": 8}
 """What is added to an element before it is stored."""
+ZERO_BYTE: Mapping[str, int] = {"int8": 0x80, "int4": 0x88}
+"""A stored byte of elements that are 0: the highest bit of each number in it."""
 
 QKV = "attention.qkv.weight"
 QK, V = "attention.qkv.qk.weight", "attention.qkv.v.weight"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.test_quantised_linear_emulated import on_host
 from support.linear_cases import Case, make
-from support.linear_kernels import linear_call
-from support.paths import ROOT
+from support.linear_emulator import compiled, host_call
 
 from dijiang_engines.kernels import abi
 
-PLUGINS = ROOT / "plugins"
-INCLUDES = ("tests/emulator", "include", "kernels")
 MANY = "kernels/linear/many"
 SOURCES = (
     "tests/emulator/many.cpp",
@@ -38,18 +33,6 @@ SOURCES = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("many")
-
-
-def compiled(target: Path, sources: tuple[str, ...], *more: str) -> Path:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc, which hands C++ to the host's compiler with CUDA's headers")
-    subprocess.run([
-        nvcc, "-std=c++17", "-O1", "-Xcompiler=-fPIC,-Wno-unknown-pragmas", "-shared", "-cudart=none",
-        *(f"-I{PLUGINS / folder}" for folder in INCLUDES), *(str(PLUGINS / source) for source in sources),
-        *more, "-o", str(target),
-    ], check=True)  # fmt: skip
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +60,7 @@ def many(dtype: Any, rows: int, inner: list[int], width: int, **more: Any) -> Ca
 
 def run(emulated: Any, cases: list[Case], backwards: bool = False) -> str:
     """How the call was cut; fails if an output is wrong, or anything beside the workspace is written."""
-    call = linear_call([on_host(case.output) for case in cases], True)
-    call.dtype = {torch.float16: 1, torch.bfloat16: 2}[cases[0].output.output.dtype]
+    call = host_call(cases)
     size = emulated.workspace_of_many(ctypes.byref(call))
     memory = torch.full((size + 512,), 255, dtype=torch.uint8)
     start = -memory.data_ptr() % 256

@@ -24,6 +24,7 @@ from support.linear_cases import (  # noqa: E402
     ACTIVATIONS,
     Case,
     check_chain,
+    check_every_integer,
     check_repeats,
     make,
     quantised,
@@ -117,26 +118,8 @@ def test_what_comes_in_pieces(kernels: LinearKernels, form: str) -> None:
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_integer_is_itself(kernels: LinearKernels, dtype: Any, form: str) -> None:
-    """One weight of each value, times one: widening loses nothing where the scale is a power of two."""
-    import numpy as np
-
-    from dijiang_engines.kernels.packing import pack
-
-    count = 256 if form == "int8" else 16
-    zero = count // 2
-    width = 32 * count
-    u = np.full((width, 1, 32), zero, np.uint8)
-    for n in range(width):
-        u[n, 0, n % 32] = n // 32
-    bytes_ = u if form == "int8" else u[..., 0::2] | u[..., 1::2] << 4
-    packed = torch.from_numpy(pack(form, bytes_, np.full((width, 1), 2.0**-20, np.float16))).cuda()
-    x = torch.ones(128, 32, dtype=dtype, device="cuda")
-    y = torch.full((128, width), float("nan"), dtype=dtype, device="cuda")
-    output = LinearOutput(y, [LinearTerm(x, packed, None, form)])  # type: ignore[arg-type]
-    kernels.linear([output], workspace=workspace_for(kernels, [output]))
-    torch.cuda.synchronize()
-    expected = (torch.arange(width, device="cuda") // 32 - zero) * 2.0**-20
-    assert (y.double() == expected.double()).all()
+    """Widening loses nothing where the scale is a power of two."""
+    check_every_integer(kernels, dtype, form, rows=128, workspace=True)
 
 
 @pytest.mark.parametrize("form", FORMATS)

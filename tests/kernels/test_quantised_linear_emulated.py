@@ -9,72 +9,29 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support.linear_cases import Case, make
-from support.linear_kernels import LinearOutput, linear_call
-from support.paths import ROOT
+from support.linear_emulator import compiled, host_call
 
 from dijiang_engines.kernels import abi
 
-PLUGINS = ROOT / "plugins"
-INCLUDES = ("tests/emulator", "include", "kernels")
 SOURCES = ("tests/emulator/quantized.cpp", "kernels/linear/quantized/cut.cpp")
 H100, SMALL, ONE = (90, 132, 232448), (89, 4, 101376), (90, 1, 232448)
 """Devices: compute capability, multiprocessors, shared memory."""
 
 
-class Host:
-    """A tensor in the host's memory, as if it were the GPU's."""
-
-    def __init__(self, tensor: Any) -> None:
-        kinds = {torch.float16: "<f2", torch.bfloat16: "<f2", torch.float32: "<f4", torch.uint8: "|u1"}
-        assert tensor.is_contiguous()
-        self.__cuda_array_interface__ = {
-            "data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape),
-            "typestr": kinds[tensor.dtype], "version": 3,
-        }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc, which hands C++ to the host's compiler with CUDA's headers")
-    library = tmp_path_factory.mktemp("emulated") / "quantized.so"
-    command = [
-        nvcc, "-std=c++17", "-O1", "-Xcompiler=-fPIC,-Wno-unknown-pragmas", "-shared", "-cudart=none",
-        *(f"-I{PLUGINS / folder}" for folder in INCLUDES), *(str(PLUGINS / source) for source in SOURCES),
-        "-o", str(library),
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
+    library = compiled(tmp_path_factory.mktemp("emulated") / "quantized.so", SOURCES)
     return ctypes.CDLL(str(library)).emulate_quantized
-
-
-def on_host(output: LinearOutput) -> LinearOutput:
-    def host(tensor: Any) -> Any:
-        return None if tensor is None else Host(tensor)
-
-    inputs = {id(term.input): Host(term.input) for term in output.terms}
-    return replace(
-        output, output=host(output.output), residual=host(output.residual),
-        norm_weight=host(output.norm_weight), norm_bias=host(output.norm_bias),
-        terms=[
-            replace(term, input=inputs[id(term.input)], weight=host(term.weight), bias=host(term.bias))
-            for term in output.terms
-        ],
-    )  # fmt: skip
 
 
 def run(emulated: Any, cases: list[Case], device: tuple[int, int, int], backwards: bool = False) -> str:
     """How the call was cut; fails if an output is wrong."""
-    call = linear_call([on_host(case.output) for case in cases], True)
-    call.dtype = {torch.float16: 1, torch.bfloat16: 2}[cases[0].output.output.dtype]
+    call = host_call(cases)
     plan = ctypes.create_string_buffer(256)
     status = emulated(
         ctypes.byref(call), ctypes.byref(abi.DeviceStruct(*device)), int(backwards), plan, len(plan)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
+from support.linear_kernels import LinearKernels
 
 from dijiang_engines.errors import PluginError
 from dijiang_engines.plugin.cache import find_kernels_library
@@ -19,7 +19,15 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from support.linear_cases import ACTIVATIONS, check_chain, check_repeats, make, quantised, run  # noqa: E402
+from support.linear_cases import (  # noqa: E402
+    ACTIVATIONS,
+    check_chain,
+    check_every_integer,
+    check_repeats,
+    make,
+    quantised,
+    run,
+)
 
 DTYPES = [torch.float16, torch.bfloat16]
 FORMATS = ["int8", "int4"]
@@ -108,26 +116,8 @@ def test_several_outputs_in_one_launch(kernels: LinearKernels, dtype: Any, rows:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_integer_is_itself(kernels: LinearKernels, dtype: Any, form: str) -> None:
-    """One weight of each value, times one: nothing is lost."""
-    import numpy as np
-
-    from dijiang_engines.kernels.packing import pack
-
-    count = 256 if form == "int8" else 16
-    zero = count // 2
-    width = 32 * count
-    u = np.full((width, 1, 32), zero, np.uint8)
-    for n in range(width):
-        u[n, 0, n % 32] = n // 32
-    bytes_ = u if form == "int8" else u[..., 0::2] | u[..., 1::2] << 4
-    packed = torch.from_numpy(pack(form, bytes_, np.full((width, 1), 2.0**-20, np.float16))).cuda()
     for rows in (1, 16, 128):
-        x = torch.ones(rows, 32, dtype=dtype, device="cuda")
-        y = torch.full((rows, width), float("nan"), dtype=dtype, device="cuda")
-        kernels.linear([LinearOutput(y, [LinearTerm(x, packed, None, form)])])  # type: ignore[arg-type]
-        torch.cuda.synchronize()
-        expected = (torch.arange(width, device="cuda") // 32 - zero) * 2.0**-20
-        assert (y.double() == expected.double()).all()
+        check_every_integer(kernels, dtype, form, rows)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -167,6 +167,27 @@ def run(kernels: LinearKernels, cases: list[Case], constant: bool = False, works
     return max(case.check() for case in cases)
 
 
+def check_every_integer(
+    kernels: LinearKernels, dtype: Any, form: str, rows: int, workspace: bool = False
+) -> None:
+    """One weight of each value that a format has, times one: nothing is lost."""
+    count = 256 if form == "int8" else 16
+    zero = count // 2
+    width = 32 * count
+    u = np.full((width, 1, 32), zero, np.uint8)
+    for n in range(width):
+        u[n, 0, n % 32] = n // 32
+    stored = u if form == "int8" else u[..., 0::2] | u[..., 1::2] << 4
+    packed = torch.from_numpy(pack(form, stored, np.full((width, 1), 2.0**-20, np.float16))).cuda()
+    x = torch.ones(rows, 32, dtype=dtype, device="cuda")
+    y = torch.full((rows, width), float("nan"), dtype=dtype, device="cuda")
+    output = LinearOutput(y, [LinearTerm(x, packed, None, form)])  # type: ignore[arg-type]
+    kernels.linear([output], workspace=workspace_for(kernels, [output]) if workspace else None)
+    torch.cuda.synchronize()
+    expected = (torch.arange(width, device="cuda") // 32 - zero) * 2.0**-20
+    assert (y.double() == expected.double()).all()
+
+
 def check_repeats(kernels: LinearKernels, case: Case, workspace: bool = False) -> None:
     """The same bits, however often and on whichever stream."""
     first = None

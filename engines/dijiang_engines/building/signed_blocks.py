@@ -30,12 +30,10 @@ from dijiang_engines.formats.onnx_external import UINT8, ExternalTensor, externa
 from dijiang_engines.formats.onnx_graph import LINEAR, MATMUL_NBITS, Node, read_graph
 from dijiang_engines.formats.onnx_wire import as_bytes, fields
 from dijiang_engines.formats.safe_files import LIMITS
-from dijiang_engines.weight_formats import BLOCK, Matrix
+from dijiang_engines.weight_formats import BLOCK, ZERO_BYTE, Matrix
 
 OPSET, IR_VERSION = 21, 10
 """The first that have DequantizeLinear in blocks, and integers of 4 bits."""
-HIGHEST_BITS = {"int8": 0x80, "int4": 0x88}
-"""Of the numbers in a byte: inverted, what counts from 128 or 8 counts from 0."""
 PIECE = 8 << 20
 """Bytes of weights.data that are in memory at a time."""
 
@@ -73,7 +71,7 @@ class SignedWeights:
             stored: its elements in weights.data.
             kind: int8 or int4.
         """
-        bits = HIGHEST_BITS[kind]
+        bits = ZERO_BYTE[kind]
         if stored.name not in self.gathered:
             self.flipped[stored.offset] = (stored.length, bits)
             return stored.offset
@@ -100,8 +98,8 @@ def write_signed(bundle: Bundle, graphs: Sequence[str], folder: Path) -> dict[st
         BundleError: the bundle has no such graph, was changed meanwhile, or a graph is not one of its own.
         OSError: the folder cannot be written to.
     """
-    assert bundle.quantised is not None, "only quantised weights are rewritten"
-    matrices = {part.stored_name: part for parts in bundle.quantised.values() for part in parts}
+    assert bundle.quantisation is not None, "only quantised weights are rewritten"
+    matrices = {part.stored_name: part for part in bundle.quantisation.stored}
     files = {name: bundle.graph_path(name).name for name in graphs}
     models = {name: bundle.opened.read(file, LIMITS["graph"]) for name, file in files.items()}
     gathered = {table for model in models.values() for table in tables(model)}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dijiang_engines.errors import KernelError
-from dijiang_engines.weight_formats import BLOCK, ZERO
+from dijiang_engines.weight_formats import BLOCK, ZERO_BYTE
 
 TILE = 8
 """Output elements that lie together."""
@@ -50,8 +50,7 @@ def pack(weight_format: str, values: Any, scales: Any) -> Any:
         )  # fmt: skip
     of_chunk = CHUNK[weight_format] // BLOCK
     more = [(0, -values.shape[0] % TILE), (0, -values.shape[1] % of_chunk)]
-    zero = ZERO[weight_format]
-    values = np.pad(values, [*more, (0, 0)], constant_values=zero if weight_format == "int8" else 17 * zero)
+    values = np.pad(values, [*more, (0, 0)], constant_values=ZERO_BYTE[weight_format])
     scales = np.pad(scales, more)
     tiles, chunks = values.shape[0] // TILE, values.shape[1] // of_chunk
     # [tile, g, chunk, block, p, c, elements 8 p + 2 c and + 1] -> [tile, chunk, g, c, block, p, ..]

@@ -10,6 +10,7 @@ import json
 import sys
 
 from dijiang_engines.errors import RunnerError
+from dijiang_engines.formats.onnx_write import field
 from dijiang_engines.runners.onnxruntime.providers import PROVIDERS, RTX
 from dijiang_engines.runners.onnxruntime.rtx import rtx_device
 
@@ -57,25 +58,14 @@ def run_one_node(runner: str) -> tuple[bool, str]:
 def doubling_model() -> bytes:
     """An ONNX model y = x + x, float32 [4] (opset 17, IR 8), written field by field: `onnx` is not needed."""
 
-    def varint(value: int) -> bytes:
-        low, rest = value & 0x7F, value >> 7
-        return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+    def value_info(name: str) -> bytes:
+        shape = field(2, field(1, field(1, 4)))  # TensorShapeProto.dim.dim_value
+        tensor = field(1, field(1, 1) + shape)  # TypeProto.tensor_type: elem_type FLOAT
+        return field(1, name) + field(2, tensor)
 
-    def number(field: int, value: int) -> bytes:
-        return varint(field << 3) + varint(value)
-
-    def message(field: int, data: bytes) -> bytes:
-        return varint(field << 3 | 2) + varint(len(data)) + data
-
-    def value_info(name: bytes) -> bytes:
-        shape = message(2, message(1, number(1, 4)))  # TensorShapeProto.dim.dim_value
-        tensor = message(1, number(1, 1) + shape)  # TypeProto.tensor_type: elem_type FLOAT
-        return message(1, name) + message(2, tensor)
-
-    node = message(1, b"x") + message(1, b"x") + message(2, b"y") + message(4, b"Add")
-    graph = message(1, node) + message(2, b"double") + message(11, value_info(b"x"))
-    graph += message(12, value_info(b"y"))
-    return number(1, 8) + message(7, graph) + message(8, message(1, b"") + number(2, 17))
+    node = field(1, "x") + field(1, "x") + field(2, "y") + field(4, "Add")
+    graph = field(1, node) + field(2, "double") + field(11, value_info("x")) + field(12, value_info("y"))
+    return field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 17))
 
 
 if __name__ == "__main__":
