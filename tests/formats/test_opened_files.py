@@ -326,6 +326,49 @@ def test_a_failure_inside_the_block_is_explained_by_the_change(tmp_path: Path) -
         raise RuntimeError("cannot map")
 
 
+def test_a_file_that_goes_between_the_check_and_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block finds nothing, and what it is compared with is what was checked."""
+    engine = open_engine(write_engine(tmp_path / "e"))
+    checked = engine.opened.check
+
+    def then_removed(*names: str) -> None:
+        checked(*names)
+        (tmp_path / "e" / "model.plan").unlink()
+
+    monkeypatch.setattr(engine.opened, "check", then_removed)
+    with (
+        pytest.raises(BundleError, match=REPLACED) as caught,
+        engine.opened.unchanged("model.plan") as root,
+    ):
+        (root / "model.plan").read_bytes()
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_name_that_is_swapped_faster_than_the_clock_ticks(
+    two: tuple[Path, Path, list[ToyModel]], monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Where a folder can only be taken by its name, and has just been put there."""
+    folder, other, _ = two
+    precise = OpenedFiles._place
+
+    def coarse(self: OpenedFiles) -> opened_files.Stamp | None:
+        place = precise(self)
+        return place and place._replace(changed=place.changed // 10_000_000 * 10_000_000)
+
+    monkeypatch.setattr(OpenedFiles, "_below_descriptor", lambda self: None)
+    monkeypatch.setattr(OpenedFiles, "_place", coarse)
+    for _ in range(20):
+        bundle = open_bundle(folder)
+        assert _exchange(folder, other) and _exchange(folder, other)
+        with pytest.raises(BundleError, match=REPLACED), bundle.opened.unchanged(*bundle.files):
+            assert all(_exchange(folder, other) for _ in range(times))
+        if times % 2:
+            assert _exchange(folder, other)
+
+
 def test_a_file_that_changes_while_it_is_hashed(
     two: tuple[Path, Path, list[ToyModel]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

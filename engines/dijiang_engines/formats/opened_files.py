@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,6 +30,9 @@ from typing import BinaryIO, NamedTuple
 from dijiang_engines.errors import BundleError, DijiangError
 from dijiang_engines.formats.file_table import FileInfo
 from dijiang_engines.formats.safe_files import open_regular, sha256_of
+
+_TICK = 20_000_000
+"""Nanoseconds; file times move in steps of 1 to 10 ms on Linux (its CONFIG_HZ)."""
 
 
 class Stamp(NamedTuple):
@@ -161,17 +165,18 @@ class OpenedFiles:
                 the block made may then be of either state: drop it.
         """
         with self.named():
+            place, restless = self._place_at_rest()
             self.check(*names)
-            before = [self._look(name) for name in names], self._place()
+            before = [self._stamps[name] for name in names]
             try:
                 yield self.root
             except Exception as error:
                 # A reader that resolves names itself may stumble over a folder that only changed its name.
-                if ([self._look(name) for name in names], self._place()) != before:
+                if restless or [self._look(name) for name in names] != before or self._place() != place:
                     raise self._replaced() from error
                 raise
-            after = [self._look(name) for name in names]
-            if after != before[0] or (self.root == self.folder and self._place() != before[1]):
+            moved = self.root == self.folder and (restless or self._place() != place)
+            if moved or [self._look(name) for name in names] != before:
                 raise self._replaced()
 
     @contextmanager
@@ -262,6 +267,19 @@ class OpenedFiles:
             return Stamp.of(os.stat(self.folder))
         except OSError:
             return None
+
+    def _place_at_rest(self) -> tuple[Stamp | None, bool]:
+        """What stands under the folder's name, and whether that changed while this looked at it.
+
+        Two swaps between two ticks of the file system's clock leave the times as they were. So a folder whose
+        times are of the present tick is looked at again after it: from then on every swap shows.
+        """
+        place = self._place()
+        if place is None or not 0 <= time.time_ns() - place.changed < _TICK:
+            return place, False
+        time.sleep(_TICK / 1e9)
+        later = self._place()
+        return later, later != place
 
     def _replaced(self, name: str | None = None) -> BundleError:
         what = f"the {self._kind} {self.folder} was replaced or changed while it was open"
