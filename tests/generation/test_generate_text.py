@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.makers.toy_bundle import SPEC, make_bundle
+from support.oracles.array_rows import ArrayRows
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
@@ -37,7 +38,7 @@ SCRIPT = [
 ]  # fmt: skip
 
 
-class Scripted:
+class Scripted(ArrayRows):
     """After n tokens, whatever they are, comes SCRIPT[n - 1]."""
 
     name, all_logits, spec = "scripted", False, replace(SPEC, eos_token_ids=(0,))
@@ -57,9 +58,6 @@ class Scripted:
         return [layer.copy() for layer in state]
 
     import_state = export_state
-
-    def reset_rows(self, state: Any, rows: Any) -> None:
-        raise NotImplementedError
 
 
 @pytest.fixture

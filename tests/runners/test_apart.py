@@ -18,7 +18,17 @@ from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
 FOLDER = Path(runners.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
-CALLS = ("new_state", "prefill", "step", "export_state", "import_state", "reset_rows")
+CALLS = (
+    "new_state",
+    "prefill",
+    "step",
+    "export_state",
+    "import_state",
+    "reset_rows",
+    "get_rows",
+    "put_rows",
+    "copy_rows",
+)
 """What callers of a runner call with arguments of their own."""
 LONGEST = 300
 """Lines of a runner.py."""

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import PromptError, UsageError
-from dijiang_engines.generation.loop import Completion, GenerateOptions, Generation, Row, Stats, TokenEvent
+from dijiang_engines.generation.loop import Completion, GenerateOptions, Generation, Stats, TokenEvent
+from dijiang_engines.generation.row import Row
 from dijiang_engines.generation.session import Session
 from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.runners.base import Runner

@@ -8,21 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import UsageError
+from dijiang_engines.generation.row import FinishReason, Row
 from dijiang_engines.generation.session import Session
-from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import FloatArray, Runner, WarmsUp
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest, Decodes
 from dijiang_engines.sampling import SamplingOptions, sample, uniform
-from dijiang_engines.tokenizer.tokenizer import TextStream
-
-FinishReason = Literal["eos", "stop", "length"]
 
 _LOGITS_BYTES = 256 << 20
 """Most bytes of logits that one prefill call may return, for bundles with logits of every token."""
@@ -106,36 +102,6 @@ class Stats:
         """Add another generation's."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
-
-
-@dataclass
-class Row:
-    """One text being generated."""
-
-    ids: list[int]
-    """The whole text: earlier session, prompt, new tokens."""
-    consumed: int
-    """How many of `ids` are in the state."""
-    start: int
-    """Where the new tokens begin."""
-    prompt_tokens: int
-    limit: int
-    """Most new tokens."""
-    stream_id: int
-    """Which stream of random numbers it draws from."""
-    text: TextStream | None = None
-    stop: StopMatcher = field(default_factory=StopMatcher)
-    held: int = 0
-    """Characters at the end of the text that have not been given out."""
-    opening: str = ""
-    """Held back by the session, and given out before the first event."""
-    parts: list[str] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-    @property
-    def new_tokens(self) -> int:
-        """How many tokens were generated so far."""
-        return len(self.ids) - self.start
 
 
 class Generation:
@@ -352,22 +318,8 @@ class Generation:
         return [int(token) for token in tokens]
 
     def _accept(self, index: int, token: int) -> TokenEvent:
-        row = self._rows[index]
-        row.ids.append(token)
+        row, options = self._rows[index], self._options
         self.stats.generated_tokens += 1
-        text = ""
-        if token in self._runner.spec.eos_token_ids and not self._options.ignore_eos:
-            row.finish = "eos"
-        elif row.text is not None:
-            text = row.stop.push(row.text.push(token))
-        if row.finish is None and not row.stop.found and row.new_tokens >= row.limit:
-            row.finish = "length"
-        if row.text is not None and row.finish == "length" and self._options.resumable:
-            row.held = len(row.stop.held) + len(row.text.rest())
-        elif row.text is not None and row.finish is not None:
-            text += row.stop.push(row.text.finish()) + row.stop.flush()
-            row.held = 0
-        if row.stop.found:
-            row.finish, row.held = "stop", 0
-        row.parts.append(text)
+        ends = () if options.ignore_eos else self._runner.spec.eos_token_ids
+        text = row.accept(token, ends, resumable=options.resumable)
         return TokenEvent(index, token, text, row.finish)

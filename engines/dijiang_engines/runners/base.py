@@ -90,6 +90,42 @@ class Runner(Protocol):
         """
         ...
 
+    def get_rows(self, state: State, rows: Sequence[int]) -> list[FloatArray]:
+        """Copies of these rows, on the host: one [n, H, d, d] float32 array per layer.
+
+        Args:
+            state: made by this runner for B rows.
+            rows: n of them, each 0..B-1, in any order.
+
+        Raises:
+            RunnerError: a row that the state does not have.
+        """
+        ...
+
+    def put_rows(self, state: State, rows: Sequence[int], layers: list[FloatArray]) -> None:
+        """Copy `layers`, as `get_rows` returns them, into these rows of `state`; others are untouched.
+
+        Raises:
+            RunnerError: a row that the state does not have, or that is named twice; other shapes than the
+                model's. Nothing was changed.
+        """
+        ...
+
+    def copy_rows(self, source: State, rows: Sequence[int], target: State, places: Sequence[int]) -> None:
+        """Copy rows of one state into rows of another, where they are; other rows are untouched.
+
+        Args:
+            source: made by this runner.
+            rows: n of its rows; one may be named several times.
+            target: made by this runner, and another state than `source`.
+            places: n of its rows, each once: `rows[i]` is copied into `places[i]`.
+
+        Raises:
+            RunnerError: rows that a state does not have, lists of unequal length, a place that is named
+                twice, or the same state twice. Nothing was changed.
+        """
+        ...
+
 
 @runtime_checkable
 class WarmsUp(Protocol):

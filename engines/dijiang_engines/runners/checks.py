@@ -138,6 +138,52 @@ def check_rows(rows: Sequence[int], batch: int) -> list[int]:
     return found
 
 
+def check_row_layers(
+    spec: ModelSpec, rows: Sequence[int], batch: int, layers: Sequence[Any]
+) -> tuple[list[int], list[npt.NDArray[np.float32]]]:
+    """What `Runner.put_rows` is given: rows, each once, and one float32 array [n, H, d, d] a layer.
+
+    Raises:
+        RunnerError: as there.
+    """
+    arrays, found = check_layers(spec, layers), check_places(rows, batch)
+    if arrays[0].shape[0] != len(found):
+        raise RunnerError(
+            "the rows' states are not as many as the rows", got=arrays[0].shape[0], expected=len(found)
+        )
+    return found, arrays
+
+
+def check_copy(
+    runner: Runner, kind: type[Any], source: Any, rows: Sequence[int], target: Any, places: Sequence[int]
+) -> list[tuple[int, int]]:
+    """What `Runner.copy_rows` is given, as pairs of a row and its place.
+
+    Raises:
+        RunnerError: as there.
+    """
+    check_owner(runner, source, kind)
+    check_owner(runner, target, kind)
+    if source is target:
+        raise RunnerError("rows are copied from one state to another, and these are the same")
+    found, ends = check_rows(rows, source.batch), check_places(places, target.batch)
+    if len(found) != len(ends):
+        raise RunnerError("the rows are not as many as their places", got=len(found), expected=len(ends))
+    return list(zip(found, ends, strict=True))
+
+
+def check_places(rows: Sequence[int], batch: int) -> list[int]:
+    """Rows of a state that will be written, each 0..B-1 and once.
+
+    Raises:
+        RunnerError: one that the state does not have, or one that is named twice.
+    """
+    found = check_rows(rows, batch)
+    if len(set(found)) != len(found):
+        raise RunnerError("a row is named twice", got=found)
+    return found
+
+
 def check_layers(spec: ModelSpec, layers: Sequence[Any]) -> list[npt.NDArray[np.float32]]:
     """A state to import as contiguous float32 arrays [B, H, d, d], one a layer.
 

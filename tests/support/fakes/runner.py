@@ -5,17 +5,18 @@ It proves orchestration only: what a real runtime computes is not its business."
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 from support.makers.toy_bundle import ToyModel
+from support.oracles.array_rows import ArrayRows
 
-from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_rows
+from dijiang_engines.runners.checks import check_batch, check_call, check_layers
 
 
-class ToyRunner:
+class ToyRunner(ArrayRows):
     """The toy model behind the Runner protocol.
 
     `tamper(name, arrays)` may change, in place, what a call returns: name is "prefill" or "step", arrays
@@ -77,11 +78,6 @@ class ToyRunner:
 
     def import_state(self, layers) -> list[np.ndarray]:
         return [layer.copy() for layer in check_layers(self.spec, layers)]
-
-    def reset_rows(self, state, rows: Sequence[int]) -> None:
-        found = check_rows(rows, len(state[0]))
-        for layer in state:
-            layer[found] = 0
 
 
 def toy_case(

@@ -9,13 +9,14 @@ Parameters are a dict of arrays under canonical names (docs/architecture.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from support.oracles.array_rows import ArrayRows
 
-from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_rows
+from dijiang_engines.runners.checks import check_batch, check_call, check_layers
 from dijiang_engines.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -30,7 +31,7 @@ ACTIVATIONS = {
 }
 
 
-class NumpyRunner:
+class NumpyRunner(ArrayRows):
     """One model. A state is a list of arrays [B, H, d, d], one per layer."""
 
     name = "numpy"
@@ -70,11 +71,6 @@ class NumpyRunner:
 
     def import_state(self, layers: list[Array]) -> list[Array]:
         return [layer.astype(self.dtype) for layer in check_layers(self.spec, layers)]
-
-    def reset_rows(self, state: list[Array], rows: Sequence[int]) -> None:
-        found = check_rows(rows, len(state[0]))
-        for layer in state:
-            layer[found] = 0
 
     # -- the model -------------------------------------------------------------------------------------
 

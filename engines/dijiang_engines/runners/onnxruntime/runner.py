@@ -23,7 +23,15 @@ import numpy as np
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.machine import Spinning
 from dijiang_engines.runners.base import FloatArray, IntArray
-from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_owner, check_rows
+from dijiang_engines.runners.checks import (
+    check_batch,
+    check_call,
+    check_copy,
+    check_layers,
+    check_owner,
+    check_row_layers,
+    check_rows,
+)
 from dijiang_engines.runners.onnxruntime.config import (
     Lowering,
     Optimization,
@@ -165,6 +173,29 @@ class OrtRunner:
         """Zero these rows of the state in place; see `Runner.reset_rows`."""
         check_owner(self, state, OrtState)
         self.tensors.zero_rows(state.past, check_rows(rows, state.batch))
+
+    @one_at_a_time
+    def get_rows(self, state: OrtState, rows: Sequence[int]) -> list[FloatArray]:
+        """Copies of these rows on the host; see `Runner.get_rows`."""
+        check_owner(self, state, OrtState)
+        return self.tensors.get_rows(state.past, check_rows(rows, state.batch))
+
+    @one_at_a_time
+    def put_rows(self, state: OrtState, rows: Sequence[int], layers: list[FloatArray]) -> None:
+        """Copy `layers` into these rows; see `Runner.put_rows`."""
+        check_owner(self, state, OrtState)
+        found, arrays = check_row_layers(self.spec, rows, state.batch, layers)
+        self.tensors.put_rows(state.past, found, arrays)
+
+    @one_at_a_time
+    def copy_rows(
+        self, source: OrtState, rows: Sequence[int], target: OrtState, places: Sequence[int]
+    ) -> None:
+        """Copy rows into rows of another state; see `Runner.copy_rows`."""
+        pairs = check_copy(self, OrtState, source, rows, target, places)
+        if pairs:
+            found, ends = zip(*pairs, strict=True)
+            self.tensors.put_rows(target.past, ends, self.tensors.get_rows(source.past, found))
 
     # -- beside the protocol -----------------------------------------------------------------------------
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +295,37 @@ class Tensors:
             if zero_device_memory(spans, self.index):
                 return
         for value in layers:
-            array = np.array(value.numpy())
-            array[rows] = 0
-            value.update_inplace(array)
+            with self._edited(value) as array:
+                array[rows] = 0
+
+    def get_rows(self, layers: Iterable[Any], rows: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+        """Copies of rows of tensors [B, H, d, d], on the host."""
+        return [self._read(value)[list(rows)] for value in layers]
+
+    def put_rows(
+        self, layers: Iterable[Any], rows: Sequence[int], arrays: Iterable[npt.NDArray[np.float32]]
+    ) -> None:
+        """Copy arrays [n, H, d, d] into rows of tensors."""
+        for value, array in zip(layers, arrays, strict=True):
+            with self._edited(value) as target:
+                target[list(rows)] = array
+
+    def _read(self, value: Any) -> npt.NDArray[np.float32]:
+        """A tensor's numbers: on the CPU themselves, from the GPU a copy."""
+        if self.device != "cpu":
+            return np.asarray(value.numpy(), np.float32)
+        # `numpy()` copies, and a state of many rows is large.
+        count = math.prod(shape := value.shape())
+        numbers = (ctypes.c_float * count).from_address(value.data_ptr())
+        found: npt.NDArray[np.float32] = np.frombuffer(numbers, np.float32).reshape(shape)
+        return found
+
+    @contextmanager
+    def _edited(self, value: Any) -> Iterator[npt.NDArray[np.float32]]:
+        """An array whose changes are the tensor's after the block."""
+        if self.device == "cpu":
+            yield self._read(value)
+            return
+        array = np.array(value.numpy())
+        yield array
+        value.update_inplace(array)

@@ -89,6 +89,10 @@ class TensorRTState:
                 self.layer_bytes, 0, self.row_bytes, len(self.layers),
             )  # fmt: skip
 
+    def row(self, layer: int, row: int) -> int:
+        """The device address of a row's [H, d, d] float32 in one layer."""
+        return self.layers[layer] + row * self.row_bytes
+
     def put(self, ids: IntArray, positions: IntArray, seq_lens: IntArray) -> None:
         """Upload a step's integers; returns when the host array may change again."""
         for place, values in zip(self._host.array, (ids.reshape(-1), positions, seq_lens), strict=True):

@@ -20,9 +20,11 @@ from dijiang_engines.runners.base import MAX_POSITIONS, FloatArray, IntArray
 from dijiang_engines.runners.checks import (
     check_batch,
     check_call,
+    check_copy,
     check_decoding,
     check_layers,
     check_owner,
+    check_row_layers,
     check_rows,
 )
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest
@@ -99,6 +101,36 @@ class TensorRTRunner:
         """Zero these rows of the state in place."""
         check_owner(self, state, TensorRTState)
         state.zero(check_rows(rows, state.batch))
+
+    def get_rows(self, state: TensorRTState, rows: Sequence[int]) -> list[FloatArray]:
+        """Copies of these rows on the host; see `Runner.get_rows`."""
+        check_owner(self, state, TensorRTState)
+        found = check_rows(rows, state.batch)
+        layers = [np.empty((len(found), *self.spec.state_shape), np.float32) for _ in state.layers]
+        for layer, array in enumerate(layers):
+            for index, row in enumerate(found):
+                place = array.ctypes.data + index * state.row_bytes
+                self.gpu.stream.download(place, state.row(layer, row), state.row_bytes)
+        self.gpu.stream.synchronize()
+        return layers
+
+    def put_rows(self, state: TensorRTState, rows: Sequence[int], layers: list[FloatArray]) -> None:
+        """Copy `layers` into these rows; see `Runner.put_rows`."""
+        check_owner(self, state, TensorRTState)
+        found, arrays = check_row_layers(self.spec, rows, state.batch, layers)
+        for layer, array in enumerate(arrays):
+            for index, row in enumerate(found):
+                place = array.ctypes.data + index * state.row_bytes
+                self.gpu.stream.upload(state.row(layer, row), place, state.row_bytes)
+        self.gpu.stream.synchronize()  # the arrays are the caller's
+
+    def copy_rows(
+        self, source: TensorRTState, rows: Sequence[int], target: TensorRTState, places: Sequence[int]
+    ) -> None:
+        """Copy rows on the GPU, in stream order; see `Runner.copy_rows`."""
+        for row, place in check_copy(self, TensorRTState, source, rows, target, places):
+            for layer in range(self.spec.num_layers):
+                self.gpu.stream.copy(target.row(layer, place), source.row(layer, row), source.row_bytes)
 
     def prefill(
         self, input_ids: IntArray, positions: IntArray, seq_lens: IntArray, state: TensorRTState
