@@ -46,6 +46,7 @@ COMMANDS = {
     "to-onnx": ("to_onnx:to_onnx", "Export a DiJiang checkpoint to a bundle of ONNX graphs."),
     "validate": ("validate:validate", "Replay a bundle's recorded cases and compare with PyTorch's results."),
     "generate": ("generate:generate", "Generate text from a bundle."),
+    "serve": ("serve:serve", "Serve a bundle or an engine to many users, behind an OpenAI-compatible API."),
     "perplexity": ("perplexity:perplexity", "How well a bundle, engine or checkpoint predicts text."),
     "inspect": ("inspect:inspect", "Describe a checkpoint or a bundle and what it takes to run."),
     "build-plugin": ("build_plugin:build_plugin", "Compile the CUDA kernels and the TensorRT plugin."),
@@ -60,6 +61,7 @@ EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export",
     "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "tensorrt": "tensorrt",
     "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
+    "starlette": "serve", "uvicorn": "serve", "jinja2": "serve", "prometheus_client": "serve",
 }  # fmt: skip
 
 

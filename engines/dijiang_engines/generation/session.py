@@ -21,6 +21,7 @@ had none, and is refused.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 from collections.abc import Mapping
@@ -75,8 +76,6 @@ def save_session(path: str | Path, session: Session, bundle: Model) -> None:
         OutputError: the file cannot be written, would replace something that is no session, or would be
             larger than what `load_session` takes.
     """
-    from safetensors.numpy import save
-
     target = Path(path)
     check_session_target(target)
     if session.batch > MAX_ROWS or sum(map(len, session.token_ids)) > MAX_TOKENS:
@@ -85,6 +84,15 @@ def save_session(path: str | Path, session: Session, bundle: Model) -> None:
             got=f"{session.batch} texts of {sum(map(len, session.token_ids))} tokens",
             expected=f"at most {MAX_ROWS} texts, {MAX_TOKENS} tokens",
         )
+    data = session_bytes(session, bundle)
+    with output_file(target) as file:
+        file.write(data)
+
+
+def session_bytes(session: Session, bundle: Model) -> bytes:
+    """What a session file holds."""
+    from safetensors.numpy import save
+
     tensors: dict[str, npt.NDArray[Any]] = {
         f"state.{i}": np.ascontiguousarray(layer, dtype=np.float32) for i, layer in enumerate(session.layers)
     }
@@ -93,12 +101,10 @@ def save_session(path: str | Path, session: Session, bundle: Model) -> None:
     tensors["token_ids"] = np.array([i for ids in session.token_ids for i in ids], dtype=np.int64)
     held = np.zeros(session.batch, np.int64) if session.held is None else session.held
     tensors["held"] = np.asarray(held, dtype=np.int64)
-    data = memoryview(save(tensors, metadata=_metadata(bundle) | {"sha256": _NO_HASH}))
-    place = _hash_place(data, _NO_HASH)
-    with output_file(target) as file:
-        file.write(data[:place])
-        file.write(_hash(data, place).encode())
-        file.write(data[place + len(_NO_HASH) :])
+    data = bytearray(save(tensors, metadata=_metadata(bundle) | {"sha256": _NO_HASH}))
+    place = _hash_place(memoryview(data), _NO_HASH)
+    data[place : place + len(_NO_HASH)] = _hash(memoryview(data), place).encode()
+    return bytes(data)
 
 
 def check_session_target(path: str | Path) -> None:
@@ -128,33 +134,51 @@ def load_session(path: str | Path, bundle: Model) -> Session:
     if not source.exists():
         raise SessionError(f"there is no session file {source}")
     with open_regular(source, links=True, error=SessionError) as file:
-        header = _read_header(file, source)
-        metadata = header.metadata
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        return _checked(file, os.fstat(file.fileno()).st_size, str(source), bundle)
+
+
+def session_from_bytes(data: bytes, name: str, bundle: Model) -> Session:
+    """A session from what its file holds.
+
+    Args:
+        data: the bytes.
+        name: what messages call it.
+        bundle: the model.
+
+    Raises:
+        SessionError: as `load_session`.
+    """
+    return _checked(io.BytesIO(data), len(data), name, bundle)
+
+
+def _checked(file: BinaryIO, file_bytes: int, source: str, bundle: Model) -> Session:
+    header = _read_header(file, file_bytes, source)
+    metadata = header.metadata
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        raise SessionError(
+            f"{source} is not a session file of a version that this program knows",
+            got=f"format {metadata.get('format')!r}, version {metadata.get('version')!r}",
+            expected=f"format {FORMAT!r}, version {VERSION!r}",
+            hint="save the session again with this program",
+        )
+    for key, expected in _metadata(bundle).items():
+        if key.endswith("_sha256") and metadata.get(key) != expected:
             raise SessionError(
-                f"{source} is not a session file of a version that this program knows",
-                got=f"format {metadata.get('format')!r}, version {metadata.get('version')!r}",
-                expected=f"format {FORMAT!r}, version {VERSION!r}",
-                hint="save the session again with this program",
+                f"{source} was saved with another model, whose state means nothing here",
+                got=f"{metadata.get('model', 'unknown')} ({key.removesuffix('_sha256')} differ)",
+                expected=bundle.name,
+                hint="use the bundle that the session was saved with",
             )
-        for key, expected in _metadata(bundle).items():
-            if key.endswith("_sha256") and metadata.get(key) != expected:
-                raise SessionError(
-                    f"{source} was saved with another model, whose state means nothing here",
-                    got=f"{metadata.get('model', 'unknown')} ({key.removesuffix('_sha256')} differ)",
-                    expected=bundle.name,
-                    hint="use the bundle that the session was saved with",
-                )
-        try:
-            _check_sizes(header, bundle.spec)
-            file.seek(0)
-            data = file.read(header.file_bytes + 1)
-            _check_hash(data, header)
-            return _read(data, bundle.spec)
-        except (ValueError, OSError) as error:
-            raise SessionError(
-                f"{source} is damaged", got=error, hint="save the session again, or copy it again"
-            ) from error
+    try:
+        _check_sizes(header, bundle.spec)
+        file.seek(0)
+        data = file.read(header.file_bytes + 1)
+        _check_hash(data, header)
+        return _read(data, bundle.spec)
+    except (ValueError, OSError) as error:
+        raise SessionError(
+            f"{source} is damaged", got=error, hint="save the session again, or copy it again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -169,13 +193,12 @@ class _Header:
     file_bytes: int
 
 
-def _read_header(file: BinaryIO, source: Path) -> _Header:
+def _read_header(file: BinaryIO, file_bytes: int, source: str) -> _Header:
     """The header alone, so that nothing is believed before it is checked.
 
     Raises:
         SessionError: it is none.
     """
-    file_bytes = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
         raise SessionError(f"{source} is not a session file", got="no header of a safetensors file")
@@ -291,6 +314,7 @@ def _metadata(bundle: Model) -> dict[str, str]:
 def _is_session(path: Path) -> bool:
     try:
         with open_regular(path, links=True, error=SessionError) as file:
-            return _read_header(file, path).metadata.get("format") == FORMAT
+            size = os.fstat(file.fileno()).st_size
+            return _read_header(file, size, str(path)).metadata.get("format") == FORMAT
     except SessionError:
         return False

@@ -56,6 +56,11 @@ class Worker:
         """It works, or waits for work."""
         return self._thread.is_alive() and self.failure is None
 
+    @property
+    def closing(self) -> bool:
+        """It takes no more jobs."""
+        return self._closing
+
     # -- from any thread ---------------------------------------------------------------------------------
 
     def submit(self, job: Job) -> None:

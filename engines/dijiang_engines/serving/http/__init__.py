@@ -1,0 +1,1 @@
+"""The OpenAI-compatible side of the server: requests in, answers and streams out."""
