@@ -25,7 +25,7 @@ def main():
     """Build or complete the environment; return 0, or 1 after one message."""
     parser = argparse.ArgumentParser(description="Make a virtual environment for dijiang-export.")
     parser.add_argument("--venv", default=".venv", help="where (default: .venv)")
-    parser.add_argument("--extras", default="export,cpu,dev", help="extras of the package to install")
+    parser.add_argument("--extras", default="export,cpu,serve,dev", help="extras of the package to install")
     parser.add_argument("--torch-index", default="", help="an extra package index to find PyTorch in")
     options = parser.parse_args()
     try:

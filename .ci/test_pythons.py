@@ -76,7 +76,7 @@ def make_environment(python: Path, folder: Path, wheel: Path) -> Path:
     inside = folder / "bin/python"
     pip: list[str | Path] = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraints: list[str | Path] = ["--constraint", ROOT / "constraints.txt"]
-    run(*pip, "--only-binary=:all:", *constraints, f"{wheel}[cpu]", *NEEDED)
+    run(*pip, "--only-binary=:all:", *constraints, f"{wheel}[cpu,serve]", *NEEDED)
     return inside
 
 

@@ -49,7 +49,7 @@ def test_it_installs_from_the_constraints(
     assert call(setup_venv, monkeypatch, commands, "--venv", venv, "--torch-index", "https://index") == 0
     assert [sys.executable, "-m", "venv", "--clear", venv] in commands.seen
     installs = [command for command in commands.seen if "install" in command]
-    assert [command[-1] for command in installs] == ["hatchling", f"{ROOT}[export,cpu,dev]"]
+    assert [command[-1] for command in installs] == ["hatchling", f"{ROOT}[export,cpu,serve,dev]"]
     for command in installs:
         assert command[0] == f"{venv}/bin/python"
         assert command[command.index("--constraint") + 1] == str(ROOT / "constraints.txt")

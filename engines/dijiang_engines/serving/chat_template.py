@@ -136,7 +136,9 @@ def load_chat_template(model: Model) -> ChatTemplate | None:
 def _object(model: Model, name: str) -> dict[str, Any]:
     with model.opened.unchanged(name) as root:
         data = read_bounded(root / name, LIMITS["tokenizer part"])
-    found: dict[str, Any] = parse_json(data, name, lenient=True)
+    found = parse_json(data, name, lenient=True)
+    if not isinstance(found, dict):
+        raise BundleError(f"{name} is not a JSON object")
     return found
 
 

@@ -88,13 +88,9 @@ class Limits:
     piece: int = 64
     """Most tokens of a prompt between two steps of the others."""
     queue: int = 256
-    """Jobs that wait."""
+    """Jobs that wait while all slots are taken; `worker` counts them."""
     prefix_bytes: int = 256 << 20
     """Of kept states after the beginnings of prompts."""
-
-
-class QueueFull(Exception):
-    """As many jobs wait as may."""
 
 
 class Scheduler:
@@ -136,13 +132,7 @@ class Scheduler:
         return len(self._batch.texts) + len(self.reading)
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Whoever makes it has checked it against the model.
-
-        Raises:
-            QueueFull: too many wait.
-        """
-        if len(self.waiting) >= self.limits.queue:
-            raise QueueFull
+        """Queue a job. Whoever makes it has checked it against the model."""
         self.waiting.append(job)
 
     def cancel(self, job: Job) -> None:

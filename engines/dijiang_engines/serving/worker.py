@@ -16,10 +16,14 @@ from typing import Any, TypeVar
 
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.serving.job import Job, Update
-from dijiang_engines.serving.scheduler import QueueFull, Scheduler
+from dijiang_engines.serving.scheduler import Scheduler
 
 T = TypeVar("T")
 Deliver = Callable[[list[Update]], None]
+
+
+class QueueFull(Exception):
+    """As many jobs wait as may."""
 
 
 class Closing(DijiangError):
@@ -41,8 +45,8 @@ class Worker:
         self._scheduler, self._deliver = scheduler, deliver
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._waiting = 0
-        """Jobs that were submitted and have not begun to be read."""
+        self._taken = 0
+        """Texts in slots, jobs that wait for them, and calls that the thread has not seen yet."""
         self._closing = False
         self.failure: DijiangError | None = None
         self._thread = threading.Thread(target=self._run, name="dijiang-worker", daemon=True)
@@ -72,10 +76,9 @@ class Worker:
         """
         with self._lock:
             self._check()
-            # The queue is bounded here: what is in the inbox has not reached the scheduler yet.
-            if self._waiting >= self._scheduler.limits.queue:
+            if self._taken >= self._scheduler.limits.slots + self._scheduler.limits.queue:
                 raise QueueFull
-            self._waiting += 1
+            self._taken += 1
             self._inbox.put(lambda: self._scheduler.submit(job))
 
     def cancel(self, job: Job) -> None:
@@ -149,7 +152,8 @@ class Worker:
 
     def _count(self) -> None:
         with self._lock:
-            self._waiting = len(self._scheduler.waiting) + self._inbox.qsize()
+            waiting = len(self._scheduler.waiting) + self._inbox.qsize()
+            self._taken = self._scheduler.running + waiting
 
     def _stop(self, error: BaseException | None) -> None:
         if not isinstance(error, DijiangError):

@@ -139,11 +139,14 @@ def serve(output: Output, given: ServeArguments) -> None:
     import asyncio
 
     from dijiang_engines.formats.open import open_model
+    from dijiang_engines.machine import SPINNING_ENVIRONMENT
     from dijiang_engines.runners.base import HasNotes
     from dijiang_engines.serving.http import server
     from dijiang_engines.serving.serve import make_service
 
     options = _options(given)
+    # Threads that wait busily take the time of those that talk to clients; --spinning still decides.
+    os.environ.setdefault(SPINNING_ENVIRONMENT, "off")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     model = open_model(given.bundle, verify=False)
     if not given.no_verify:

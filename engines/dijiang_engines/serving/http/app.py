@@ -122,9 +122,11 @@ class App:
     async def _object(self, request: Request) -> dict[str, Any]:
         data = await self._body(request)
         try:
-            found: dict[str, Any] = parse_json(data, "the request's body", error=UsageError)
+            found: Any = parse_json(data, "the request's body", error=UsageError)
         except UsageError as error:
             raise ApiError(400, str(error), code="invalid_json") from error
+        if not isinstance(found, dict):
+            raise ApiError(400, "the request's body is not a JSON object", code="invalid_json")
         return found
 
     # -- small endpoints ---------------------------------------------------------------------------------

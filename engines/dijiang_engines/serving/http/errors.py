@@ -8,8 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from dijiang_engines.errors import DijiangError, PositionError, PromptError, SessionError, UsageError
-from dijiang_engines.serving.scheduler import QueueFull
-from dijiang_engines.serving.worker import Closing
+from dijiang_engines.serving.worker import Closing, QueueFull
 
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",

@@ -114,8 +114,8 @@ def _limit(service: Service, tokens: int, wanted: Wanted) -> int:
         return min(served.max_tokens, room)
     if wanted.max_tokens > room:
         raise ApiError(
-            400, f"the prompt has {tokens} tokens, and the model has {most} positions: ask for at most {room} "
-            "new tokens", param="max_tokens", code="context_length_exceeded",
+            400, f"the prompt has {tokens} tokens, and the model has {most} positions: ask for at most "
+            f"{room} new tokens", param="max_tokens", code="context_length_exceeded",
         )  # fmt: skip
     return wanted.max_tokens
 
