@@ -201,6 +201,8 @@ def test_the_examples_of_help(
     (tmp_path / "held-out.txt").write_text("def main():\n    pass\n")
     if name == "bench":
         example += " --seconds 0.01 --length 16 --batch 1"  # what is measured, for less long
+    if name == "serve":  # until it is told to end
+        example = f"timeout --preserve-status -s TERM 8 {example} --port 0"
     machine = {"build-plugin": tools, "build-engine": FakeMachine(tools.bin.parent / "gpu")}.get(name)
     done = shell(example, tmp_path, machine)
     assert done.returncode == 0, f"{example}\n{done.stdout}\n{done.stderr}"
