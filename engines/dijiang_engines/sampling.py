@@ -99,62 +99,97 @@ def sample(
         return np.asarray(scores.argmax(axis=1), dtype=np.int64)
     if uniforms is None:
         raise UsageError("sampling needs random numbers")
-    weights = _weights(scores, options.temperature)
-    if options.top_k:
-        weights = keep_top_k(weights, options.top_k)
+    return np.array(
+        [_choose(row, options, at) for row, at in zip(scores, uniforms.tolist(), strict=True)], dtype=np.int64
+    )
+
+
+def _choose(scores: npt.NDArray[np.floating], options: SamplingOptions, uniform: float) -> int:
+    """One token by scores [V], of those that the filters leave, by inversion of a number in [0, 1)."""
+    kept = None if not options.top_k else largest(scores, options.top_k)
+    weights = _weights(scores if kept is None else scores[kept], options.temperature)
     if options.top_p < 1:
-        weights = keep_top_p(weights, options.top_p)
+        nucleus = np.sort(_nucleus(weights, options.top_p))
+        kept = nucleus if kept is None else kept[nucleus]
+        weights = weights[nucleus]
     if options.min_p > 0:
-        weights = keep_min_p(weights, options.min_p)
-    return draw(weights, uniforms)
+        weights = np.where(weights >= options.min_p * weights.max(), weights, 0.0)
+    chosen = int(draw(weights[None], np.array([uniform]))[0])
+    return chosen if kept is None else int(kept[chosen])
 
 
 def _weights(scores: Logits, temperature: float) -> npt.NDArray[np.float64]:
-    """exp((scores - max) / temperature) [B, V]: unnormalised probabilities, the largest being 1."""
+    """exp((scores - max) / temperature) [V]: unnormalised probabilities, the largest being 1."""
     wide = scores.astype(np.float64)
+    wide -= wide.max()
     with np.errstate(over="ignore"):  # a tiny temperature may overflow to -inf, which is right
-        wide = (wide - wide.max(axis=1, keepdims=True)) / temperature
-    return np.asarray(np.exp(wide))
+        wide /= temperature
+    return np.asarray(np.exp(wide, out=wide))
 
 
 def keep_top_k(weights: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.float64]:
     """Zero all but each row's k largest weights [B, V]."""
     if k >= weights.shape[1]:
         return weights
-    threshold = np.partition(weights, -k, axis=1)[:, -k, None]
-    above = weights > threshold
-    # Fill up from those equal to the k-th largest, lowest ids first.
-    equal = weights == threshold
-    room = k - above.sum(axis=1, keepdims=True)
-    keep = above | (equal & (np.cumsum(equal, axis=1) <= room))
-    return np.where(keep, weights, 0.0)
+    result = np.zeros_like(weights)
+    for row in range(weights.shape[0]):
+        kept = largest(weights[row], k)
+        result[row, kept] = weights[row, kept]
+    return result
+
+
+def largest(values: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
+    """Where the k largest of [V] are, ascending; of equal ones the first."""
+    if k >= values.size:
+        return np.arange(values.size)
+    threshold = np.partition(values, -k)[-k]
+    found = np.flatnonzero(values >= threshold)
+    if found.size > k:
+        equal = np.flatnonzero(values[found] == threshold)
+        found = np.delete(found, equal[k - found.size :])
+    return found
 
 
 def keep_top_p(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.float64]:
     """Zero all but each row's fewest largest weights [B, V] whose share reaches p; at least one stays."""
     result = np.zeros_like(weights)
     for row in range(weights.shape[0]):
-        result[row] = _row_top_p(weights[row], p)
+        kept = _nucleus(weights[row], p)
+        result[row, kept] = weights[row, kept]
     return result
 
 
-def _row_top_p(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.float64]:
-    target = p * weights.sum()
-    size = weights.shape[0]
-    count = min(size, 128)
-    while True:
-        # Sorting a whole vocabulary takes longer than a step of a small model; the nucleus is mostly small.
-        least = 0.0 if count == size else np.partition(weights, -count)[-count]
-        top = np.flatnonzero((weights >= least) & (weights > 0))
-        order = top[np.argsort(-weights[top], kind="stable")]
-        reached = np.cumsum(weights[order])
-        if reached[-1] >= target or count == size:
-            break
-        count = min(size, count * 8)
-    keep = order[: int(np.searchsorted(reached, target)) + 1]
-    result = np.zeros_like(weights)
-    result[keep] = weights[keep]
-    return result
+_BIN_SHIFT = np.int64(46)
+"""Bits of a float64 below those that name its bin: the exponent and six bits of the fraction are left."""
+_BINS = 1 << 13
+"""128 powers of two below the largest weight; what is smaller still shares the last bin."""
+
+
+def _nucleus(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.int64]:
+    """Where the fewest largest of weights [V] are whose share reaches p.
+
+    Sorting a whole vocabulary takes longer than a step of a small model. So those are left out that are too
+    small to matter: all below (1 - p) / V of the whole have less than 1 - p of it together; half as much
+    leaves room for rounding. The others are put into bins by their size, which the bits of positive floats
+    tell in order, and only the bin in which p is reached is sorted.
+    """
+    total = weights.sum()
+    large = np.flatnonzero(weights >= 0.5 * (1 - p) * total / weights.size)
+    return np.asarray(large[_nucleus_of(weights[large], p * total)])
+
+
+def _nucleus_of(weights: npt.NDArray[np.float64], target: float) -> npt.NDArray[np.int64]:
+    """Where the fewest largest of weights [n] are whose sum reaches `target`; all if rounding says so."""
+    bits = weights.view(np.int64) >> _BIN_SHIFT
+    bins = np.minimum(bits.max() - bits, _BINS - 1)
+    reached = np.cumsum(np.bincount(bins, weights, _BINS))
+    last = int(np.searchsorted(reached, target))
+    before = reached[last - 1] if last else 0.0
+    border = np.flatnonzero((bins == last) & (weights > 0))
+    order = border[np.argsort(-weights[border], kind="stable")]
+    within = before + np.cumsum(weights[order])
+    kept = order[: int(np.searchsorted(within, target)) + 1]
+    return np.concatenate([np.flatnonzero(bins < last), kept])
 
 
 def keep_min_p(weights: npt.NDArray[np.float64], min_p: float) -> npt.NDArray[np.float64]:
@@ -164,14 +199,15 @@ def keep_min_p(weights: npt.NDArray[np.float64], min_p: float) -> npt.NDArray[np
 
 def draw(weights: npt.NDArray[np.float64], uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """One index per row, with probability proportional to weights [B, V], by inversion of uniforms [B]."""
-    sums = np.cumsum(weights, axis=1)
-    # A place in [0, total): the first index whose running sum is beyond it, so never one of weight zero.
-    places = uniforms * sums[:, -1]
-    chosen = (sums <= places[:, None]).sum(axis=1)
-    last = weights.shape[1] - 1 - (weights[:, ::-1] > 0).argmax(axis=1)
-    return np.asarray(
-        np.minimum(chosen, last), dtype=np.int64
-    )  # rounding may have put a place at the very end
+    found = []
+    for row, at in zip(weights, uniforms.tolist(), strict=True):
+        sums = np.cumsum(row)
+        # A place in [0, total): the first index whose running sum is beyond it, so never one of weight zero.
+        chosen = int(np.searchsorted(sums, at * sums[-1], side="right"))
+        if chosen == sums.size:  # rounding put the place at the very end
+            chosen = int(np.flatnonzero(row)[-1])
+        found.append(chosen)
+    return np.array(found, dtype=np.int64)
 
 
 def uniform(seed: int, stream: int, index: int) -> float:
