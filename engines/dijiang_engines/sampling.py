@@ -161,6 +161,8 @@ def keep_top_p(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.flo
 
 _BIN_SHIFT = np.int64(46)
 """Bits of a float64 below those that name its bin: the exponent and six bits of the fraction are left."""
+_FEW = 1024
+"""Weights that are sorted sooner than they are put into bins."""
 _BINS = 1 << 13
 """128 powers of two below the largest weight; what is smaller still shares the last bin."""
 
@@ -180,6 +182,9 @@ def _nucleus(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.int64
 
 def _nucleus_of(weights: npt.NDArray[np.float64], target: float) -> npt.NDArray[np.int64]:
     """Where the fewest largest of weights [n] are whose sum reaches `target`; all if rounding says so."""
+    if weights.size <= _FEW:
+        order = np.argsort(-weights, kind="stable")
+        return order[: int(np.searchsorted(np.cumsum(weights[order]), target)) + 1]
     bits = weights.view(np.int64) >> _BIN_SHIFT
     bins = np.minimum(bits.max() - bits, _BINS - 1)
     reached = np.cumsum(np.bincount(bins, weights, _BINS))
