@@ -38,7 +38,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message, self.param = _valid(message), None if param is None else _valid(param)
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
@@ -49,6 +50,11 @@ class ApiError(Exception):
     def response(self) -> Response:
         """The whole answer."""
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _valid(text: str) -> str:
+    """Text that can be sent: what a client sent may hold half a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_api_error(error: Exception, param: str | None = None) -> ApiError:
