@@ -5,6 +5,7 @@
     prefill.trt.onnx  step.trt.onnx     DijiangAttention as plugin nodes   } weights.data
     reference.safetensors               recorded cases for `validate`
     config.json, tokenizer files        copied from the checkpoint
+    genai_config.json  adapter.onnx     what ONNX Runtime GenAI runs the standard graphs with
 
 `open_bundle` trusts nothing: sizes and nesting are bounded before anything is parsed, every file that
 the manifest lists must be there with the right size and hash and be an ordinary file, and the graphs may
@@ -21,8 +22,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.file_table import CONFIG, MANIFEST, REFERENCE
+from dijiang_engines.formats.file_table import CONFIG, GENAI_ADAPTER, MANIFEST, REFERENCE
 from dijiang_engines.formats.folder import Model, ModelIdentity, Wording, spec_sha256
+from dijiang_engines.formats.genai import check_adapter
 from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.manifest import RETRY, WEIGHTS, GraphInfo, Manifest, read_manifest
 from dijiang_engines.formats.onnx_external import check_external_data
@@ -62,6 +64,11 @@ class Bundle(Model):
         return name if isinstance(name, str) and name else self.path.name
 
     @property
+    def runs_with_genai(self) -> bool:
+        """Whether ONNX Runtime GenAI's files are there."""
+        return GENAI_ADAPTER in self.files
+
+    @property
     def activations(self) -> Mapping[str, Activations] | None:
         """As of every `Model`."""
         return None if self.quantisation is None else self.quantisation.activations
@@ -95,6 +102,9 @@ class Bundle(Model):
         """Hash a graph and check where its weights are, in one reading."""
         data = self.opened.read(name, LIMITS["graph"])
         try:
+            if name == GENAI_ADAPTER:
+                check_adapter(data, self.spec)
+                return
             check_external_data(data, location=WEIGHTS, file_bytes=self.files[WEIGHTS].bytes)
             check_graph(
                 data, name, self.spec, step=self._is_step(name), all_logits=self.all_logits,

@@ -1,0 +1,81 @@
+"""adapter.onnx: from what ONNX Runtime GenAI gives to what the graphs take (`dijiang_engines.formats.genai`).
+
+GenAI pads the rows of a batch on the right, and gives padding position 0 there. It takes a token for padding
+by its id, so it cannot know a row that ends in that token from a padded one. What it would compute wrong
+without a word, the adapter refuses: an index out of bounds in a node whose name says why.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dijiang_engines import io_names
+from dijiang_engines.formats.file_table import GENAI_ADAPTER
+from dijiang_engines.formats.genai import POSITION_IDS, adapter_io
+from dijiang_engines.formats.manifest import TensorInfo
+from dijiang_engines.spec import ModelSpec
+from dijiang_engines.version import __version__
+from dijiang_export.graph import opset
+from dijiang_export.graph.builder import Builder
+
+REFUSAL = "refused.negative_token_ids_or_a_prompt_of_a_batch_that_begins_with_padding"
+"""The node that fails; ONNX Runtime's error says its name."""
+_TYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT}
+
+
+def write_adapter(spec: ModelSpec, pad_token_id: int, folder: Path) -> None:
+    """Write the adapter of a model into its bundle.
+
+    Args:
+        spec: the model.
+        pad_token_id: what genai_config.json says that padding is.
+        folder: the bundle's.
+    """
+    inputs, outputs = adapter_io(spec)
+    values = {info.name: _value(info) for info in inputs}
+    graph = ir.Graph(tuple(values.values()), [], nodes=[], name="adapter", opset_imports={"": opset.OPSET})
+    b = Builder(graph)
+    ids, position_ids = values[io_names.INPUT_IDS], values[POSITION_IDS]
+    first = b.op("Gather", position_ids, b.scalar(0), axis=1, label="first")
+    last = b.op("ReduceMax", position_ids, axes=[1], keepdims=0, label="last")
+    seq_lens = b.op("Add", b.op("Sub", last, first), b.scalar(1), label="seq_lens")
+    refused = b.op("Max", _negative(b, ids), _padding_first(b, spec, pad_token_id, ids))
+    nothing = b.op("Gather", b.ints(0), refused, label=REFUSAL)  # has one element: 0 is in bounds
+    positions = b.op("Add", first, nothing, label="positions")
+    for value, info in zip((positions, seq_lens), outputs, strict=True):
+        value.name, value.shape = info.name, ir.Shape(info.shape)
+        value.type = ir.TensorType(_TYPES[info.dtype])
+        graph.outputs.append(value)
+    graph.extend(b.nodes)
+    model = ir.Model(graph, ir_version=opset.IR_VERSION)
+    model.producer_name, model.producer_version = "dijiang-export", __version__
+    ir.save(model, folder / GENAI_ADAPTER)
+
+
+def _negative(b: Builder, ids: ir.Value) -> ir.Value:
+    """Above 0 if there is a negative token id, which the embedding would count from its end."""
+    found: ir.Value = b.op("ReduceMax", b.op("Sub", b.scalar(0), ids), keepdims=0, label="negative")
+    return found
+
+
+def _padding_first(b: Builder, spec: ModelSpec, pad_token_id: int, ids: ir.Value) -> ir.Value:
+    """1 if the first call of a batch has a row that begins with padding, else 0.
+
+    Where padding is a token that begins or ends texts too, one of them may well begin a prompt, two do not.
+    """
+    one = b.scalar(1)
+    width = 2 if pad_token_id in (spec.bos_token_id, *spec.eos_token_ids) else 1
+    begin = b.op("Slice", ids, b.ints(0), b.ints(width), b.ints(1), label="begin")
+    distance = b.op("Abs", b.op("Sub", begin, b.scalar(pad_token_id)))
+    other = b.op("Min", b.op("ReduceMax", distance, axes=[1], keepdims=0), one, label="other")
+    padded = b.op("ReduceMax", b.op("Sub", one, other), keepdims=0, label="padded")
+    rows, tokens = (b.op("Gather", b.op("Shape", ids), b.scalar(axis)) for axis in (0, 1))
+    several = b.op("Min", b.op("Sub", b.op("Min", rows, tokens), one), one)  # 0 with one row, and in steps
+    found: ir.Value = b.op("Mul", padded, several, label="padding_first")
+    return found
+
+
+def _value(info: TensorInfo) -> ir.Value:
+    return ir.Value(name=info.name, shape=ir.Shape(info.shape), type=ir.TensorType(_TYPES[info.dtype]))
