@@ -2,8 +2,9 @@
 
 GenAI runs a bundle as a pipeline of adapter.onnx, prefill.onnx and step.onnx, as genai_config.json says,
 which nothing here reads. It gives each token's position where the graphs take each row's first position and
-length. It sees a recurrent state only beside a convolution's, so the adapter has inputs for those. A key-value
-cache of fixed length is what it refuses beam search for: recurrent states it would leave with other beams.
+length. It sees a recurrent state only beside a convolution's, so the adapter has inputs for those. A
+key-value cache of fixed length is what it refuses beam search for: recurrent states it would leave with other
+beams.
 
 What GenAI gives and looks for: onnxruntime-genai@a0c04eb, src/models/decoder_only_pipeline.cpp,
 position_inputs.cpp, recurrent_state.cpp and kv_cache.cpp; tried with version 0.18.0.
