@@ -29,21 +29,33 @@ CACHE = ("past_key_values.0.key", "past_key_values.0.value")
 _CACHE_SHAPE = (io_names.BATCH_DIM, 1, 1, 1)
 
 
-def conv_state(layer: int) -> str:
-    """Name of the input float32 [B, 1, 1] without which GenAI sees no recurrent state in a layer."""
+def past_conv_state(layer: int) -> str:
+    """Name of the input int64 [B, 1, 1] without which GenAI sees no recurrent state in a layer.
+
+    It starts with zeros. In that of layer 0 the adapter keeps how many tokens of each row were read; GenAI
+    binds PRESENT to the same memory.
+    """
     return f"past_key_values.{layer}.conv_state"
+
+
+PRESENT = "present.0.conv_state"
 
 
 def adapter_io(spec: ModelSpec) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
     """The adapter's inputs and outputs, in order."""
     batch, tokens = io_names.BATCH_DIM, (io_names.BATCH_DIM, io_names.SEQUENCE_DIM)
+    kept = (batch, 1, 1)
     inputs = (
         TensorInfo(io_names.INPUT_IDS, "int64", tokens),
         TensorInfo(POSITION_IDS, "int64", tokens),
         *(TensorInfo(name, "float32", _CACHE_SHAPE) for name in CACHE),
-        *(TensorInfo(conv_state(i), "float32", (batch, 1, 1)) for i in range(spec.num_layers)),
+        *(TensorInfo(past_conv_state(i), "int64", kept) for i in range(spec.num_layers)),
     )
-    outputs = tuple(TensorInfo(n, "int64", (batch,)) for n in (io_names.POSITIONS, io_names.SEQ_LENS))
+    outputs = (
+        TensorInfo(io_names.POSITIONS, "int64", (batch,)),
+        TensorInfo(io_names.SEQ_LENS, "int64", (batch,)),
+        TensorInfo(PRESENT, "int64", kept),
+    )
     return inputs, outputs
 
 

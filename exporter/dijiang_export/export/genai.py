@@ -90,7 +90,8 @@ def _model(spec: ModelSpec, pad: int) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "context_length": spec.max_positions or NO_LIMIT,
         "decoder": {
-            "session_options": {"log_id": "onnxruntime-genai"},
+            # 0: as many threads as ONNX Runtime finds right. GenAI takes half of the logical processors.
+            "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 0},
             "hidden_size": spec.hidden_size,
             "num_attention_heads": spec.num_heads,
             "num_hidden_layers": spec.num_layers,

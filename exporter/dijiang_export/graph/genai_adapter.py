@@ -1,8 +1,9 @@
 """adapter.onnx: from what ONNX Runtime GenAI gives to what the graphs take (`dijiang_engines.formats.genai`).
 
 GenAI pads the rows of a batch on the right, and gives padding position 0 there. It takes a token for padding
-by its id, so it cannot know a row that ends in that token from a padded one. What it would compute wrong
-without a word, the adapter refuses: an index out of bounds in a node whose name says why.
+by its id, so it cannot know a row that ends in that token from a padded one. Of a token that it has chosen
+and not read it gives nothing but a gap in the positions. What would come out wrong without a word is refused:
+an index is out of bounds in a node whose name, which ONNX Runtime's error says, tells why.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import onnx_ir as ir
 
 from dijiang_engines import io_names
 from dijiang_engines.formats.file_table import GENAI_ADAPTER
-from dijiang_engines.formats.genai import POSITION_IDS, adapter_io
+from dijiang_engines.formats.genai import POSITION_IDS, adapter_io, past_conv_state
 from dijiang_engines.formats.manifest import TensorInfo
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
 from dijiang_export.graph import opset
 from dijiang_export.graph.builder import Builder
 
-REFUSAL = "refused.negative_token_ids_or_a_prompt_of_a_batch_that_begins_with_padding"
-"""The node that fails; ONNX Runtime's error says its name."""
+UNREAD = "call get_logits before append_tokens: the last token has been chosen and not yet read"
+PADDED = "a prompt of a batch begins with padding: pad on the right"
+NEGATIVE = "a token id is negative"
+"""Names of the nodes that refuse."""
 _TYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT}
 
 
@@ -41,10 +44,15 @@ def write_adapter(spec: ModelSpec, pad_token_id: int, folder: Path) -> None:
     first = b.op("Gather", position_ids, b.scalar(0), axis=1, label="first")
     last = b.op("ReduceMax", position_ids, axes=[1], keepdims=0, label="last")
     seq_lens = b.op("Add", b.op("Sub", last, first), b.scalar(1), label="seq_lens")
-    refused = b.op("Max", _negative(b, ids), _padding_first(b, spec, pad_token_id, ids))
-    nothing = b.op("Gather", b.ints(0), refused, label=REFUSAL)  # has one element: 0 is in bounds
+    read = b.reshape(values[past_conv_state(0)], -1, label="read")
+    gap = b.op("ReduceMax", b.op("Abs", b.op("Sub", first, read)), keepdims=0, label="gap")
+    negative = b.op("ReduceMax", b.op("Sub", b.scalar(0), ids), keepdims=0, label="negative")
+    nothing = b.op("Add", _refuse(b, gap, UNREAD), _refuse(b, b.op("Max", negative, b.scalar(0)), NEGATIVE))
+    nothing = b.op("Add", nothing, _refuse(b, _padding_first(b, spec, pad_token_id, ids), PADDED))
     positions = b.op("Add", first, nothing, label="positions")
-    for value, info in zip((positions, seq_lens), outputs, strict=True):
+    # GenAI binds both sides of this state to one buffer: whatever reads it must be done before it is written.
+    present = b.reshape(b.op("Add", read, b.op("Add", seq_lens, nothing)), -1, 1, 1, label="present")
+    for value, info in zip((positions, seq_lens, present), outputs, strict=True):
         value.name, value.shape = info.name, ir.Shape(info.shape)
         value.type = ir.TensorType(_TYPES[info.dtype])
         graph.outputs.append(value)
@@ -54,9 +62,9 @@ def write_adapter(spec: ModelSpec, pad_token_id: int, folder: Path) -> None:
     ir.save(model, folder / GENAI_ADAPTER)
 
 
-def _negative(b: Builder, ids: ir.Value) -> ir.Value:
-    """Above 0 if there is a negative token id, which the embedding would count from its end."""
-    found: ir.Value = b.op("ReduceMax", b.op("Sub", b.scalar(0), ids), keepdims=0, label="negative")
+def _refuse(b: Builder, index: ir.Value, why: str) -> ir.Value:
+    """0; above index 0 the node fails."""
+    found: ir.Value = b.op("Gather", b.ints(0), index, label=why)
     return found
 
 
