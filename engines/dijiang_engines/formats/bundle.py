@@ -22,9 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.file_table import CONFIG, GENAI_ADAPTER, MANIFEST, REFERENCE
+from dijiang_engines.formats.file_table import CONFIG, MANIFEST, REFERENCE
 from dijiang_engines.formats.folder import Model, ModelIdentity, Wording, spec_sha256
-from dijiang_engines.formats.genai import check_adapter
 from dijiang_engines.formats.graph_check import check_graph
 from dijiang_engines.formats.manifest import RETRY, WEIGHTS, GraphInfo, Manifest, read_manifest
 from dijiang_engines.formats.onnx_external import check_external_data
@@ -51,10 +50,11 @@ class Bundle(Model):
         identity = ModelIdentity(spec_sha256(manifest.spec), manifest.files[WEIGHTS].sha256)
         super().__init__(
             path, opened, manifest.raw,
-            spec=manifest.spec, files=manifest.files, cases=manifest.cases, identity=identity,
-            quantisation=manifest.quantisation,
+            spec=manifest.spec, files=manifest.files | manifest.genai, cases=manifest.cases,
+            identity=identity, quantisation=manifest.quantisation,
         )  # fmt: skip
         self.graphs: Mapping[str, GraphInfo] = MappingProxyType(manifest.graphs)
+        self._genai = frozenset(manifest.genai)
 
     @property
     def name(self) -> str:
@@ -65,8 +65,8 @@ class Bundle(Model):
 
     @property
     def runs_with_genai(self) -> bool:
-        """Whether ONNX Runtime GenAI's files are there."""
-        return GENAI_ADAPTER in self.files
+        """Whether ONNX Runtime GenAI's files are there. Nothing here reads them."""
+        return bool(self._genai)
 
     @property
     def activations(self) -> Mapping[str, Activations] | None:
@@ -102,9 +102,6 @@ class Bundle(Model):
         """Hash a graph and check where its weights are, in one reading."""
         data = self.opened.read(name, LIMITS["graph"])
         try:
-            if name == GENAI_ADAPTER:
-                check_adapter(data, self.spec)
-                return
             check_external_data(data, location=WEIGHTS, file_bytes=self.files[WEIGHTS].bytes)
             check_graph(
                 data, name, self.spec, step=self._is_step(name), all_logits=self.all_logits,
@@ -121,12 +118,12 @@ class Bundle(Model):
         return key.startswith("step")
 
     def check_files(self, verify: bool) -> None:
-        """Check that every file is there with the right size, and all graphs; hash all but the cases, the
-        weights if `verify`."""
+        """Check that every file is there with the right size, and all graphs that are run here; hash all but
+        the cases, the weights if `verify`."""
         for name in self.files:
             self.opened.note(name)
         for name in self.files:
-            if name.endswith(".onnx"):
+            if name.endswith(".onnx") and name not in self._genai:
                 self._check_graph(name)
             elif name not in (WEIGHTS, REFERENCE) or (name == WEIGHTS and verify):
                 self.verify_files((name,))

@@ -31,8 +31,8 @@ QUANTISED_VERSION = 2
 """and of those with quantised ones, which a reader that knows only the first refuses."""
 WEIGHTS = "weights.data"
 GENAI = "genai"
-"""Key of the table with GENAI_FILES. Readers that do not know it take every .onnx in `files` for a graph of
-the model, which the adapter is not."""
+"""Key of the table of GENAI_FILES. Readers that do not know it take every .onnx in `files` for a graph of the
+model, which the adapter is not."""
 GENAI_FILES = (GENAI_CONFIG, GENAI_ADAPTER)
 
 MAX_GRAPHS = 64
@@ -103,7 +103,8 @@ class Manifest:
         spec: the model's geometry.
         dtype: float32, float16 or bfloat16.
         logits: "last" or "all".
-        files: name -> FileInfo, every file but the manifest: of `files` and of `genai`.
+        files: name -> FileInfo, every file but the manifest and those of `genai`.
+        genai: the same of what only ONNX Runtime GenAI reads; empty in bundles that it does not run.
         graphs: name -> GraphInfo.
         cases: names of the recorded cases, None without a reference file.
         quantisation: of the weights, None if they are floats.
@@ -121,7 +122,7 @@ class Manifest:
         if raw["format_version"] == QUANTISED_VERSION:
             self.quantisation = read_quantisation(raw.get(KEY), self.spec, MANIFEST)
         self.files = file_table(raw, (WEIGHTS,), source=MANIFEST, hint=RETRY)
-        self.files |= _genai_files(raw)
+        self.genai = _genai_files(raw)
         self._check_weights()  # before anything is made in proportion to the spec
         self.graphs = self._graph_table()
         reference = raw.get("reference")

@@ -11,12 +11,11 @@ from typing import Any
 
 from dijiang_engines import io_names
 from dijiang_engines.formats.file_table import CONFIG, GENAI_ADAPTER, GENAI_CONFIG, TOKENIZER
-from dijiang_engines.formats.genai import POSITION_IDS, adapter_io, check_adapter
 from dijiang_engines.formats.manifest import TensorInfo, graph_io
 from dijiang_engines.spec import ModelSpec, is_positive
 from dijiang_export.checkpoint.files import read_json
 from dijiang_export.graph import write
-from dijiang_export.graph.genai_adapter import write_adapter
+from dijiang_export.graph.genai_adapter import POSITION_IDS, adapter_io, write_adapter
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 NO_LIMIT = 2**31 - 1
@@ -47,7 +46,6 @@ def write_genai(spec: ModelSpec, folder: Path) -> None:
     pad = pad_token_id(spec, read_json(folder / CONFIG) | generation)
     write_adapter(spec, pad, folder)
     write.check(folder / GENAI_ADAPTER, "standard")
-    check_adapter((folder / GENAI_ADAPTER).read_bytes(), spec)
     config = {"model": _model(spec, pad), "search": search_defaults(spec, generation)}
     (folder / GENAI_CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     if (folder / TOKENIZER).exists():

@@ -1,9 +1,16 @@
-"""adapter.onnx: from what ONNX Runtime GenAI gives to what the graphs take (`dijiang_engines.formats.genai`).
+"""adapter.onnx: from what ONNX Runtime GenAI gives to what the graphs take.
+
+GenAI gives each token's position where the graphs take each row's first position and length. It sees a
+recurrent state only beside a convolution's, so the adapter has inputs for those. A key-value cache of fixed
+length is what it refuses beam search for: recurrent states it would leave with other beams.
 
 GenAI pads the rows of a batch on the right, and gives padding position 0 there. It takes a token for padding
 by its id, so it cannot know a row that ends in that token from a padded one. Of a token that it has chosen
 and not read it gives nothing but a gap in the positions. What would come out wrong without a word is refused:
 an index is out of bounds in a node whose name, which ONNX Runtime's error says, tells why.
+
+What GenAI gives and looks for: onnxruntime-genai@a0c04eb, src/models/decoder_only_pipeline.cpp,
+position_inputs.cpp, recurrent_state.cpp and kv_cache.cpp; tried with version 0.18.0.
 """
 
 from __future__ import annotations
@@ -14,7 +21,6 @@ import onnx_ir as ir
 
 from dijiang_engines import io_names
 from dijiang_engines.formats.file_table import GENAI_ADAPTER
-from dijiang_engines.formats.genai import POSITION_IDS, adapter_io, past_conv_state
 from dijiang_engines.formats.manifest import TensorInfo
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.version import __version__
@@ -25,7 +31,39 @@ UNREAD = "call get_logits before append_tokens: the last token has been chosen a
 PADDED = "a prompt of a batch begins with padding: pad on the right"
 NEGATIVE = "a token id is negative"
 """Names of the nodes that refuse."""
+POSITION_IDS = "position_ids"
+"""int64 [B, L]: of each token, or 0 where a row of a batch is padding."""
+CACHE = ("past_key_values.0.key", "past_key_values.0.value")
+"""float32 [B, 1, 1, 1]: GenAI's key-value cache of one token, which nothing uses."""
+PRESENT = "present.0.conv_state"
 _TYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT}
+
+
+def past_conv_state(layer: int) -> str:
+    """Name of the input int64 [B, 1, 1] without which GenAI sees no recurrent state in a layer.
+
+    It starts with zeros. In that of layer 0 the adapter keeps how many tokens of each row were read; GenAI
+    binds PRESENT to the same memory.
+    """
+    return f"past_key_values.{layer}.conv_state"
+
+
+def adapter_io(spec: ModelSpec) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    """The adapter's inputs and outputs, in order."""
+    batch, tokens = io_names.BATCH_DIM, (io_names.BATCH_DIM, io_names.SEQUENCE_DIM)
+    kept = (batch, 1, 1)
+    inputs = (
+        TensorInfo(io_names.INPUT_IDS, "int64", tokens),
+        TensorInfo(POSITION_IDS, "int64", tokens),
+        *(TensorInfo(name, "float32", (batch, 1, 1, 1)) for name in CACHE),
+        *(TensorInfo(past_conv_state(i), "int64", kept) for i in range(spec.num_layers)),
+    )
+    outputs = (
+        TensorInfo(io_names.POSITIONS, "int64", (batch,)),
+        TensorInfo(io_names.SEQ_LENS, "int64", (batch,)),
+        TensorInfo(PRESENT, "int64", kept),
+    )
+    return inputs, outputs
 
 
 def write_adapter(spec: ModelSpec, pad_token_id: int, folder: Path) -> None:
