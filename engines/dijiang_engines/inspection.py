@@ -213,6 +213,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
             "total_bytes": sum(info.bytes for info in bundle.files.values()),
             "cases": bundle.cases,
             "tokenizer": bundle.tokenizer_path is not None,
+            "genai": bundle.runs_with_genai,
             "created_by": bundle.manifest.get("created_by"),
         }
         | ({} if bundle.quantisation is None else {KEY: bundle.manifest[KEY]}),

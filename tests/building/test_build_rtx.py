@@ -71,6 +71,7 @@ def test_quantised_weights(exported: Export, tmp_path: Path, dtype: str, plugin:
     assert not Path(call["onnx"]).parent.exists() and visible(tmp_path) == ["e"]
     files = sorted(path.name for path in (tmp_path / "e").iterdir())
     assert [name for name in files if not name.endswith(".json")] == ["model.plan"]
+    assert "genai_config.json" not in files, "it is about graphs that are not there"
     assert made.engine.made_for.graphs == ("plugin" if "trt" in graph else "standard")
     engine, source = open_engine(tmp_path / "e"), open_bundle(bundle)
     assert (engine.weight_format, engine.quantised) == ("int4", source.quantised)

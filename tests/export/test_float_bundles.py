@@ -1,7 +1,7 @@
 """Bundles with float weights are, byte for byte, what they were before there were quantised ones.
 
 The digests of tests/data/float-bundles.json were made with the code of commit 80f58e2, the last one without
-quantised weights, by this file: `PYTHONPATH=tests:OLD/exporter:OLD/engines python
+quantised weights, and those of ONNX Runtime GenAI's two files when they came, by this file: `PYTHONPATH=tests:OLD/exporter:OLD/engines python
 tests/export/test_float_bundles.py > tests/data/float-bundles.json`. A change of them is a change of what
 every user's export gives: make them anew only where that is meant, and say so in the changelog.
 """
@@ -47,7 +47,8 @@ def even(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digests(model: RandomCheckpoint, options: dict[str, Any], folder: Path) -> dict[str, str]:
-    """SHA-256 of each graph as it lies there, and of weights.data without what is `COMPUTED`."""
+    """SHA-256 of each graph as it lies there, of genai_config.json, and of weights.data without what is
+    `COMPUTED`."""
     import onnx
 
     from dijiang_export.export.to_onnx import export_bundle
@@ -61,7 +62,8 @@ def digests(model: RandomCheckpoint, options: dict[str, Any], folder: Path) -> d
         if place and tensor.name.endswith(COMPUTED):
             start, length = int(place["offset"]), int(place["length"])
             data[start : start + length] = bytes(length)
-    found = {path.name: path.read_bytes() for path in sorted((folder / "bundle").glob("*.onnx"))}
+    files = [*sorted((folder / "bundle").glob("*.onnx")), folder / "bundle/genai_config.json"]
+    found = {path.name: path.read_bytes() for path in files}
     return {
         name: hashlib.sha256(content).hexdigest()
         for name, content in (found | {"weights.data": bytes(data)}).items()

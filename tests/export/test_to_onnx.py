@@ -50,8 +50,9 @@ def leftovers(folder: Path) -> list[str]:
 def test_a_bundle_holds_what_its_manifest_says(bundle_folder: Path, checkpoint_folder: Path) -> None:
     bundle = open_bundle(bundle_folder)
     manifest = json.loads((bundle_folder / "manifest.json").read_text())
-    assert set(manifest["files"]) == {p.name for p in bundle_folder.iterdir()} - {"manifest.json"}
-    for name, entry in manifest["files"].items():
+    files = manifest["files"] | manifest["genai"]
+    assert set(files) == {p.name for p in bundle_folder.iterdir()} - {"manifest.json"} == set(bundle.files)
+    for name, entry in files.items():
         data = (bundle_folder / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     source = manifest["source"]

@@ -29,7 +29,7 @@ from dijiang_engines.formats.engine import (
     open_engine,
     write_engine_manifest,
 )  # fmt: skip
-from dijiang_engines.formats.file_table import ENGINE_MANIFEST, MANIFEST, REFERENCE
+from dijiang_engines.formats.file_table import ENGINE_MANIFEST, GENAI_CONFIG, MANIFEST, REFERENCE
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.formats.quantised.manifest import KEY
 from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
@@ -228,7 +228,7 @@ def validation_summary(report: Report) -> dict[str, Any]:
 
 def _copy_files(bundle: Bundle, folder: Path) -> None:
     for name in bundle.files:
-        if name not in (WEIGHTS, MANIFEST) and not name.endswith(".onnx"):
+        if name not in (WEIGHTS, MANIFEST, GENAI_CONFIG) and not name.endswith(".onnx"):
             shutil.copyfile(bundle.path / name, folder / name)
 
 

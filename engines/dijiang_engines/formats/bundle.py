@@ -5,6 +5,7 @@
     prefill.trt.onnx  step.trt.onnx     DijiangAttention as plugin nodes   } weights.data
     reference.safetensors               recorded cases for `validate`
     config.json, tokenizer files        copied from the checkpoint
+    genai_config.json  adapter.onnx     what ONNX Runtime GenAI runs the standard graphs with
 
 `open_bundle` trusts nothing: sizes and nesting are bounded before anything is parsed, every file that
 the manifest lists must be there with the right size and hash and be an ordinary file, and the graphs may
@@ -49,10 +50,11 @@ class Bundle(Model):
         identity = ModelIdentity(spec_sha256(manifest.spec), manifest.files[WEIGHTS].sha256)
         super().__init__(
             path, opened, manifest.raw,
-            spec=manifest.spec, files=manifest.files, cases=manifest.cases, identity=identity,
-            quantisation=manifest.quantisation,
+            spec=manifest.spec, files=manifest.files | manifest.genai, cases=manifest.cases,
+            identity=identity, quantisation=manifest.quantisation,
         )  # fmt: skip
         self.graphs: Mapping[str, GraphInfo] = MappingProxyType(manifest.graphs)
+        self._genai = frozenset(manifest.genai)
 
     @property
     def name(self) -> str:
@@ -60,6 +62,11 @@ class Bundle(Model):
         source = self.manifest.get("source")
         name = source.get("name") if isinstance(source, dict) else None
         return name if isinstance(name, str) and name else self.path.name
+
+    @property
+    def runs_with_genai(self) -> bool:
+        """Whether ONNX Runtime GenAI's files are there. Nothing here reads them."""
+        return bool(self._genai)
 
     @property
     def activations(self) -> Mapping[str, Activations] | None:
@@ -111,12 +118,12 @@ class Bundle(Model):
         return key.startswith("step")
 
     def check_files(self, verify: bool) -> None:
-        """Check that every file is there with the right size, and all graphs; hash all but the cases, the
-        weights if `verify`."""
+        """Check that every file is there with the right size, and all graphs that are run here; hash all but
+        the cases, the weights if `verify`."""
         for name in self.files:
             self.opened.note(name)
         for name in self.files:
-            if name.endswith(".onnx"):
+            if name.endswith(".onnx") and name not in self._genai:
                 self._check_graph(name)
             elif name not in (WEIGHTS, REFERENCE) or (name == WEIGHTS and verify):
                 self.verify_files((name,))

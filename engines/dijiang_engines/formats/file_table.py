@@ -16,6 +16,8 @@ ENGINE_MANIFEST = "engine.json"
 REFERENCE = "reference.safetensors"
 TOKENIZER = "tokenizer.json"
 CONFIG = "config.json"
+GENAI_CONFIG = "genai_config.json"
+GENAI_ADAPTER = "adapter.onnx"
 
 MAX_FILES = 1000
 
@@ -100,7 +102,7 @@ def file_table(
 
 
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """The table that a manifest of `folder` has: hash and size of every file there but the manifest."""
+    """Hash and size of every file in `folder` but the manifest, as its tables have them."""
     entries = {}
     for path in sorted(folder.iterdir()):
         if path.name not in (MANIFEST, ENGINE_MANIFEST):

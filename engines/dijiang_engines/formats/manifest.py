@@ -9,7 +9,15 @@ from typing import Any
 
 from dijiang_engines import io_names
 from dijiang_engines.errors import BundleError
-from dijiang_engines.formats.file_table import MANIFEST, REFERENCE, check_format, file_table
+from dijiang_engines.formats.file_table import (
+    GENAI_ADAPTER,
+    GENAI_CONFIG,
+    MANIFEST,
+    REFERENCE,
+    FileInfo,
+    check_format,
+    file_table,
+)
 from dijiang_engines.formats.quantised.manifest import KEY, Quantisation, read_quantisation
 from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION, T_TYPES
@@ -22,6 +30,10 @@ FORMAT_VERSION = 1
 QUANTISED_VERSION = 2
 """and of those with quantised ones, which a reader that knows only the first refuses."""
 WEIGHTS = "weights.data"
+GENAI = "genai"
+"""Key of the table of GENAI_FILES. Readers that do not know it take every .onnx in `files` for a graph of the
+model, which the adapter is not."""
+GENAI_FILES = (GENAI_CONFIG, GENAI_ADAPTER)
 
 MAX_GRAPHS = 64
 MAX_CASES = 100
@@ -91,7 +103,8 @@ class Manifest:
         spec: the model's geometry.
         dtype: float32, float16 or bfloat16.
         logits: "last" or "all".
-        files: name -> FileInfo, every file but the manifest.
+        files: name -> FileInfo, every file but the manifest and those of `genai`.
+        genai: the same of what only ONNX Runtime GenAI reads; empty in bundles that it does not run.
         graphs: name -> GraphInfo.
         cases: names of the recorded cases, None without a reference file.
         quantisation: of the weights, None if they are floats.
@@ -109,6 +122,7 @@ class Manifest:
         if raw["format_version"] == QUANTISED_VERSION:
             self.quantisation = read_quantisation(raw.get(KEY), self.spec, MANIFEST)
         self.files = file_table(raw, (WEIGHTS,), source=MANIFEST, hint=RETRY)
+        self.genai = _genai_files(raw)
         self._check_weights()  # before anything is made in proportion to the spec
         self.graphs = self._graph_table()
         reference = raw.get("reference")
@@ -201,6 +215,16 @@ def _check_header(manifest: dict[str, Any]) -> None:
         good = isinstance(cases, list) and len(cases) <= MAX_CASES and all(map(_is_name, cases))
         if not good or reference.get("file") != REFERENCE:
             raise _bad_manifest("reference", f"null, or the file {REFERENCE} and a list of cases")
+
+
+def _genai_files(manifest: dict[str, Any]) -> dict[str, FileInfo]:
+    """The table under GENAI; none in bundles that were made before there was one."""
+    if GENAI not in manifest:
+        return {}
+    files = manifest[GENAI]
+    if not isinstance(files, dict) or set(files) != set(GENAI_FILES) or set(files) & set(manifest["files"]):
+        raise _bad_manifest(GENAI, f"{' and '.join(GENAI_FILES)}, which `files` does not list")
+    return file_table({"files": files}, (), source=MANIFEST, hint=RETRY)
 
 
 def _is_name(value: Any) -> bool:

@@ -120,6 +120,7 @@ def _model(found: Inspection, result: dict[str, Any]) -> Table:
         cases = details["cases"]
         rows["logits"] = f"of {'all tokens' if details['logits'] == 'all' else 'the last token'}"
         rows["graphs"] = ", ".join(details["graphs"])
+        rows["ONNX Runtime GenAI"] = "runs it as it is" if details["genai"] else "no: export it again"
         rows["recorded cases"] = ", ".join(cases) if cases else "none"
     for name, value in rows.items():
         table.add_row(name, value)

@@ -13,7 +13,7 @@ from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.atomic import output_folder
 from dijiang_engines.formats.file_table import CONFIG, MANIFEST, REFERENCE, file_entries
 from dijiang_engines.formats.graph_check import check_graph
-from dijiang_engines.formats.manifest import FORMAT, FORMAT_VERSION, QUANTISED_VERSION
+from dijiang_engines.formats.manifest import FORMAT, FORMAT_VERSION, GENAI, GENAI_FILES, QUANTISED_VERSION
 from dijiang_engines.formats.quantised.manifest import KEY
 from dijiang_engines.op_contract import DOMAIN, OP_NAME, OP_VERSION
 from dijiang_engines.progress import ProgressFactory, silent
@@ -25,6 +25,7 @@ from dijiang_export.checkpoint.files import copy_file
 from dijiang_export.export.background import Background, Clock
 from dijiang_export.export.cases import Cases
 from dijiang_export.export.dequantised import DequantisedCheckpoint, ModelWeights
+from dijiang_export.export.genai import write_genai
 from dijiang_export.export.quantisation import (
     calibration_text,
     check_float,
@@ -161,6 +162,7 @@ def export_bundle(
             recorded = record_cases(seen, DTYPES[dtype], folder / REFERENCE, cases, progress)
         for path in (checkpoint.path / CONFIG, *checkpoint.tokenizer_files):
             copy_file(path, folder)
+        write_genai(spec, folder)
         with clock("hashes"):
             files = file_entries(folder)
             entries = _manifest(checkpoint, dtype, logits, graphs, recorded, source_files.result(), files)
@@ -205,7 +207,8 @@ def _manifest(
         "weights": {"file": weights.FILE_NAME},
         "reference": {"file": REFERENCE, "cases": cases} if cases else None,
         "decay_notes": checkpoint.decay_notes,
-        "files": files,
+        "files": {name: entry for name, entry in files.items() if name not in GENAI_FILES},
+        GENAI: {name: files[name] for name in GENAI_FILES},
     }
 
 
