@@ -35,6 +35,12 @@ def _onnxruntime(model: Bundle, name: str, **options: Any) -> Runner:
     return OrtRunner(model, name, **options)
 
 
+def _openvino(model: Bundle, name: str, **options: Any) -> Runner:
+    from dijiang_engines.runners.openvino.runner import OvRunner
+
+    return OvRunner(model, name, **options)
+
+
 def _tensorrt(model: EngineFolder, name: str, **options: Any) -> Runner:
     from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
@@ -48,6 +54,8 @@ TABLE: Mapping[str, Entry] = MappingProxyType(
         "onnxruntime-cpu": Entry(Bundle, _ORT, _onnxruntime),
         "onnxruntime-cuda": Entry(Bundle, (*_ORT, *_GPU), _onnxruntime),
         "onnxruntime-rtx": Entry(Bundle, ("device",), _onnxruntime),
+        "openvino-cpu": Entry(Bundle, ("threads", "fixed_batches"), _openvino),
+        "openvino-gpu": Entry(Bundle, ("fixed_batches",), _openvino),
         "tensorrt": Entry(EngineFolder, _GPU, _tensorrt),
     }
 )
@@ -58,6 +66,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType({n: entry.options for 
 """Which options each runner knows."""
 ALIASES = {
     "onnxruntime": "onnxruntime-cpu", "cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda", "trt": "tensorrt",
+    "openvino": "openvino-cpu",
 }  # fmt: skip
 
 
