@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dijiang_engines.errors import RunnerError
@@ -12,13 +15,16 @@ from dijiang_engines.runners.openvino.config import DEVICES
 def openvino_module() -> Any:
     """The openvino package.
 
-    It brings openvino-telemetry, which only its model converters call: they are never called here.
+    Importing it would tell Google Analytics (openvino/tools/ovc/__init__.py of 2026.4.1, through the package
+    openvino-telemetry, which it depends on) and keep an identifier in ~/intel, unasked. Without that package
+    it does neither; so it is imported as if that package were absent.
 
     Raises:
         RunnerError: it is not installed, or does not load.
     """
     try:
-        return importlib.import_module("openvino")
+        with _without("openvino_telemetry"):
+            return importlib.import_module("openvino")
     except (ImportError, OSError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "openvino"
         raise RunnerError(
@@ -26,6 +32,19 @@ def openvino_module() -> Any:
             got=None if missing else str(error),
             hint="pip install 'dijiang-export[openvino]'",
         ) from error
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Imports of `package` fail in the block, if it has not been imported yet."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # which Python takes for "there is none"
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def check_device(core: Any, name: str) -> None:

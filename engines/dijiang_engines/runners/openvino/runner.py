@@ -113,6 +113,6 @@ class OvRunner:
             return []
         taken = f"{weight_bytes(self.bundle) / 1e6:,.0f} MB"
         return [
-            f"OpenVINO computes in float32: the {self.bundle.dtype} weights take {taken} in each compiled graph, "
-            "and steps are as fast as float32's"
+            f"OpenVINO computes in float32: the {self.bundle.dtype} weights take {taken} in each compiled "
+            "graph, and steps are as fast as float32's"
         ]
