@@ -187,8 +187,8 @@ def _ort_rtx(probe: Probe, machine: Machine) -> RunnerStatus:
 def _openvino(probe: Probe) -> list[RunnerStatus]:
     version = package_version("openvino")
     if version is None:
-        hint = "pip install 'dijiang-export[openvino]'"
-        return [RunnerStatus(OPENVINO_CPU, False, None, "not installed", hint)]
+        missing = "pip install 'dijiang-export[openvino]'"
+        return [RunnerStatus(OPENVINO_CPU, False, None, "not installed", missing)]
     works, detail = probe(OPENVINO_CPU)
     hint = None if works else "pip install --force-reinstall openvino"
     graphics = probe(OPENVINO_GPU)

@@ -1,4 +1,4 @@
-"""What OpenVINO would compute otherwise than a graph says, and what stands there instead, against exact arithmetic."""
+"""What OpenVINO would compute otherwise than a graph says, and what stands there instead: exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ DOUBLE = TensorProto.DOUBLE
 POSITIONS = [0, 1, 2047, 2048, 2**22 - 1, 2**22, 10**6, 2**24 + 1, 10**9, 2**31 - 2, 2**31 - 1]
 
 
-def model_of(nodes: list[Any], given: tuple[str, int, list[Any]], shape: list[Any], **constants: Any) -> bytes:
+def model_of(
+    nodes: list[Any], given: tuple[str, int, list[Any]], shape: list[Any], **constants: Any
+) -> bytes:
     """An ONNX model of one input and the output y, float32, opset 17."""
     name, dtype, dims = given
     graph = helper.make_graph(
@@ -125,7 +127,9 @@ def test_short_gaps_between_long_sums_survive(count: int) -> None:
         assert np.abs(np.where(below, as_it_is - expected, 0) / np.where(below, expected, 1)).max() > 1e-4
 
 
-@pytest.mark.parametrize(("dtype", "onnx_type"), [("f16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])
+@pytest.mark.parametrize(
+    ("dtype", "onnx_type"), [("f16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)]
+)
 def test_constants_are_rounded_as_the_graph_says(dtype: str, onnx_type: int) -> None:
     rng = np.random.default_rng(4)
     p = rng.standard_normal((40, 50)).astype(np.float32)
@@ -160,7 +164,9 @@ def test_what_looks_alike_is_refused() -> None:
     other = onnx.load_from_string(angles(A([1.0, 0.1], np.float32)))
     other.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
     along = onnx.load_from_string(sums())
-    next(one for one in along.graph.initializer if one.name == "axis").CopyFrom(numpy_helper.from_array(A(1), "axis"))
+    next(one for one in along.graph.initializer if one.name == "axis").CopyFrom(
+        numpy_helper.from_array(A(1), "axis")
+    )
     for model in (other, along):
         with pytest.raises(RunnerError, match="float64"):
             rewrite(openvino.Core().read_model(model.SerializeToString()))

@@ -318,7 +318,7 @@ def test_a_graph_that_openvino_cannot_load(toy: Toy, capfd: pytest.CaptureFixtur
     (toy[0] / "step.onnx").write_bytes(graph.SerializeToString())
     write_manifest(toy[0], SPEC)
     runner = runner_of(toy[0])
-    with pytest.raises(RunnerError, match="OpenVINO cannot load .*step.onnx") as caught:
+    with pytest.raises(RunnerError, match=r"OpenVINO cannot load .*step\.onnx") as caught:
         step_of(runner, 1)
     assert str(toy[0]) in caught.value.what and "/proc/self" not in str(caught.value)
     assert caught.value.got

@@ -90,7 +90,7 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
     if wanted != "auto" and wanted not in TABLE:
         raise UsageError(f"there is no runner {name!r}", expected=", ".join(("auto", *RUNNERS)))
     if wanted == "auto":
-        wanted = "tensorrt" if isinstance(model, EngineFolder) else _best(model)
+        wanted = _best(model)
     entry = TABLE[wanted]
     if not isinstance(model, entry.runs):
         raise _other_kind(model, name)
@@ -133,7 +133,9 @@ def check_options(runner: str, given: Mapping[str, Any]) -> None:
         )
 
 
-def _best(bundle: Bundle) -> str:
+def _best(model: Model) -> str:
+    if isinstance(model, EngineFolder):
+        return "tensorrt"
     from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA, PROVIDERS
     from dijiang_engines.runners.onnxruntime.sessions import onnxruntime_module
     from dijiang_engines.runners.openvino.config import CPU as OPENVINO
@@ -146,7 +148,7 @@ def _best(bundle: Bundle) -> str:
         raise
     if PROVIDERS[CUDA] in offered and cuda_devices() > 0:
         return CUDA
-    return OPENVINO if bundle.dtype == "bfloat16" and package_version("openvino") is not None else CPU
+    return OPENVINO if model.dtype == "bfloat16" and package_version("openvino") is not None else CPU
 
 
 def cuda_devices() -> int:
