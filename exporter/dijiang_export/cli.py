@@ -58,7 +58,7 @@ COMMANDS = {
 # Which extra brings a module that may be absent.
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export",
-    "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "tensorrt": "tensorrt",
+    "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "openvino": "openvino", "tensorrt": "tensorrt",
     "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
 }  # fmt: skip
 
