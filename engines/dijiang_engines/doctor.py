@@ -34,6 +34,9 @@ from dijiang_engines.nvidia.status import (
 )
 from dijiang_engines.plugin.status import PackageStatus, PluginStatus, plugin_needs, plugin_status
 from dijiang_engines.runners.onnxruntime.rtx import PACKAGE as ORT_RTX
+from dijiang_engines.runners.openvino.config import CPU as OPENVINO_CPU
+from dijiang_engines.runners.openvino.config import DEVICES as OPENVINO
+from dijiang_engines.runners.openvino.config import GPU as OPENVINO_GPU
 
 PROBE_SECONDS = 120
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
@@ -116,7 +119,10 @@ def diagnose(probe: Probe | None = None, machine: Machine | None = None, folder:
     probe = probe or probe_in_subprocess
     machine = machine or describe_machine()
     runtimes = runtime_status(machine)
-    runners = (_ort_cpu(probe), _ort_cuda(probe, machine), _ort_rtx(probe, machine), _tensorrt(runtimes))
+    runners = (
+        _ort_cpu(probe), _ort_cuda(probe, machine), _ort_rtx(probe, machine), *_openvino(probe),
+        _tensorrt(runtimes),
+    )  # fmt: skip
     plugin = plugin_status(machine)
     engines = engine_status(machine, runtimes, folder)
     return Diagnosis(
@@ -178,6 +184,20 @@ def _ort_rtx(probe: Probe, machine: Machine) -> RunnerStatus:
     return RunnerStatus(name, False, version, detail, hint)
 
 
+def _openvino(probe: Probe) -> list[RunnerStatus]:
+    version = package_version("openvino")
+    if version is None:
+        missing = "pip install 'dijiang-export[openvino]'"
+        return [RunnerStatus(OPENVINO_CPU, False, None, "not installed", missing)]
+    works, detail = probe(OPENVINO_CPU)
+    hint = None if works else "pip install --force-reinstall openvino"
+    graphics = probe(OPENVINO_GPU)
+    return [
+        RunnerStatus(OPENVINO_CPU, works, version, detail, hint),
+        RunnerStatus(OPENVINO_GPU, graphics[0], version, graphics[1]),
+    ]
+
+
 def _tensorrt(runtimes: Sequence[RuntimeStatus]) -> RunnerStatus:
     """The runner of engines, whichever runtime made them."""
     installed = [runtime for runtime in runtimes if runtime.version is not None]
@@ -193,7 +213,8 @@ def _tensorrt(runtimes: Sequence[RuntimeStatus]) -> RunnerStatus:
 
 def probe_in_subprocess(name: str) -> tuple[bool, str]:
     """Try a runtime in a fresh interpreter; whether it works, and a line about it."""
-    command = command_for("dijiang_engines.runners.onnxruntime.trial", name)
+    runtime = "openvino" if name in OPENVINO else "onnxruntime"
+    command = command_for(f"dijiang_engines.runners.{runtime}.trial", name)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS, check=False

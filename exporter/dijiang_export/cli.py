@@ -59,7 +59,7 @@ COMMANDS = {
 # Which extra brings a module that may be absent.
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export",
-    "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "tensorrt": "tensorrt",
+    "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "openvino": "openvino", "tensorrt": "tensorrt",
     "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
     "starlette": "serve", "uvicorn": "serve", "jinja2": "serve", "prometheus_client": "serve",
 }  # fmt: skip

@@ -13,6 +13,7 @@ from dijiang_engines import runners
 from dijiang_engines.runners import registry
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.runners.onnxruntime.runner import OrtRunner
+from dijiang_engines.runners.openvino.runner import OvRunner
 from dijiang_engines.runners.tensorrt.decoder import TensorRTDecoder
 from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
@@ -67,7 +68,7 @@ def test_the_decoder_gets_contexts() -> None:
     assert next(iter(inspect.signature(TensorRTDecoder).parameters)) == "contexts"
 
 
-@pytest.mark.parametrize("kind", [OrtRunner, TensorRTRunner])
+@pytest.mark.parametrize("kind", [OrtRunner, OvRunner, TensorRTRunner])
 def test_calls_are_checked_before_all_else(kind: type[Runner]) -> None:
     """Each call begins with a check of checks.py, and a runner raises nothing about a call itself."""
     tree = ast.parse(inspect.getsource(inspect.getmodule(kind)))  # type: ignore[arg-type]

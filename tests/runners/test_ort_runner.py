@@ -278,13 +278,14 @@ def test_unknown_runner(toy: Toy) -> None:
     assert "onnxruntime-cpu" in str(caught.value)
 
 
-def test_auto_prefers_cuda_only_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_cuda_only_where_it_works(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = open_bundle(toy[0])
     fake = SimpleNamespace(get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setitem(sys.modules, "onnxruntime", fake)
     monkeypatch.setattr(registry, "cuda_devices", lambda: 0)
-    assert registry._best() == "onnxruntime-cpu"
+    assert registry._best(bundle) == "onnxruntime-cpu"
     monkeypatch.setattr(registry, "cuda_devices", lambda: 1)
-    assert registry._best() == "onnxruntime-cuda"
+    assert registry._best(bundle) == "onnxruntime-cuda"
 
 
 def test_auto_is_the_cpu_here(toy: Toy) -> None:
@@ -295,6 +296,7 @@ def test_auto_is_the_cpu_here(toy: Toy) -> None:
 
 def test_onnx_runtime_is_absent(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(registry, "package_version", lambda _: None)
     with pytest.raises(RunnerError, match="is not installed") as caught:
         open_runner(open_bundle(toy[0]))
     assert "dijiang-export[cpu]" in str(caught.value)

@@ -63,15 +63,18 @@ def test_every_option_is_one_of_its_runner() -> None:
     """The table says what the classes take."""
     import inspect
 
+    from dijiang_engines.runners.openvino.runner import OvRunner
     from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
     taken = {
         kind: {p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY}
-        for kind in (OrtRunner, TensorRTRunner)
+        for kind in (OrtRunner, OvRunner, TensorRTRunner)
     }
     assert set(registry.OPTIONS["onnxruntime-cuda"]) == taken[OrtRunner]
     assert set(registry.OPTIONS["tensorrt"]) == taken[TensorRTRunner]
     assert set(registry.OPTIONS[CPU]) == taken[OrtRunner] - {"device", "cuda_graph"}
+    assert set(registry.OPTIONS["openvino-cpu"]) == taken[OvRunner]
+    assert set(registry.OPTIONS["openvino-gpu"]) == taken[OvRunner] - {"threads"}
     assert tuple(registry.OPTIONS) == registry.RUNNERS
 
 

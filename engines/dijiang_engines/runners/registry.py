@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dijiang_engines.errors import UsageError
+from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.engine import EngineFolder
 from dijiang_engines.formats.open import Model
+from dijiang_engines.machine import package_version
 from dijiang_engines.runners.base import Runner
 
 Open = Callable[..., Runner]
@@ -35,6 +36,12 @@ def _onnxruntime(model: Bundle, name: str, **options: Any) -> Runner:
     return OrtRunner(model, name, **options)
 
 
+def _openvino(model: Bundle, name: str, **options: Any) -> Runner:
+    from dijiang_engines.runners.openvino.runner import OvRunner
+
+    return OvRunner(model, name, **options)
+
+
 def _tensorrt(model: EngineFolder, name: str, **options: Any) -> Runner:
     from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 
@@ -48,6 +55,8 @@ TABLE: Mapping[str, Entry] = MappingProxyType(
         "onnxruntime-cpu": Entry(Bundle, _ORT, _onnxruntime),
         "onnxruntime-cuda": Entry(Bundle, (*_ORT, *_GPU), _onnxruntime),
         "onnxruntime-rtx": Entry(Bundle, ("device",), _onnxruntime),
+        "openvino-cpu": Entry(Bundle, ("threads", "fixed_batches"), _openvino),
+        "openvino-gpu": Entry(Bundle, ("fixed_batches",), _openvino),
         "tensorrt": Entry(EngineFolder, _GPU, _tensorrt),
     }
 )
@@ -58,6 +67,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType({n: entry.options for 
 """Which options each runner knows."""
 ALIASES = {
     "onnxruntime": "onnxruntime-cpu", "cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda", "trt": "tensorrt",
+    "openvino": "openvino-cpu",
 }  # fmt: skip
 
 
@@ -67,7 +77,8 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
     Args:
         model: an opened bundle or engine.
         name: one of RUNNERS or ALIASES. "auto" takes TensorRT for an engine; for a bundle CUDA if the
-            installed ONNX Runtime and this machine have it, else the CPU.
+            installed ONNX Runtime and this machine have it, else the CPU: with ONNX Runtime, or with OpenVINO
+            where that alone is installed, or alone can run the bundle.
         options: None stands for a runner's default; OPTIONS says which runner knows which.
 
     Raises:
@@ -79,7 +90,7 @@ def open_runner(model: Model, name: str = "auto", **options: Any) -> Runner:
     if wanted != "auto" and wanted not in TABLE:
         raise UsageError(f"there is no runner {name!r}", expected=", ".join(("auto", *RUNNERS)))
     if wanted == "auto":
-        wanted = "tensorrt" if isinstance(model, EngineFolder) else _best()
+        wanted = _best(model)
     entry = TABLE[wanted]
     if not isinstance(model, entry.runs):
         raise _other_kind(model, name)
@@ -122,12 +133,22 @@ def check_options(runner: str, given: Mapping[str, Any]) -> None:
         )
 
 
-def _best() -> str:
+def _best(model: Model) -> str:
+    if isinstance(model, EngineFolder):
+        return "tensorrt"
     from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA, PROVIDERS
     from dijiang_engines.runners.onnxruntime.sessions import onnxruntime_module
+    from dijiang_engines.runners.openvino.config import CPU as OPENVINO
 
-    offered = onnxruntime_module().get_available_providers()
-    return CUDA if PROVIDERS[CUDA] in offered and cuda_devices() > 0 else CPU
+    try:
+        offered = onnxruntime_module().get_available_providers()
+    except RunnerError:
+        if package_version("openvino") is not None:
+            return OPENVINO
+        raise
+    if PROVIDERS[CUDA] in offered and cuda_devices() > 0:
+        return CUDA
+    return OPENVINO if model.dtype == "bfloat16" and package_version("openvino") is not None else CPU
 
 
 def cuda_devices() -> int:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dijiang_engines.bench.bandwidth import Bandwidth, CudaCopy, measure_bandwidth, measure_gpu_bandwidth
 from dijiang_engines.bench.runner import BATCHES, FAR, NEAR, PREFILL_LENGTHS, bench_runner
@@ -78,11 +78,11 @@ def measure_bundle(
     elif checkpoint is not None:
         told["threads"] = None  # they are PyTorch's then
     opened = open_runner(model, runner, **told)
-    on_cpu = opened.name.endswith("cpu")
+    device = _device(opened.name)
     validated = _validated(model, opened, progress)
     effort = Effort(seconds)
     chosen = tuple(lengths or PREFILL_LENGTHS)
-    before = _bandwidth(on_cpu, threads)
+    before = _bandwidth(device, threads)
     report = bench_runner(
         opened,
         model.dtype,
@@ -95,7 +95,7 @@ def measure_bundle(
         quantised=model.quantised,
         progress=progress,
     )
-    found = report.with_bandwidth(_better(before, _bandwidth(on_cpu, threads)))
+    found = report.with_bandwidth(_better(before, _bandwidth(device, threads)))
     reference = None
     if checkpoint is not None:
         from dijiang_export.bench.reference import measure_in_subprocess
@@ -105,7 +105,7 @@ def measure_bundle(
     return about | {
         "kind": KIND,
         "threads": threads,
-        "device": "cpu" if on_cpu else "cuda",
+        "device": device,
         "settings": opened.settings() if isinstance(opened, HasSettings) else {},
         "model": {
             "name": model.name,
@@ -133,10 +133,19 @@ def _validated(model: Model, runner: Runner, progress: ProgressFactory) -> str:
     return f"validated: largest logit error {worst:.1e} standard deviations"
 
 
-def _bandwidth(on_cpu: bool, threads: int) -> Bandwidth | None:
+def _device(runner: str) -> Literal["cpu", "gpu", "cuda"]:
+    """What a runner computes on; "gpu" is somebody else's than NVIDIA's."""
+    if runner.endswith("cpu"):
+        return "cpu"
+    return "gpu" if runner.endswith("gpu") else "cuda"
+
+
+def _bandwidth(device: Literal["cpu", "gpu", "cuda"], threads: int) -> Bandwidth | None:
     """Of what the runner computes on; None for a GPU that cannot be asked from this Python."""
-    if on_cpu:
+    if device == "cpu":
         return measure_bandwidth(threads)
+    if device == "gpu":
+        return None
     try:
         from dijiang_engines.nvidia.cuda import Cuda
 

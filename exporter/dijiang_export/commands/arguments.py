@@ -145,7 +145,9 @@ class RunnerArguments:
     ]
     threads: Annotated[
         int | None,
-        click.option("--threads", type=COUNT, help="ONNX Runtime: CPU threads. [default: all cores]"),
+        click.option(
+            "--threads", type=COUNT, help="ONNX Runtime, OpenVINO: CPU threads. [default: all cores]"
+        ),
     ]
     spinning: Annotated[
         Spinning | None,

@@ -119,7 +119,8 @@ def resolve(options: OrtOptions, bundle: Bundle, name: str, version: str) -> Ort
         raise RunnerError(
             "ONNX Runtime has no bfloat16 matrix product on the CPU",
             got="a bfloat16 bundle",
-            hint="export the checkpoint with `--dtype float32`, or use --runner onnxruntime-cuda",
+            hint="use --runner openvino-cpu (pip install 'dijiang-export[openvino]') or onnxruntime-cuda, or "
+            "export the checkpoint with `--dtype float32`",
         )
     prepack = options.prepack
     if prepack == "auto":

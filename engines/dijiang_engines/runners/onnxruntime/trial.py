@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.onnx_write import field
@@ -15,16 +16,25 @@ from dijiang_engines.runners.onnxruntime.providers import PROVIDERS, RTX
 from dijiang_engines.runners.onnxruntime.rtx import rtx_device
 
 
-def main() -> None:
-    """Try the runner that the first argument names; print the outcome as one line of JSON."""
+def report(run: Callable[[str], tuple[bool, str]]) -> None:
+    """Try the runner that the first argument names; print the outcome as one line of JSON.
+
+    Args:
+        run: runner -> whether the numbers were right, and a line about it.
+    """
     try:
-        works, detail = run_one_node(sys.argv[1])
+        works, detail = run(sys.argv[1])
     except Exception as error:  # noqa: BLE001 - whatever a broken runtime throws is the finding
         words = error.what if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
         if isinstance(error, RunnerError) and error.got is not None:
             words += f": {error.got}"
         works, detail = False, " ".join(words.split())[:300]
     print(json.dumps({"works": works, "detail": detail}))
+
+
+def main() -> None:
+    """What `fresh_interpreter` runs."""
+    report(run_one_node)
 
 
 def run_one_node(runner: str) -> tuple[bool, str]:

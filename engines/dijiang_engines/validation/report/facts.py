@@ -12,7 +12,7 @@ from dijiang_engines.machine import describe_machine, package_versions
 from dijiang_engines.runners.base import HasSettings, Runner
 from dijiang_engines.version import __version__
 
-_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "cuda-bindings")
+_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "cuda-bindings")
 
 
 def describe_run(model: Model, runner: Runner, reference: Reference) -> list[tuple[str, str]]:

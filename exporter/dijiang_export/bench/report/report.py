@@ -341,5 +341,5 @@ def _add_floor(
 
 
 def _versions(versions: dict[str, str]) -> str:
-    shown = ("tensorrt", "onnxruntime-gpu", "onnxruntime", "torch", "transformers")
+    shown = ("tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino", "torch", "transformers")
     return ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)
