@@ -59,7 +59,7 @@ COMMANDS = {
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export",
     "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "tensorrt": "tensorrt",
-    "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
+    "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench", "llguidance": "guided",
 }  # fmt: skip
 
 

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import array
 import json
-import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dijiang_engines.errors import BundleError
+from dijiang_engines.process_apart import end, limit, receive, send
 
 SECONDS = 10.0
 SECONDS_PER_MEGABYTE = 20
@@ -32,7 +28,6 @@ BYTES_PER_BYTE = 600
 """The library takes up to 290 bytes for a byte of text, when every character is a token."""
 _TOKENS, _TOKENS_PER_BYTE = 1 << 17, 16
 _LOADING_BYTES_PER_BYTE = 64
-_FRAME = struct.Struct("<cQ")
 
 
 class TokenizerApart:
@@ -115,7 +110,7 @@ class TokenizerApart:
                 "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0",
             },
         )  # fmt: skip
-        weakref.finalize(self, _end, self._process)
+        weakref.finalize(self, end, self._process)
         self._call(b"L", self._data)
 
     def _call(self, kind: bytes, data: bytes) -> bytes:
@@ -123,8 +118,8 @@ class TokenizerApart:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        _send(process.stdin, kind, data)
-        status, answer = _receive(process.stdout)
+        send(process.stdin, kind, data)
+        status, answer = receive(process.stdout)
         if status != b"K":
             raise BundleError(f"the tokenizer {self._name} fails", got=answer.decode()[:200])
         return answer
@@ -132,7 +127,7 @@ class TokenizerApart:
     def _failed(self, size: int) -> BundleError:
         process, self._process = self._process, None
         assert process is not None
-        _end(process)
+        end(process)
         if process.returncode == -signal.SIGXCPU:
             return BundleError(
                 f"the tokenizer {self._name} takes too long",
@@ -145,37 +140,6 @@ class TokenizerApart:
         )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that has ended, or end it."""
-    for pipe in (process.stdin, process.stdout):
-        with suppress(OSError):
-            if pipe is not None:
-                pipe.close()
-    try:
-        process.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _send(file: IO[bytes], kind: bytes, data: bytes) -> None:
-    file.write(_FRAME.pack(kind, len(data)))
-    file.write(data)
-    file.flush()
-
-
-def _receive(file: IO[bytes]) -> tuple[bytes, bytes]:
-    kind, size = _FRAME.unpack(_exactly(file, _FRAME.size))
-    return kind, _exactly(file, size)
-
-
-def _exactly(file: IO[bytes], size: int) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
-        raise EOFError
-    return data
-
-
 # -- in the other process --------------------------------------------------------------------------------
 
 
@@ -186,11 +150,11 @@ def main() -> None:
     backend: Any = None
     while True:
         try:
-            kind, data = _receive(sys.stdin.buffer)
+            kind, data = receive(sys.stdin.buffer)
         except EOFError:
             return
         seconds = float(sys.argv[1]) + SECONDS_PER_MEGABYTE * len(data) / 1e6
-        _limit(seconds, BYTES + len(data) * (_LOADING_BYTES_PER_BYTE if kind == b"L" else BYTES_PER_BYTE))
+        limit(seconds, BYTES + len(data) * (_LOADING_BYTES_PER_BYTE if kind == b"L" else BYTES_PER_BYTE))
         try:
             if kind == b"L":
                 backend = Tokenizer.from_str(data.decode())
@@ -206,19 +170,7 @@ def main() -> None:
             status = b"K"
         except BaseException as error:  # noqa: BLE001  the library's panics are no Exception
             status, answer = b"E", " ".join(str(error).split()).encode("utf-8", "replace")
-        _send(sys.stdout.buffer, status, answer)
-
-
-def _limit(seconds: float, more_bytes: int) -> None:
-    """From here on so much CPU time and so much more memory; beyond, the system ends this process."""
-    import resource
-
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), most))
-    with suppress(OSError, ValueError):
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (used + more_bytes, most))
+        send(sys.stdout.buffer, status, answer)
 
 
 if __name__ == "__main__":
