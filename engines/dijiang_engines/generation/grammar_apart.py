@@ -25,7 +25,9 @@ from dijiang_engines.process_apart import end, limit, receive, send
 
 SECONDS = 2.0
 """Of CPU, for a grammar and a few texts that keep to it. Usual ones take milliseconds."""
+SECONDS_PER_MEGABYTE = 5
 BYTES = 512 << 20
+BYTES_PER_BYTE = 100
 _STEPS, _TEXTS = 40, 2
 
 
@@ -67,7 +69,7 @@ class GrammarsApart:
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dijiang_engines.generation.grammar_apart"],
+            [sys.executable, "-m", "dijiang_engines.generation.grammar_apart", str(SECONDS)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=os.environ | {
                 "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0",
@@ -105,7 +107,9 @@ def main() -> None:
             kind, data = receive(sys.stdin.buffer)
         except EOFError:
             return
-        limit(SECONDS + len(data) / 1e6 * 5 * (kind == b"L"), BYTES + len(data) * 40)
+        # A vocabulary of 260,000 tokens is 3 MB.
+        seconds = float(sys.argv[1]) + SECONDS_PER_MEGABYTE * len(data) / 1e6
+        limit(seconds, BYTES + BYTES_PER_BYTE * len(data))
         try:
             if kind == b"L":
                 trial, problem = _Trial(*json.loads(data)), ""

@@ -41,12 +41,16 @@ def token_bytes(decoder: Any, names: Sequence[str | None]) -> list[bytes | None]
         piece = _piece(decode, before, "ByteFallback" in kinds)
         found = [None if name is None else piece(name) for name in names]
     if not _agree(decode, names, found):
-        raise BundleError(
-            "texts cannot be kept to a grammar with this tokenizer",
-            got="tokens whose text depends on their neighbours",
-            expected="tokens that stand for the same bytes wherever they are",
-        )
+        raise _depends()
     return found
+
+
+def _depends() -> BundleError:
+    return BundleError(
+        "texts cannot be kept to a grammar with this tokenizer",
+        got="tokens whose text depends on their neighbours",
+        expected="tokens that stand for the same bytes wherever they are",
+    )
 
 
 def _plain(decode: Callable[[list[str]], str], names: Sequence[str | None]) -> str:
@@ -65,8 +69,11 @@ def _piece(decode: Callable[[list[str]], str], before: str, bytes_fall_back: boo
         byte = _BYTE.fullmatch(name) if bytes_fall_back else None
         if byte is not None:
             return bytes([int(byte[1], 16)])
-        text = decode([before, name, before])
-        return text[len(head) : len(text) - tail].encode("utf-8", "replace")
+        within = decode([before, name, before])
+        text = within[len(head) : len(within) - tail]
+        if head + text != decode([before, name]):  # as BPEDecoder's, that takes a space off the last word
+            raise _depends()
+        return text.encode("utf-8", "replace")
 
     return piece
 
