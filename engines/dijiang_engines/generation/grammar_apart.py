@@ -126,7 +126,7 @@ def main() -> None:
 class _Trial:
     def __init__(self, tokens: Sequence[str | None], ends: Sequence[int]) -> None:
         vocabulary = Vocabulary([None if text is None else text.encode("latin-1") for text in tokens])
-        self._ends = {*ends, vocabulary.eos_token_id}
+        self._ends = [*ends, vocabulary.eos_token_id]
         self._tokenizer = tokenizer_for(vocabulary, ends)
 
     def problem(self, kind: Kind, text: str) -> str:
@@ -152,12 +152,12 @@ class _Trial:
             if matcher.is_error():
                 where = f"after {step} tokens of a trial text" if step else "at the beginning"
                 return f"nothing can come {where}: {_cause(matcher.get_error())}"
-            allowed = np.flatnonzero(bits).tolist()
-            if not step and not set(allowed) - self._ends:
-                return "it matches the empty text alone"
-            if not allowed:
+            allowed = np.flatnonzero(bits)
+            if not allowed.size:
                 return "the model's tokens cannot spell it"
-            matcher.consume_token(rng.choice(allowed))
+            if not step and np.isin(allowed, self._ends).all():
+                return "it matches the empty text alone"
+            matcher.consume_token(int(allowed[rng.randrange(allowed.size)]))
         return ""
 
 
