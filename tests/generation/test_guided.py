@@ -85,11 +85,16 @@ REGEXES = [
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
-    """Random weights; every byte is a token, and three ids of the vocabulary are none."""
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights; every byte is a token, and two ids of the vocabulary are none."""
     folder = tmp_path_factory.mktemp("toy") / "toy.bundle"
     make_bundle(folder)
-    model = open_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generator(bundle: Path) -> Generator:
+    model = open_bundle(bundle)
     return Generator(open_runner(model, "cpu", threads=1), load_tokenizer(model))
 
 
@@ -629,9 +634,9 @@ def test_requests_that_are_wrong_name_their_field(grammars: Grammars, fields: An
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-def test_the_command(sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(PERSON))
-    call = ["generate", str(sample_bundle), "-p", "def main(", "-p", "import", "-t", "1", "--seed", "3"]
+    call = ["generate", str(bundle), "-p", "def main(", "-p", "import", "-t", "1", "--seed", "3"]
     for schema in (str(tmp_path / "schema.json"), json.dumps(PERSON)):
         assert main(["--json", *call, "--json-schema", schema, "-n", "300"]) == 0
         completions = json.loads(capsys.readouterr().out)["completions"]
@@ -644,7 +649,7 @@ def test_the_command(sample_bundle: Path, tmp_path: Path, capsys: pytest.Capture
     assert "ended before the grammar was complete: 2 of 2" in capsys.readouterr().err
 
 
-def test_the_command_refuses(sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.json").write_text('{"type": "array", "uniqueItems": true}')
     for options, message in (
         (["--json-schema", str(tmp_path / "none.json")], "none.json is missing"),
@@ -653,17 +658,17 @@ def test_the_command_refuses(sample_bundle: Path, tmp_path: Path, capsys: pytest
         (["--json-schema", "{}", "--regex", "a"], "exclude each other"),
         (["--regex", "a", "--ignore-eos"], "ignore-eos"),
     ):  # fmt: skip
-        assert main(["generate", str(sample_bundle), "-p", "x", *options]) == 2
+        assert main(["generate", str(bundle), "-p", "x", *options]) == 2
         output = capsys.readouterr()
         assert message in output.err
         assert not output.out
         assert "Traceback" not in output.err
 
 
-def test_sessions(sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sessions(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A grammar is for what is new; what is half done cannot be saved, since nobody could go on with it."""
     first, second = tmp_path / "first", tmp_path / "second"
-    call = ["generate", str(sample_bundle), "--regex", "[0-9]{8}x"]
+    call = ["generate", str(bundle), "--regex", "[0-9]{8}x"]
     assert main([*call, "-p", "import", "-n", "2", "--save-session", str(first)]) == 2
     assert "before its grammar was complete" in capsys.readouterr().err
     assert not first.exists()
@@ -671,7 +676,7 @@ def test_sessions(sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*call, "-p", "\nfrom", "--session", str(first), "--save-session", str(second)]) == 0
     texts = capsys.readouterr().out.split()
     assert [re.fullmatch("[0-9]{8}x", text) is not None for text in texts] == [True, True]
-    model = open_bundle(sample_bundle)
+    model = open_bundle(bundle)
     tokenizer = load_tokenizer(model)
     assert tokenizer is not None
     saved = tokenizer.decode(load_session(second, model).token_ids[0])
