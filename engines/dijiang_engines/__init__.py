@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from dijiang_engines.formats.open import Model, open_model
     from dijiang_engines.generation.generator import Generator
+    from dijiang_engines.generation.grammar import Grammar, Grammars
     from dijiang_engines.generation.loop import Completion, GenerateOptions, Generation, Stats, TokenEvent
     from dijiang_engines.generation.session import Session, load_session, save_session
     from dijiang_engines.runners.base import Runner
@@ -60,6 +61,7 @@ _NAMES = {
     ),
     "formats.open": ("Model", "open_model"),
     "generation.generator": ("Generator",),
+    "generation.grammar": ("Grammar", "Grammars"),
     "generation.loop": ("Completion", "GenerateOptions", "Generation", "Stats", "TokenEvent"),
     "generation.session": ("Session", "load_session", "save_session"),
     "runners.base": ("Runner",),
@@ -76,7 +78,8 @@ _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() f
 
 __all__ = [
     "BundleError", "CheckpointError", "Completion", "Cutting", "DijiangError", "GenerateOptions",
-    "Generation", "Generator", "Joining", "KernelError", "Model", "ModelSpec", "OutputError",
+    "Generation", "Generator", "Grammar", "Grammars", "Joining", "KernelError", "Model", "ModelSpec",
+    "OutputError",
     "Perplexity", "PluginError", "PositionError", "PromptError", "Runner", "RunnerError",
     "SamplingOptions", "Session", "SessionError", "Stats", "TextError", "TokenEvent", "Tokenizer",
     "UsageError", "ValidationMismatch", "__version__", "last_position", "load_session",

@@ -59,9 +59,10 @@ COMMANDS = {
 # Which extra brings a module that may be absent.
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export",
-    "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "openvino": "openvino", "tensorrt": "tensorrt",
-    "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
+    "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "openvino": "openvino",
+    "tensorrt": "tensorrt", "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
     "starlette": "serve", "uvicorn": "serve", "jinja2": "serve", "prometheus_client": "serve",
+    "llguidance": "guided",
 }  # fmt: skip
 
 

@@ -289,8 +289,8 @@ def test_more_tokens_than_the_model_has_positions(og: Any, exported: Exported) -
 
 @pytest.fixture
 def remade(exported: Exported, tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any]]]:
-    """remade(fields of the spec, name=content of name.json...): a bundle's graphs with GenAI's files made anew
-    as an export makes them, and genai_config.json."""
+    """remade(fields of the spec, name=content of name.json...): a bundle's graphs with GenAI's files made
+    anew as an export makes them, and genai_config.json."""
 
     def make(fields: dict[str, Any] | None = None, **files: Any) -> tuple[Path, dict[str, Any]]:
         bundle, folder = open_bundle(exported(neox())[0]), tmp_path / "remade"

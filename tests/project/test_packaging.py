@@ -145,8 +145,20 @@ def test_the_core_asks_only_for_what_an_edge_device_needs(metadata: Message) -> 
     assert wanted["gpu"] == {"onnxruntime-gpu"}
     assert wanted["tensorrt"] == {"tensorrt", "polygraphy", "cuda-bindings"}
     assert wanted["rtx"] == {"tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings", "cuda-bindings"}
+    assert wanted["guided"] == {"llguidance"}
     assert {"pytest", "ruff", "mypy"} <= wanted["dev"]
-    assert set(wanted) == {"export", "cpu", "gpu", "tensorrt", "rtx", "serve", "bench", "dev"}
+    assert set(wanted) == {
+        "export",
+        "cpu",
+        "gpu",
+        "tensorrt",
+        "rtx",
+        "openvino",
+        "serve",
+        "guided",
+        "bench",
+        "dev",
+    }
 
 
 def test_metadata(metadata: Message) -> None:

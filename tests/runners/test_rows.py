@@ -18,10 +18,16 @@ from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners import Runner, open_runner
 
 
-@pytest.fixture(params=["onnxruntime", "tensorrt", "numpy", "toy"])
+def openvino(folder: Path) -> Runner:
+    pytest.importorskip("openvino")
+    return open_runner(open_bundle(folder), "openvino-cpu", threads=1)
+
+
+@pytest.fixture(params=["onnxruntime", "openvino", "tensorrt", "numpy", "toy"])
 def runner(request: pytest.FixtureRequest, toy: tuple[Path, ToyModel]) -> Iterator[Runner]:
     made: dict[str, Callable[[], Any]] = {
         "onnxruntime": lambda: open_runner(open_bundle(toy[0]), "cpu", threads=1),
+        "openvino": lambda: openvino(toy[0]),
         "tensorrt": lambda: request.getfixturevalue("opened")()[0],  # on a fake machine
         "numpy": lambda: NumpyRunner(SPEC, random_parameters(SPEC)),
         "toy": lambda: ToyRunner(toy[1]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -333,3 +335,47 @@ def test_a_conversation_is_saved_forked_moved_and_forgotten(
     assert ask(locked, "DELETE", "/v1/sessions/talk", key="alpha").json["deleted"] is True
     assert ask(locked, "DELETE", "/v1/sessions/talk", key="alpha").status == 404
     assert ask(locked, "POST", WORK, more, "alpha").status == 404
+
+
+# -- answers with a form -------------------------------------------------------------------------------------
+
+SCHEMA = {
+    "type": "object", "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}},
+    "required": ["a", "b"], "additionalProperties": False,
+}  # fmt: skip
+
+
+def test_answers_keep_to_their_form(port: int) -> None:
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    for more in ({"response_format": form}, {"guided_json": SCHEMA}):
+        answer = complete(port, max_tokens=200, temperature=1, n=3, seed=1, **more).json
+        for choice in answer["choices"]:
+            found = json.loads(choice["text"])
+            assert set(found) == {"a", "b"} and found["a"] in ("x", "y") and isinstance(found["b"], bool)
+            assert choice["finish_reason"] == "stop"
+    pattern = "(ab|cd){3}[0-9]+!"
+    events = complete(port, max_tokens=60, temperature=1, seed=2, guided_regex=pattern, stream=True).events
+    text = "".join(event["choices"][0]["text"] for event in events)
+    if events[-1]["choices"][0]["finish_reason"] == "stop":
+        assert re.fullmatch(pattern, text)
+    assert re.match("(ab|cd){3}[0-9]", text)
+    assert complete(port, max_tokens=3, response_format={"type": "text"}).status == 200
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "thing"}}}},
+        {"guided_regex": "((("}, {"guided_regex": 5}, {"guided_json": {"not": {}}}, {"response_format": 5},
+        {"guided_regex": "a", "guided_json": {}},
+        {"guided_regex": "a", "ignore_eos": True},
+    ],
+)  # fmt: skip
+def test_a_bad_form_is_refused_and_the_server_lives(port: int, form: dict[str, Any]) -> None:
+    """vllm#17313."""
+    pytest.importorskip("llguidance")
+    answer = complete(port, max_tokens=5, **form)
+    assert answer.status == 400 and answer.error["param"] in (*form, "ignore_eos")
+    assert complete(port, max_tokens=2).status == 200

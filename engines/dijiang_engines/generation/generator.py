@@ -41,6 +41,8 @@ class _Earlier(NamedTuple):
 
 
 DEFAULT_MAX_TOKENS = 128
+_MOST_SILENT = 16
+"""Tokens at the end of a text that are looked at first for whether there is any: mostly they say so."""
 PREFILL_TOKENS = 2048
 """Tokens of all rows together that one prefill call takes; bounds the memory for activations."""
 
@@ -119,7 +121,16 @@ class Generator:
             self._row(index, prompt, earlier, options, first_stream + index)
             for index, (prompt, earlier) in enumerate(self._pair(prompts, session))
         ]
-        return Generation(self.runner, rows, options, session, self.prefill_tokens, self.banned)
+        guides = None
+        if options.grammar is not None:
+            guides = [options.grammar.guide(at_start=self._at_start(row.ids)) for row in rows]
+        return Generation(self.runner, rows, options, session, self.prefill_tokens, self.banned, guides)
+
+    def _at_start(self, ids: list[int]) -> bool:
+        """There is no text before what is generated, whatever tokens there are."""
+        if self.tokenizer is None:
+            return False
+        return not self.tokenizer.decode(ids[-_MOST_SILENT:]) and not self.tokenizer.decode(ids)
 
     def _pair(
         self, prompts: Sequence[str | Sequence[int]], session: Session | None

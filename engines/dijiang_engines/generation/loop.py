@@ -8,17 +8,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.errors import UsageError
+from dijiang_engines.errors import RunnerError, UsageError
+from dijiang_engines.generation.guide import keep_allowed
 from dijiang_engines.generation.row import FinishReason, Row
 from dijiang_engines.generation.session import Session
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import FloatArray, Runner, WarmsUp
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest, Decodes
 from dijiang_engines.sampling import SamplingOptions, sample, uniform
+
+if TYPE_CHECKING:
+    from dijiang_engines.generation.grammar import Grammar, GrammarGuide
 
 _LOGITS_BYTES = 256 << 20
 """Most bytes of logits that one prefill call may return, for bundles with logits of every token."""
@@ -39,6 +44,8 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     """A row ends when its text contains one of these; that and what follows is not given out."""
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+    """What the new tokens of each row are kept to. A row ends when nothing can follow."""
     resumable: bool = False
     """The session will be saved: what is not certain at the end is kept for whoever goes on, rather than
     given out as it is."""
@@ -48,6 +55,10 @@ class GenerateOptions:
             raise UsageError("max-tokens must not be negative", got=self.max_tokens)
         if not all(self.stop):
             raise UsageError("a stop string must not be empty")
+        if self.grammar is not None and self.ignore_eos:
+            raise UsageError("a text that is kept to a grammar cannot go on after its end", got="ignore-eos")
+        if self.grammar is not None and self.max_tokens == 0:
+            raise UsageError("there is nothing to keep to a grammar", got="max-tokens 0")
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     """New tokens that were read before the first was generated."""
+    grammar_complete: bool | None = None
+    """Whether the text satisfies its grammar; False where a stop string cut it. None without a grammar."""
 
 
 @dataclass
@@ -119,6 +132,7 @@ class Generation:
         session: Session | None,
         prefill_tokens: int,
         banned: npt.NDArray[np.int64] | None,
+        guides: list[GrammarGuide] | None = None,
     ) -> None:
         """
         Args:
@@ -128,12 +142,15 @@ class Generation:
             session: what `rows` go on from.
             prefill_tokens: tokens of all rows together that one call may take.
             banned: token ids that are never chosen.
+            guides: each row's, if there is a grammar.
         """
         self._runner = runner
         self._prefill_tokens = prefill_tokens
         self._banned = banned
         self._rows = rows
         self._options = options
+        self._guides = guides
+        self._failed: RunnerError | None = None
         self.stats = Stats(prompt_tokens=sum(row.prompt_tokens for row in rows))
         if session is None:
             self._state = self._runner.new_state(len(rows))
@@ -165,9 +182,16 @@ class Generation:
                 row.ids[row.start :],
                 row.finish or "length",
                 row.prompt_tokens,
+                self._is_complete(index),
             )
             for index, row in enumerate(self._rows)
         ]
+
+    def _is_complete(self, index: int) -> bool | None:
+        if self._guides is None:
+            return None
+        row = self._rows[index]
+        return self._guides[index].complete and not row.stop.found and row.finish != "error"
 
     def session(self) -> Session:
         """Where the rows stand, to be saved or resumed; any rest of the generation is run first."""
@@ -190,8 +214,8 @@ class Generation:
         logits = self._prefill(keep=0)
         decoder: Decoder | None = None
         while True:
-            active = [index for index, row in enumerate(self._rows) if row.finish is None]
             started = time.perf_counter()
+            active = self._active()
             if decoder is None:
                 tokens = self._choose(logits, active)
             else:
@@ -207,6 +231,8 @@ class Generation:
             if all(row.finish for row in self._rows):
                 if decoder is not None:
                     decoder.close()
+                if self._failed is not None:
+                    raise self._failed
                 return
             if self.stats.generated_tokens == len(self._rows):
                 decoder = self._start_decoder()
@@ -214,8 +240,8 @@ class Generation:
                 logits = self._step()
 
     def _start_decoder(self) -> Decoder | None:
-        """The runner's own loop, if it has one."""
-        if not isinstance(self._runner, Decodes):
+        """The runner's own loop, if it has one. It knows no guides."""
+        if not isinstance(self._runner, Decodes) or self._guides is not None:
             return None
         self._load(prefill=False)
         started = time.perf_counter()
@@ -304,7 +330,24 @@ class Generation:
             self._runner.warm_up(prefill=prefill, step=not prefill)
             self.stats.load_seconds += time.perf_counter() - started
 
+    def _active(self) -> list[int]:
+        """Rows that go on; one whose guide fails ends here, and the others do not."""
+        active = []
+        for index, row in enumerate(self._rows):
+            if row.finish is not None:
+                continue
+            try:
+                if self._guides is not None:
+                    self._guides[index].allowed()
+                active.append(index)
+            except RunnerError as error:
+                row.finish = "error"
+                self._failed = self._failed or RunnerError(f"{error.what} (row {index})", got=error.got)
+        return active
+
     def _choose(self, logits: FloatArray, active: list[int]) -> list[int]:
+        if not active:
+            return []
         options = self._options
         uniforms = None
         if not options.sampling.greedy:
@@ -312,7 +355,11 @@ class Generation:
             rows = [self._rows[index] for index in active]
             uniforms = np.array([uniform(options.seed, row.stream_id, len(row.ids)) for row in rows])
         seen = None if self._seen is None else self._seen[active]
-        tokens = sample(logits[active], options.sampling, uniforms, seen=seen, banned=self._banned)
+        chosen = logits[active]
+        if self._guides is not None:
+            allowed = [self._guides[index].allowed() for index in active]
+            chosen = np.stack([keep_allowed(*pair) for pair in zip(chosen, allowed, strict=True)])
+        tokens = sample(chosen, options.sampling, uniforms, seen=seen, banned=self._banned)
         if self._seen is not None:
             self._seen[active, tokens] = True
         return [int(token) for token in tokens]
@@ -321,5 +368,6 @@ class Generation:
         row, options = self._rows[index], self._options
         self.stats.generated_tokens += 1
         ends = () if options.ignore_eos else self._runner.spec.eos_token_ids
-        text = row.accept(token, ends, resumable=options.resumable)
+        complete = self._guides is not None and self._guides[index].accept(token)
+        text = row.accept(token, ends, complete=complete, resumable=options.resumable)
         return TokenEvent(index, token, text, row.finish)

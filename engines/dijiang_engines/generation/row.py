@@ -9,7 +9,9 @@ from typing import Literal
 from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.tokenizer.text_stream import TextStream
 
-FinishReason = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length", "error"]
+"""eos: a token that ends a text came; stop: a stop string, or the text's grammar is complete; length: there
+was no room for more; error: the text could not go on."""
 
 
 @dataclass
@@ -41,12 +43,15 @@ class Row:
         """How many tokens were generated so far."""
         return len(self.ids) - self.start
 
-    def accept(self, token: int, eos_token_ids: Container[int], *, resumable: bool = False) -> str:
+    def accept(
+        self, token: int, eos_token_ids: Container[int], *, complete: bool = False, resumable: bool = False
+    ) -> str:
         """Add a token, and end the row if it is the last.
 
         Args:
             token: the new one.
             eos_token_ids: tokens that end a text.
+            complete: nothing can follow this token, says the text's guide.
             resumable: what is not certain when the row ends by its length is kept for whoever goes on.
 
         Returns:
@@ -58,6 +63,8 @@ class Row:
             self.finish = "eos"
         elif self.text is not None:
             text = self.stop.push(self.text.push(token))
+        if self.finish is None and complete:
+            self.finish = "stop"
         if self.finish is None and not self.stop.found and self.new_tokens >= self.limit:
             self.finish = "length"
         if self.text is not None and self.finish == "length" and resumable:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import RunnerError
-from dijiang_engines.generation.guide import Guide
+from dijiang_engines.generation.guide import Guide, keep_allowed
 from dijiang_engines.runners.base import FloatArray
 from dijiang_engines.sampling import SamplingOptions, sample, uniform
 from dijiang_engines.serving.job import TokenOut
@@ -53,7 +53,7 @@ class Chooser:
         """
         scores: npt.NDArray[Any] = logits
         if self.guide is not None:
-            scores = np.where(self.guide.allowed(), scores, -np.inf)
+            scores = keep_allowed(scores, self.guide.allowed())
         if banned is not None:
             scores = np.where(banned, -np.inf, scores)
         uniforms = None

@@ -272,13 +272,10 @@ class Scheduler:
         self.counts.generated_tokens += 1
         options = job.options
         ends = () if options.ignore_eos else self.runner.spec.eos_token_ids
-        piece = row.accept(token, ends)
+        complete = guide is not None and guide.accept(token)
+        piece = row.accept(token, ends, complete=complete)
         if row.new_tokens == 1:
             piece = row.opening + piece
-        if guide is not None and row.finish is None and guide.accept(token):
-            row.finish = "stop"
-            if row.text is not None:
-                piece += row.stop.push(row.text.finish()) + row.stop.flush()
         session = None
         if row.finish is not None and options.save and row.stream_id == 0:
             layers = self._batch.row_state(text) if state is None else self.runner.get_rows(state, [0])

@@ -21,6 +21,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 from dijiang_engines.errors import BundleError
@@ -76,7 +77,7 @@ def pipeline_for(decoder: Any) -> Pipeline:
     """The stages of a decoder of the library, or of None, which joins tokens with spaces."""
     if decoder is None:
         return Pipeline([_Later(lambda items: " ".join(items))])
-    specs = _flat(json.loads(decoder.__getstate__()))
+    specs = flat_stages(json.loads(decoder.__getstate__()))
     stages: list[Stage] = []
     fused = False
     for number, spec in enumerate(specs):
@@ -145,10 +146,11 @@ def common_length(a: str, b: str) -> int:
     return next(n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
-def _flat(spec: dict[str, Any]) -> list[dict[str, Any]]:
+def flat_stages(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of a decoder as the library writes it, one after another."""
     if spec["type"] != "Sequence":
         return [spec]
-    return [stage for inner in spec["decoders"] for stage in _flat(inner)]
+    return [stage for inner in spec["decoders"] for stage in flat_stages(inner)]
 
 
 def _library(spec: dict[str, Any]) -> Callable[[list[str]], str]:
@@ -281,9 +283,7 @@ class _Bytes:
     """ByteLevel: a token's characters stand for bytes, and the bytes of all tokens are one UTF-8 text."""
 
     def __init__(self) -> None:
-        alphabet = _byte_alphabet()
         self._bytes: dict[str, bytes] = {}
-        self._alphabet = alphabet
         self._rest = b""
         """The beginning of a character."""
 
@@ -301,15 +301,22 @@ class _Bytes:
     def _bytes_of(self, item: str) -> bytes:
         known = self._bytes.get(item)
         if known is None:
-            try:
-                known = bytes([self._alphabet[c] for c in item])
-            except KeyError:  # an added token in plain text
-                known = item.encode()
+            known = byte_level_bytes(item)
             if len(self._bytes) < _MOST_CACHED:
                 self._bytes[item] = known
         return known
 
 
+def byte_level_bytes(token: str) -> bytes:
+    """What a token of a byte-level tokenizer stands for."""
+    alphabet = _byte_alphabet()
+    try:
+        return bytes([alphabet[c] for c in token])
+    except KeyError:  # an added token in plain text
+        return token.encode()
+
+
+@cache
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's characters for bytes (openai/gpt-2@master:src/encoder.py, bytes_to_unicode): printable Latin-1
     stands for itself, the other bytes follow from U+0100 on."""

@@ -26,6 +26,7 @@ from dijiang_engines.tokenizer.decoder_stages import (
 )
 from dijiang_engines.tokenizer.file import only_normalizer
 from dijiang_engines.tokenizer.text_stream import TextStream
+from dijiang_engines.tokenizer.token_bytes import token_bytes
 from dijiang_engines.tokenizer.work import (
     check_vocabulary,
     decoding_is_bounded,
@@ -151,6 +152,22 @@ class Tokenizer:
     def special_ids(self) -> list[int]:
         """Ids of the tokens that are marked as special, ascending."""
         return sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    def token_bytes(self, vocab_size: int) -> list[bytes | None]:
+        """[vocab_size]: the bytes that each token adds to a text; None for special tokens and for ids that
+        are no tokens.
+
+        Raises:
+            BundleError: they depend on a token's neighbours, or are only known in a process apart.
+        """
+        if not self._decodes_here:
+            raise BundleError(
+                "texts cannot be kept to a grammar with this tokenizer",
+                got="a decoder whose work is not bounded",
+            )
+        mask = self.token_mask(vocab_size)
+        names = [self._known[i] if mask[i] else None for i in range(vocab_size)]
+        return token_bytes(self._backend.decoder, names)
 
     def stream(self, context: Sequence[int] = (), *, held: int = 0) -> TextStream:
         """A stream of text that continues `context`, without special tokens.

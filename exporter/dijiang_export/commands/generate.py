@@ -22,7 +22,10 @@ if TYPE_CHECKING:
         SamplingOptions,
         Stats,
     )
+    from dijiang_engines.generation.grammar import Grammar
     from dijiang_engines.generation.session import Session
+    from dijiang_engines.spec import ModelSpec
+    from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 STDIN = "-"
 DEFAULT_BATCH = 8
@@ -102,6 +105,67 @@ class SamplingArguments:
 
 
 @dataclass(frozen=True)
+class GrammarArguments:
+    """What new text is kept to."""
+
+    json_schema: Annotated[
+        str | None,
+        click.option(
+            "--json-schema", metavar="FILE|TEXT",
+            help="Keep new text to JSON of this schema: a file, or the schema itself, which begins with {. "
+            "{} is any JSON.",
+        ),
+    ]  # fmt: skip
+    regex: Annotated[
+        str | None,
+        click.option(
+            "--regex", metavar="TEXT",
+            help="Keep new text to a regular expression, which has to match it as a whole.",
+        ),
+    ]  # fmt: skip
+
+    @property
+    def given(self) -> bool:
+        """There is something to keep to."""
+        return self.json_schema is not None or self.regex is not None
+
+    def check(self) -> None:
+        """Find what is wrong before a model is loaded, as far as that goes.
+
+        Raises:
+            UsageError: both are given, or the schema is wrong or cannot be read.
+        """
+        from dijiang_engines.errors import UsageError
+        from dijiang_engines.generation.json_schema import read_schema
+        from dijiang_engines.generation.prompts import check_argument
+
+        if self.json_schema is not None and self.regex is not None:
+            raise UsageError("--json-schema and --regex exclude each other")
+        if self.json_schema is not None:
+            read_schema(self._schema(), "the JSON schema")
+        if self.regex is not None:
+            check_argument(self.regex, "--regex")
+
+    def grammar(self, tokenizer: Tokenizer, spec: ModelSpec) -> Grammar | None:
+        """As the generator takes it; raises UsageError and BundleError as `Grammars` does."""
+        from dijiang_engines.generation.grammar import Grammars
+
+        if self.json_schema is not None:
+            return Grammars(tokenizer, spec).json_schema(self._schema())
+        return None if self.regex is None else Grammars(tokenizer, spec).regex(self.regex)
+
+    def _schema(self) -> str | bytes:
+        from dijiang_engines.errors import UsageError
+        from dijiang_engines.formats.safe_files import read_bounded
+        from dijiang_engines.generation.json_schema import MAX_SCHEMA_BYTES
+
+        assert self.json_schema is not None
+        if self.json_schema.lstrip().startswith("{"):
+            return self.json_schema
+        return read_bounded(Path(self.json_schema), MAX_SCHEMA_BYTES, links=True, error=UsageError)
+
+
+@dataclass(frozen=True)
 class GenerateArguments:
     """What `generate` is given."""
 
@@ -142,6 +206,7 @@ class GenerateArguments:
     ignore_eos: Annotated[
         bool, click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token.")
     ]
+    grammar: GrammarArguments
     echo: Annotated[
         bool, click.option("--echo", is_flag=True, help="Print the prompt before what follows it.")
     ]
@@ -193,7 +258,7 @@ class GenerateArguments:
             )
         return Path(bundles[0] if bundles else DEFAULT_BUNDLE), prompts
 
-    def options(self) -> GenerateOptions:
+    def options(self, grammar: Grammar | None) -> GenerateOptions:
         """As the generator takes them; raises UsageError as it does."""
         from dijiang_engines.generation.generator import GenerateOptions
         from dijiang_engines.generation.prompts import check_argument
@@ -204,6 +269,7 @@ class GenerateArguments:
             seed=self.sampling.seed_or_new(),
             stop=tuple(check_argument(stop, "--stop") for stop in self.stop),
             ignore_eos=self.ignore_eos,
+            grammar=grammar,
             resumable=self.save_session is not None,
         )
 
@@ -221,12 +287,16 @@ def generate(output: Output, given: GenerateArguments) -> None:
     beginning-of-text token. Without sampling options the result is the same on every run.
     """
     path, prompts = given.inputs()
-    options = given.options()
-    bundle, generator, session = _open(output, given, path)
+    given.options(None)  # so that what is wrong is said before a model is loaded
+    given.grammar.check()
+    bundle, generator, session, grammar = _open(output, given, path)
+    options = given.options(grammar)
     _Run(output, bundle, generator, options, prompts, session, given).run()
 
 
-def _open(output: Output, given: GenerateArguments, path: Path) -> tuple[Model, Generator, Session | None]:
+def _open(
+    output: Output, given: GenerateArguments, path: Path
+) -> tuple[Model, Generator, Session | None, Grammar | None]:
     from dijiang_engines.errors import BundleError
     from dijiang_engines.formats.open import open_model
     from dijiang_engines.generation.generator import Generator
@@ -241,12 +311,26 @@ def _open(output: Output, given: GenerateArguments, path: Path) -> tuple[Model, 
     tokenizer = load_tokenizer(bundle) if given.tokenizer is None else Tokenizer(given.tokenizer)
     if tokenizer is None:
         raise BundleError(f"the bundle {bundle.path} has no tokenizer", hint="name one with --tokenizer FILE")
+    grammar = given.grammar.grammar(tokenizer, bundle.spec)
     session = None if given.session is None else load_session(given.session, bundle)
     runner = given.runner.open(bundle)
     for note in runner.notes() if isinstance(runner, HasNotes) else ():
         output.log(f"note: {note}")
     generator = Generator(runner, tokenizer, prefill_tokens=given.prefill_tokens)
-    return bundle, generator, session
+    return bundle, generator, session, grammar
+
+
+def _check_complete(completions: list[Completion]) -> None:
+    """A session does not know its grammar: what goes on from it would begin a new one within a text."""
+    from dijiang_engines.errors import UsageError
+
+    cut = [completion.row + 1 for completion in completions if completion.grammar_complete is False]
+    if cut:
+        raise UsageError(
+            "the session is not saved: a text ended before its grammar was complete",
+            got=f"text {cut[0]}",
+            hint="give it more --max-tokens",
+        )
 
 
 class _Run:
@@ -275,6 +359,7 @@ class _Run:
         self.completions: list[Completion] = []
 
     def run(self) -> None:
+        from dijiang_engines.errors import RunnerError
         from dijiang_engines.generation.session import save_session
 
         streamed = len(self.prompts) == 1 and not self.output.json
@@ -283,10 +368,16 @@ class _Run:
             generation = self.generator.start(group, self.options, session=self.session, first_stream=first)
             last = generation.openings[0] + (group[0] if self.echo else "") if streamed else ""
             self._write(last)
-            for event in generation:
-                if streamed:
-                    self._write(event.text)
-                    last = event.text or last
+            failed: RunnerError | None = None
+            try:
+                for event in generation:
+                    if streamed:
+                        self._write(event.text)
+                        last = event.text or last
+            except RunnerError as error:
+                if not any(completion.finish_reason == "error" for completion in generation.completions):
+                    raise
+                failed = error  # of one text: the others are whole
             if last and not last.endswith("\n"):
                 self._write("\n")
             self.stats.add(generation.stats)
@@ -294,7 +385,10 @@ class _Run:
                 self.completions.append(completion)
                 if not streamed and not self.output.json:
                     self._print(completion, first, generation.openings[completion.row])
+            if failed is not None:
+                raise failed
             if self.save_to is not None:
+                _check_complete(generation.completions)
                 save_session(self.save_to, generation.session(), self.bundle)
         self._report()
 
@@ -325,6 +419,8 @@ class _Run:
         ]
         if not options.sampling.greedy:
             parts.append(f"seed: {options.seed}")
+        if cut := sum(completion.grammar_complete is False for completion in self.completions):
+            parts.append(f"ended before the grammar was complete: {cut} of {len(self.completions)}")
         if self.save_to is not None:
             parts.append(f"saved: {self.save_to}")
         self.output.log(" · ".join(parts))
@@ -342,6 +438,7 @@ class _Run:
                     "finish_reason": completion.finish_reason,
                     "prompt_tokens": completion.prompt_tokens,
                     "token_ids": completion.token_ids,
+                    "grammar_complete": completion.grammar_complete,
                 }
                 for prompt, completion in zip(self.prompts, self.completions, strict=True)
             ],

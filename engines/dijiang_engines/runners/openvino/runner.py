@@ -8,7 +8,15 @@ import numpy as np
 
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.runners.base import FloatArray, IntArray
-from dijiang_engines.runners.checks import check_batch, check_call, check_layers, check_owner, check_rows
+from dijiang_engines.runners.checks import (
+    check_batch,
+    check_call,
+    check_copy,
+    check_layers,
+    check_owner,
+    check_row_layers,
+    check_rows,
+)
 from dijiang_engines.runners.openvino.config import CPU, OvOptions, resolve, weight_bytes, widens
 from dijiang_engines.runners.openvino.models import Models
 from dijiang_engines.runners.openvino.state import OvState, Prefills, zeros
@@ -89,6 +97,30 @@ class OvRunner:
         layers = self.export_state(state)
         for layer in layers:
             layer[found] = 0
+        state.replace(layers)
+
+    def get_rows(self, state: OvState, rows: Sequence[int]) -> list[FloatArray]:
+        """Copies of these rows; see `Runner.get_rows`."""
+        check_owner(self, state, OvState)
+        found = check_rows(rows, state.batch)
+        return [layer[found] for layer in state.layers()]
+
+    def put_rows(self, state: OvState, rows: Sequence[int], layers: list[FloatArray]) -> None:
+        """Copy `layers` into these rows; see `Runner.put_rows`."""
+        check_owner(self, state, OvState)
+        self._put(state, *check_row_layers(self.spec, rows, state.batch, layers))
+
+    def copy_rows(self, source: OvState, rows: Sequence[int], target: OvState, places: Sequence[int]) -> None:
+        """Copy rows into rows of another state; see `Runner.copy_rows`."""
+        pairs = check_copy(self, OvState, source, rows, target, places)
+        if pairs:
+            found, ends = (list(each) for each in zip(*pairs, strict=True))
+            self._put(target, ends, [layer[found] for layer in source.layers()])
+
+    def _put(self, state: OvState, rows: list[int], arrays: list[FloatArray]) -> None:
+        layers = self.export_state(state)
+        for layer, array in zip(layers, arrays, strict=True):
+            layer[rows] = array
         state.replace(layers)
 
     # -- beside the protocol -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dijiang_engines.generation.row import FinishReason
 from dijiang_engines.serving.job import TokenOut, Update
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
-_FINISH: dict[FinishReason, str] = {"eos": "stop", "stop": "stop", "length": "length"}
+_FINISH: dict[FinishReason, str] = {"eos": "stop", "stop": "stop", "length": "length", "error": "error"}
 
 
 @dataclass

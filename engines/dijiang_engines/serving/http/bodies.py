@@ -34,8 +34,8 @@ class Wanted:
     stream: bool
     usage_chunk: bool
     """The stream ends with a chunk that has the usage, and no choices."""
-    response_format: dict[str, Any] | None
-    guided_regex: str | None
+    form: dict[str, Any]
+    """What is said about the answer's form, by field; see `generation.response_format`."""
     save_session: str | None
     """The name under which the text's session is kept."""
 
@@ -116,12 +116,16 @@ def _wanted(fields: Fields, limit: int | None, logprobs: int | None, slots: int)
         logprobs=logprobs,
         stream=stream,
         usage_chunk=options.get("include_usage", False),
-        response_format=fields.object("response_format"),
-        guided_regex=fields.text("guided_regex", 10_000),
+        form=_form(fields),
         save_session=session_name(fields, "save_session"),
     )
     fields.end()
     return wanted
+
+
+def _form(fields: Fields) -> dict[str, Any]:
+    given = {name: fields.take(name) for name in ("response_format", "guided_json", "guided_regex")}
+    return {name: value for name, value in given.items() if value not in (None, {"type": "text"})}
 
 
 def _sampling(fields: Fields) -> SamplingOptions:

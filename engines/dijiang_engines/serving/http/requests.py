@@ -8,15 +8,20 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TypeVar
 
-from dijiang_engines.errors import SessionError
+from dijiang_engines.errors import BundleError, SessionError, UsageError
+from dijiang_engines.generation.grammar import Grammar
+from dijiang_engines.generation.guide import Guide
+from dijiang_engines.generation.response_format import requested_grammar
 from dijiang_engines.generation.session import Session, session_from_bytes
 from dijiang_engines.runners.checks import last_position, position_error
 from dijiang_engines.serving.http.bodies import ChatBody, CompletionBody, Wanted
-from dijiang_engines.serving.http.errors import ApiError
+from dijiang_engines.serving.http.errors import ApiError, as_api_error
 from dijiang_engines.serving.http.service import Service
 from dijiang_engines.serving.job import Job, JobOptions
 
 T = TypeVar("T")
+_FEW = 8
+"""Tokens of a prompt that may all be without text, such as <s>."""
 _SHORT = 4096
 """Characters that are made tokens at once, without another thread: a thread costs more."""
 
@@ -34,11 +39,12 @@ async def completion_jobs(service: Service, body: CompletionBody, key: str) -> l
         DijiangError: the tokenizer refuses a prompt.
     """
     session = None if body.session is None else await read_session(service, body.session, key)
+    grammar = await _grammar(service, body.wanted)
     jobs = []
     for prompt in body.prompts:
         ids = prompt if isinstance(prompt, list) else await _encode(service, prompt, first=session is None)
         ids = ids if session is None else [*session.token_ids[0], *ids]
-        jobs.append(_job(service, ids, (), body.wanted, key, session))
+        jobs.append(_job(service, ids, (), body.wanted, key, session, grammar))
     return jobs
 
 
@@ -50,11 +56,26 @@ async def chat_job(service: Service, body: ChatBody, key: str) -> Job:
             400, "this model has no chat template: use /v1/completions", code="no_chat_template",
             param="messages",
         )  # fmt: skip
+    grammar = await _grammar(service, body.wanted)
     text, ends = await asyncio.to_thread(chat.render, body.messages)
     # The template wrote the special tokens itself.
     ids, places = await _elsewhere(len(text), lambda: tokenizer.encode_with_ends(text, special_tokens=False))
     splits = tuple(sorted({bisect_right(places, end) for end in ends}))
-    return _job(service, ids, splits, body.wanted, key, None)
+    return _job(service, ids, splits, body.wanted, key, None, grammar)
+
+
+async def _grammar(service: Service, wanted: Wanted) -> Grammar | None:
+    """What the answer is kept to; None: it may be any text."""
+    if not wanted.form:
+        return None
+    if wanted.ignore_eos:
+        raise ApiError(400, "ignore_eos has no meaning for an answer with a form", param="ignore_eos")
+    try:
+        return await asyncio.to_thread(requested_grammar, service.grammars, **wanted.form)
+    except UsageError as error:
+        raise as_api_error(error, next(iter(wanted.form))) from error
+    except BundleError as error:
+        raise ApiError(400, str(error), param=next(iter(wanted.form))) from error
 
 
 async def _encode(service: Service, prompt: str, *, first: bool) -> list[int]:
@@ -75,6 +96,7 @@ def _job(
     wanted: Wanted,
     key: str,
     session: Session | None,
+    grammar: Grammar | None,
 ) -> Job:
     served, spec = service.served, service.served.model.spec
     if not ids:
@@ -92,11 +114,20 @@ def _job(
     options = JobOptions(
         max_tokens=limit, sampling=wanted.sampling, seed=wanted.seed, stop=wanted.stop,
         ignore_eos=wanted.ignore_eos, choices=wanted.choices, logprobs=wanted.logprobs,
-        save=wanted.save_session is not None,
+        save=wanted.save_session is not None, guide=_guide(service, grammar, ids),
     )  # fmt: skip
     if wanted.stop and served.tokenizer is None:
         raise ApiError(400, "stop strings need a tokenizer, and this model has none", param="stop")
     return Job(ids, options, splits, session, service.salt(key))
+
+
+def _guide(service: Service, grammar: Grammar | None, ids: list[int]) -> Callable[[], Guide] | None:
+    if grammar is None:
+        return None
+    tokenizer = service.served.tokenizer
+    # Some tokenizers take a space off a text's beginning.
+    at_start = tokenizer is not None and len(ids) <= _FEW and not tokenizer.decode(ids)
+    return lambda: grammar.guide(at_start=at_start)
 
 
 def _limit(service: Service, tokens: int, wanted: Wanted) -> int:

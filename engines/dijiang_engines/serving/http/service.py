@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.folder import Model
 from dijiang_engines.serving.job import Job, Update
 from dijiang_engines.serving.scheduler import Scheduler
@@ -18,6 +20,7 @@ from dijiang_engines.serving.worker import Worker
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from dijiang_engines.generation.grammar import Grammars
     from dijiang_engines.serving.chat_template import ChatTemplate
 
 
@@ -78,6 +81,8 @@ class Service:
         self.worker = Worker(scheduler, self._deliver)
         self.secret = secrets.token_bytes(32)
         self.ready = False
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
         self._listeners: dict[Job, Listener] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -89,6 +94,23 @@ class Service:
     def salt(self, key: str) -> bytes:
         """What tells the cached states of one API key from others'."""
         return hashlib.blake2b(key.encode(), key=self.secret, digest_size=32).digest()
+
+    def grammars(self) -> Grammars:
+        """Makes the grammars that answers are kept to; takes a second the first time.
+
+        Raises:
+            UsageError: llguidance is not installed.
+            BundleError: answers cannot be kept to a grammar with this model's tokenizer.
+        """
+        from dijiang_engines.generation.grammar import Grammars
+
+        served = self.served
+        with self._grammars_lock:
+            if self._grammars is None:
+                if served.tokenizer is None:
+                    raise BundleError("answers cannot have a form: the model has no tokenizer")
+                self._grammars = Grammars(served.tokenizer, served.model.spec)
+            return self._grammars
 
     @asynccontextmanager
     async def run(self, jobs: Sequence[Job]) -> AsyncIterator[Listener]:
