@@ -2,9 +2,9 @@
 
 The digests of tests/data/float-bundles.json were made with the code of commit 80f58e2, the last one without
 quantised weights, and those of ONNX Runtime GenAI's two files when they came, by this file:
-`PYTHONPATH=tests:OLD/exporter:OLD/engines python
-tests/export/test_float_bundles.py > tests/data/float-bundles.json`. A change of them is a change of what
-every user's export gives: make them anew only where that is meant, and say so in the changelog.
+`PYTHONPATH=tests:OLD/exporter:OLD/engines python tests/export/test_float_bundles.py >
+tests/data/float-bundles.json`. A change of them is a change of what every user's export gives: make them anew
+only where that is meant, and say so in the changelog.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ half precision, over ONNX Runtime.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,7 @@ import pytest
 from support.makers.byte_tokenizer import write_tokenizer
 from support.makers.checkpoints import RandomCheckpoint, llama, neox, opt, opt_350m
 from support.oracles.numpy_runner import NumpyRunner
+from support.paths import ROOT
 from tokenizers import Tokenizer as Library
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
@@ -167,6 +169,16 @@ def test_the_sample_in_its_own_words(og: Any, sample_bundle: Path) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_the_example_of_the_page(
+    og: Any, sample_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/genai.md").read_text(), re.DOTALL | re.M)
+    (tmp_path / "tiny-stdlib.bundle").symlink_to(sample_bundle)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.startswith("def main():\n")
+
+
 @pytest.mark.parametrize(
     ("kind", "grammar", "accepts"),
     [
@@ -290,7 +302,7 @@ def test_more_tokens_than_the_model_has_positions(og: Any, exported: Exported) -
 @pytest.fixture
 def remade(exported: Exported, tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any]]]:
     """remade(fields of the spec, name=content of name.json...): a bundle's graphs with GenAI's files made
-    anew as an export makes them, and genai_config.json."""
+    anew, as an export makes them, and genai_config.json."""
 
     def make(fields: dict[str, Any] | None = None, **files: Any) -> tuple[Path, dict[str, Any]]:
         bundle, folder = open_bundle(exported(neox())[0]), tmp_path / "remade"
