@@ -58,8 +58,8 @@ COMMANDS = {
 # Which extra brings a module that may be absent.
 EXTRAS = {
     "torch": "export", "transformers": "export", "onnx": "export", "onnx_ir": "export",
-    "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "openvino": "openvino", "tensorrt": "tensorrt",
-    "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
+    "onnxscript": "export", "scipy": "export", "onnxruntime": "cpu", "openvino": "openvino",
+    "tensorrt": "tensorrt", "polygraphy": "tensorrt", "cuda": "tensorrt", "matplotlib": "bench",
 }  # fmt: skip
 
 

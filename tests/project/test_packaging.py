@@ -146,7 +146,8 @@ def test_the_core_asks_only_for_what_an_edge_device_needs(metadata: Message) -> 
     assert wanted["tensorrt"] == {"tensorrt", "polygraphy", "cuda-bindings"}
     assert wanted["rtx"] == {"tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings", "cuda-bindings"}
     assert {"pytest", "ruff", "mypy"} <= wanted["dev"]
-    assert set(wanted) == {"export", "cpu", "gpu", "tensorrt", "rtx", "bench", "dev"}
+    assert wanted["openvino"] == {"openvino"}
+    assert set(wanted) == {"export", "cpu", "gpu", "openvino", "tensorrt", "rtx", "bench", "dev"}
 
 
 def test_metadata(metadata: Message) -> None:

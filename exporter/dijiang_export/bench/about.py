@@ -15,8 +15,8 @@ from dijiang_engines.machine import describe_machine, package_versions
 from dijiang_engines.version import __version__
 
 _PACKAGES = (
-    "onnxruntime", "onnxruntime-gpu", "openvino", "numpy", "torch", "triton", "transformers", "onnx", "onnxscript",
-    "tensorrt", "cuda-bindings",
+    "onnxruntime", "onnxruntime-gpu", "openvino", "numpy", "torch", "triton", "transformers", "onnx",
+    "onnxscript", "tensorrt", "cuda-bindings",
 )  # fmt: skip
 
 
