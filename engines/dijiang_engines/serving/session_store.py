@@ -11,9 +11,18 @@ import threading
 from collections import OrderedDict
 from typing import Protocol
 
+from dijiang_engines.errors import DijiangError
+
+
+class StoreError(DijiangError):
+    """A store that cannot be reached, or has no room: not the client's fault, and not for ever."""
+
 
 class SessionStore(Protocol):
-    """Keeps session files by name. Called from several threads. Names are the server's own, not users'."""
+    """Keeps session files by name. Called from several threads. Names are the server's own, not users'.
+
+    Each may raise `StoreError`; requests that need no session are answered all the same.
+    """
 
     def get(self, name: str) -> bytes | None:
         """The file, or None if there is none of that name, or none any more."""

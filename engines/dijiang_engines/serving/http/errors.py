@@ -8,6 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from dijiang_engines.errors import DijiangError, PositionError, PromptError, SessionError, UsageError
+from dijiang_engines.serving.session_store import StoreError
 from dijiang_engines.serving.worker import Closing, QueueFull
 
 _TYPES = {
@@ -68,6 +69,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
         )  # fmt: skip
     if isinstance(error, Closing):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "1"})
+    if isinstance(error, StoreError):
+        return ApiError(503, str(error), code="session_store_unavailable", headers={"Retry-After": "1"})
     if isinstance(error, PositionError):
         return ApiError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, (UsageError, PromptError, SessionError)):

@@ -1,0 +1,1 @@
+"""Measuring servers with an OpenAI-compatible API."""
