@@ -1,6 +1,6 @@
 """The one thread that owns a runner: it reads, steps, samples and makes text, and tells what came of it.
 
-Others reach it by `submit`, `cancel` and `call`, from any thread. What happened in a round is handed over at
+Others reach it by `submit` and `cancel`, from any thread. What happened in a round is handed over at
 once, so that an event loop is woken once a round and not once a token. When the runner fails, everything that
 is in the works and everything that comes later fails at once, with the same reason: nothing waits for a
 thread that is gone.
@@ -11,14 +11,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.serving.job import Job, Update
 from dijiang_engines.serving.scheduler import Scheduler
 
-T = TypeVar("T")
 Deliver = Callable[[list[Update]], None]
 
 
@@ -85,25 +83,6 @@ class Worker:
         """Stop working on a job, soon; nothing is delivered for it after that. Harmless when it has ended."""
         if not job.done:
             self._inbox.put(lambda: self._scheduler.cancel(job))
-
-    def call(self, function: Callable[[Scheduler], T]) -> Future[T]:
-        """Have the thread that owns the runner call `function` between two rounds.
-
-        Raises:
-            DijiangError: as `submit`.
-        """
-        result: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                result.set_result(function(self._scheduler))
-            except BaseException as error:  # noqa: BLE001 - it is the caller's
-                result.set_exception(error)
-
-        with self._lock:
-            self._check()
-            self._inbox.put(work)
-        return result
 
     def refuse(self) -> None:
         """Take no more jobs; those that are in the works go on."""
