@@ -115,9 +115,12 @@ def main() -> None:
     )
     serve.start(http_options={"host": "127.0.0.1", "port": given.port})
     settings = {
-        "bundle": str(Path(given.bundle).resolve()), "redis_url": given.redis, "ttl": given.ttl, "slots": given.slots,
+        "bundle": str(Path(given.bundle).resolve()),
+        "redis_url": given.redis,
+        "ttl": given.ttl,
+        "slots": given.slots,
         "threads": given.threads,
-    }  # fmt: skip
+    }
     least, most = given.replicas
     serve.run(deployment(settings, least=least, most=most, cores=given.threads))
     print(f"http://127.0.0.1:{given.port}/v1", flush=True)
