@@ -108,13 +108,19 @@ def main() -> None:
     given = parser.parse_args()
     # Ray's daemons listen on every interface unless they are told the node's address.
     ray.init(
-        _node_ip_address="127.0.0.1", include_dashboard=False, num_cpus=given.replicas[1] * given.threads + 1
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        num_cpus=given.replicas[1] * given.threads + 1,
     )
     serve.start(http_options={"host": "127.0.0.1", "port": given.port})
     settings = {
-        "bundle": str(Path(given.bundle).resolve()), "redis_url": given.redis, "ttl": given.ttl,
-        "slots": given.slots, "threads": given.threads,
-    }  # fmt: skip
+        "bundle": str(Path(given.bundle).resolve()),
+        "redis_url": given.redis,
+        "ttl": given.ttl,
+        "slots": given.slots,
+        "threads": given.threads,
+    }
     least, most = given.replicas
     serve.run(deployment(settings, least=least, most=most, cores=given.threads))
     print(f"http://127.0.0.1:{given.port}/v1", flush=True)
