@@ -1,4 +1,4 @@
-"""The web sample gives the tokens that `generate` gives, in Node and in Chromium, where these are installed."""
+"""The web sample gives the tokens that `generate` gives, in Node and in Chromium, where they are installed."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def site(sample_bundle: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of the page, served as its README says: a folder with packages and bundle beside the page."""
+    """The address of the page, served as its README says: with packages and bundle beside it."""
     folder = packages("onnxruntime-web", "puppeteer-core")
     for path in SOURCES:
         shutil.copy(path, tmp_path)
