@@ -1,4 +1,4 @@
-"""The web sample gives the tokens that `generate` gives, in Node and in Chromium, where they are installed."""
+"""The web sample gives the tokens that `generate` gives, in Node and Chromium, where they are installed."""
 
 from __future__ import annotations
 
