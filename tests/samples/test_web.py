@@ -173,6 +173,14 @@ def test_a_damaged_file_is_named(sample_bundle: Path, name: str, short: bool, tm
     assert done.stderr.startswith(f"error: {expected}")
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    packages("onnxruntime-web")
+    os.mkfifo(tmp_path / "manifest.json")
+    done = node(WEB / "node.mjs", tmp_path, PROMPT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: manifest.json is no ordinary file")
+
+
 def test_wrong_usage_is_exit_code_2() -> None:
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
