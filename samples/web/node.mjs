@@ -2,6 +2,7 @@
 //
 // The packages are looked for in the folder that DIJIANG_NODE_MODULES names, or in node_modules beside this file.
 
+import { constants } from 'node:fs';
 import { open } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
@@ -76,8 +77,11 @@ function folderSource(folder) {
     return async (name, limit) => {
         let file;
         try {
-            file = await open(join(folder, name), 'r');
-            const { size } = await file.stat();
+            // Not waiting: a pipe of that name would keep the program for ever.
+            file = await open(join(folder, name), constants.O_RDONLY | (constants.O_NONBLOCK ?? 0));
+            const status = await file.stat();
+            if (!status.isFile()) throw new SampleError(`${name} is no ordinary file`);
+            const { size } = status;
             if (size > limit) throw new SampleError(`${name} has ${size} bytes, expected at most ${limit}`);
             const bytes = new Uint8Array(size);
             for (let at = 0; at < size; ) {

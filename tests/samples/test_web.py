@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The web sample gives the tokens of `generate`, in Node and in Chromium, where they are installed."""
+=======
+"""The web sample gives the tokens that `generate` gives, in Node and Chromium, where they are installed."""
+>>>>>>> track-web
 
 from __future__ import annotations
 
@@ -171,6 +175,14 @@ def test_a_damaged_file_is_named(sample_bundle: Path, name: str, short: bool, tm
     assert (done.returncode, done.stdout) == (1, "")
     expected = f"{name} has {len(data) - 1} bytes" if short else f"{name} is damaged"
     assert done.stderr.startswith(f"error: {expected}")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    packages("onnxruntime-web")
+    os.mkfifo(tmp_path / "manifest.json")
+    done = node(WEB / "node.mjs", tmp_path, PROMPT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: manifest.json is no ordinary file")
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
