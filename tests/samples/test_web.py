@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The web sample gives the tokens of `generate`, in Node and in Chromium, where they are installed."""
-=======
-"""The web sample gives the tokens that `generate` gives, in Node and Chromium, where they are installed."""
->>>>>>> track-web
 
 from __future__ import annotations
 
