@@ -213,8 +213,10 @@ def _tensorrt(runtimes: Sequence[RuntimeStatus]) -> RunnerStatus:
 
 def probe_in_subprocess(name: str) -> tuple[bool, str]:
     """Try a runtime in a fresh interpreter; whether it works, and a line about it."""
-    runtime = "openvino" if name in OPENVINO else "onnxruntime"
-    command = command_for(f"dijiang_engines.runners.{runtime}.trial", name)
+    if name in OPENVINO:
+        command = command_for("dijiang_engines.runners.openvino.trial", name)
+    else:
+        command = command_for("dijiang_engines.runners.onnxruntime.trial", name)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS, check=False

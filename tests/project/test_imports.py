@@ -25,7 +25,7 @@ EXPORT_ONLY = (
     "scipy",
     "dijiang_export.export.to_onnx",
 )
-RUNTIMES = ("onnxruntime", "tensorrt", "polygraphy", "cuda")
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "polygraphy", "cuda")
 
 ALL_ENGINE_MODULES = """
 import importlib, pkgutil, dijiang_engines

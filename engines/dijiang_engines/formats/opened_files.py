@@ -165,17 +165,18 @@ class OpenedFiles:
                 the block made may then be of either state: drop it.
         """
         with self.named():
-            place, restless = self._place_at_rest()
+            by_name = self.root == self.folder
+            place = self._place_at_rest() if by_name else self._place()
             self.check(*names)
             before = [self._stamps[name] for name in names]
             try:
                 yield self.root
             except Exception as error:
                 # A reader that resolves names itself may stumble over a folder that only changed its name.
-                if restless or [self._look(name) for name in names] != before or self._place() != place:
+                if [self._look(name) for name in names] != before or self._place() != place:
                     raise self._replaced() from error
                 raise
-            moved = self.root == self.folder and (restless or self._place() != place)
+            moved = by_name and self._place() != place
             if moved or [self._look(name) for name in names] != before:
                 raise self._replaced()
 
@@ -268,18 +269,21 @@ class OpenedFiles:
         except OSError:
             return None
 
-    def _place_at_rest(self) -> tuple[Stamp | None, bool]:
-        """What stands under the folder's name, and whether that changed while this looked at it.
+    def _place_at_rest(self) -> Stamp | None:
+        """What stands under the folder's name, whose next change will show.
 
         Two swaps between two ticks of the file system's clock leave the times as they were. So a folder whose
         times are of the present tick is looked at again after it: from then on every swap shows.
+
+        Raises:
+            BundleError: it changed meanwhile.
         """
         place = self._place()
-        if place is None or not 0 <= time.time_ns() - place.changed < _TICK:
-            return place, False
-        time.sleep(_TICK / 1e9)
-        later = self._place()
-        return later, later != place
+        if place is not None and 0 <= time.time_ns() - place.changed < _TICK:
+            time.sleep(_TICK / 1e9)
+            if self._place() != place:
+                raise self._replaced()
+        return place
 
     def _replaced(self, name: str | None = None) -> BundleError:
         what = f"the {self._kind} {self.folder} was replaced or changed while it was open"
