@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,6 @@ from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.engine import EngineFolder
 from dijiang_engines.formats.open import Model
-from dijiang_engines.machine import package_version
 from dijiang_engines.runners.base import Runner
 
 Open = Callable[..., Runner]
@@ -143,12 +143,12 @@ def _best(model: Model) -> str:
     try:
         offered = onnxruntime_module().get_available_providers()
     except RunnerError:
-        if package_version("openvino") is not None:
+        if find_spec("openvino") is not None:
             return OPENVINO
         raise
     if PROVIDERS[CUDA] in offered and cuda_devices() > 0:
         return CUDA
-    return OPENVINO if model.dtype == "bfloat16" and package_version("openvino") is not None else CPU
+    return OPENVINO if model.dtype == "bfloat16" and find_spec("openvino") is not None else CPU
 
 
 def cuda_devices() -> int:
