@@ -296,7 +296,7 @@ def test_auto_is_the_cpu_here(toy: Toy) -> None:
 
 def test_onnx_runtime_is_absent(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(registry, "package_version", lambda _: None)
+    monkeypatch.setattr(registry, "find_spec", lambda _: None)
     with pytest.raises(RunnerError, match="is not installed") as caught:
         open_runner(open_bundle(toy[0]))
     assert "dijiang-export[cpu]" in str(caught.value)
