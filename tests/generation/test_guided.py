@@ -546,7 +546,7 @@ def test_hostile_grammars_take_neither_long_nor_much(hurried: Grammars, name: st
 
 def test_a_compiler_that_dies_is_started_again(grammars: Grammars) -> None:
     grammars.regex("first")
-    process = grammars._apart._process
+    process = grammars._apart._process.running
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -162,7 +162,7 @@ def test_an_unknown_regex_works_as_ever(tmp_path: Path) -> None:
     assert tokenizer.encode("") == []
     assert tokenizer.decode(ids[:50]) == tokenizer._backend.decode(ids[:50])
     assert tokenizer._apart is not None
-    process = tokenizer._apart._process
+    process = tokenizer._apart._process.running
     assert process is not None
     assert process.poll() is None
     del tokenizer

@@ -7,21 +7,25 @@ limited from within; nor can a stack that overflows be caught.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import signal
-import subprocess
 import sys
-import threading
 import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from dijiang_engines.errors import UsageError
+from dijiang_engines.fresh_interpreter import command_for
 from dijiang_engines.generation.matchers import Kind, Vocabulary, matcher_for, tokenizer_for
-from dijiang_engines.limited_process import end_process, limit_process, receive, send
+from dijiang_engines.limited_process import (
+    DONE,
+    LOAD,
+    LimitedProcess,
+    ProcessEndedError,
+    limit_process,
+    receive,
+    send,
+)
 
 SECONDS = 2.0
 """Of CPU, for a grammar and a few texts that keep to it. Usual ones take milliseconds."""
@@ -41,9 +45,10 @@ class GrammarsApart:
 
     def __init__(self, tokens: Sequence[bytes | None], ends: Sequence[int]) -> None:
         texts = [None if data is None else data.decode("latin-1") for data in tokens]
-        self._vocabulary = json.dumps([texts, list(ends)]).encode()
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = LimitedProcess(
+            command_for("dijiang_engines.generation.grammar_apart"),
+            json.dumps([texts, list(ends)]).encode(), {"RUST_BACKTRACE": "0"},
+        )  # fmt: skip
 
     def check(self, kind: Kind, text: str, what: str) -> None:
         """Compile a grammar and keep a few texts to it.
@@ -56,44 +61,17 @@ class GrammarsApart:
         Raises:
             UsageError: it is wrong, unsupported, matches nothing, or takes too long or too much memory.
         """
-        with self._lock:
-            try:
-                if self._process is None:
-                    self._process = self._start()
-                    _ask(self._process, b"L", self._vocabulary)
-                problem = _ask(self._process, b"S" if kind == "schema" else b"R", text.encode())
-            except (OSError, EOFError):
-                raise self._failed(what) from None
+        try:
+            _, problem = self._process.ask(b"S" if kind == "schema" else b"R", text.encode(), SECONDS)
+        except ProcessEndedError as error:
+            if error.too_long:
+                got = f"more than {SECONDS:.0f} s"
+                raise UsageError(f"{what} takes too long to compile", got=got) from None
+            raise UsageError(
+                f"{what} needs too much memory, or ends its process", got=f"exit code {error.code}"
+            ) from None
         if problem:
-            raise UsageError(f"{what} cannot be used", got=problem)
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dijiang_engines.generation.grammar_apart", str(SECONDS)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=os.environ | {
-                "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0",
-            },
-        )  # fmt: skip
-        weakref.finalize(self, end_process, process)
-        return process
-
-    def _failed(self, what: str) -> UsageError:
-        process, self._process = self._process, None
-        assert process is not None
-        end_process(process)
-        if process.returncode == -signal.SIGXCPU:
-            return UsageError(f"{what} takes too long to compile", got=f"more than {SECONDS:.0f} s")
-        return UsageError(
-            f"{what} needs too much memory, or ends its process", got=f"exit code {process.returncode}"
-        )
-
-
-def _ask(process: subprocess.Popen[bytes], kind: bytes, data: bytes) -> str:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    send(process.stdin, kind, data)
-    return receive(process.stdout)[1].decode()
+            raise UsageError(f"{what} cannot be used", got=problem.decode())
 
 
 # -- in the other process --------------------------------------------------------------------------------
@@ -111,7 +89,7 @@ def main() -> None:
         seconds = float(sys.argv[1]) + SECONDS_PER_MEGABYTE * len(data) / 1e6
         limit_process(seconds, BYTES + BYTES_PER_BYTE * len(data))
         try:
-            if kind == b"L":
+            if kind == LOAD:
                 trial, problem = _Trial(*json.loads(data)), ""
             else:
                 assert trial is not None
@@ -120,7 +98,7 @@ def main() -> None:
             raise
         except BaseException as error:  # noqa: BLE001  the library's panics are no Exception
             problem = str(error) or type(error).__name__
-        send(sys.stdout.buffer, b"K", " ".join(problem.split())[:2000].encode("utf-8", "replace"))
+        send(sys.stdout.buffer, DONE, " ".join(problem.split())[:2000].encode("utf-8", "replace"))
 
 
 class _Trial:

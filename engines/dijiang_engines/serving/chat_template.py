@@ -8,12 +8,7 @@ functions and filters (transformers 5.23.0, utils/chat_template_utils.py, `_cach
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -21,7 +16,17 @@ from typing import Any, NamedTuple
 from dijiang_engines.errors import BundleError, PromptError
 from dijiang_engines.formats.folder import Model
 from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
-from dijiang_engines.limited_process import end_process, limit_process, receive, send
+from dijiang_engines.fresh_interpreter import command_for
+from dijiang_engines.limited_process import (
+    DONE,
+    FAILED,
+    LOAD,
+    LimitedProcess,
+    ProcessEndedError,
+    limit_process,
+    receive,
+    send,
+)
 
 SECONDS = 5.0
 """Of CPU, for each conversation."""
@@ -52,9 +57,8 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        self._given = json.dumps({"source": source, "tokens": dict(tokens)}).encode()
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        given = json.dumps({"source": source, "tokens": dict(tokens)}).encode()
+        self._process = LimitedProcess(command_for("dijiang_engines.serving.chat_template"), given, {})
 
     def render(self, messages: Sequence[Message]) -> Conversation:
         """The text of a conversation, up to where the model's answer begins. May be called in any thread.
@@ -62,45 +66,23 @@ class ChatTemplate:
         Raises:
             PromptError: the template refuses these messages, fails, or takes too long.
         """
-        with self._lock:
-            try:
-                process = self._process or self._start()
-                assert process.stdin is not None and process.stdout is not None
-                send(process.stdin, b"R", json.dumps(list(messages)).encode())
-                status, answer = receive(process.stdout)
-            except (OSError, EOFError):
-                raise self._failed() from None
-        if status != b"K":
+        try:
+            status, answer = self._process.ask(b"R", json.dumps(list(messages)).encode(), SECONDS)
+        except ProcessEndedError as error:
+            if error.too_long:
+                got = f"more than {SECONDS:.0f} s"
+                raise PromptError("the model's chat template takes too long", got=got) from None
+            raise PromptError(
+                "the model's chat template needs too much memory, or ends its process"
+            ) from None
+        if status != DONE:
             raise PromptError("the model's chat template refuses these messages", got=answer.decode())
         found = json.loads(answer)
         return Conversation(found["text"], found["ends"])
 
     def close(self) -> None:
         """End the process."""
-        with self._lock:
-            process, self._process = self._process, None
-        if process is not None:
-            end_process(process)
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dijiang_engines.serving.chat_template", str(SECONDS)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "1"},
-        )  # fmt: skip
-        self._process = process
-        weakref.finalize(self, end_process, process)
-        assert process.stdin is not None
-        send(process.stdin, b"L", self._given)
-        return process
-
-    def _failed(self) -> PromptError:
-        process, self._process = self._process, None
-        assert process is not None
-        end_process(process)
-        if process.returncode == -signal.SIGXCPU:
-            return PromptError("the model's chat template takes too long", got=f"more than {SECONDS:.0f} s")
-        return PromptError("the model's chat template needs too much memory, or ends its process")
+        self._process.close()
 
 
 def load_chat_template(model: Model) -> ChatTemplate | None:
@@ -156,22 +138,21 @@ def main() -> None:
         except EOFError:
             return
         limit_process(float(sys.argv[1]), BYTES + 64 * len(data))
+        status, answer = DONE, b""
         try:
             given = json.loads(data)
-            if kind == b"L":
+            if kind == LOAD:
                 tokens = given["tokens"]
                 template = _compile(given["source"])
-                continue
-            if template is None:
-                raise ValueError(problem)
-            answer = _render(template, given, tokens)
-            status, data = b"K", json.dumps(answer._asdict()).encode()
+            elif template is None:
+                status, answer = FAILED, problem.encode()
+            else:
+                answer = json.dumps(_render(template, given, tokens)._asdict()).encode()
         except Exception as error:  # noqa: BLE001 - whatever a template does
-            status, data = b"E", " ".join(str(error).split())[:300].encode("utf-8", "replace")
-            if kind == b"L":
-                problem = data.decode()
-                continue
-        send(sys.stdout.buffer, status, data)
+            problem = " ".join(str(error).split())[:300].encode("utf-8", "replace").decode()
+            if kind != LOAD:  # what is wrong with a template is said to whoever uses it
+                status, answer = FAILED, problem.encode()
+        send(sys.stdout.buffer, status, answer)
 
 
 def _compile(source: str) -> Any:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import array
 import json
-import os
-import signal
-import subprocess
 import sys
-import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dijiang_engines.errors import BundleError
-from dijiang_engines.limited_process import end_process, limit_process, receive, send
+from dijiang_engines.fresh_interpreter import command_for
+from dijiang_engines.limited_process import (
+    DONE,
+    FAILED,
+    LOAD,
+    LimitedProcess,
+    ProcessEndedError,
+    limit_process,
+    receive,
+    send,
+)
 
 SECONDS = 10.0
 SECONDS_PER_MEGABYTE = 20
@@ -39,9 +44,11 @@ class TokenizerApart:
     """
 
     def __init__(self, data: bytes, name: str) -> None:
-        self._data, self._name = data, name
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._name = name
+        self._process = LimitedProcess(
+            command_for("dijiang_engines.tokenizer.apart"), data,
+            {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"},
+        )  # fmt: skip
 
     def load(self) -> None:
         """Start, if it has not: then the library can load the file within the limits.
@@ -49,7 +56,7 @@ class TokenizerApart:
         Raises:
             BundleError: it cannot, or fails.
         """
-        self._ask(b"", b"")
+        self._answer(lambda: self._process.start(SECONDS))
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
         """Token ids of a text.
@@ -91,52 +98,28 @@ class TokenizerApart:
         return self._ask(b"D", json.dumps(list(tokens)).encode()).decode()
 
     def _ask(self, kind: bytes, data: bytes) -> bytes:
-        with self._lock:
-            try:
-                if self._process is None:
-                    at_work = len(self._data)
-                    self._start()
-                at_work = len(data)
-                return self._call(kind, data) if kind else b""
-            except (OSError, EOFError):
-                raise self._failed(at_work) from None
+        return self._answer(lambda: self._process.ask(kind, data, SECONDS))
 
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dijiang_engines.tokenizer.apart", str(SECONDS)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=os.environ | {
-                "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false",
-                "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0",
-            },
-        )  # fmt: skip
-        weakref.finalize(self, end_process, self._process)
-        self._call(b"L", self._data)
-
-    def _call(self, kind: bytes, data: bytes) -> bytes:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        send(process.stdin, kind, data)
-        status, answer = receive(process.stdout)
-        if status != b"K":
+    def _answer(self, ask: Callable[[], tuple[bytes, bytes]]) -> bytes:
+        try:
+            status, answer = ask()
+        except ProcessEndedError as error:
+            raise self._ended(error) from None
+        if status != DONE:
             raise BundleError(f"the tokenizer {self._name} fails", got=answer.decode()[:200])
         return answer
 
-    def _failed(self, size: int) -> BundleError:
-        process, self._process = self._process, None
-        assert process is not None
-        end_process(process)
-        if process.returncode == -signal.SIGXCPU:
+    def _ended(self, error: ProcessEndedError) -> BundleError:
+        if error.too_long:
+            seconds = SECONDS + SECONDS_PER_MEGABYTE * error.size / 1e6
             return BundleError(
                 f"the tokenizer {self._name} takes too long",
-                got=f"more than {SECONDS + SECONDS_PER_MEGABYTE * size / 1e6:.0f} s for {size} bytes",
+                got=f"more than {seconds:.0f} s for {error.size} bytes",
                 hint="its regular expressions, or its vocabulary, make it very slow",
             )
         return BundleError(
             f"the tokenizer {self._name} needs too much memory, or ends its process",
-            got=f"{size} bytes of text, exit code {process.returncode}",
+            got=f"{error.size} bytes of text, exit code {error.code}",
         )
 
 
@@ -155,10 +138,10 @@ def main() -> None:
             return
         seconds = float(sys.argv[1]) + SECONDS_PER_MEGABYTE * len(data) / 1e6
         limit_process(
-            seconds, BYTES + len(data) * (_LOADING_BYTES_PER_BYTE if kind == b"L" else BYTES_PER_BYTE)
+            seconds, BYTES + len(data) * (_LOADING_BYTES_PER_BYTE if kind == LOAD else BYTES_PER_BYTE)
         )
         try:
-            if kind == b"L":
+            if kind == LOAD:
                 backend = Tokenizer.from_str(data.decode())
                 backend.no_truncation()
                 backend.no_padding()
@@ -169,9 +152,9 @@ def main() -> None:
                 encoding = backend.encode(data.decode(), add_special_tokens=kind in b"ST")
                 ends = [end for _, end in encoding.offsets] if kind in b"TO" else []
                 answer = array.array("I", [*encoding.ids, *ends]).tobytes()
-            status = b"K"
+            status = DONE
         except BaseException as error:  # noqa: BLE001  the library's panics are no Exception
-            status, answer = b"E", " ".join(str(error).split()).encode("utf-8", "replace")
+            status, answer = FAILED, " ".join(str(error).split()).encode("utf-8", "replace")
         send(sys.stdout.buffer, status, answer)
 
 
