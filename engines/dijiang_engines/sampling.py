@@ -7,6 +7,7 @@ token id everywhere, so that equal logits give equal tokens on every machine.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,10 @@ from dijiang_engines.errors import RunnerError, UsageError
 
 Logits = npt.NDArray[np.floating]
 Mask = npt.NDArray[np.bool_]
+Weights = npt.NDArray[np.float64]
+"""[V], unnormalised probabilities."""
+Places = npt.NDArray[np.int64]
+"""Indices into weights."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +113,22 @@ def _choose(scores: npt.NDArray[np.floating], options: SamplingOptions, uniform:
     """One token by scores [V], of those that the filters leave, by inversion of a number in [0, 1)."""
     kept = None if not options.top_k else largest(scores, options.top_k)
     weights = _weights(scores if kept is None else scores[kept], options.temperature)
-    if options.top_p < 1:
-        nucleus = np.sort(_nucleus(weights, options.top_p))
-        kept = nucleus if kept is None else kept[nucleus]
-        weights = weights[nucleus]
-    if options.min_p > 0:
-        weights = np.where(weights >= options.min_p * weights.max(), weights, 0.0)
-    chosen = int(draw(weights[None], np.array([uniform]))[0])
+    for places in _filters(options):
+        left = places(weights)
+        weights, kept = weights[left], left if kept is None else kept[left]
+    chosen = draw(weights, uniform)
     return chosen if kept is None else int(kept[chosen])
 
 
-def _weights(scores: Logits, temperature: float) -> npt.NDArray[np.float64]:
+def _filters(options: SamplingOptions) -> Iterator[Callable[[Weights], Places]]:
+    """Those after top-k, each of weights that the one before left."""
+    if options.top_p < 1:
+        yield lambda weights: nucleus(weights, options.top_p)
+    if options.min_p > 0:
+        yield lambda weights: likely_enough(weights, options.min_p)
+
+
+def _weights(scores: Logits, temperature: float) -> Weights:
     """exp((scores - max) / temperature) [V]: unnormalised probabilities, the largest being 1."""
     wide = scores.astype(np.float64)
     wide -= wide.max()
@@ -127,18 +137,7 @@ def _weights(scores: Logits, temperature: float) -> npt.NDArray[np.float64]:
     return np.asarray(np.exp(wide, out=wide))
 
 
-def keep_top_k(weights: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.float64]:
-    """Zero all but each row's k largest weights [B, V]."""
-    if k >= weights.shape[1]:
-        return weights
-    result = np.zeros_like(weights)
-    for row in range(weights.shape[0]):
-        kept = largest(weights[row], k)
-        result[row, kept] = weights[row, kept]
-    return result
-
-
-def largest(values: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
+def largest(values: npt.NDArray[np.floating], k: int) -> Places:
     """Where the k largest of [V] are, ascending; of equal ones the first."""
     if k >= values.size:
         return np.arange(values.size)
@@ -150,15 +149,6 @@ def largest(values: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
     return found
 
 
-def keep_top_p(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.float64]:
-    """Zero all but each row's fewest largest weights [B, V] whose share reaches p; at least one stays."""
-    result = np.zeros_like(weights)
-    for row in range(weights.shape[0]):
-        kept = _nucleus(weights[row], p)
-        result[row, kept] = weights[row, kept]
-    return result
-
-
 _BIN_SHIFT = np.int64(46)
 """Bits of a float64 below those that name its bin: the exponent and six bits of the fraction are left."""
 _FEW = 1024
@@ -167,8 +157,8 @@ _BINS = 1 << 13
 """128 powers of two below the largest weight; what is smaller still shares the last bin."""
 
 
-def _nucleus(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.int64]:
-    """Where the fewest largest of weights [V] are whose share reaches p.
+def nucleus(weights: Weights, p: float) -> Places:
+    """Where the fewest largest of weights [V] are whose share reaches p, ascending; at least one.
 
     Sorting a whole vocabulary takes longer than a step of a small model. So those are left out that are too
     small to matter: all below (1 - p) / V of the whole have less than 1 - p of it together; half as much
@@ -177,10 +167,10 @@ def _nucleus(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.int64
     """
     total = weights.sum()
     large = np.flatnonzero(weights >= 0.5 * (1 - p) * total / weights.size)
-    return np.asarray(large[_nucleus_of(weights[large], p * total)])
+    return np.sort(large[_nucleus_of(weights[large], p * total)])
 
 
-def _nucleus_of(weights: npt.NDArray[np.float64], target: float) -> npt.NDArray[np.int64]:
+def _nucleus_of(weights: Weights, target: float) -> Places:
     """Where the fewest largest of weights [n] are whose sum reaches `target`; all if rounding says so."""
     if weights.size <= _FEW:
         order = np.argsort(-weights, kind="stable")
@@ -197,22 +187,19 @@ def _nucleus_of(weights: npt.NDArray[np.float64], target: float) -> npt.NDArray[
     return np.concatenate([np.flatnonzero(bins < last), kept])
 
 
-def keep_min_p(weights: npt.NDArray[np.float64], min_p: float) -> npt.NDArray[np.float64]:
-    """Zero weights [B, V] below `min_p` times their row's largest."""
-    return np.where(weights >= min_p * weights.max(axis=1, keepdims=True), weights, 0.0)
+def likely_enough(weights: Weights, min_p: float) -> Places:
+    """Where weights [V] are that are at least `min_p` times the largest, ascending."""
+    return np.flatnonzero(weights >= min_p * weights.max())
 
 
-def draw(weights: npt.NDArray[np.float64], uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """One index per row, with probability proportional to weights [B, V], by inversion of uniforms [B]."""
-    found = []
-    for row, at in zip(weights, uniforms.tolist(), strict=True):
-        sums = np.cumsum(row)
-        # A place in [0, total): the first index whose running sum is beyond it, so never one of weight zero.
-        chosen = int(np.searchsorted(sums, at * sums[-1], side="right"))
-        if chosen == sums.size:  # rounding put the place at the very end
-            chosen = int(np.flatnonzero(row)[-1])
-        found.append(chosen)
-    return np.array(found, dtype=np.int64)
+def draw(weights: Weights, uniform: float) -> int:
+    """A place in weights [V], with probability proportional to them, by inversion of a number in [0, 1)."""
+    sums = np.cumsum(weights)
+    # A point in [0, total): the first place whose running sum is beyond it, so never one of weight zero.
+    chosen = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    if chosen == sums.size:  # rounding put the point at the very end
+        chosen = int(np.flatnonzero(weights)[-1])
+    return chosen
 
 
 def uniform(seed: int, stream: int, index: int) -> float:

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support.oracles.kept_weights import keep
 
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.sampling import (
     SamplingOptions,
     draw,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
+    largest,
+    likely_enough,
+    nucleus,
     sample,
     uniform,
 )
@@ -44,7 +45,7 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 @given(WEIGHTS, st.integers(1, 400))
 def test_top_k_keeps_k_of_the_largest(weights: np.ndarray, k: int) -> None:
-    kept = keep_top_k(weights, k)
+    kept = keep(weights, lambda row: largest(row, k))
     for row, out in zip(weights, kept, strict=True):
         expected = np.zeros_like(row)
         order = np.argsort(-row, kind="stable")[:k]  # ties: lower ids first
@@ -55,7 +56,7 @@ def test_top_k_keeps_k_of_the_largest(weights: np.ndarray, k: int) -> None:
 @settings(max_examples=200)
 @given(WEIGHTS, st.floats(0.001, 0.999))
 def test_top_p_is_the_smallest_set_that_reaches_p(weights: np.ndarray, p: float) -> None:
-    kept = keep_top_p(weights, p)
+    kept = keep(weights, lambda row: nucleus(row, p))
     for row, out in zip(weights, kept, strict=True):
         chosen = np.flatnonzero(out)
         np.testing.assert_array_equal(out[chosen], row[chosen])
@@ -68,13 +69,13 @@ def test_top_p_is_the_smallest_set_that_reaches_p(weights: np.ndarray, p: float)
 
 
 def test_top_p_of_a_flat_distribution_over_a_large_vocabulary() -> None:
-    kept = keep_top_p(np.ones((1, 50304)), 0.5)[0]
+    kept = keep(np.ones((1, 50304)), lambda row: nucleus(row, 0.5))[0]
     assert np.flatnonzero(kept).tolist() == list(range(25152))
 
 
 @given(WEIGHTS, st.floats(0.0, 1.0))
 def test_min_p_keeps_what_is_likely_enough(weights: np.ndarray, min_p: float) -> None:
-    kept = keep_min_p(weights, min_p)
+    kept = keep(weights, lambda row: likely_enough(row, min_p))
     for row, out in zip(weights, kept, strict=True):
         np.testing.assert_array_equal(out, np.where(row >= min_p * row.max(), row, 0))
         assert out.max() == row.max()
@@ -230,9 +231,9 @@ def test_options_out_of_range(options: dict[str, float]) -> None:
 
 
 def test_draw_at_the_edges() -> None:
-    weights = np.array([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    weights = np.array([0.0, 0.5, 0.0, 0.5, 0.0])
     just_below_one = np.nextafter(1.0, 0.0)
-    assert [int(draw(weights, np.array([u]))[0]) for u in (0.0, 0.4999, 0.5, just_below_one)] == [1, 1, 3, 3]
+    assert [draw(weights, u) for u in (0.0, 0.4999, 0.5, just_below_one)] == [1, 1, 3, 3]
 
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 2**40), st.integers(0, 2**40))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.oracles.kept_weights import keep
 
 from dijiang_engines import sampling
 from dijiang_engines.errors import KernelError, PluginError
@@ -144,11 +145,11 @@ def gap(
         wide[seen] = np.where(wide[seen] > 0, wide[seen] / factor, wide[seen] * factor)
     weights = np.exp((wide - wide.max()) / options.temperature)[None]
     if options.top_k:
-        weights = sampling.keep_top_k(weights, options.top_k)
+        weights = keep(weights, lambda row: sampling.largest(row, options.top_k))
     if options.top_p < 1:
-        weights = sampling.keep_top_p(weights, options.top_p)
+        weights = keep(weights, lambda row: sampling.nucleus(row, options.top_p))
     if options.min_p:
-        weights = sampling.keep_min_p(weights, options.min_p)
+        weights = keep(weights, lambda row: sampling.likely_enough(row, options.min_p))
     if weights[0, token] == 0:
         return 1e9
     sums = np.cumsum(weights[0])
