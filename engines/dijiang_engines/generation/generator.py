@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from dijiang_engines.errors import PromptError, UsageError
 from dijiang_engines.generation.loop import Completion, GenerateOptions, Generation, Stats, TokenEvent
-from dijiang_engines.generation.row import Row
+from dijiang_engines.generation.row import Row, begin_row
 from dijiang_engines.generation.session import Session
-from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.runners.checks import last_position, position_error
 from dijiang_engines.sampling import SamplingOptions
@@ -123,10 +122,10 @@ class Generator:
         ]
         guides = None
         if options.grammar is not None:
-            guides = [options.grammar.guide(at_start=self._at_start(row.ids)) for row in rows]
+            guides = [options.grammar.guide(at_start=self.at_start(row.ids)) for row in rows]
         return Generation(self.runner, rows, options, session, self.prefill_tokens, self.banned, guides)
 
-    def _at_start(self, ids: list[int]) -> bool:
+    def at_start(self, ids: Sequence[int]) -> bool:
         """There is no text before what is generated, whatever tokens there are."""
         if self.tokenizer is None:
             return False
@@ -166,26 +165,33 @@ class Generator:
             new = self.tokenizer.encode(prompt, special_tokens=False) if prompt and self.tokenizer else []
         if not old and not new:
             raise PromptError("a prompt has no tokens", hint="give at least one")
+        self.check_tokens(new, spelt=isinstance(prompt, str))
+        limit = self._room(index, len(old) + len(new), options.max_tokens)
+        return begin_row(
+            self.tokenizer, old, new, consumed=consumed, held=held, limit=limit, stream_id=stream_id,
+            stop=options.stop,
+        )  # fmt: skip
+
+    def check_tokens(self, ids: Sequence[int], *, spelt: bool = False) -> None:
+        """Whether these are tokens of the model.
+
+        Args:
+            ids: of a prompt.
+            spelt: the tokenizer made them of a text, and messages spell them.
+
+        Raises:
+            PromptError: one is not.
+        """
         vocab = self.runner.spec.vocab_size
-        foreign = next((i for i in new if not 0 <= i < vocab), None)
+        foreign = next((i for i in ids if not 0 <= i < vocab), None)
         if foreign is not None:
-            known = self.tokenizer if isinstance(prompt, str) else None
-            spelt = "" if known is None else f"{known.token(foreign)!r}, "
+            known = self.tokenizer if spelt else None
+            shown = "" if known is None else f"{known.token(foreign)!r}, "
             raise PromptError(
                 "a prompt holds a token id that the model does not have",
-                got=f"{spelt}id {foreign}",
+                got=f"{shown}id {foreign}",
                 expected=f"ids 0 to {vocab - 1}",
             )
-        ids = [*old, *new]
-        limit = self._room(index, len(ids), options.max_tokens)
-        row = Row(ids, consumed, len(ids), len(ids) - consumed, limit, stream_id)
-        row.stop = StopMatcher(options.stop)
-        if self.tokenizer is not None:
-            if new and held:  # what was held back belongs before the new prompt
-                row.opening, held = self.tokenizer.stream(old, held=held).finish(), 0
-            row.held = held
-            row.text = self.tokenizer.stream(ids, held=held)
-        return row
 
     def _room(self, index: int, tokens: int, wanted: int | None) -> int:
         """How many tokens to generate after `tokens`: the last one is never read, so it needs no position."""

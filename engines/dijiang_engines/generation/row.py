@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.tokenizer.text_stream import TextStream
+from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length", "error"]
 """eos: a token that ends a text came; stop: a stop string, or the text's grammar is complete; length: there
@@ -76,3 +77,36 @@ class Row:
             self.finish, self.held = "stop", 0
         self.parts.append(text)
         return text
+
+
+def begin_row(
+    tokenizer: Tokenizer | None,
+    old: Sequence[int],
+    new: Sequence[int],
+    *,
+    consumed: int = 0,
+    held: int = 0,
+    limit: int,
+    stream_id: int,
+    stop: Sequence[str] = (),
+) -> Row:
+    """A text before its first new token.
+
+    Args:
+        tokenizer: the model's; without one there is no text.
+        old: tokens of an earlier session.
+        new: tokens of the prompt.
+        consumed: of both, those that are in the state.
+        held: characters at the end of `old`'s text that were not given out.
+        limit: most new tokens.
+        stream_id: which stream of random numbers it draws from.
+        stop: strings that end it.
+    """
+    ids = [*old, *new]
+    row = Row(ids, consumed, len(ids), len(ids) - consumed, limit, stream_id, stop=StopMatcher(stop))
+    if tokenizer is not None:
+        if new and held:  # what was held back belongs before the new prompt
+            row.opening, held = tokenizer.stream(old, held=held).finish(), 0
+        row.held = held
+        row.text = tokenizer.stream(ids, held=held)
+    return row

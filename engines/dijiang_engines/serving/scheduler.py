@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.errors import DijiangError, RunnerError
-from dijiang_engines.generation.row import Row
+from dijiang_engines.generation.row import Row, begin_row
 from dijiang_engines.generation.session import Session
-from dijiang_engines.generation.stop import StopMatcher
 from dijiang_engines.runners.base import FloatArray, Runner, State
 from dijiang_engines.serving.batch import Batch
 from dijiang_engines.serving.choosing import Chooser, choose, token_out
@@ -212,29 +211,19 @@ class Scheduler:
         return updates
 
     def _text(self, job: Job, choice: int, consumed: int) -> Text:
-        options, ids = job.options, list(job.prompt)
-        new = len(ids) - (0 if job.session is None else len(job.session.token_ids[0]))
-        row = Row(ids, consumed, len(ids), new, options.max_tokens, choice)
-        row.stop = StopMatcher(options.stop)
-        if self.tokenizer is not None:
-            row.opening, held = self._held_back(job)
-            row.text = self.tokenizer.stream(ids, held=held)
+        options, session = job.options, job.session
+        old = [] if session is None else session.token_ids[0]
+        held = 0 if session is None or session.held is None else int(session.held[0])
+        row = begin_row(
+            self.tokenizer, old, job.prompt[len(old) :], consumed=consumed, held=held,
+            limit=options.max_tokens, stream_id=choice, stop=options.stop,
+        )  # fmt: skip
         seen = None
         if options.sampling.repetition_penalty != 1:
             seen = np.zeros(self.runner.spec.vocab_size, np.bool_)
-            seen[ids] = True
+            seen[row.ids] = True
         guide = None if options.guide is None else options.guide()
         return Text(job, row, Chooser(options.sampling, options.seed, choice, seen, guide, options.logprobs))
-
-    def _held_back(self, job: Job) -> tuple[str, int]:
-        """What the session's text had not given out: the text, if it ends where a new prompt begins; else how
-        many characters."""
-        if self.tokenizer is None or job.session is None or job.session.held is None:
-            return "", 0
-        old, held = job.session.token_ids[0], int(job.session.held[0])
-        if held and len(job.prompt) > len(old):
-            return self.tokenizer.stream(old, held=held).finish(), 0
-        return "", held
 
     # -- texts -------------------------------------------------------------------------------------------
 

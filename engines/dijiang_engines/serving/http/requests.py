@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TypeVar
 
-from dijiang_engines.errors import BundleError, SessionError, UsageError
+from dijiang_engines.errors import BundleError, PromptError, SessionError, UsageError
 from dijiang_engines.generation.grammar import Grammar
 from dijiang_engines.generation.guide import Guide
 from dijiang_engines.generation.response_format import requested_grammar
@@ -20,8 +20,6 @@ from dijiang_engines.serving.http.service import Service
 from dijiang_engines.serving.job import Job, JobOptions
 
 T = TypeVar("T")
-_FEW = 8
-"""Tokens of a prompt that may all be without text, such as <s>."""
 _SHORT = 4096
 """Characters that are made tokens at once, without another thread: a thread costs more."""
 
@@ -79,14 +77,18 @@ async def _grammar(service: Service, wanted: Wanted) -> Grammar | None:
 
 
 async def _encode(service: Service, prompt: str, *, first: bool) -> list[int]:
-    tokenizer = service.served.tokenizer
-    if tokenizer is None:
-        raise ApiError(400, "this model has no tokenizer: give token ids", param="prompt")
-    ids = await _elsewhere(len(prompt), lambda: tokenizer.encode(prompt, special_tokens=first))
-    bos = service.served.model.spec.bos_token_id
-    if not ids and first and bos is not None:
-        return [bos]
-    return ids
+    """Token ids of a prompt; of what follows a session there may be none."""
+    generator, tokenizer = service.generator, service.served.tokenizer
+
+    def work() -> list[int]:
+        if first or tokenizer is None:
+            return generator.encode(prompt)
+        return tokenizer.encode(prompt, special_tokens=False)
+
+    try:
+        return await _elsewhere(len(prompt), work)
+    except (UsageError, PromptError) as error:
+        raise as_api_error(error, "prompt") from error
 
 
 def _job(
@@ -98,13 +100,13 @@ def _job(
     session: Session | None,
     grammar: Grammar | None,
 ) -> Job:
-    served, spec = service.served, service.served.model.spec
+    served = service.served
     if not ids:
         raise ApiError(400, "the prompt is empty", param="prompt")
-    if (foreign := next((i for i in ids if i >= spec.vocab_size), None)) is not None:
-        raise ApiError(
-            400, f"the prompt has a token id that the model does not have: {foreign}", param="prompt"
-        )
+    try:
+        service.generator.check_tokens(ids)
+    except PromptError as error:
+        raise as_api_error(error, "prompt") from error
     if len(ids) > served.max_prompt_tokens:
         raise ApiError(
             400, f"the prompt has {len(ids)} tokens; this server reads at most {served.max_prompt_tokens}",
@@ -124,9 +126,7 @@ def _job(
 def _guide(service: Service, grammar: Grammar | None, ids: list[int]) -> Callable[[], Guide] | None:
     if grammar is None:
         return None
-    tokenizer = service.served.tokenizer
-    # Some tokenizers take a space off a text's beginning.
-    at_start = tokenizer is not None and len(ids) <= _FEW and not tokenizer.decode(ids)
+    at_start = service.generator.at_start(ids)
     return lambda: grammar.guide(at_start=at_start)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dijiang_engines.errors import BundleError
 from dijiang_engines.formats.folder import Model
+from dijiang_engines.generation.generator import Generator
 from dijiang_engines.serving.job import Job, Update
 from dijiang_engines.serving.scheduler import Scheduler
 from dijiang_engines.serving.session_store import SessionStore
@@ -78,6 +79,8 @@ class Service:
 
     def __init__(self, served: Served, scheduler: Scheduler, sessions: SessionStore) -> None:
         self.served, self.scheduler, self.sessions = served, scheduler, sessions
+        self.generator = Generator(scheduler.runner, served.tokenizer)
+        """Knows how prompts are read. The thread alone runs the model."""
         self.worker = Worker(scheduler, self._deliver)
         self.secret = secrets.token_bytes(32)
         self.ready = False
