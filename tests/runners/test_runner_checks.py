@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +11,6 @@ import pytest
 from support.fakes.runner import ToyRunner
 from support.makers.checkpoints import RandomCheckpoint, llama, neox
 from support.makers.toy_bundle import SPEC, ToyModel
-from support.oracles.numpy_runner import NumpyRunner, random_parameters
 
 from dijiang_engines.errors import PositionError, RunnerError
 from dijiang_engines.formats.bundle import open_bundle
@@ -40,20 +37,6 @@ from dijiang_engines.runners.tensorrt.runner import KERNEL_POSITIONS, TensorRTRu
 from dijiang_engines.sampling import SamplingOptions
 
 A = np.array
-
-
-@pytest.fixture(params=["onnxruntime", "tensorrt", "numpy", "toy"])
-def runner(request: pytest.FixtureRequest, toy: tuple[Path, ToyModel]) -> Iterator[Runner]:
-    made: dict[str, Callable[[], Any]] = {
-        "onnxruntime": lambda: open_runner(open_bundle(toy[0]), "cpu", threads=1),
-        "tensorrt": lambda: request.getfixturevalue("opened")()[0],  # on a fake machine
-        "numpy": lambda: NumpyRunner(SPEC, random_parameters(SPEC)),
-        "toy": lambda: ToyRunner(toy[1]),
-    }
-    yield made[request.param]()
-    if request.param == "tensorrt":
-        # Errors that a test kept hold their runner, which must not free what the next one allocates.
-        gc.collect()
 
 
 ONE = (A([[1]]), A([0]), A([1]))

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from dijiang_engines.errors import BundleError, PromptError
+from dijiang_engines.formats.file_table import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from dijiang_engines.formats.folder import Model
 from dijiang_engines.formats.safe_files import LIMITS, parse_json, read_bounded
 from dijiang_engines.fresh_interpreter import command_for
@@ -33,8 +34,6 @@ SECONDS = 5.0
 BYTES = 256 << 20
 MOST_ENDS = 128
 """Messages whose ends are looked for; each takes a rendering."""
-TEMPLATE = "chat_template.jinja"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 Message = Mapping[str, Any]
 
 
@@ -98,13 +97,13 @@ def load_chat_template(model: Model) -> ChatTemplate | None:
     if isinstance(source, list):  # several, by name
         named = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
         source = named.get("default")
-    if TEMPLATE in model.files:
-        with model.opened.unchanged(TEMPLATE) as root:
-            data = read_bounded(root / TEMPLATE, LIMITS["tokenizer part"])
+    if CHAT_TEMPLATE in model.files:
+        with model.opened.unchanged(CHAT_TEMPLATE) as root:
+            data = read_bounded(root / CHAT_TEMPLATE, LIMITS["tokenizer part"])
         try:
             source = data.decode()
         except UnicodeDecodeError as error:
-            raise BundleError(f"{TEMPLATE} is not UTF-8", got=error) from error
+            raise BundleError(f"{CHAT_TEMPLATE} is not UTF-8", got=error) from error
     if not isinstance(source, str):
         return None
     tokens = {}

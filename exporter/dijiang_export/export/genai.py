@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_engines import io_names
-from dijiang_engines.formats.file_table import CONFIG, GENAI_ADAPTER, GENAI_CONFIG, TOKENIZER
+from dijiang_engines.formats.file_table import (
+    CONFIG,
+    GENAI_ADAPTER,
+    GENAI_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
 from dijiang_engines.formats.manifest import TensorInfo, graph_io
 from dijiang_engines.spec import ModelSpec, is_positive
 from dijiang_export.checkpoint.files import read_json
 from dijiang_export.graph import write
 from dijiang_export.graph.genai_adapter import POSITION_IDS, adapter_io, write_adapter
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 NO_LIMIT = 2**31 - 1
 """Tokens of a text: what GenAI's numbers hold."""
 

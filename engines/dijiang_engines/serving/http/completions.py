@@ -95,7 +95,7 @@ class Answer:
                 choices[index].add(update)
         body = self._shape.head(False)
         body["choices"] = [self._shape.whole(index, choice) for index, choice in enumerate(choices)]
-        body["usage"] = self._usage.json()
+        body["usage"] = self._used()
         if self._saved is not None:
             body["session"] = self._saved
         return JSONResponse(body)
@@ -121,7 +121,7 @@ class Answer:
         if self._saved is not None:
             yield event(head | {"choices": [], "session": self._saved})
         if self._wanted.usage_chunk:
-            yield event(head | {"choices": [], "usage": self._usage.json()})
+            yield event(head | {"choices": [], "usage": self._used()})
         yield DONE
 
     async def updates(self) -> AsyncIterator[list[tuple[int, Update]]]:
@@ -135,6 +135,11 @@ class Answer:
                 while self._left:
                     yield await self._take(listener, timer)
 
+    def _used(self) -> dict[str, Any]:
+        """The usage, once all texts have ended."""
+        self._usage.cached = sum(job.cached_tokens for job in self._jobs)
+        return self._usage.json()
+
     async def _take(self, listener: Listener, timer: Timer) -> list[tuple[int, Update]]:
         found = []
         for update in await listener.next():
@@ -147,7 +152,6 @@ class Answer:
                 timer.finished(update.finish)
             if update.session is not None:
                 await self._save(update.session)
-        self._usage.cached = sum(job.cached_tokens for job in self._jobs)
         timer.tokens(len(found))
         return found
 
