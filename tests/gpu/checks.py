@@ -1,6 +1,6 @@
 """What the scripts for a GPU machine share: checks of a runner whatever its runtime, and their report.
 
-engine.py (TensorRT) and ort_cuda.py (ONNX Runtime) add what only theirs can do. No PyTorch, no pytest.
+engine.py (TensorRT) and ort/on_cuda.py (ONNX Runtime) add what only theirs can do. No PyTorch, no pytest.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def test_who_does_not_read_is_cut_off(slow: Running) -> None:
     # Log-probabilities make many bytes of a token.
     data = json.dumps(LONG | {"stream": True, "logprobs": 20, "n": 2}).encode()
     head = f"POST {WORK} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-    slow.service.scheduler.runner.tamper = lambda name, arrays: None  # type: ignore[attr-defined]
+    # Fast enough to fill every buffer soon, and slow enough not to be done before the deadline.
+    slow.service.scheduler.runner.tamper = lambda name, arrays: time.sleep(0.001)  # type: ignore[attr-defined]
     opened.sendall(head + data)
     until(lambda: slow.busy() > 0)
     until(lambda: slow.busy() == 0, 30)

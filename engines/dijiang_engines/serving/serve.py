@@ -9,6 +9,7 @@ from dijiang_engines.errors import UsageError
 from dijiang_engines.formats.folder import Model
 from dijiang_engines.runners.base import LimitsBatch, Runner, WarmsUp
 from dijiang_engines.serving.chat_template import load_chat_template
+from dijiang_engines.serving.piece_size import measured_piece
 from dijiang_engines.serving.scheduler import Limits, Scheduler
 from dijiang_engines.serving.session_store import MemoryStore, SessionStore
 from dijiang_engines.tokenizer.load import load_tokenizer
@@ -28,7 +29,8 @@ class ServerOptions:
     name: str | None = None
     """Of the model, for clients; None: the model's own."""
     slots: int = 32
-    piece: int = 64
+    piece: int | None = None
+    """Most tokens of a prompt between two tokens of the others; None: measured as the server starts."""
     queue: int = 256
     max_tokens: int = 4096
     max_prompt_tokens: int = 1 << 17
@@ -40,8 +42,9 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for name in ("slots", "piece", "queue", "max_tokens", "max_prompt_tokens", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name.replace('_', '-')} must be at least 1", got=getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} must be at least 1", got=value)
         if not all(self.keys):
             raise UsageError("an API key must not be empty")
 
@@ -59,18 +62,19 @@ def make_service(
 
     Raises:
         BundleError: the tokenizer or the chat template is damaged.
+        RunnerError: the runner failed as it was measured.
     """
     from dijiang_engines.serving.http.service import Served, Service
 
     slots = min(options.slots, runner.max_batch) if isinstance(runner, LimitsBatch) else options.slots
-    limits = Limits(slots, options.piece, options.queue, options.prefix_bytes)
     tokenizer = load_tokenizer(model)
     served = Served(
         model, options.name or model.name, tokenizer, load_chat_template(model),
         options.max_tokens, options.max_prompt_tokens, options.max_body_bytes, options.body_seconds,
         options.keys,
     )  # fmt: skip
-    scheduler = Scheduler(runner, tokenizer, limits)
     if isinstance(runner, WarmsUp):
         runner.warm_up()
+    piece = options.piece or measured_piece(runner)
+    scheduler = Scheduler(runner, tokenizer, Limits(slots, piece, options.queue, options.prefix_bytes))
     return Service(served, scheduler, sessions or MemoryStore(options.session_bytes))

@@ -32,10 +32,11 @@ class LimitArguments:
         ),
     ]  # fmt: skip
     piece: Annotated[
-        int,
+        int | None,
         click.option(
-            "--piece", type=COUNT, default=64, show_default=True,
-            help="Most tokens of a prompt that are read between two tokens of the others.",
+            "--piece", type=COUNT,
+            help="Most tokens of a prompt that are read between two tokens of the others. "
+            "[default: 64 to 512, measured at the start]",
         ),
     ]  # fmt: skip
     queue: Annotated[
@@ -161,12 +162,14 @@ def serve(output: Output, given: ServeArguments) -> None:
 
     def listening(host: str, port: int) -> None:
         shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{port}/v1"
+        address, limits = f"http://{shown}:{port}/v1", service.scheduler.limits
         if output.json:
-            output.print_result({"url": address, "model": service.served.name, "runner": runner.name})
+            output.print_result(
+                {"url": address, "model": service.served.name, "runner": runner.name, "piece": limits.piece}
+            )
         output.log(
-            f"serving {service.served.name} on {runner.name}, {service.scheduler.limits.slots} texts at a "
-            f"time: point an OpenAI client at {address}"
+            f"serving {service.served.name} on {runner.name}, {limits.slots} texts at a time, prompts in "
+            f"pieces of {limits.piece}: point an OpenAI client at {address}"
         )
 
     running = server.serve(

@@ -77,7 +77,7 @@ class Step:
         self.x, self.y, self.mixed, self.wide = (half(rows, n) for n in (hidden, hidden, width, inner))
         self.qkv = [half(rows, n) for n in ([2 * width, width] if self.split else [3 * width])]
         self.gate, self.logits = half(rows, width), half(rows, vocabulary)
-        self.ones = torch.ones(3 * max(hidden, inner), device="cuda")
+        self.ones = torch.ones(max(3 * max(hidden, inner), vocabulary), device="cuda")
         scale = self.ones[:hidden]
         self.norm: Any = ("layer_norm", scale, scale, 1e-5) if rows <= 16 else ()
         size = max(kernels.workspace_size(outputs) for outputs in (self.first(0), self.second(0)))

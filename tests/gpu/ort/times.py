@@ -1,4 +1,4 @@
-"""Times of every lowering of a bundle on ONNX Runtime, in one run, for ort_cuda.py.
+"""Times of every lowering of a bundle on ONNX Runtime, in one run, for on_cuda.py.
 
 Times are a NumPy caller's: of one call, arrays copied to the GPU and logits copied back. `back_to_back`
 queues steps without waiting for each, which is as near to the GPU's own time as ONNX Runtime lets one come.
@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from checks import POSITIONS
+from gpu.checks import POSITIONS
 
 from dijiang_engines.bench.runner import step_timings
 from dijiang_engines.bench.timing import Effort, Timing, until_done
@@ -22,7 +22,7 @@ from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 from dijiang_engines.runners.onnxruntime.state import GRAPH_ID
 
 if TYPE_CHECKING:
-    from ort_cuda import Checks
+    from gpu.ort.on_cuda import Checks
 
 BATCHES = (1, 4, 8)
 ROOM = 12

@@ -1,4 +1,4 @@
-"""Many threads on ONNX Runtime with CUDA give what one gives: `python ort_threads.py BUNDLE [options]`.
+"""Many threads on ONNX Runtime with CUDA give what one gives: `python threads.py BUNDLE [options]`.
 
 Threads with a runner of their own each, threads that share one runner, and both at once: each opens states,
 reads prompts of unequal lengths, makes steps (whose CUDA graphs are captured while the other threads copy,

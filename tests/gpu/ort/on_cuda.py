@@ -1,4 +1,4 @@
-"""What `validate` does not see of a bundle on ONNX Runtime with CUDA: `python ort_cuda.py BUNDLE [options]`.
+"""What `validate` does not see of a bundle on ONNX Runtime with CUDA: `python on_cuda.py BUNDLE [options]`.
 
 For each lowering that the bundle has (`to-onnx --variant ort --variant capture`): the recorded cases, CUDA
 graphs against none, several runners, states and threads in one process, prefills in pieces, greedy text
@@ -25,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checks import LENGTHS, Check, RunnerChecks, run_checks
-from ort_times import OrtTimes
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from gpu.checks import LENGTHS, Check, RunnerChecks, run_checks
+from gpu.ort.times import OrtTimes
 
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners.onnxruntime.config import LOWERINGS
