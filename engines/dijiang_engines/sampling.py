@@ -149,6 +149,8 @@ def largest(values: npt.NDArray[np.floating], k: int) -> Places:
     return found
 
 
+_AHEAD = 32
+"""Random numbers that are drawn at once."""
 _BIN_SHIFT = np.int64(46)
 """Bits of a float64 below those that name its bin: the exponent and six bits of the fraction are left."""
 _FEW = 1024
@@ -166,15 +168,15 @@ def nucleus(weights: Weights, p: float) -> Places:
     tell in order, and only the bin in which p is reached is sorted.
     """
     total = weights.sum()
-    large = np.flatnonzero(weights >= 0.5 * (1 - p) * total / weights.size)
+    large = (weights >= 0.5 * (1 - p) * total / weights.size).nonzero()[0]
     return np.sort(large[_nucleus_of(weights[large], p * total)])
 
 
 def _nucleus_of(weights: Weights, target: float) -> Places:
     """Where the fewest largest of weights [n] are whose sum reaches `target`; all if rounding says so."""
     if weights.size <= _FEW:
-        order = np.argsort(-weights, kind="stable")
-        return order[: int(np.searchsorted(np.cumsum(weights[order]), target)) + 1]
+        order = (-weights).argsort(kind="stable")
+        return order[: int(weights[order].cumsum().searchsorted(target)) + 1]
     bits = weights.view(np.int64) >> _BIN_SHIFT
     bins = np.minimum(bits.max() - bits, _BINS - 1)
     reached = np.cumsum(np.bincount(bins, weights, _BINS))
@@ -182,7 +184,7 @@ def _nucleus_of(weights: Weights, target: float) -> Places:
     before = reached[last - 1] if last else 0.0
     border = np.flatnonzero((bins == last) & (weights > 0))
     order = border[np.argsort(-weights[border], kind="stable")]
-    within = before + np.cumsum(weights[order])
+    within = before + weights[order].cumsum()
     kept = order[: int(np.searchsorted(within, target)) + 1]
     return np.concatenate([np.flatnonzero(bins < last), kept])
 
@@ -194,9 +196,9 @@ def likely_enough(weights: Weights, min_p: float) -> Places:
 
 def draw(weights: Weights, uniform: float) -> int:
     """A place in weights [V], with probability proportional to them, by inversion of a number in [0, 1)."""
-    sums = np.cumsum(weights)
+    sums = weights.cumsum()
     # A point in [0, total): the first place whose running sum is beyond it, so never one of weight zero.
-    chosen = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    chosen = int(sums.searchsorted(uniform * sums[-1], side="right"))
     if chosen == sums.size:  # rounding put the point at the very end
         chosen = int(np.flatnonzero(weights)[-1])
     return chosen
@@ -208,6 +210,29 @@ def uniform(seed: int, stream: int, index: int) -> float:
     Philox is counter-based: the number depends on these three alone, so what a row draws does not depend
     on its neighbours in a batch, nor on whether the text was resumed from a file.
     """
-    key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    raw = np.random.Philox(key=key, counter=np.array([index, 0, 0, 0], dtype=np.uint64)).random_raw()
-    return float(raw >> 11) * 2.0**-53
+    return Uniforms(seed, stream).at(index)
+
+
+class Uniforms:
+    """`uniform` of one text, drawn ahead: a generator takes longer to make than a number.
+
+    Args:
+        seed: any integer, of which 64 bits count.
+        stream: of the text; 0 to 2**64 - 1.
+    """
+
+    def __init__(self, seed: int, stream: int) -> None:
+        self._key = np.array([seed % 2**64, stream], dtype=np.uint64)
+        self._first = 0
+        self._numbers: list[float] = []
+
+    def at(self, index: int) -> float:
+        """The `index`-th number; quickest in ascending order."""
+        place = index - self._first
+        if not 0 <= place < len(self._numbers):
+            self._first, place = index, 0
+            counter = np.array([index, 0, 0, 0], dtype=np.uint64)
+            # Each value of the counter gives four words, of which the first is taken.
+            words = np.random.Philox(key=self._key, counter=counter).random_raw(4 * _AHEAD)[::4]
+            self._numbers = ((words >> np.uint64(11)) * 2.0**-53).tolist()
+        return self._numbers[place]

@@ -14,6 +14,7 @@ from support.oracles.kept_weights import keep
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.sampling import (
     SamplingOptions,
+    Uniforms,
     draw,
     largest,
     likely_enough,
@@ -238,9 +239,12 @@ def test_draw_at_the_edges() -> None:
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 2**40), st.integers(0, 2**40))
 def test_uniforms_are_uniforms(seed: int, stream: int, index: int) -> None:
-    value = uniform(seed, stream, index)
-    assert 0 <= value < 1
-    assert value == uniform(seed, stream, index)
+    key = np.array([seed % 2**64, stream], np.uint64)
+    numbers = Uniforms(seed, stream)
+    for at in (index, index + 1, index + 90, max(index - 5, 0), index + 31, index + 32):
+        raw = np.random.Philox(key=key, counter=np.array([at, 0, 0, 0], np.uint64)).random_raw()
+        assert 0 <= numbers.at(at) < 1
+        assert numbers.at(at) == uniform(seed, stream, at) == float(raw >> 11) * 2.0**-53
 
 
 def test_streams_and_indices_differ() -> None:

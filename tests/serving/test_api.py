@@ -258,7 +258,9 @@ def test_health_and_metrics(port: int) -> None:
 
 @pytest.fixture(scope="module")
 def locked(model: Bundle, runner: Runner) -> Iterator[int]:
-    options = ServerOptions(keys=("alpha", "beta"), max_body_bytes=4096, max_prompt_tokens=100, slots=4)
+    options = ServerOptions(
+        keys=("alpha", "beta"), max_body_bytes=4096, max_prompt_tokens=100, slots=4, piece=64
+    )
     with serving(model, runner, options) as running:
         yield running.port
 

@@ -52,7 +52,7 @@ def serving(
     grace_seconds: float = 5.0,
 ) -> Iterator[Running]:
     """A server until the block ends."""
-    service = make_service(model, runner, options or ServerOptions(), sessions)
+    service = make_service(model, runner, options or ServerOptions(piece=64), sessions)
     listens = threading.Event()
     found: dict[str, Any] = {}
 

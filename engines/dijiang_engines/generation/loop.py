@@ -20,7 +20,7 @@ from dijiang_engines.generation.session import Session
 from dijiang_engines.op_contract import chunk_size
 from dijiang_engines.runners.base import FloatArray, Runner, WarmsUp
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest, Decodes
-from dijiang_engines.sampling import SamplingOptions, sample, uniform
+from dijiang_engines.sampling import SamplingOptions, Uniforms, sample
 
 if TYPE_CHECKING:
     from dijiang_engines.generation.grammar import Grammar, GrammarGuide
@@ -148,6 +148,7 @@ class Generation:
         self._prefill_tokens = prefill_tokens
         self._banned = banned
         self._rows = rows
+        self._uniforms = [Uniforms(options.seed, row.stream_id) for row in rows]
         self._options = options
         self._guides = guides
         self._failed: RunnerError | None = None
@@ -352,8 +353,7 @@ class Generation:
         uniforms = None
         if not options.sampling.greedy:
             # The index is the token's place in the text, so that a resumed text draws the same numbers.
-            rows = [self._rows[index] for index in active]
-            uniforms = np.array([uniform(options.seed, row.stream_id, len(row.ids)) for row in rows])
+            uniforms = np.array([self._uniforms[index].at(len(self._rows[index].ids)) for index in active])
         seen = None if self._seen is None else self._seen[active]
         chosen = logits[active]
         if self._guides is not None:

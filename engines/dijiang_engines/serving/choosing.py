@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.generation.guide import Guide, keep_allowed
 from dijiang_engines.runners.base import FloatArray
-from dijiang_engines.sampling import SamplingOptions, sample, uniform
+from dijiang_engines.sampling import SamplingOptions, Uniforms, sample
 from dijiang_engines.serving.job import TokenOut
 
 
@@ -34,6 +34,10 @@ class Chooser:
     seen: npt.NDArray[np.bool_] | None = None
     guide: Guide | None = None
     logprobs: int | None = None
+    uniforms: Uniforms = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.uniforms = Uniforms(self.seed, self.stream)
 
     @property
     def plain(self) -> bool:
@@ -58,7 +62,7 @@ class Chooser:
             scores = np.where(banned, -np.inf, scores)
         uniforms = None
         if not self.sampling.greedy:
-            uniforms = np.array([uniform(self.seed, self.stream, index)])
+            uniforms = np.array([self.uniforms.at(index)])
         seen = None if self.seen is None else self.seen[None]
         token = int(sample(scores[None], self.sampling, uniforms, seen=seen)[0])
         if self.seen is not None:
