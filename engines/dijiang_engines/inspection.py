@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dijiang_engines.formats.bundle import Bundle
+from dijiang_engines.formats.engine import EngineFolder
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.formats.onnx_external import external_tensors
 from dijiang_engines.formats.quantised.manifest import KEY, Quantisation
@@ -120,17 +121,18 @@ class Inspection:
     """Everything that `inspect` prints."""
 
     kind: str
-    """"bundle" or "checkpoint"."""
+    """"bundle", "engine" or "checkpoint"."""
     path: str
     name: str
     dtype: str
     """Of the big weights, as stored."""
     spec: ModelSpec
     decay: tuple[LayerDecay, ...]
+    """Of every layer; none of an engine, whose plans hold it."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What only a bundle or only a checkpoint has."""
+    """What only this kind has."""
     quantisation: Quantisation | None = None
-    """Of a bundle's weights, if they are."""
+    """Of a bundle's or an engine's weights, if they are."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -218,6 +220,33 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         }
         | ({} if bundle.quantisation is None else {KEY: bundle.manifest[KEY]}),
         quantisation=bundle.quantisation,
+    )
+
+
+def inspect_engine(engine: EngineFolder) -> Inspection:
+    """Describe an opened engine by its manifest; no plan is loaded, so that this works on any machine."""
+    return Inspection(
+        kind="engine",
+        path=str(engine.path),
+        name=engine.name,
+        dtype=engine.dtype,
+        spec=engine.spec,
+        decay=(),
+        details={
+            "logits": engine.logits,
+            "layout": engine.layout,
+            "plans": {name: engine.files[name].bytes for name in engine.plans},
+            "made_for": engine.made_for.to_json(),
+            "profiles": engine.profiles.to_json(),
+            "validated": engine.manifest.get("validated"),
+            "files": {name: info.bytes for name, info in engine.files.items()},
+            "total_bytes": sum(info.bytes for info in engine.files.values()),
+            "cases": engine.cases,
+            "tokenizer": engine.tokenizer_path is not None,
+            "created_by": engine.manifest.get("created_by"),
+        }
+        | ({} if engine.quantisation is None else {KEY: engine.manifest[KEY]}),
+        quantisation=engine.quantisation,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.makers.engine_folders import write_engine
 from support.makers.random_models import LLAMA, NEOX, OPT_350M, with_tables
 from support.makers.toy_bundle import make_bundle
 from support.paths import GOLDENS
@@ -179,6 +180,43 @@ def test_verify_finds_a_flipped_byte_that_a_plain_look_does_not(
     assert main(["inspect", str(copy)]) == 0
     assert main(["inspect", "--verify", str(copy)]) == 1
     assert "SHA-256" in capfd.readouterr().err
+
+
+def test_an_engine(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its manifest alone: no TensorRT and no GPU is here."""
+    monkeypatch.setenv("COLUMNS", "250")
+    checked = {"passed": True, "checks": 12, "cases": ["greedy"], "replays": ["whole"]}
+    folder = write_engine(tmp_path / "toy.engine", "two", validated=checked)
+    assert main(["--json", "inspect", str(folder)]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["kind"] == "engine" and found["name"] == "toy" and found["decay"]["layers"] == []
+    assert found["engine"]["plans"] == {"prefill.plan": 1000, "step.plan": 1000}
+    assert found["engine"]["made_for"]["gpu"] == "NVIDIA Test" and found["engine"]["validated"] == checked
+    assert found["engine"]["profiles"]["max_batch"] == 4
+    assert main(["inspect", "--verify", str(folder)]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "toy (engine)" in said and "tensorrt 8.6.0, NVIDIA Test, plugin 0.1.0" in said
+    assert "4 sequences at once, 64 tokens of each a call" in said and "12 checks passed" in said
+    (folder / "step.plan").write_bytes(bytes(1000))
+    assert main(["inspect", str(folder)]) == 0
+    assert main(["inspect", "--verify", str(folder)]) == 1
+    assert "step.plan" in capfd.readouterr().err
+
+
+def test_an_engine_for_several_gpus(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    made = {
+        "runtime": "tensorrt-rtx", "tensorrt": "1.7.1", "gpu": None, "compute_capabilities": [86, 120],
+        "graphs": "standard", "plugin_sources": None, "plugin_version": None,
+    }  # fmt: skip
+    assert main(["inspect", str(write_engine(tmp_path / "toy.engine", made_for=made))]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "tensorrt-rtx 1.7.1, any GPU of compute capability 8.6, 12.0, without the plugin" in said
+    assert "not as it was built" in said
 
 
 def test_what_is_neither(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
-"""`dijiang-export inspect`: what a checkpoint or bundle is, and what it would take to run."""
+"""`dijiang-export inspect`: what a checkpoint, bundle or engine is, and what it would take to run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +28,9 @@ class InspectArguments:
     verify: Annotated[
         bool,
         click.option(
-            "--verify", is_flag=True, help="Check the hash of every file of a bundle, weights included."
+            "--verify",
+            is_flag=True,
+            help="Check the hash of every file of a bundle or an engine, large ones included.",
         ),
     ]
 
@@ -35,11 +38,11 @@ class InspectArguments:
 @click.command("inspect", epilog="Example: dijiang-export inspect ./pythia-410m-dijiang --json")
 @takes(InspectArguments)
 def inspect(output: Output, given: InspectArguments) -> None:
-    """Describe the checkpoint or bundle at PATH without running it.
+    """Describe the checkpoint, bundle or engine at PATH without running it.
 
     Shows geometry, parameters, how fast each layer forgets, the memory of a sequence next to the KV cache
     that the same model would need with softmax attention, and what running it takes. A bundle needs no
-    PyTorch for this. PATH defaults to ./tiny-stdlib.bundle.
+    PyTorch for this, an engine no TensorRT and no GPU. PATH defaults to ./tiny-stdlib.bundle.
     """
     found = _inspect(given, output)
     for note in found.details.get("notes", ()):
@@ -53,14 +56,19 @@ def _inspect(given: InspectArguments, output: Output) -> Inspection:
         from dijiang_export.checkpoint.inspection import inspect_checkpoint
 
         return inspect_checkpoint(given.path)
-    from dijiang_engines.formats.bundle import open_bundle
-    from dijiang_engines.inspection import inspect_bundle
+    from dijiang_engines.formats.bundle import Bundle
+    from dijiang_engines.formats.engine import EngineFolder
+    from dijiang_engines.formats.open import open_model
+    from dijiang_engines.inspection import inspect_bundle, inspect_engine
 
-    bundle = open_bundle(given.path, verify=False)
+    model = open_model(given.path, verify=False)
     if given.verify:
-        with output.progress("Hashing", sum(f.bytes for f in bundle.files.values()), "bytes") as bar:
-            bundle.verify(bar.advance)
-    return inspect_bundle(bundle)
+        with output.progress("Hashing", sum(f.bytes for f in model.files.values()), "bytes") as bar:
+            model.verify(bar.advance)
+    if isinstance(model, EngineFolder):
+        return inspect_engine(model)
+    assert isinstance(model, Bundle)
+    return inspect_bundle(model)
 
 
 def draw(found: Inspection, result: dict[str, Any]) -> Group:
@@ -70,7 +78,9 @@ def draw(found: Inspection, result: dict[str, Any]) -> Group:
     tables: list[Table | Group] = [_model(found, result), _parameters(found, result)]
     if found.quantisation is not None:
         tables.append(_quantisation(found.quantisation))
-    return Group(*tables, _decay(found), _memory(result), _running(result))
+    if found.decay:
+        tables.append(_decay(found))
+    return Group(*tables, _memory(result), _running(result))
 
 
 def size(count: float) -> str:
@@ -116,6 +126,8 @@ def _model(found: Inspection, result: dict[str, Any]) -> Table:
         "tokenizer": "yes" if details["tokenizer"] else "no",
         "on disk": size(details["total_bytes"]),
     }
+    if found.kind == "engine":
+        rows |= _engine(details)
     if found.kind == "bundle":
         cases = details["cases"]
         rows["logits"] = f"of {'all tokens' if details['logits'] == 'all' else 'the last token'}"
@@ -125,6 +137,23 @@ def _model(found: Inspection, result: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _engine(details: Mapping[str, Any]) -> dict[str, str]:
+    """What an engine was built for, and whether it was found right."""
+    made, profiles, checked = details["made_for"], details["profiles"], details["validated"]
+    capabilities = ", ".join(f"{each // 10}.{each % 10}" for each in made["compute_capabilities"])
+    gpu = f"any GPU of compute capability {capabilities}" if made["gpu"] is None else made["gpu"]
+    plugin = "without the plugin" if made["plugin_version"] is None else f"plugin {made['plugin_version']}"
+    rows = {
+        "plans": ", ".join(f"{name}, {size(count)}" for name, count in details["plans"].items()),
+        "built for": f"{made['runtime']} {made['tensorrt']}, {gpu}, {plugin}",
+        "takes": f"{profiles['max_batch']} sequences at once, {profiles['max_length']} tokens of each a call",
+        "recorded cases": ", ".join(details["cases"]) if details["cases"] else "none",
+    }
+    if checked is None:
+        return rows | {"validated": "not as it was built: `dijiang-export validate` does"}
+    return rows | {"validated": f"as it was built: {checked['checks']} checks passed"}
 
 
 def _parameters(found: Inspection, result: dict[str, Any]) -> Table:
