@@ -1,16 +1,14 @@
-"""A step plan of one plugin layer: what TensorRT is given computes the model's step, with its weights bit for bit.
+"""A step plan of one plugin layer: what TensorRT is given computes the model's step, its weights bit for bit.
 
-The weights are those of bundles' graphs, packed by the project's own packing through fake CUDA memory, and the layer is
-computed by the kernel itself, all of it compiled for the host (tests/kernels/step_emulation) and fed from nothing but
-what the network holds: its constants and the plugin's fields. That TensorRT takes such a layer is
+The layer is computed by the kernel itself, compiled for the host, from nothing but what the network holds:
+its constants and the plugin's fields (support/fakes/step_network.py). That TensorRT takes such a layer is
 tests/building/test_rtx_builds.py's and the GPU's to show.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,49 +17,28 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from support.fakes.step_network import OnAStream, computed, make, write_graph
 from support.fakes.tensorrt import FakeMachine
 from support.makers.engine_folders import build
-from support.makers.random_models import LLAMA, OPT_350M, random_call, random_model, traced
+from support.makers.random_models import LLAMA, OPT_350M, random_call, random_model
 from support.step_emulator import compile_emulated, missing
 from support.step_models import ALLOWED, EmulatedKernels, PackedStep, error, reference_step, torch_dtype
 from support.step_specs import MODELS, SMALL
 
 from dijiang_engines import io_names
-from dijiang_engines.building.one_launch import add_step
 from dijiang_engines.building.plans import no_one_launch
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.step_tensors import StepTensors
 from dijiang_engines.errors import KernelError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import open_engine
-from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.library import Device
-from dijiang_engines.kernels.step import StepModel, StepSize
+from dijiang_engines.kernels.step import StepModel
 from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.spec import ModelSpec
-from dijiang_export.graph import lower, weights
-from dijiang_export.reference.model import ReferenceModel
 
 H100 = Device(90, 132, 232448)
 Export = Callable[..., tuple[Path, Any]]
-
-
-class OnAStream(EmulatedKernels):
-    """Packs when its stream gets to it, as a GPU does, and for a device that is described."""
-
-    device: Device | None = None
-
-    def step_size(self, model: StepModel, rows: int, device: Device | None = None) -> StepSize:
-        return super().step_size(model, rows, device or self.device)
-
-    def call(self, name: str, *arguments: Any) -> None:
-        if not name.startswith("dijiang_step_pack"):
-            super().call(name, *arguments)
-            return
-        from support.fakes import cuda as fake_cuda
-
-        *rest, stream = arguments
-        fake_cuda.DEVICE.stream(stream).enqueue(lambda: super(OnAStream, self).call(name, *rest, 0))
 
 
 @pytest.fixture(scope="module")
@@ -72,142 +49,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> OnAStream:
 
 
 @pytest.fixture
-def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
+def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cuda:
     FakeMachine(tmp_path / "machine").enter(monkeypatch)
-    yield Cuda()
-
-
-def write_graph(folder: Path, spec: ModelSpec, model: ReferenceModel, dtype: str) -> Path:
-    """step.trt.onnx and weights.data, as the exporter writes them."""
-    graph = traced(spec, torch_dtype(dtype), "step")
-    lower.lower_to_tensorrt(graph)
-    layout = weights.layout_of(spec, torch_dtype(dtype))
-    state = model.state_dict()
-    source: Any = SimpleNamespace(row_blocks=lambda name, most=0: [(0, state[name])])
-    extra = {"inv_freq": model.get_buffer("inv_freq")}
-    weights.write(folder / weights.FILE_NAME, layout, source, extra, on_bytes=lambda count: None)
-    weights.attach(graph.graph, layout, folder)
-    ir.save(graph, folder / "step.trt.onnx")
-    return folder / "step.trt.onnx"
-
-
-# -- a network -----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(eq=False)
-class Tensor:
-    name: str
-    kind: str = ""
-    shape: tuple[int, ...] = ()
-    array: Any = None
-
-
-class Network:
-    """INetworkDefinition of TensorRT 8.6, as far as a step of one layer takes it."""
-
-    def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-        self.layers: list[Any] = []
-
-    def add_input(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
-        self.inputs.append(Tensor(name, kind, shape))
-        return self.inputs[-1]
-
-    def add_constant(self, shape: tuple[int, ...], array: Any) -> Any:
-        assert array.shape == shape and array.flags["C_CONTIGUOUS"] and array.dtype == np.int32
-        tensor = Tensor("constant", array=array)
-        return SimpleNamespace(get_output=lambda index: [tensor][index])
-
-    def add_plugin_v2(self, inputs: list[Tensor], plugin: dict[str, Any]) -> Any:
-        outputs = [Tensor(f"unnamed {index}") for index in range(1 + int(plugin["layers"][0]))]
-        self.layers.append(SimpleNamespace(inputs=inputs, fields=plugin, get_output=outputs.__getitem__))
-        return self.layers[-1]
-
-    def mark_output(self, tensor: Tensor) -> None:
-        self.outputs.append(tensor)
-
-
-class ModernNetwork(Network):
-    """Of TensorRT 10 and 11."""
-
-    def add_plugin_v3(self, inputs: list[Tensor], shape_inputs: list[Any], plugin: dict[str, Any]) -> Any:
-        assert shape_inputs == []
-        return self.add_plugin_v2(inputs, plugin)
-
-
-class Creator:
-    def create_plugin(self, name: str, fields: Any, *phase: str) -> Any:
-        assert name == "DijiangStep" and phase in ((), ("BUILD",))
-        return dict(fields)
-
-
-def trt(modern: bool) -> Any:
-    def find(name: str, version: str, namespace: str) -> Creator:
-        assert (name, version, namespace) == ("DijiangStep", "1", "dijiang")
-        return Creator()
-
-    def field(name: str, value: Any, kind: str) -> tuple[str, Any]:
-        assert kind == str(value.dtype) and value.shape == (1,)
-        return name, value
-
-    integers = {"INT32": "int32"} | ({"INT64": "int64"} if modern else {})
-    return SimpleNamespace(
-        PluginFieldType=SimpleNamespace(INT32="int32", FLOAT32="float32"), PluginField=field,
-        PluginFieldCollection=list, Weights=lambda array: array, TensorRTPhase=SimpleNamespace(BUILD="BUILD"),
-        get_plugin_registry=lambda: SimpleNamespace(get_plugin_creator=find, get_creator=find),
-        DataType=SimpleNamespace(FLOAT="float32", **integers),
-    )  # fmt: skip
-
-
-def make(
-    folder: Path, spec: ModelSpec, dtype: str, rows: int, kernels: OnAStream, cuda: Cuda, modern: bool = False
-) -> tuple[Network, ReferenceModel, Any]:
-    """The network of a random model, that model, and what became of it."""
-    model = random_model(spec, 1, torch_dtype(dtype))
-    graph = write_graph(folder, spec, model, dtype)
-    network = ModernNetwork() if modern else Network()
-    done = add_step(trt(modern), network, spec, dtype, rows, kernels, cuda, graph)
-    return network, model, done
-
-
-def at_a_line(array: Any) -> Any:
-    """In memory that begins at a multiple of 128 bytes, as TensorRT's constants do."""
-    memory = np.empty(array.nbytes + 256, np.uint8)
-    start = -memory.ctypes.data % 256
-    placed = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    placed[...] = array
-    return placed
-
-
-def computed(network: Network, given: dict[str, Any], kernels: OnAStream) -> list[Any]:
-    """The network's outputs as the plugin computes them: from its fields, its tensors and nothing else."""
-    (layer,) = network.layers
-    fields = {name: value[0].item() for name, value in layer.fields.items()}
-    blocks, most = fields.pop("blocks"), fields.pop("rows")
-    struct = abi.StepModelStruct(**fields)
-    size = abi.StepSizeStruct()
-    kernels.call("dijiang_step_sizes", ctypes.byref(struct), most, None, ctypes.byref(size))
-    assert blocks == size.blocks
-    arrays = [
-        at_a_line(np.asarray(given[t.name], t.kind) if t.array is None else t.array) for t in layer.inputs
-    ]
-    layers = fields["layers"]
-    ids, positions, lens, *states = arrays[: 3 + layers]
-    packed, embedding, *learned = arrays[3 + layers :]
-    sync = at_a_line(np.zeros(size.sync, np.uint8))
-    logits = np.full((len(ids), 1, fields["vocabulary"]), np.nan, np.float32)
-    assert packed.nbytes == size.packed and bool(learned) == bool(fields["position_rows"])
-    pointers = (ctypes.c_void_p * layers)(*(state.ctypes.data for state in states))
-    buffers = abi.StepBuffersStruct(
-        packed=packed.ctypes.data, embedding=embedding.ctypes.data,
-        position_embedding=learned[0].ctypes.data if learned else 0, input_ids=ids.ctypes.data,
-        positions=positions.ctypes.data, seq_lens=lens.ctypes.data, states=pointers,
-        logits=logits.ctypes.data, sync=sync.ctypes.data, sync_size=size.sync, rows=len(ids),
-        integers=abi.INTEGERS[str(ids.dtype)],
-    )  # fmt: skip
-    kernels.call("dijiang_step", ctypes.byref(struct), ctypes.byref(buffers), 0)
-    return [logits, *states]
+    return Cuda()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,4 +1,4 @@
-"""dijiang_step compiled for the host: the kernel, its packing and its checks (tests/kernels/step_emulation)."""
+"""dijiang_step compiled for the host: the kernel, its packing, its checks (tests/kernels/step_emulation)."""
 
 from __future__ import annotations
 
