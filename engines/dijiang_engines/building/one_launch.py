@@ -95,7 +95,7 @@ def fields(model: StepModel, rows: int, constants: StepConstants) -> dict[str, A
 
 def _inputs(trt: Any, network: Any, spec: ModelSpec) -> list[Any]:
     """Those of the step graph, in its order; a parser of 8.6 has int32 where the graph has int64."""
-    integer = trt.DataType.INT64 if hasattr(trt.DataType, "INT64") else trt.DataType.INT32
+    integer = getattr(trt.DataType, "INT64", trt.DataType.INT32)
     found = [network.add_input(INPUT_IDS, integer, (-1, 1))]
     found += [network.add_input(name, integer, (-1,)) for name in (POSITIONS, SEQ_LENS)]
     return found + [
