@@ -28,7 +28,7 @@ from support.step_specs import MODELS, SMALL
 from dijiang_engines import io_names
 from dijiang_engines.building.plans import no_one_launch
 from dijiang_engines.building.recipes import Recipe
-from dijiang_engines.building.step_tensors import StepTensors
+from dijiang_engines.building.step.tensors import StepTensors
 from dijiang_engines.errors import KernelError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import open_engine
@@ -135,7 +135,7 @@ def test_the_fields_are_the_plugins() -> None:
     """Those of plugins/tensorrt/step/fields.cpp, but for the one that need not be given."""
     import re
 
-    from dijiang_engines.building.one_launch import fields
+    from dijiang_engines.building.step.one_launch import fields
 
     text = (Path(__file__).parents[2] / "plugins/tensorrt/step/fields.cpp").read_text()
     rules = dict(re.findall(r'\{"(\w+)", k(Integer|Real), 1\}', text))

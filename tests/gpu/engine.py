@@ -214,6 +214,7 @@ def kind_of(name: str) -> str:
     """A layer's name without its place."""
     for kind in (
         "DijiangLinear",
+        "DijiangStep",
         "qkv",
         "gate",
         "dense",

@@ -248,7 +248,7 @@ MUTATIONS: dict[str, list[tuple[str, str, tuple[int, int]]]] = {
         ("else registry.get_plugin_creator", "else registry.get_creator", OLD),
         ("else network.add_plugin_v2(inputs, ", "else network.add_plugin(inputs, ", OLD),
     ],
-    "building/one_launch.py": [
+    "building/step/one_launch.py": [
         ("network.add_input(INPUT_IDS, integer, ", "network.add_input(INPUT_IDS, ", ANY),
         ("trt.DataType.FLOAT", "trt.DataType.FLOAT32", ANY),
         ("network.mark_output(tensor)", "network.mark_outputs(tensor)", ANY),

@@ -2,8 +2,8 @@
 
 `make` puts a random model's step into a network that only remembers, through the product's own code: graph
 and weights are files, packing is the project's own on fake CUDA memory. `computed` runs the kernel, compiled
-for the host (tests/kernels/step_emulation), on nothing but what the network holds. It proves orchestration
-and arithmetic; that TensorRT takes such a layer is shown elsewhere.
+for the host (tests/kernels/step_emulation), on nothing but what the network holds. Of TensorRT it proves
+orchestration only: that it takes such a layer is shown elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support.fakes import cuda as fake_cuda
 from support.makers.random_models import random_model, traced
 from support.step_models import EmulatedKernels, torch_dtype
 
-from dijiang_engines.building.one_launch import add_step
+from dijiang_engines.building.step.one_launch import add_step
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.library import Device
 from dijiang_engines.kernels.step import StepModel, StepSize

@@ -29,10 +29,11 @@ trt: Any = importlib.import_module("tensorrt_bindings")
 sys.modules["tensorrt"] = trt  # the package tensorrt is this under another name
 
 from dijiang_engines import io_names  # noqa: E402
-from dijiang_engines.building import one_launch, typed_network  # noqa: E402
+from dijiang_engines.building import typed_network  # noqa: E402
 from dijiang_engines.building import worker as build_worker  # noqa: E402
 from dijiang_engines.building.request import BuildRequest, read_request  # noqa: E402
-from dijiang_engines.building.step_packing import StepConstants  # noqa: E402
+from dijiang_engines.building.step import one_launch  # noqa: E402
+from dijiang_engines.building.step.packing import StepConstants  # noqa: E402
 from dijiang_engines.formats.manifest import graph_io  # noqa: E402
 from dijiang_engines.kernels.step import StepSize  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_library  # noqa: E402

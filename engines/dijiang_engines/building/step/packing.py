@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dijiang_engines.building.step_tensors import StepTensors
+from dijiang_engines.building.step.tensors import StepTensors
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.kernels.step import StepKernels, StepModel, StepSize
 from dijiang_engines.nvidia.cuda import Buffer, Cuda, Stream

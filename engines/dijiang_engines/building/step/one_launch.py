@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from dijiang_engines.building.plugin_layers import add_constant, add_plugin
-from dijiang_engines.building.step_packing import StepConstants, pack_step
-from dijiang_engines.building.step_tensors import StepTensors
+from dijiang_engines.building.step.packing import StepConstants, pack_step
+from dijiang_engines.building.step.tensors import StepTensors
 from dijiang_engines.io_names import INPUT_IDS, LOGITS, POSITIONS, SEQ_LENS, past_state, present_state
 from dijiang_engines.kernels.step import StepKernels, StepModel
 from dijiang_engines.nvidia.cuda import Cuda
@@ -86,11 +86,9 @@ def add_step(
 def fields(model: StepModel, rows: int, constants: StepConstants) -> dict[str, Any]:
     """The plugin's, by name (docs/tensorrt-plugin.md)."""
     struct = model.struct()
-    kinds = {name: np.int32 for name, *_ in struct._fields_ if name not in _NOT_FIELDS}
-    kinds |= {name: np.float32 for name in kinds if name.endswith("epsilon")}
-    values = {name: np.array([getattr(struct, name)], kind) for name, kind in kinds.items()}
-    more = {"rows": rows, "blocks": constants.size.blocks}
-    return values | {name: np.array([value], np.int32) for name, value in more.items()}
+    values = {name: getattr(struct, name) for name, *_ in struct._fields_ if name not in _NOT_FIELDS}
+    values |= {"rows": rows, "blocks": constants.size.blocks}
+    return {n: np.array([v], np.float32 if isinstance(v, float) else np.int32) for n, v in values.items()}
 
 
 def _inputs(trt: Any, network: Any, spec: ModelSpec) -> list[Any]:
