@@ -92,7 +92,8 @@ def test_everything_around_the_gpu(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "\nall right\n" in summary
     assert (work / "float32-two.html").is_file() and (work / "float32-two.json").is_file()
-    assert "batches side by side" in (work / "check-float32-two.log").read_text()
+    log = (work / "check-float32-two.log").read_text()
+    assert "batches side by side" in log and "states apart" in log
 
 
 def test_a_failed_part_fails_it(tmp_path: Path) -> None:
