@@ -30,7 +30,7 @@ function(dijiang_tensorrt_plugin folder)
         message(FATAL_ERROR "${folder} is of TensorRT ${version}; the plugin needs 8.6, or 10.3 or newer")
     endif()
     file(GLOB sources CONFIGURE_DEPENDS tensorrt/common/*.cpp tensorrt/attention/*.cpp
-        tensorrt/linear/*.cpp tensorrt/${shell}/*.cpp)
+        tensorrt/linear/*.cpp tensorrt/step/*.cpp tensorrt/${shell}/*.cpp)
     if(NOT sources)
         message(FATAL_ERROR "there is no plugin in ${CMAKE_CURRENT_SOURCE_DIR}/tensorrt/${shell}")
     endif()

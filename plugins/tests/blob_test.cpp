@@ -1,6 +1,7 @@
 // What a TensorRT 8.6 plan keeps of the plugins: written and read back, and refused in every other shape.
 #include "v2/attention_blob.h"
 #include "v2/linear_blob.h"
+#include "v2/step_blob.h"
 
 #include <array>
 #include <cstdio>
@@ -71,10 +72,49 @@ void linear() {
     }
 }
 
+void step() {
+    namespace step = dijiang::trt::step;
+    step::Attributes attributes;
+    int32_t next = 0x01020304;  // four different bytes, another number for each: their order shows
+    for (int32_t* value : step::integers(attributes).at) *value = next++;
+    attributes.model.norm_epsilon = 1.0000001e-5f;
+    attributes.model.group_norm_epsilon = 1.0000002e-6f;
+    std::array<unsigned char, step::kBlobSize> blob{};
+    step::write_blob(attributes, blob.data());
+    const unsigned char head[] = {'D', 'J', 'T', 'S', 1, 0, 0, 0, 4, 3, 2, 1, 5, 3, 2, 1};
+    expect(std::memcmp(blob.data(), head, sizeof head) == 0, "step: little-endian, with magic and format version");
+    step::Attributes read;
+    expect(step::read_blob(blob.data(), blob.size(), read).empty() &&
+               std::memcmp(&read, &attributes, sizeof read) == 0 && attributes.model.layers == 0x01020304 &&
+               attributes.blocks == 0x01020304 + 16,
+        "step: the same attributes");
+    const auto refuses = [](const void* bytes, size_t size, const char* text) {
+        step::Attributes unused;
+        return step::read_blob(bytes, size, unused).find(text) != std::string::npos;
+    };
+    bool all = true;
+    for (size_t size = 0; size < blob.size(); ++size) {
+        const std::vector<unsigned char> part(blob.begin(), blob.begin() + static_cast<std::ptrdiff_t>(size));
+        all = all && refuses(part.data(), size, "expected 88");
+    }
+    expect(all, "step: every shorter blob is refused");
+    std::vector<unsigned char> longer(blob.begin(), blob.end());
+    longer.push_back(0);
+    expect(refuses(longer.data(), longer.size(), "expected 88"), "step: a longer one too");
+    expect(refuses(nullptr, step::kBlobSize, "expected 88"), "step: and none at all");
+    for (const auto& [at, value, text] :
+        {std::tuple<size_t, int, const char*>{0, 'X', "DJTS"}, {4, 2, "format 2"}}) {
+        auto other = blob;
+        other[at] = static_cast<unsigned char>(value);
+        expect(refuses(other.data(), other.size(), text), text);
+    }
+}
+
 }  // namespace
 
 int main() {
     linear();
+    step();
     Attributes attributes;
     attributes.num_heads = 12;
     attributes.num_kv_heads = 3;

@@ -9,3 +9,6 @@ void run_cases(nvinfer1::IPluginCreatorV3One& creator, const char* path, test::L
 
 // DijiangLinear, as far as that needs no GPU.
 void run_linear(test::Runtime& runtime);
+
+// DijiangStep, likewise.
+void run_step(test::Runtime& runtime);

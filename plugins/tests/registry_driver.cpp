@@ -302,6 +302,7 @@ int main(int count, char** arguments) {
     refusals(*creator, runtime.logger);
     lifecycle(*creator, runtime.logger);
     run_linear(runtime);
+    run_step(runtime);
     if (count == 4) run_cases(*creator, arguments[3], runtime.logger);
     std::printf("all right\n");
     return 0;

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.makers.toy_bundle import SPEC
 
 from dijiang_engines.building.request import BuildRequest, read_request
 from dijiang_engines.errors import RunnerError
@@ -20,7 +21,10 @@ REQUEST = BuildRequest(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"timing_cache": Path("/c/t.cache"), "plugin_products": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"timing_cache": Path("/c/t.cache"), "plugin_products": False}, {"step": "auto", "spec": SPEC}],
+)
 def test_it_arrives_as_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
     request = dataclasses.replace(REQUEST, **changes)
     request.write(tmp_path / "request.json")
@@ -56,6 +60,8 @@ WRONG: dict[str, list[Any]] = {
     "optimization_level": [-1, 6, "3", None],
     "device": [-1, 0.0, False, "0"],
     "plugin_products": [0, 1, "yes", None],
+    "step": ["both", None, 1, "auto", "one-launch"],  # the last two without a model
+    "spec": [{}, {"layers": 1}, 3, SPEC.to_json()],  # the last for a step that needs none
 }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from support.fakes.tensorrt_rtx import FakeRtx
 from support.makers.engine_folders import Exported
 from support.paths import ROOT
 
+from dijiang_engines.formats.engine import open_engine
+
 SCRIPT = ROOT / "tests/gpu/engine_test.py"
 NEEDS_A_GPU = ["device_and_host", "stops", "greedy_text", "times", "layers"]
 """Checks of engine.py that run kernels."""
@@ -90,7 +92,8 @@ def test_everything_around_the_gpu(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "\nall right\n" in summary
     assert (work / "float32-two.html").is_file() and (work / "float32-two.json").is_file()
-    assert "batches side by side" in (work / "check-float32-two.log").read_text()
+    log = (work / "check-float32-two.log").read_text()
+    assert "batches side by side" in log and "states apart" in log
 
 
 def test_a_failed_part_fails_it(tmp_path: Path) -> None:
@@ -105,6 +108,22 @@ def test_a_failed_part_fails_it(tmp_path: Path) -> None:
     assert re.search(r"^not run +check float32 one", summary, re.MULTILINE)
     assert "not all right: 3 of 4 parts" in summary
     assert "no tactic for this node" in done.stdout  # the log's last lines
+
+
+def test_steps_are_built_as_asked_for(tmp_path: Path, exported: Exported) -> None:
+    """Of float16 in layout two, nothing else. The fake machine's plugin has no kernels, and it is said."""
+    machine = FakeMachine(tmp_path / "machine")
+    (tmp_path / "greedy.json").write_text("[]")
+    for dtype in ("float32", "float16"):
+        (tmp_path / f"tiny-stdlib-{dtype}.bundle").symlink_to(exported(dtype=dtype)[0])
+    options = ["--bundles", str(tmp_path), "--greedy", str(tmp_path / "greedy.json"), "--step", "auto"]
+    done = engine_test(machine, tmp_path / "work", *options, "--skip", *NEEDS_A_GPU)
+    found = re.findall(r"^(?:ok|FAIL|not run) +(build \S.*?)  +[\d.]+ s", done.stdout, re.MULTILINE)
+    assert found == [
+        "build float32 one", "build float32 two", "build float16 one", "build float16 two auto",
+    ], done.stdout  # fmt: skip
+    plans = open_engine(tmp_path / "work/float16-two-auto.engine").manifest["made_with"]["plans"]
+    assert "is not a library of these kernels" in plans[1]["plugin_step"]["left"]
 
 
 def test_make_runs_it(tmp_path: Path) -> None:

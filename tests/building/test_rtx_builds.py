@@ -20,10 +20,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from support.fakes.step_network import OnAStream, as_onnx, make
+from support.fakes.tensorrt import FakeMachine
 from support.makers import random_models as rm
 from support.makers.checkpoints import neox
 from support.makers.engine_folders import Exported
 from support.paths import TESTS
+from support.step_emulator import compile_emulated, missing
+from support.step_specs import MODELS as STEP_MODELS
 from support.tensorrt_wheels import FOLDER, REQUIRED, unpack, version_of, wheels, without
 
 from dijiang_engines import io_names
@@ -36,6 +40,8 @@ from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.formats.manifest import graph_io
 from dijiang_engines.formats.onnx_external import external_tensors
+from dijiang_engines.kernels.library import Device
+from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.nvidia.private_link import PATH_VARIABLE, parser_environment
 from dijiang_engines.nvidia.tensorrt_versions import TENSORRT_RTX, dialect_of
 from dijiang_engines.plugin.cache import find_tensorrt_library
@@ -295,6 +301,39 @@ def test_quantised_weights_beside_the_plugin_s_attention(
         assert "error" not in found, found["error"]
         assert found["plugins"] == quantised.spec.num_layers, "attention alone"
         check_quantised(quantised, made)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["neox", "neox, tables", "llama", "opt"])
+def test_a_step_in_one_launch(
+    name: str, dtype: str, site: Path, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What TensorRT 8.6 to 11 are given is taken by this builder too, as a graph, for its bindings put no
+    plugin into a network. Packed for a GPU that is not here, and in the plan once."""
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    FakeMachine(tmp_path / "machine").enter(monkeypatch)
+    kernels = OnAStream(compile_emulated(tmp_path).path)
+    kernels.device = Device(89, 128, 99 << 10)
+    spec = STEP_MODELS[name]
+    network, *_ = make(tmp_path, spec, dtype, BATCH, kernels, Cuda(), modern=True)
+    ir.save(as_onnx(network), tmp_path / "one.onnx")
+    made = BuildRequest(
+        onnx=tmp_path / "one.onnx", plan=tmp_path / "step.plan", plugin=plugin, dtype=dtype,
+        profiles=[shapes(spec, "step")], workspace=1 << 28, optimization_level=3, timing_cache=None, device=0,
+        plugin_products=False, runtime=TENSORRT_RTX, capabilities=(80, 86, 89, 120, 121),
+    )  # fmt: skip
+    (found,) = run(site, tmp_path, [made])
+    assert "error" not in found, found["error"]
+    assert found["plugins"] == 1
+    inputs, outputs = graph_io(spec, step=True, all_logits=False)
+    for part, tensors in (("inputs", inputs), ("outputs", outputs)):
+        assert {n: kind for n, (kind, _) in found[part].items()} == {
+            tensor.name: RTX_TYPES[tensor.dtype] for tensor in tensors
+        }
+    plan = made.plan.read_bytes()
+    for constant in (tensor.array for tensor in network.layers[0].inputs if tensor.array is not None):
+        assert plan.count(constant.tobytes()) == 1
 
 
 def test_without_the_link_the_parser_ends_its_process(site: Path, plugin: Path, tmp_path: Path) -> None:

@@ -62,6 +62,38 @@ class Checks(RunnerChecks):
         plain = TensorRTRunner(self.engine, cuda_graph=False)  # also: two runners in one process
         return self.same_bits(self.runner, plain)
 
+    def states_apart(self) -> str:
+        """A step that writes its states elsewhere gives the same, and leaves the old ones."""
+        gpu, contexts, batch = self.runner.gpu, self.runner.contexts, self.max_batch
+        ids, lens = self.tokens(batch, 9), np.full(batch, 9)
+        one, other = self.runner.new_state(batch), self.runner.new_state(batch)
+        for state in (one, other):
+            self.runner.prefill(ids, np.zeros(batch, np.int64), lens, state)
+        before = self.memory(other.layers, other)
+        logits = self.runner.step(ids[:, :1], lens, np.ones(batch, np.int64), one)
+        elsewhere = gpu.cuda.buffer(other.memory.size)
+        context = contexts.for_steps(batch)
+        contexts.bind(context, other.addresses(elsewhere.address))
+        other.put(ids[:, :1], lens, np.ones(batch, np.int64))
+        contexts.execute(context, other)
+        found = np.empty(logits.shape, np.float32)
+        gpu.stream.download(found.ctypes.data, other.logits, found.nbytes)
+        gpu.stream.synchronize()
+        places = [elsewhere.address + index * other.layer_bytes for index in range(len(other.layers))]
+        assert np.array_equal(self.memory(places, other), self.memory(one.layers, one)), "other states"
+        assert np.array_equal(self.memory(other.layers, other), before), "the old states have changed"
+        assert np.array_equal(found, logits), "other logits"
+        return f"{len(places)} layers of {batch} rows"
+
+    def memory(self, places: list[int], state: Any) -> Any:
+        """The states of all layers at these addresses."""
+        size = state.batch * state.row_bytes
+        found = np.empty((len(places), size // 4), np.float32)
+        for row, place in zip(found, places, strict=True):
+            self.runner.gpu.stream.download(row.ctypes.data, place, size)
+        self.runner.gpu.stream.synchronize()
+        return found
+
     def too_large(self) -> str:
         try:
             self.runner.new_state(self.runner.max_batch + 1)
@@ -214,6 +246,7 @@ def kind_of(name: str) -> str:
     """A layer's name without its place."""
     for kind in (
         "DijiangLinear",
+        "DijiangStep",
         "qkv",
         "gate",
         "dense",
@@ -239,12 +272,14 @@ def main() -> int:
     arguments = parser.parse_args()
     checks = Checks(arguments)
     names = [
-        "graphs_and_none", "batches_side_by_side", "resetting_rows", "too_large", "long_prefill",
-        "device_and_host", "stops", "no_growth", "greedy_text", "times", "layers",
+        "graphs_and_none", "states_apart", "batches_side_by_side", "resetting_rows", "too_large",
+        "long_prefill", "device_and_host", "stops", "no_growth", "greedy_text", "times", "layers",
     ]  # fmt: skip
     left_out = set(arguments.skip)
     if checks.runner.rtx is not None:
         names.insert(0, "kernels_are_kept")
+    if checks.engine.made_for.graphs != "plugin":
+        left_out |= {"states_apart"}  # these are never in place
     if checks.tokenizer is None:
         left_out |= {"stops"}
     if checks.greedy is None:

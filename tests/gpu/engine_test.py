@@ -87,6 +87,7 @@ class EngineTest:
         self.runtime: str = arguments.runtime
         self.graphs: list[str] = arguments.graphs
         self.skip: list[str] = arguments.skip
+        self.step: str | None = arguments.step
         self.parts: list[Part] = []
         self.plugin = "no engine was built"
         """What the plugin was compiled with."""
@@ -172,6 +173,9 @@ class EngineTest:
                 for kind in kinds:
                     name = f"{dtype} {layout}" + (f" {kind}" if rtx else "")
                     options = [*target, "--layout", layout, *(["--no-plugin"] if kind == "standard" else [])]
+                    if self.step is not None and layout == "two" and dtype != "float32":
+                        options += ["--step", self.step]
+                        name += f" {self.step}"
                     possible = exported and (plugin or kind == "standard")
                     self._engine(name, bundle, options, possible, greedy)
 
@@ -266,6 +270,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--graphs", nargs="+", default=["standard", "plugin"], choices=["standard", "plugin"],
         help="TensorRT for RTX: which graphs; `standard` needs no compiler and no headers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--step", choices=["products", "one-launch", "auto"],
+        help="build-engine's, of float16 and bfloat16 in layout two; default: build-engine's default",
     )  # fmt: skip
     parser.add_argument("--skip", nargs="*", default=[], help="checks that engine.py leaves out")
     return parser.parse_args(words)

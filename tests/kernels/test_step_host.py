@@ -8,16 +8,13 @@ arithmetic, missing barriers and deadlocks. tests/kernels/test_step_gpu.py runs 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.makers.random_models import LLAMA, NEOX, OPT_350M, random_call, random_model
-from support.paths import ROOT
+from support.step_emulator import compile_emulated, missing
 from support.step_models import (
     ALLOWED,
     EmulatedKernels,
@@ -31,7 +28,6 @@ from support.step_specs import MODELS
 from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels.library import Device
 from dijiang_engines.kernels.step import StepKernels, StepModel
-from dijiang_engines.plugin import toolchain
 from dijiang_engines.spec import ModelSpec
 
 H100, ORIN = Device(90, 132, 232448), Device(87, 16, 166912)
@@ -52,31 +48,11 @@ PYTHIA_2_8B = dataclasses.replace(
 )
 
 
-def cuda_include() -> Path | None:
-    for nvcc in toolchain.find_nvccs():
-        for include in (nvcc.root / "include", *nvcc.root.glob("targets/*/include")):
-            if (include / "cuda_fp16.h").exists():
-                return include
-    return None
-
-
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
-    compiler, include = shutil.which("g++"), cuda_include()
-    if os.environ.get("DIJIANG_TEST_COMPILE") == "0" or compiler is None or include is None:
-        pytest.skip("no C++ compiler, or no headers of CUDA")
-    target = tmp_path_factory.mktemp("step") / "libstep_emulated.so"
-    kernels, here = ROOT / "plugins/kernels", ROOT / "tests/kernels/step_emulation"
-    sources = [here / "library.cpp", kernels / "step/plan.cpp", kernels / "step/api.cpp"]
-    sources += [kernels / "host" / name for name in ("errors.cpp", "arguments.cpp", "api.cpp")]
-    done = subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-DDIJIANG_EMULATED",
-         *(f"-I{path}" for path in (here, ROOT / "plugins/include", kernels, include)), *sources,
-         "-o", target],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return EmulatedKernels(target)
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    return compile_emulated(tmp_path_factory.mktemp("step"))
 
 
 @pytest.fixture(scope="session")

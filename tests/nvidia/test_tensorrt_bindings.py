@@ -25,6 +25,8 @@ from support.paths import ROOT, TESTS
 from support.probes.tensorrt_uses import OTHER_VERSIONS, users
 from support.tensorrt_wheels import REQUIRED, unpack, version_of, wheels, without
 
+from dijiang_engines import io_names
+
 ENGINES = ROOT / "engines"
 TOOLS = ("cc", "nm", "readelf")
 BINDINGS = wheels("tensorrt_bindings") + wheels("tensorrt_cu1[23]_bindings")
@@ -125,6 +127,7 @@ def test_everything_that_is_used_exists(probe: Probe) -> None:
     assert len(builds) == (3 if probe.version[0] < 10 else 4)
     for name in builds:
         _check_build(found[name], name.split()[1], name.endswith("products"), probe.version)
+    _check_one_launch(found["one launch"], probe.version)
 
 
 @pytest.mark.parametrize("wanted", ["verbose", ""])
@@ -169,6 +172,22 @@ def _check_build(asked: dict[str, Any], dtype: str, products: bool, version: tup
     chosen = [feature.partition(".")[2] for feature, on in asked["preview"] if on == "True"]
     assert chosen == (["FASTER_DYNAMIC_SHAPES_0805", "PROFILE_SHARING_0806"] if old else [])
     assert asked["tactics"] == ([["3"]] if old else [])  # cuBLAS and cuBLASLt are bits 0 and 1
+
+
+def _check_one_launch(asked: dict[str, Any], version: tuple[int, int, int]) -> None:
+    """A network of its own with one plugin layer, its inputs and outputs the step graph's."""
+    old = version[0] < 10
+    assert asked["step"] == {"launches": 1, "blocks": 7, "packed_bytes": 256} and asked["products"] is None
+    assert asked["plugins"] == ([1, 0] if old else [0, 1])
+    integer = f"DataType.INT{32 if old else 64}"
+    assert asked["inputs"][:3] == [
+        ["input_ids", integer, "(-1, 1)"], ["positions", integer, "(-1,)"], ["seq_lens", integer, "(-1,)"],
+    ]  # fmt: skip
+    assert [kind for _, kind, _ in asked["inputs"][3:]] == ["DataType.FLOAT"] * 2
+    assert asked["names"] == ["logits", *(io_names.present_state(layer) for layer in range(2))]
+    assert asked["outputs"] == 3 and asked["network"] == ["EXPLICIT_BATCH" if old else "STRONGLY_TYPED"]
+    assert asked["flags"] == [] and asked["precisions"] == []
+    assert asked["contexts"] == 1, "whether the plan can be run here is tried"
 
 
 OLD, NEW, ANY = (8, 9), (10, 12), (8, 12)
@@ -218,14 +237,21 @@ MUTATIONS: dict[str, list[tuple[str, str, tuple[int, int]]]] = {
         ("node.layer.op1", "node.layer.transpose1", ANY),
     ],
     "building/product_layers.py": [
+        ("node.layer.set_input(place, ", "node.layer.set_input(", ANY),
+    ],
+    "building/plugin_layers.py": [
         ("trt.PluginFieldType.INT32", "trt.PluginFieldType.INTEGER32", ANY),
         ("network.add_constant(array.shape, ", "network.add_constant(", ANY),
-        ("node.layer.set_input(place, ", "node.layer.set_input(", ANY),
         ("registry.get_creator if", "registry.get_creators if", NEW),
         ("collection, trt.TensorRTPhase.BUILD", "collection", NEW),
         ("add_plugin_v3(inputs, [], plugin)", "add_plugin_v3(inputs, plugin)", NEW),
         ("else registry.get_plugin_creator", "else registry.get_creator", OLD),
         ("else network.add_plugin_v2(inputs, ", "else network.add_plugin(inputs, ", OLD),
+    ],
+    "building/step/one_launch.py": [
+        ("network.add_input(INPUT_IDS, integer, ", "network.add_input(INPUT_IDS, ", ANY),
+        ("trt.DataType.FLOAT", "trt.DataType.FLOAT32", ANY),
+        ("network.mark_output(tensor)", "network.mark_outputs(tensor)", ANY),
     ],
 }  # fmt: skip
 

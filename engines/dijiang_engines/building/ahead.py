@@ -48,7 +48,10 @@ def build_ahead(trt: Any, request: BuildRequest, events: Events) -> None:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise failure(f"{title} could not build the engine", messages)
-    facts = {"constraints": "none", "held": "nothing", "plugin_products": None, "peak_device_bytes": None}
+    facts = {
+        "constraints": "none", "held": "nothing", "plugin_products": None, "plugin_step": None,
+        "peak_device_bytes": None,
+    }  # fmt: skip
     write_plan(events, request.plan, plan, started, layers=network.num_layers, **facts)
 
 

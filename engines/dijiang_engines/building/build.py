@@ -14,8 +14,8 @@ from typing import Any
 
 from dijiang_engines.building.lock import only_builder
 from dijiang_engines.building.memory import MemoryEstimate, check_memory, estimate_memory
-from dijiang_engines.building.plans import PlanSource, check_fit, plans, plugin_multiplies
-from dijiang_engines.building.recipes import Recipe
+from dijiang_engines.building.plans import PlanSource, check_fit, no_one_launch, plans, plugin_multiplies
+from dijiang_engines.building.recipes import ONE_LAUNCH, PRODUCTS, Recipe
 from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.building.run_worker import run_worker
 from dijiang_engines.building.signed_blocks import write_signed
@@ -158,18 +158,41 @@ def _build(
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Build one plan in a process of its own; what that said of it."""
+    is_step = plan.file == LAYOUTS["two"][1]
+    step, left = _step(bundle, recipe, target) if is_step else (PRODUCTS, None)
     request = BuildRequest(
         onnx=onnx, plan=folder / plan.file,
         plugin=None if target.plugin is None else target.plugin[0], dtype=bundle.dtype,
         profiles=plan.profiles, workspace=recipe.workspace_mb << 20,
         optimization_level=recipe.optimization_level, timing_cache=cache, device=device,
-        plugin_products=plan.file == LAYOUTS["two"][1] and not target.dialect.ahead_of_time
-        and plugin_multiplies(bundle, recipe),
+        plugin_products=is_step and not target.dialect.ahead_of_time and plugin_multiplies(bundle, recipe),
+        step=step, spec=None if step == PRODUCTS else bundle.spec,
         runtime=target.product.name, capabilities=() if target.gpu else target.capabilities,
     )  # fmt: skip
     log(f"building {plan.file}; this takes minutes for a large model")
     with parser_environment(target.dialect, target.version) as environment:
-        return run_worker(request, folder, progress, f"Building {plan.file}", environment)
+        done = run_worker(request, folder, progress, f"Building {plan.file}", environment)
+    if left is not None:
+        done["plugin_step"] = {"launches": 0, "left": left}
+    if done["plugin_step"] is not None and "left" in done["plugin_step"]:
+        log(f"{plan.file} is not one launch: {done['plugin_step']['left']}")
+    return done
+
+
+def _step(bundle: Bundle, recipe: Recipe, target: Target) -> tuple[str, str | None]:
+    """What the builder is asked for, and why it is not asked for one launch, if somebody wants that.
+
+    Raises:
+        UsageError: the recipe insists on it.
+    """
+    if recipe.step == PRODUCTS:
+        return PRODUCTS, None
+    left = no_one_launch(bundle, recipe, ahead_of_time=target.dialect.ahead_of_time)
+    if left is None:
+        return recipe.step, None
+    if recipe.step == ONE_LAUNCH:
+        raise UsageError("a step in one launch is not possible", got=left, hint="--step auto takes what is")
+    return PRODUCTS, left
 
 
 def _timing_cache(target: Target, given: Path | None, use: bool) -> Path | None:

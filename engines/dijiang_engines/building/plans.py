@@ -8,10 +8,11 @@ from typing import NamedTuple
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.request import Profile
 from dijiang_engines.building.step_products import MAX_BATCH, MAX_INPUT_BYTES
-from dijiang_engines.errors import UsageError
+from dijiang_engines.errors import DijiangError, KernelError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.engine import LAYOUTS, Profiles
 from dijiang_engines.io_names import INPUT_IDS, POSITIONS, SEQ_LENS, past_state
+from dijiang_engines.kernels.step import MAX_ROWS, StepModel
 
 
 def check_fit(bundle: Bundle, recipe: Recipe, precision: str | None) -> None:
@@ -69,6 +70,39 @@ def plugin_multiplies(bundle: Bundle, recipe: Recipe) -> bool:
     spec = bundle.spec
     width = spec.intermediate_size + (spec.hidden_size if spec.parallel_residual else 0)
     return recipe.max_batch * max(width, spec.hidden_size) * 2 <= MAX_INPUT_BYTES
+
+
+def no_one_launch(bundle: Bundle, recipe: Recipe, *, ahead_of_time: bool = False) -> str | None:
+    """Why a step plan cannot be one launch, as far as that is known before it is built; None: it may.
+
+    Args:
+        bundle: of the model.
+        recipe: for how many sequences.
+        ahead_of_time: the builder needs no GPU.
+    """
+    if ahead_of_time:
+        return (
+            "weights are packed for the number of multiprocessors of the GPU that runs them, and none is here"
+        )
+    if bundle.quantised is not None:
+        return "the bundle's weights are quantised"
+    if recipe.max_batch > MAX_ROWS:
+        return f"up to {recipe.max_batch} sequences; expected at most {MAX_ROWS}"
+    try:
+        StepModel.of(bundle.spec, bundle.dtype)
+    except KernelError as error:
+        return sentence(error)
+    return None
+
+
+def sentence(error: DijiangError) -> str:
+    """What an error says, in one line."""
+    parts = [
+        error.what,
+        f"got {error.got}" if error.got else "",
+        f"expected {error.expected}" if error.expected else "",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def profile_shapes(bundle: Bundle, sizes: Profiles, *, step: bool) -> Profile:

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from dijiang_engines.building.plugin_layers import add_constant, add_plugin
 from dijiang_engines.building.step_graph import Graph
-from dijiang_engines.errors import RunnerError
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.packing import CHUNK, pack
-from dijiang_engines.op_contract import DOMAIN
 from dijiang_engines.weight_formats import BLOCK
 
-_NAME, _VERSION, _NAMESPACE = "DijiangLinear", "1", DOMAIN
+_NAME = "DijiangLinear"
 
 
 @dataclass(eq=False)
@@ -104,8 +103,7 @@ def replace(
     """
 
     def constant(array: Any) -> Any:
-        done.kept.append(array)
-        return network.add_constant(array.shape, trt.Weights(array)).get_output(0)
+        return add_constant(trt, network, array, done.kept)
 
     inputs: list[Any] = []
     terms = [(index, term) for index, output in enumerate(launch) for term in output.terms]
@@ -136,7 +134,7 @@ def replace(
     if any(term.quantised for _, term in terms):
         values["term_weight_format"] = number([abi.WEIGHT_FORMATS[term.weight_format] for _, term in terms])
         values["output_width"] = number([output.terms[0].width for output in launch])
-    layer = _add_plugin(trt, network, inputs, values, done)
+    layer = add_plugin(trt, network, _NAME, inputs, values, done.kept)
     layer.name = f"{_NAME} {launch[0].result.name}"
     for index, output in enumerate(launch):
         now[output.result.name] = layer.get_output(index)
@@ -151,29 +149,3 @@ def _words(term: Product) -> Any:
         return np.ascontiguousarray(term.weight.T).view(np.int32)
     packed = pack(term.weight_format, term.weight, term.scales).view(np.int32)
     return packed.reshape(-(-term.width // 8), -(-term.inner // CHUNK[term.weight_format]), -1)
-
-
-def _add_plugin(trt: Any, network: Any, inputs: list[Any], values: dict[str, Any], done: Rewritten) -> Any:
-    kinds = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32}
-    fields = [trt.PluginField(name, value, kinds[str(value.dtype)]) for name, value in values.items()]
-    collection = trt.PluginFieldCollection(fields)
-    done.kept += [values, fields, collection]
-    registry = trt.get_plugin_registry()
-    modern = hasattr(network, "add_plugin_v3")
-    find = registry.get_creator if modern else registry.get_plugin_creator
-    creator = find(_NAME, _VERSION, _NAMESPACE)
-    if creator is None:
-        raise RunnerError(
-            f"the plugin {_NAME} is not registered",
-            hint="build the plugin again: `dijiang-export build-plugin`",
-        )
-    plugin = _create_v3(trt, creator, collection) if modern else creator.create_plugin(_NAME, collection)
-    if plugin is None:
-        raise RunnerError(f"the plugin {_NAME} refuses a layer; the builder's log says why")
-    done.kept.append(plugin)
-    return network.add_plugin_v3(inputs, [], plugin) if modern else network.add_plugin_v2(inputs, plugin)
-
-
-def _create_v3(trt: Any, creator: Any, collection: Any) -> Any:
-    """From 10 on a creator is told what the plugin is for."""
-    return creator.create_plugin(_NAME, collection, trt.TensorRTPhase.BUILD)

@@ -16,6 +16,8 @@ FOLDER = Path(__file__).parent / "recipes"
 DEFAULTS = {TENSORRT: "datacenter", TENSORRT_RTX: "rtx"}
 """The recipe that is taken if none is named, by runtime."""
 STEP_PRODUCTS = ("plugin", "tensorrt")
+PRODUCTS, ONE_LAUNCH, AUTO = "products", "one-launch", "auto"
+STEPS = (PRODUCTS, ONE_LAUNCH, AUTO)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Recipe:
     layout: str = "one"
     step_products: str = "plugin"
     """Who multiplies in a step plan of its own: "plugin" (see `step_products.py`), or "tensorrt"."""
+    step: str = PRODUCTS
+    """Such a plan's step: layer by layer with these "products", all of it in "one-launch" of the plugin's
+    (`one_launch.py`), or "auto": that where it fits."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "opt_batch", "max_length", "opt_length", "workspace_mb"):
@@ -58,6 +63,14 @@ class Recipe:
                 "unknown step_products",
                 got=repr(self.step_products)[:80],
                 expected=" or ".join(STEP_PRODUCTS),
+            )
+        if self.step not in STEPS:
+            raise UsageError("unknown step", got=repr(self.step)[:80], expected=" or ".join(STEPS))
+        if self.step == ONE_LAUNCH and self.layout != "two":
+            raise UsageError(
+                "a step in one launch needs a plan of its own",
+                got=f"layout {self.layout}",
+                hint="--layout two",
             )
         if not self.precisions or any(p not in T_TYPES for p in self.precisions):
             raise UsageError(

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dijiang_engines.errors import RunnerError
+from dijiang_engines.building.recipes import PRODUCTS, STEPS
+from dijiang_engines.errors import BundleError, RunnerError
 from dijiang_engines.formats.safe_files import parse_json, read_bounded
 from dijiang_engines.io_names import INPUT_IDS
 from dijiang_engines.nvidia.tensorrt_versions import RUNTIMES, TENSORRT
 from dijiang_engines.op_contract import T_TYPES
+from dijiang_engines.spec import ModelSpec
 
 Profile = dict[str, list[list[int]]]
 """Input -> its least, best and most shape."""
@@ -52,6 +54,10 @@ class BuildRequest:
     """Index of the GPU; of no interest if `capabilities` are named."""
     plugin_products: bool
     """Are matrix products to be the plugin's?"""
+    step: str = PRODUCTS
+    """One of `recipes.STEPS`: is the plan to be one launch of the plugin's?"""
+    spec: ModelSpec | None = None
+    """The model, if it may be."""
     runtime: str = TENSORRT
     """Who builds: a key of `tensorrt_versions.RUNTIMES`."""
     capabilities: tuple[int, ...] = ()
@@ -82,6 +88,10 @@ class BuildRequest:
             raise _wrong("capabilities", numbers, "numbers such as 86")
         if type(self.plugin_products) is not bool:
             raise _wrong("plugin_products", self.plugin_products, "true or false")
+        if not isinstance(self.step, str) or self.step not in STEPS:
+            raise _wrong("step", self.step, " or ".join(STEPS))
+        if (self.spec is None) != (self.step == PRODUCTS) or not isinstance(self.spec, ModelSpec | None):
+            raise _wrong("spec", self.spec, "the model of a step in one launch, and of no other")
         if not isinstance(self.profiles, list) or not self.profiles:
             raise _wrong("profiles", self.profiles, "one or more")
         for profile in self.profiles:
@@ -91,7 +101,7 @@ class BuildRequest:
 
     def to_json(self) -> dict[str, Any]:
         """For the request file."""
-        values = asdict(self)
+        values = asdict(self) | {"spec": None if self.spec is None else self.spec.to_json()}
         return values | {name: None if values[name] is None else str(values[name]) for name in _PATHS}
 
     @classmethod
@@ -108,7 +118,11 @@ class BuildRequest:
         paths = {name: Path(data[name]) if isinstance(data[name], str) else data[name] for name in _PATHS}
         numbers = data["capabilities"]
         capabilities = tuple(numbers) if isinstance(numbers, list) else numbers
-        return cls(**(dict(data) | paths | {"capabilities": capabilities}))
+        try:
+            spec = None if data["spec"] is None else ModelSpec.from_json(data["spec"])
+        except BundleError as error:
+            raise _wrong("spec", error.got, error.what) from error
+        return cls(**(dict(data) | paths | {"capabilities": capabilities, "spec": spec}))
 
     def write(self, path: Path) -> None:
         """Into a file for the worker."""

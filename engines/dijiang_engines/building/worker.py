@@ -15,15 +15,19 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dijiang_engines.building.ahead import build_ahead
 from dijiang_engines.building.events import PARSING, Events, list_layers, progress_monitor, write_plan
+from dijiang_engines.building.plans import sentence
 from dijiang_engines.building.product_layers import Rewritten
+from dijiang_engines.building.recipes import ONE_LAUNCH, PRODUCTS
 from dijiang_engines.building.request import BuildRequest, read_request
+from dijiang_engines.building.step.one_launch import add_step
 from dijiang_engines.building.step_products import MAX_NORM_ROWS, has_quantised, rewrite
 from dijiang_engines.building.typed_network import ATTEMPTS, fix_sizes, type_network
 from dijiang_engines.errors import DijiangError, RunnerError
+from dijiang_engines.kernels.step import StepKernels
 from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.nvidia.tensorrt_library import failure, load_plugin, tensorrt_module, tensorrt_version
 from dijiang_engines.nvidia.tensorrt_versions import Dialect, context_without_memory, dialect_of
@@ -80,13 +84,15 @@ def build(request: BuildRequest, events: Events) -> None:
     peak = PeakMemory(cuda)
     events.send("phase", name=PARSING, steps=None)
     started = time.perf_counter()
-    plan: Any = None
-    network: Any = None
+    one = _OneLaunch(None, None, None, None)
+    if request.step != PRODUCTS:
+        one = _build_one_launch(trt, poly, request, dialect, version, cuda, events, messages)
+    plan, network = one.plan, one.network
     products: Rewritten | None = None  # also keeps the arrays that its constants point to
     typed = not dialect.strongly_typed and request.dtype == "float16"
-    cache = None if request.timing_cache is None else str(request.timing_cache)
+    cache = _cache_of(request)
     attempts = ATTEMPTS if typed else (("nothing", "none"),)
-    for held, constraints in attempts:
+    for held, constraints in attempts if plan is None else ():
         network = _parse(poly, request, dialect, messages)
         fix_sizes(network[1], request.profiles)
         if request.plugin_products or has_quantised(trt, network[1]):
@@ -111,10 +117,9 @@ def build(request: BuildRequest, events: Events) -> None:
             if (held, constraints) != attempts[-1]:  # no kernel for a layer in its type, or a broken fusion
                 print(f"holding {held}, {constraints}: {error}", file=sys.stderr)
                 continue
-            if isinstance(error, RunnerError):
-                raise
-            words = [*messages, str(error)]
-            raise failure(f"TensorRT {version} could not build the engine", words) from error
+            raise _as_failure(error, version, messages) from error
+    else:
+        held, constraints = "nothing", "none"
     write_plan(
         events,
         request.plan,
@@ -125,7 +130,66 @@ def build(request: BuildRequest, events: Events) -> None:
         constraints=constraints,
         held=held,
         plugin_products=None if products is None else products.to_json(),
+        plugin_step=one.facts,
     )
+
+
+class _OneLaunch(NamedTuple):
+    plan: Any
+    """None: there is none."""
+    network: Any
+    facts: dict[str, Any] | None
+    kept: Any
+
+
+def _build_one_launch(
+    trt: Any,
+    poly: Any,
+    request: BuildRequest,
+    dialect: Dialect,
+    version: str,
+    cuda: Cuda,
+    events: Events,
+    messages: list[str],
+) -> _OneLaunch:
+    """The plan of one plugin layer; without a plan, and why, where it does not fit and need not.
+
+    Raises:
+        DijiangError: it does not, or cannot be built, and was insisted on.
+    """
+    assert request.spec is not None and request.plugin is not None, "BuildRequest saw to it"
+    try:
+        kernels = StepKernels(request.plugin)
+        network = poly.create_network(strongly_typed=dialect.strongly_typed)
+        made = add_step(
+            trt, network[1], request.spec, request.dtype, request.most_rows, kernels, cuda, request.onnx
+        )
+        fix_sizes(network[1], request.profiles)
+        list_layers(network[1])
+        events.send("phase", name="Building", steps=None)
+        config = _config(trt, poly, request, dialect, "none", events)
+        plan = poly.engine_bytes_from_network(network, config=config, save_timing_cache=_cache_of(request))
+        check_context(trt, plan, poly.get_trt_logger(), len(request.profiles), messages)
+    except MemoryError:
+        raise
+    except Exception as error:
+        failed = _as_failure(error, version, messages)
+        if request.step == ONE_LAUNCH:
+            raise failed from error
+        print(f"no step in one launch: {failed}", file=sys.stderr)
+        return _OneLaunch(None, None, {"launches": 0, "left": sentence(failed)}, None)
+    print(f"a step in one launch: {made.to_json()}", file=sys.stderr)
+    return _OneLaunch(plan, network, made.to_json(), made.kept)
+
+
+def _as_failure(error: Exception, version: str, messages: list[str]) -> DijiangError:
+    if isinstance(error, DijiangError):
+        return error
+    return failure(f"TensorRT {version} could not build the engine", [*messages, str(error)])
+
+
+def _cache_of(request: BuildRequest) -> str | None:
+    return None if request.timing_cache is None else str(request.timing_cache)
 
 
 def check_context(trt: Any, plan: Any, logger: Any, profiles: int, messages: list[str]) -> None:

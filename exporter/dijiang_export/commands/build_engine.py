@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Layout = Literal["one", "two"]
 RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
 StepProducts = Literal["plugin", "tensorrt"]
+Step = Literal["products", "one-launch", "auto"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,15 @@ class RecipeArguments:
         ),
     ]  # fmt: skip
 
+    step: Annotated[
+        Step | None,
+        click.option(
+            "--step", type=one_of(Step),
+            help="A step of layout two: layer by layer, or all of it in one launch of the plugin's; auto: "
+            "that where model and GPU allow it.",
+        ),
+    ]  # fmt: skip
+
     def read(self, runtime: str) -> Recipe:
         """The recipe with these changes, for a runtime; raises as `load_recipe`."""
         from dijiang_engines.building.recipes import DEFAULTS, load_recipe
@@ -92,6 +102,7 @@ class RecipeArguments:
             optimization_level=self.optimization_level,
             layout=self.layout,
             step_products=self.step_products,
+            step=self.step,
         )
 
 

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "attention/ahead.h"
+#include "common/texts.h"
 
 namespace dijiang::trt {
 namespace {
@@ -23,11 +24,6 @@ Tensors list(const Description* in, int32_t inputs, const Description* out, int3
     for (int32_t i = 0; i < inputs; ++i) tensors[i] = view(in[i]);
     for (int32_t i = 0; i < outputs; ++i) tensors[inputs + i] = view(out[i]);
     return tensors;
-}
-
-std::string status_text(dijiang_status status) {
-    return status == DIJIANG_OK ? std::string()
-                                : std::string(dijiang_status_name(status)) + ": " + dijiang_last_error();
 }
 
 std::string cuda_text(cudaError_t error, const char* what) {

@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "common/texts.h"
+
 namespace dijiang::trt {
 namespace {
 
@@ -20,21 +22,6 @@ bool to_dtype(DataType type, dijiang_dtype& dtype) {
         case DataType::kBF16: dtype = DIJIANG_BFLOAT16; return true;
 #endif
         default: return false;
-    }
-}
-
-const char* type_name(DataType type) {
-    switch (type) {
-        case DataType::kFLOAT: return "float32";
-        case DataType::kHALF: return "float16";
-        case DataType::kINT32: return "int32";
-        case DataType::kINT8: return "int8";
-        case DataType::kBOOL: return "bool";
-#if NV_TENSORRT_MAJOR >= 10
-        case DataType::kBF16: return "bfloat16";
-        case DataType::kINT64: return "int64";
-#endif
-        default: return "another type";
     }
 }
 

@@ -14,7 +14,7 @@ using Creator = nvinfer1::IPluginCreatorInterface;
 using Creator = nvinfer1::IPluginCreator;
 #endif
 
-using Creators = std::array<Creator*, 2>;  // DijiangAttention's and DijiangLinear's
+using Creators = std::array<Creator*, 3>;  // DijiangAttention's, DijiangLinear's and DijiangStep's
 
 // The creators of this library; each shell defines this. They are never destroyed.
 const Creators& creators() noexcept;

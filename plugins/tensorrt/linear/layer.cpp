@@ -1,5 +1,7 @@
 #include "linear/layer.h"
 
+#include "common/texts.h"
+
 namespace dijiang::trt::linear {
 namespace {
 
@@ -14,26 +16,6 @@ struct View {
 };
 
 const char* const kKinds[] = {"input", "weight", "scale", "bias", "norm_weight", "norm_bias", "residual", "output"};
-
-const char* type_name(DataType type) {
-    switch (type) {
-        case DataType::kFLOAT: return "float32";
-        case DataType::kHALF: return "float16";
-        case DataType::kINT32: return "int32";
-        default: return "another type";
-    }
-}
-
-std::string shape_of(const Dims& dims) {
-    std::string text = "[";
-    for (int32_t i = 0; i < dims.nbDims; ++i) text += (i == 0 ? "" : ", ") + std::to_string(dims.d[i]);
-    return text + "]";
-}
-
-std::string status_text(dijiang_status status) {
-    return status == DIJIANG_OK ? std::string()
-                                : std::string(dijiang_status_name(status)) + ": " + dijiang_last_error();
-}
 
 bool of_term(Kind kind) {
     return kind == Kind::input || kind == Kind::weight || kind == Kind::scale || kind == Kind::bias;

@@ -6,10 +6,13 @@
 #include "common/names.h"
 #include "common/registration.h"
 #include "linear/fields.h"
+#include "step/fields.h"
 #include "v2/attention_blob.h"
 #include "v2/attention_plugin.h"
 #include "v2/linear_blob.h"
 #include "v2/linear_plugin.h"
+#include "v2/step_blob.h"
+#include "v2/step_plugin.h"
 
 namespace dijiang::trt {
 namespace {
@@ -18,7 +21,7 @@ namespace {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 
-// What the two plugins do differently: their name, their fields, and how they are read.
+// What the plugins do differently: their name, their fields, and how they are read.
 struct Attention {
     static const char* name() { return kPluginName; }
     static const nvinfer1::PluginFieldCollection* fields() noexcept { return field_names(); }
@@ -47,6 +50,18 @@ struct Linear {
     nvinfer1::IPluginV2* make() const { return new linear::PluginV2(attributes); }
 
     linear::Attributes attributes;
+};
+
+struct Step {
+    static const char* name() { return step::kName; }
+    static const nvinfer1::PluginFieldCollection* fields() noexcept { return step::field_names(); }
+
+    std::string read(const nvinfer1::PluginFieldCollection* given) { return step::read_fields(given, attributes); }
+    std::string read(const void* bytes, size_t size) { return step::read_blob(bytes, size, attributes); }
+    std::string unfit() const { return step::why_unsupported(attributes); }
+    nvinfer1::IPluginV2* make() const { return new step::PluginV2(attributes); }
+
+    step::Attributes attributes;
 };
 
 template <typename Kind>
@@ -89,7 +104,8 @@ private:
 }  // namespace
 
 const Creators& creators() noexcept {
-    static const Creators all = {immortal<CreatorV2<Attention>>(), immortal<CreatorV2<Linear>>()};
+    static const Creators all = {
+        immortal<CreatorV2<Attention>>(), immortal<CreatorV2<Linear>>(), immortal<CreatorV2<Step>>()};
     return all;
 }
 

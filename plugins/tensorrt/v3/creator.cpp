@@ -5,13 +5,16 @@
 #include "common/log.h"
 #include "common/names.h"
 #include "common/registration.h"
+#include "linear/fields.h"
+#include "step/fields.h"
 #include "v3/attention_plugin.h"
 #include "v3/linear_plugin.h"
+#include "v3/step_plugin.h"
 
 namespace dijiang::trt {
 namespace {
 
-// What the two plugins do differently: their name, their fields, and how they are read.
+// What the plugins do differently: their name, their fields, and how they are read.
 struct Attention {
     static const char* name() { return kPluginName; }
     static const nvinfer1::PluginFieldCollection* fields() noexcept { return field_names(); }
@@ -37,6 +40,17 @@ struct Linear {
     nvinfer1::IPluginV3* make() const { return new linear::PluginV3(attributes); }
 
     linear::Attributes attributes;
+};
+
+struct Step {
+    static const char* name() { return step::kName; }
+    static const nvinfer1::PluginFieldCollection* fields() noexcept { return step::field_names(); }
+
+    std::string read(const nvinfer1::PluginFieldCollection* given, bool) { return step::read_fields(given, attributes); }
+    std::string unfit() const { return step::why_unsupported(attributes); }
+    nvinfer1::IPluginV3* make() const { return new step::PluginV3(attributes); }
+
+    step::Attributes attributes;
 };
 
 template <typename Kind>
@@ -65,7 +79,8 @@ public:
 }  // namespace
 
 const Creators& creators() noexcept {
-    static const Creators all = {immortal<CreatorV3<Attention>>(), immortal<CreatorV3<Linear>>()};
+    static const Creators all = {
+        immortal<CreatorV3<Attention>>(), immortal<CreatorV3<Linear>>(), immortal<CreatorV3<Step>>()};
     return all;
 }
 

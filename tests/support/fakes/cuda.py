@@ -23,6 +23,8 @@ import numpy as np
 SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, CAPTURE_UNSUPPORTED = 0, 1, 2, 900
 _TEXTS = {INVALID_VALUE: "invalid argument", OUT_OF_MEMORY: "out of memory"}
 POISON = 0xFF
+ALIGNMENT = 256
+"""Of memory that cudaMalloc gives (CUDA C++ Programming Guide, device memory accesses)."""
 
 Work = Callable[[], None]
 
@@ -109,7 +111,8 @@ def _allocate(size: int) -> tuple[int, int | None]:
     room = settings()["free"] if DEVICE.limit is None else DEVICE.limit
     if taken + size > room:
         return OUT_OF_MEMORY, None
-    buffer = (ctypes.c_uint8 * size)()
+    whole = (ctypes.c_uint8 * (size + ALIGNMENT))()
+    buffer = (ctypes.c_uint8 * size).from_buffer(whole, -ctypes.addressof(whole) % ALIGNMENT)
     ctypes.memset(buffer, POISON, size)
     DEVICE.memory[ctypes.addressof(buffer)] = buffer
     return SUCCESS, ctypes.addressof(buffer)

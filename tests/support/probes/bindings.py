@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 from support.fakes.strict_tensorrt import Calls, Strict
+from support.makers.toy_bundle import SPEC as TOY
 from support.probes.bindings_network import Parsed, profiles
 from support.probes.tensorrt_uses import check_names
 
@@ -31,7 +32,10 @@ from dijiang_engines import io_names  # noqa: E402
 from dijiang_engines.building import typed_network  # noqa: E402
 from dijiang_engines.building import worker as build_worker  # noqa: E402
 from dijiang_engines.building.request import BuildRequest, read_request  # noqa: E402
+from dijiang_engines.building.step import one_launch  # noqa: E402
+from dijiang_engines.building.step.packing import StepConstants  # noqa: E402
 from dijiang_engines.formats.manifest import graph_io  # noqa: E402
+from dijiang_engines.kernels.step import StepSize  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_library  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_versions as versions  # noqa: E402
 from dijiang_engines.runners.tensorrt import checks as tensorrt_checks  # noqa: E402
@@ -39,6 +43,12 @@ from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu, integers_of
 
 SPEC: Any = SimpleNamespace(num_layers=2, state_shape=(2, 16, 16), vocab_size=100)
 PROFILES = profiles()
+PACKED = StepConstants(
+    StepSize(256, 128, 7, 288, 4096, 1024),
+    np.zeros((2, 32), np.int32),
+    np.zeros((TOY.vocab_size, 32), np.int32),
+    None,
+)
 CALLS = Calls()
 VERSION = tensorrt_library.tensorrt_version(trt)
 DIALECT = versions.dialect_of(VERSION)
@@ -156,12 +166,12 @@ def runner(request: dict[str, Any]) -> None:
     assert ["input_ids", "(2, 5)"] in CALLS.arguments("IExecutionContext.set_input_shape")
 
 
-def builder(request: dict[str, Any], dtype: str, products: bool) -> dict[str, Any]:
-    """The whole worker with the real Polygraphy; what it asked the builder for."""
+def builder(request: dict[str, Any], dtype: str, products: bool, one: bool = False) -> dict[str, Any]:
+    """The whole worker with the real Polygraphy; what it asked the builder for. one: launch alone."""
     CALLS.made.clear()
     cache = Path(request["folder"]) / f"{dtype}.cache"
     cache.write_bytes(b"old")  # so that it is loaded too
-    plan = Path(request["folder"]) / f"{dtype} {products}.plan"
+    plan = Path(request["folder"]) / f"{dtype} {products} {one}.plan"
     network = Parsed(trt, CALLS)
     parsed = network.network()
     flags: set[str] = {"TF32"}
@@ -202,11 +212,14 @@ def builder(request: dict[str, Any], dtype: str, products: bool) -> dict[str, An
         mock.patch.object(trt, "init_libnvinfer_plugins", return_value=True),
         mock.patch.object(build_worker, "Cuda", mock.MagicMock()),
         mock.patch.object(build_worker, "PeakMemory", return_value=mock.Mock(finish=lambda: 5)),
+        mock.patch.object(build_worker, "StepKernels"),
+        mock.patch.object(one_launch, "StepTensors"),
+        mock.patch.object(one_launch, "pack_step", return_value=PACKED),
     ):
         asked = BuildRequest(
             onnx=Path(request["onnx"]), plan=plan, plugin=Path(request["plugin"]), dtype=dtype,
             profiles=PROFILES, workspace=256 << 20, optimization_level=3, timing_cache=cache, device=0,
-            plugin_products=products,
+            plugin_products=products, step="one-launch" if one else "products", spec=TOY if one else None,
         )  # fmt: skip
         asked.write(Path(request["folder"]) / "request.json")
         build_worker.build(read_request(Path(request["folder"]) / "request.json"), events)
@@ -222,7 +235,10 @@ def builder(request: dict[str, Any], dtype: str, products: bool) -> dict[str, An
     return {
         "flags": sorted(flags),
         "constraints": done["constraints"],
-        "contexts": len(CALLS.arguments("ICudaEngine.create_execution_context_without_device_memory")),
+        "contexts": sum(
+            len(CALLS.arguments(f"ICudaEngine.create_execution_context{how}"))
+            for how in ("", "_without_device_memory")
+        ),
         "network": network_flags,
         "profiles": len(CALLS.arguments("IBuilderConfig.add_optimization_profile")),
         "shapes": CALLS.arguments("IOptimizationProfile.set_shape"),
@@ -235,6 +251,10 @@ def builder(request: dict[str, Any], dtype: str, products: bool) -> dict[str, An
         "precisions": CALLS.arguments("ILayer.precision"),
         "static": CALLS.arguments("ITensor.shape"),
         "products": done["plugin_products"],
+        "step": done["plugin_step"],
+        "inputs": CALLS.arguments("INetworkDefinition.add_input"),
+        "names": [texts[0] for texts in CALLS.arguments("ITensor.name")],
+        "outputs": len(CALLS.arguments("INetworkDefinition.mark_output")),
         "plugins": [len(CALLS.arguments(f"INetworkDefinition.add_plugin_v{n}")) for n in (2, 3)],
         "moved": [arguments[0] for name, arguments in CALLS.made if name.endswith(".set_input")],
     }
@@ -271,6 +291,7 @@ def main() -> int:
     for dtype in DIALECT.dtypes:
         attempt(f"builder {dtype}", partial(builder, request, dtype, False))
     attempt("builder float16 products", partial(builder, request, "float16", True))
+    attempt("one launch", partial(builder, request, "float16", False, True))
     used = sorted(CALLS.used)
     Path(request["result"]).write_text(json.dumps(found | {"used": used, "failures": failures}))
     return 1 if failures else 0

@@ -14,14 +14,14 @@ MODULE = "trt"
 
 OTHER_VERSIONS = {
     "building.typed_network.type_network": "8.6",
-    "building.product_layers._create_v3": "10 and 11",
+    "building.plugin_layers._create_v3": "10 and 11",
     "building.ahead": "RTX",
     "runners.tensorrt.rtx": "RTX",
 }
 """Functions, and whole modules, that run with that dialect alone."""
 NOT_OF_RTX = (
     "building.worker", "building.step_products", "building.product_layers", "building.step_graph",
-    "building.typed_network",
+    "building.typed_network", "building.plugin_layers", "building.step.one_launch",
 )  # fmt: skip
 """Modules, or what of them uses TensorRT, that TensorRT for RTX does without: it builds in building.ahead."""
 

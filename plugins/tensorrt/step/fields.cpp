@@ -1,0 +1,71 @@
+#include "step/fields.h"
+
+#include <cstring>
+
+namespace dijiang::trt::step {
+namespace {
+
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+
+constexpr PluginFieldType kInteger = PluginFieldType::kINT32, kReal = PluginFieldType::kFLOAT32;
+
+// Reals, then integers in their order: so that the one that need not be given is the last.
+constexpr FieldRule kRules[kFields] = {
+    {"norm_epsilon", kReal, 1},
+    {"group_norm_epsilon", kReal, 1},
+    {"layers", kInteger, 1},
+    {"hidden", kInteger, 1},
+    {"inner", kInteger, 1},
+    {"vocabulary", kInteger, 1},
+    {"num_heads", kInteger, 1},
+    {"num_kv_heads", kInteger, 1},
+    {"head_dim", kInteger, 1},
+    {"rotary_dim", kInteger, 1},
+    {"dtype", kInteger, 1},
+    {"norm", kInteger, 1},
+    {"activation", kInteger, 1},
+    {"parallel_residual", kInteger, 1},
+    {"table_rows", kInteger, 1},
+    {"position_rows", kInteger, 1},
+    {"position_offset", kInteger, 1},
+    {"rows", kInteger, 1},
+    {"blocks", kInteger, 1},
+    {"weight_formats", kInteger, 1},
+};
+constexpr int32_t kRequired = kFields - 1;
+
+// Where the value of each rule is.
+struct Addresses {
+    explicit Addresses(Attributes& attributes) {
+        int32_t next = 0;
+        for (float* value : reals(attributes).at) at[next++] = value;
+        for (int32_t* value : integers(attributes).at) at[next++] = value;
+    }
+    void* at[kFields];
+};
+
+}  // namespace
+
+const nvinfer1::PluginFieldCollection* field_names() noexcept { return advertised<kRules, kFields>(); }
+
+std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes) {
+    const PluginField* found[kFields] = {};
+    const std::string wrong = find_fields(fields, kRules, kRequired, kFields, found);
+    if (!wrong.empty()) return wrong;
+    attributes = {};
+    const Addresses addresses(attributes);
+    for (int32_t i = 0; i < kFields; ++i)
+        if (found[i] != nullptr) std::memcpy(addresses.at[i], found[i]->data, 4);
+    return {};
+}
+
+const nvinfer1::PluginFieldCollection* SerializedFields::set(const Attributes& attributes) noexcept {
+    attributes_ = attributes;
+    const Addresses addresses(attributes_);
+    list_.clear();
+    for (int32_t i = 0; i < kFields; ++i) list_.add(kRules[i], addresses.at[i], 1);
+    return list_.get();
+}
+
+}  // namespace dijiang::trt::step
