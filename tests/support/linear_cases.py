@@ -23,16 +23,17 @@ class Case:
 
     output: LinearOutput
     guarded: Any
-    expected: Any
-    bound: Any
+    allowed: list[tuple[Any, Any]]
+    """Results with their bounds, of which one must be met everywhere."""
 
     def check(self) -> float:
         """Largest error in units of its bound."""
         guard = self.guarded.double()
         assert (guard[:GUARD] == 7).all() and (guard[-GUARD:] == 7).all(), "written beside the output"
-        error = (self.output.output.double() - self.expected).abs()
-        worst = float((error / self.bound).max())
-        assert worst <= 1, f"{worst} times the bound"
+        found = self.output.output.double()
+        errors = [float(((found - expected).abs() / bound).max()) for expected, bound in self.allowed]
+        worst = errors[0] if errors[0] != errors[0] else min(errors)  # NaN is never the least
+        assert worst <= 1, f"{errors} times the bound"
         return worst
 
 
@@ -90,8 +91,9 @@ def make(
     device: str = "cuda",
     rounded: bool = False,
 ) -> Case:
-    """A random output, quantised weights as they are or `rounded` to the type.
+    """A random output, with quantised weights as they are.
 
+    `rounded`: or else rounded to the type, all of them, as a library multiplies that is faster at some sizes.
     The bound: half a unit in the last place of the result, float32 sums, and with a norm that an element
     of it may be rounded to its other neighbour."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -114,7 +116,7 @@ def make(
             quantised(kind, width, size, generator) if kind != "same"
             else (draw(width, size, scale=size**-0.5),) * 2
         )  # fmt: skip
-        weights.append(weight.to(dtype).double() if rounded else weight)
+        weights.append(weight)
         stored.append(packed)
     biases = [draw(width, kind=torch.float32) if bias else None for _ in inner]
     norm_weight = norm_bias = None
@@ -124,23 +126,28 @@ def make(
         norm_bias = draw(inner[0], kind=torch.float32, scale=0.3) if norm == "layer_norm" else None
     rest = draw(rows, width) if residual else None
 
-    sums, sizes = [], []
-    unit = HALF_ULP[dtype]
-    for x, weight, b in zip(inputs, weights, biases, strict=True):
-        x = x if norm_weight is None else normed(x, norm, norm_weight, norm_bias, epsilon).to(dtype)
-        sums.append(x.double() @ weight.double().T + (0 if b is None else b.double()))
-        magnitude = x.double().abs() @ weight.double().abs().T + (0 if b is None else b.double().abs())
-        flips = 0.02 * unit if norm_weight is not None else 0.0  # few elements, of either sign
-        sizes.append(magnitude * (flips + 4 * weight.shape[1] ** 0.5 * 2.0**-24))
-    if activation == "swiglu":
-        expected = activated(activation, *sums)
-        slack = sizes[0] * 1.1 * sums[1].abs() + sizes[1] * sums[0].abs() + sizes[0] * sizes[1]
-    else:
-        expected = activated(activation, sum(sums), None)
-        slack = sum(sizes) * 1.2
-    if rest is not None:
-        expected = expected + rest.double()
-    bound = 1.01 * unit * expected.abs() + slack + 2e-6 * (1 + expected.abs())
+    def truth(weights: list[Any]) -> tuple[Any, Any]:
+        sums, sizes = [], []
+        unit = HALF_ULP[dtype]
+        for x, weight, b in zip(inputs, weights, biases, strict=True):
+            x = x if norm_weight is None else normed(x, norm, norm_weight, norm_bias, epsilon).to(dtype)
+            sums.append(x.double() @ weight.double().T + (0 if b is None else b.double()))
+            magnitude = x.double().abs() @ weight.double().abs().T + (0 if b is None else b.double().abs())
+            flips = 0.02 * unit if norm_weight is not None else 0.0  # few elements, of either sign
+            sizes.append(magnitude * (flips + 4 * weight.shape[1] ** 0.5 * 2.0**-24))
+        if activation == "swiglu":
+            expected = activated(activation, *sums)
+            slack = sizes[0] * 1.1 * sums[1].abs() + sizes[1] * sums[0].abs() + sizes[0] * sizes[1]
+        else:
+            expected = activated(activation, sum(sums), None)
+            slack = sum(sizes) * 1.2
+        if rest is not None:
+            expected = expected + rest.double()
+        return expected, 1.01 * unit * expected.abs() + slack + 2e-6 * (1 + expected.abs())
+
+    allowed = [truth(weights)]
+    if rounded and set(formats) != {"same"}:
+        allowed.append(truth([weight.to(dtype) for weight in weights]))
 
     guarded = torch.full((2 * GUARD + rows * width,), 7, dtype=dtype, device=device)
     guarded[GUARD:-GUARD] = float("nan")
@@ -149,7 +156,7 @@ def make(
         [LinearTerm(*term) for term in zip(inputs, stored, biases, formats, strict=True)],
         activation, rest, norm, norm_weight, norm_bias, epsilon if norm != "norm_none" else 0.0,
     )  # fmt: skip
-    return Case(output, guarded, expected, bound)
+    return Case(output, guarded, allowed)
 
 
 def workspace_for(kernels: LinearKernels, outputs: list[LinearOutput]) -> Any:
