@@ -27,7 +27,7 @@ from support.step_specs import MODELS, SMALL
 
 from dijiang_engines import io_names
 from dijiang_engines.building.plans import no_one_launch
-from dijiang_engines.building.recipes import Recipe
+from dijiang_engines.building.recipes import Recipe, load_recipe, recipe_names
 from dijiang_engines.building.step.tensors import StepTensors
 from dijiang_engines.errors import KernelError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
@@ -224,6 +224,24 @@ def test_auto_says_why_it_fell_back(exported: Export, tmp_path: Path) -> None:
     assert "weights in float32" in step["plugin_step"]["left"]
 
 
+def test_auto_is_for_gpus_that_copy_in_bulk(
+    exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = exported(dtype="float16")[0]
+    monkeypatch.setattr("dijiang_engines.building.build.FAST_STEP", 1000)
+    build(
+        FakeMachine(tmp_path / "a"),
+        half,
+        tmp_path / "e",
+        recipe={"layout": "two", "step": "auto"},
+        validate=False,
+    )
+    _, step = open_engine(tmp_path / "e").manifest["made_with"]["plans"]
+    assert step["plugin_step"] == {
+        "launches": 0, "left": "before compute capability 9.0 products are expected to be faster",
+    }  # fmt: skip
+
+
 def test_one_launch_insists(exported: Export, tmp_path: Path) -> None:
     half, whole = exported(dtype="float16")[0], exported()[0]
     recipe = {"layout": "two", "step": "one-launch"}
@@ -234,8 +252,16 @@ def test_one_launch_insists(exported: Export, tmp_path: Path) -> None:
     assert not (tmp_path / "a.engine").exists() and not (tmp_path / "b.engine").exists()
 
 
-def test_products_are_the_default(exported: Export, tmp_path: Path) -> None:
+def test_which_recipes_want_one_launch(exported: Export, tmp_path: Path) -> None:
+    """The data centre's, whose GPUs it was tried on."""
+    found = {name: load_recipe(name).step for name in recipe_names()}
+    assert {name for name, step in found.items() if step == "auto"} == {"datacenter"}
+    assert set(found.values()) == {"auto", "products"} and Recipe("r").step == "products"
     half = exported(dtype="float16")[0]
     build(FakeMachine(tmp_path / "m"), half, tmp_path / "e", recipe={"layout": "two"}, validate=False)
     plans = open_engine(tmp_path / "e").manifest["made_with"]["plans"]
+    assert plans[0]["plugin_step"] is None and "left" in plans[1]["plugin_step"]
+    products = {"layout": "two", "step": "products"}
+    build(FakeMachine(tmp_path / "n"), half, tmp_path / "f", recipe=products, validate=False)
+    plans = open_engine(tmp_path / "f").manifest["made_with"]["plans"]
     assert [plan["plugin_step"] for plan in plans] == [None, None]

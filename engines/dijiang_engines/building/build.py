@@ -15,7 +15,7 @@ from typing import Any
 from dijiang_engines.building.lock import only_builder
 from dijiang_engines.building.memory import MemoryEstimate, check_memory, estimate_memory
 from dijiang_engines.building.plans import PlanSource, check_fit, no_one_launch, plans, plugin_multiplies
-from dijiang_engines.building.recipes import ONE_LAUNCH, PRODUCTS, Recipe
+from dijiang_engines.building.recipes import AUTO, ONE_LAUNCH, PRODUCTS, Recipe
 from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.building.run_worker import run_worker
 from dijiang_engines.building.signed_blocks import write_signed
@@ -179,6 +179,11 @@ def _build(
     return done
 
 
+FAST_STEP = 90
+"""The compute capability from which a GPU copies in bulk. On an H100 that copies as those before it must, a
+step in one launch takes longer than three launches a layer (docs/performance.md)."""
+
+
 def _step(bundle: Bundle, recipe: Recipe, target: Target) -> tuple[str, str | None]:
     """What the builder is asked for, and why it is not asked for one launch, if somebody wants that.
 
@@ -188,6 +193,8 @@ def _step(bundle: Bundle, recipe: Recipe, target: Target) -> tuple[str, str | No
     if recipe.step == PRODUCTS:
         return PRODUCTS, None
     left = no_one_launch(bundle, recipe, ahead_of_time=target.dialect.ahead_of_time)
+    if left is None and recipe.step == AUTO and min(target.capabilities) < FAST_STEP:
+        left = "before compute capability 9.0 products are expected to be faster"
     if left is None:
         return recipe.step, None
     if recipe.step == ONE_LAUNCH:
