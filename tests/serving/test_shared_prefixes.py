@@ -205,6 +205,27 @@ def test_the_longest_of_memory_and_store_is_taken(toy: ToyRunner) -> None:
         assert tokens_of(second, job) == expected and job.cached_tokens == 32 and store.finds == finds
 
 
+def test_memory_that_has_grown_meanwhile_is_better_than_what_was_found(toy: ToyRunner) -> None:
+    prompt, options = list(range(1, 40)), JobOptions(3, ignore_eos=True, logprobs=1)
+    plain = Scheduler(toy, None, Limits(piece=8))
+    expected = tokens_of(plain, Job(prompt[:], options))
+    store, gate = FakeStore(), threading.Event()
+    with sharing(store, toy) as a, sharing(store, toy) as b:
+        tokens_of(Scheduler(toy, None, Limits(piece=8), a), Job(prompt[:12], options))  # 8 in the store
+        store.before_find = gate.wait
+        second, job = Scheduler(toy, None, Limits(piece=8), b), Job(prompt[:], options)
+        second.submit(job)
+        assert second.round() == [] and second.reading[0].waits
+        key = second.reading[0].keys[2]
+        second.cache.put(key, plain.cache.get(key))  # as reading another prompt would
+        gate.set()
+        found = []
+        while not second.idle:
+            found += [update.token for update in second.round()]
+        assert found == expected and job.cached_tokens == 24 and b.counts.hits == 1
+        assert second.counts.shared_tokens == 0
+
+
 def test_what_is_damaged_is_read_and_written_anew(toy: ToyRunner) -> None:
     prompt, options = list(range(1, 20)), JobOptions(3, ignore_eos=True, logprobs=1)
     store = FakeStore()
@@ -250,12 +271,35 @@ def test_tokens_come_while_a_prompt_waits_for_a_store_that_hangs(toy: ToyRunner)
             meanwhile += not found
         assert found == expected and job.cached_tokens == 0
         assert time.monotonic() - begun >= 0.3 and meanwhile > 10 and slowest < 0.25
-        until(lambda: shared.look([KEY]) is None)
+        until(lambda: shared._asked is not None and time.monotonic() - shared._asked > 0.3)
+        assert shared.look([KEY]) is None
         assert store.finds == 1
         gate.set()
         until(lambda: shared.counts.failures == 1)
         assert shared.look([KEY]) is None  # it has come back, and is left alone all the same
         scheduler.cancel(running)
+
+
+def test_who_is_in_memory_overtakes_who_waits_and_who_leaves_is_forgotten(toy: ToyRunner) -> None:
+    store, gate = FakeStore(), threading.Event()
+    options = JobOptions(3, ignore_eos=True)
+    with sharing(store, toy, seconds=PATIENT) as shared:
+        scheduler = Scheduler(toy, None, Limits(piece=8), shared)
+        known = list(range(1, 10))
+        tokens_of(scheduler, Job(known[:], options))
+        store.before_find = gate.wait
+        waits, quick = Job(list(range(30, 50)), options), Job(known[:], options)
+        scheduler.submit(waits)
+        assert scheduler.round() == []
+        scheduler.submit(quick)
+        found = [update for _ in range(4) for update in scheduler.round()]
+        assert {update.job for update in found} == {quick} and found[-1].finish == "length"
+        assert scheduler.jobs() == [waits] and not scheduler.idle
+        scheduler.cancel(waits)
+        assert scheduler.idle
+        gate.set()
+        until(lambda: shared._asked is None)
+        assert scheduler.idle and scheduler.round() == []
 
 
 def test_a_store_that_fails_is_left_alone_for_a_while(toy: ToyRunner) -> None:
