@@ -142,9 +142,11 @@ def test_a_server_finds_what_another_has_read_bit_for_bit(
     with server_process(sample_bundle, redis, *PATIENT) as (_, port):
         first = answer(port, BODY | WAYS["greedy"])
         assert first[:2] == (0, expected["greedy"][1])
-        until(lambda: counted(port, "shared_prefix_written_total") >= 10)
-        pieces = counted(port, "shared_prefix_written_total")
-    until(lambda: len(administrator.keys()) == pieces)
+        again = answer(port, BODY | WAYS["greedy"])
+        assert again[1] == expected["greedy"][1]
+        pieces = again[0] // 64
+        until(lambda: counted(port, "shared_prefix_written_total") == pieces)
+    assert len(administrator.keys()) == pieces >= 10
     with server_process(sample_bundle, redis, *PATIENT) as (_, port):
         for way, how in WAYS.items():
             cached, choices, _seconds = answer(port, BODY | how)
@@ -173,10 +175,10 @@ def test_a_hit_takes_less_time_than_reading(sample_bundle: Path, redis: Redis, c
         server_process(sample_bundle, redis, *PATIENT) as (_, b),
     ):
         misses = [answer(a, prompt(number)) for number in range(5)]
-        written = counted(a, "shared_prefix_written_total")
-        until(lambda: counted(a, "shared_prefix_written_total") == written)
+        kept = [answer(a, prompt(number))[0] for number in range(5)]  # in its memory
+        until(lambda: counted(a, "shared_prefix_written_total") == sum(kept) // 64)
         hits = [answer(b, prompt(number)) for number in range(5)]
-    assert [cached for cached, _, _ in misses] == [0] * 5 and min(cached for cached, _, _ in hits) > 500
+    assert [cached for cached, _, _ in misses] == [0] * 5 and [cached for cached, _, _ in hits] == kept
     miss, hit = (statistics.median(seconds for _, _, seconds in each) for each in (misses, hits))
     with capsys.disabled():
         print(
@@ -196,7 +198,7 @@ def test_redis_hangs_and_goes_while_a_server_streams(sample_bundle: Path, redis:
         redis.process.send_signal(signal.SIGSTOP)
         begun = time.monotonic()
         again = [answer(port, BODY | {"prompt": f"# {number}\n" + SHARED})[0] for number in range(4)]
-        assert again == [0] * 4 and time.monotonic() - begun < 15
+        assert again == [0] * 4 and time.monotonic() - begun < 30
         assert answer(port, BODY | {"prompt": SHARED + "x"})[1] == expected
         assert counted(port, "shared_prefix_failures_total") >= 1
         until(lambda: counted(port, "shared_prefix_dropped_total") >= 1)  # the writer may still wait
