@@ -10,36 +10,36 @@ passes requests and streams through. A replica that is gone loses what it was ge
 from __future__ import annotations
 
 import argparse
+import asyncio
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
-from app import open_service
+from app import Settings, add_arguments, open_service, settings_of
 from ray import serve
 from starlette.applications import Starlette
 
 from dijiang_engines.serving.http.app import App
 
 
-def build(settings: dict[str, Any]) -> Callable[[], Starlette]:
+def build(bundle: str, settings: Settings) -> Callable[[], Starlette]:
     """What makes a replica's application, in the replica: a model and its thread do not travel.
 
     Args:
-        settings: of `open_service`.
+        bundle, settings: of `open_service`.
     """
 
     def application() -> Starlette:
-        service = open_service(**settings)
+        service = open_service(bundle, settings)
 
         @asynccontextmanager
         async def lifespan(_app: Starlette) -> AsyncIterator[None]:
             service.start()  # here, because its updates are for the event loop that requests are answered in
             service.ready = True
             yield
-            service.worker.end()
+            await asyncio.to_thread(service.close, 10.0)
 
         whole = Starlette(lifespan=lifespan)
         whole.mount("/", App(service).asgi)
@@ -63,28 +63,30 @@ class Replica:
             raise RuntimeError(f"the model cannot be run any more: {worker.failure}")
 
 
-def deployment(settings: dict[str, Any], *, least: int, most: int, cores: float) -> serve.Application:
+def deployment(
+    bundle: str, settings: Settings, *, replicas: tuple[int, int], delays: tuple[float, float]
+) -> serve.Application:
     """The application for `serve.run`.
 
     Args:
-        settings: of `open_service`.
-        least, most: replicas.
-        cores: that Ray reckons for each; give the runtime as many threads.
+        bundle, settings: of `open_service`; Ray reckons as many cores for a replica as it has threads.
+        replicas: the fewest and the most.
+        delays: seconds of much load before there are more, and of little load before there are fewer.
     """
-    slots = settings["slots"]
+    slots = settings.slots
     made = serve.deployment(
-        serve.ingress(build(settings))(Replica),
+        serve.ingress(build(bundle, settings))(Replica),
         name="dijiang",
-        ray_actor_options={"num_cpus": cores},
+        ray_actor_options={"num_cpus": settings.threads},
         # A replica queues by itself and answers 429 when that is full: Ray need not.
         max_ongoing_requests=slots + 256,
         autoscaling_config={
-            "min_replicas": least,
-            "max_replicas": most,
+            "min_replicas": replicas[0],
+            "max_replicas": replicas[1],
             # A step of half a batch takes little less than one of a whole batch: fill batches first.
             "target_ongoing_requests": max(1, 3 * slots // 4),
-            "upscale_delay_s": 10,
-            "downscale_delay_s": 300,
+            "upscale_delay_s": delays[0],
+            "downscale_delay_s": delays[1],
         },
         health_check_period_s=2,
         health_check_timeout_s=10,
@@ -99,12 +101,14 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Replicas of a server whose conversations are in Redis.")
     parser.add_argument("bundle", help="a bundle or an engine")
-    parser.add_argument("--redis", required=True, metavar="URL", help="such as redis://127.0.0.1:6379/0")
-    parser.add_argument("--ttl", type=int, default=24 * 3600, metavar="SECONDS", help="of a conversation")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--slots", type=int, default=32, help="texts at a time of each replica")
-    parser.add_argument("--threads", type=int, default=1, help="of each replica's runtime")
     parser.add_argument("--replicas", type=int, nargs=2, default=(2, 2), metavar=("LEAST", "MOST"))
+    parser.add_argument(
+        "--delays", type=float, nargs=2, default=(10, 300), metavar=("MORE", "FEWER"),
+        help="seconds of much, or little, load before there are more replicas, or fewer",
+    )  # fmt: skip
+    add_arguments(parser)
+    parser.set_defaults(threads=1)
     given = parser.parse_args()
     # Ray's daemons listen on every interface unless they are told the node's address.
     ray.init(
@@ -114,15 +118,10 @@ def main() -> None:
         num_cpus=given.replicas[1] * given.threads + 1,
     )
     serve.start(http_options={"host": "127.0.0.1", "port": given.port})
-    settings = {
-        "bundle": str(Path(given.bundle).resolve()),
-        "redis_url": given.redis,
-        "ttl": given.ttl,
-        "slots": given.slots,
-        "threads": given.threads,
-    }
-    least, most = given.replicas
-    serve.run(deployment(settings, least=least, most=most, cores=given.threads))
+    bundle = str(Path(given.bundle).resolve())
+    serve.run(
+        deployment(bundle, settings_of(given), replicas=tuple(given.replicas), delays=tuple(given.delays))
+    )
     print(f"http://127.0.0.1:{given.port}/v1", flush=True)
     ends = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
+from redis_connection import connect, errors
+
 from dijiang_engines.errors import SessionError, UsageError
 from dijiang_engines.serving.session_store import StoreError
 
@@ -24,7 +26,7 @@ class RedisStore:
     """A `SessionStore` over a Redis server.
 
     Args:
-        url: redis://[[user]:password@]host:port/database, or rediss:// for TLS.
+        url: see `redis_connection.connect`.
         ttl_seconds: a conversation that was neither saved nor read for so long is gone.
         max_bytes: of one conversation.
         seconds: in which Redis must have answered; a request waits twice that at most, then fails.
@@ -43,21 +45,10 @@ class RedisStore:
         seconds: float = 2.0,
         prefix: str = "dijiang:session:",
     ) -> None:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
         if min(ttl_seconds, max_bytes) < 1 or seconds <= 0:
             raise UsageError("times and sizes of a store must be above zero")
         self._ttl, self._most, self._prefix = ttl_seconds, max_bytes, prefix
-        self._errors: type[Exception] = redis.RedisError
-        try:
-            # One retry, because a connection of the pool may have been closed since it was used last.
-            self._client = redis.Redis.from_url(
-                url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=Retry(NoBackoff(), 1)
-            )
-        except ValueError as error:
-            raise UsageError(f"this is not a URL of Redis: {error}") from None
+        self._errors, self._client = errors(), connect(url, seconds)
 
     def get(self, name: str) -> bytes | None:
         """The file, whose time begins anew; None if there is none, or not any more.

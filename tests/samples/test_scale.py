@@ -1,22 +1,16 @@
 """samples/scale: conversations in a real Redis on loopback, and a server that is killed in the middle of one.
 
-Skipped where there is no Redis or Valkey, or no client for it. Ray itself is run by hand
-(docs/evidence/scale-ray-redis.txt).
+Skipped where there is no Redis or Valkey, or no client for it. States that servers share are in
+test_scale_prefixes.py. Ray itself is run by hand (docs/evidence/scale-ray-redis.txt).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -29,7 +23,7 @@ pytest.importorskip("uvicorn")
 from support.fakes.runner import ToyRunner
 from support.http import ask
 from support.makers.toy_bundle import make_bundle
-from support.paths import ROOT
+from support.redis import SCALE, Redis, answers, redis_server, server_process, until
 from support.server import serving
 
 from dijiang_engines.errors import SessionError, UsageError
@@ -37,64 +31,14 @@ from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.runners import open_runner
 from dijiang_engines.serving.session_store import MemoryStore, StoreError
 
-SCALE = ROOT / "samples/scale"
 WORK = "/v1/completions"
-PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
 SHORT_SECONDS = 0.3
-
-
-@dataclass
-class Redis:
-    """A server of conversations that keeps nothing on disk."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
-
-
-@contextmanager
-def redis_server(folder: Path) -> Iterator[Redis]:
-    pytest.importorskip("redis", reason="the Redis client for Python is not installed")
-    if PROGRAM is None:
-        pytest.skip("neither valkey-server nor redis-server is installed")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    words = [
-        "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(folder),
-    ]  # fmt: skip
-    process = subprocess.Popen([PROGRAM, *words], stdout=subprocess.DEVNULL)
-    try:
-        until(lambda: answers(port))
-        yield Redis(process, port)
-    finally:
-        process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[Redis]:
     with redis_server(tmp_path) as running:
         yield running
-
-
-def answers(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1) as opened:
-            opened.sendall(b"PING\r\n")
-            return opened.recv(16).startswith(b"+PONG")
-    except OSError:
-        return False
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < seconds
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -224,29 +168,6 @@ def test_a_store_that_fails_is_503_and_the_server_lives(tmp_path: Path) -> None:
 
 
 # -- a server that is killed -------------------------------------------------------------------------------
-
-
-@contextmanager
-def server_process(bundle: Path, redis: Redis) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """samples/scale/app.py, and its port."""
-    process = subprocess.Popen(
-        [
-            sys.executable, SCALE / "app.py", bundle, "--redis", redis.url, "--port", "0", "--threads", "1",
-            "--grace", "1",
-        ],
-        stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("http://127.0.0.1:"), line
-        yield process, int(line.split(":")[2].split("/")[0])
-    finally:
-        process.terminate()
-        process.wait(20)
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dijiang_engines.formats.folder import Model
 from dijiang_engines.runners.base import Runner
 from dijiang_engines.serving.http import server
 from dijiang_engines.serving.http.service import Service
+from dijiang_engines.serving.prefix_store import PrefixStore
 from dijiang_engines.serving.serve import ServerOptions, make_service
 from dijiang_engines.serving.session_store import SessionStore
 
@@ -48,11 +49,12 @@ def serving(
     options: ServerOptions | None = None,
     *,
     sessions: SessionStore | None = None,
+    prefixes: PrefixStore | None = None,
     write_seconds: float = 10.0,
     grace_seconds: float = 5.0,
 ) -> Iterator[Running]:
     """A server until the block ends."""
-    service = make_service(model, runner, options or ServerOptions(piece=64), sessions)
+    service = make_service(model, runner, options or ServerOptions(piece=64), sessions, prefixes)
     listens = threading.Event()
     found: dict[str, Any] = {}
 

@@ -1,12 +1,14 @@
 """States after the beginnings of prompts, so that a beginning that many share is read once.
 
 A state has the same size after ten tokens and after ten thousand, so an entry costs kilobytes to a few
-megabytes, whatever it saves. The entry that was not used for longest goes first.
+megabytes, whatever it saves. The entry that was not used for longest goes first. What is not here, another
+server may have (`shared_prefixes`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from dijiang_engines.runners.base import FloatArray
 
@@ -32,6 +34,10 @@ class PrefixCache:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
+
+    def longest(self, keys: Sequence[bytes]) -> int:
+        """Which of a prompt's keys, in their order, is the last that is here; -1: none."""
+        return next((i for i in reversed(range(len(keys))) if keys[i] in self._entries), -1)
 
     def get(self, key: bytes) -> list[FloatArray]:
         """The state of a key that is here, one [1, H, d, d] array per layer; it was used now."""

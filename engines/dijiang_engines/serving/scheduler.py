@@ -23,6 +23,7 @@ from dijiang_engines.serving.choosing import Chooser, choose, token_out
 from dijiang_engines.serving.job import Job, Update
 from dijiang_engines.serving.pieces import piece_ends, state_keys
 from dijiang_engines.serving.prefix_cache import PrefixCache
+from dijiang_engines.serving.shared_prefixes import Lookup, SharedPrefixes
 from dijiang_engines.tokenizer.tokenizer import Tokenizer
 
 
@@ -54,13 +55,20 @@ class Reading:
     """A job whose prompt is being read, in a state of its own."""
 
     job: Job
-    state: State
+    state: State | None
+    """None before it has begun."""
     ends: list[int]
     """Where the pieces that are left end."""
     keys: list[bytes]
     """Of the states after them; empty for a prompt that goes on from a session."""
     consumed: int
-    logits: FloatArray | None = None
+    lookup: Lookup | None = None
+    """Whether another server has read its beginning: an answer that is on its way, or has come."""
+
+    @property
+    def waits(self) -> bool:
+        """For what is known elsewhere of its beginning."""
+        return self.lookup is not None and not self.lookup.settled
 
 
 @dataclass
@@ -71,6 +79,8 @@ class Counts:
     """That were read."""
     cached_tokens: int = 0
     """That need not be read."""
+    shared_tokens: int = 0
+    """Of these, those whose state another server had read."""
     generated_tokens: int = 0
     rounds: int = 0
     steps: int = 0
@@ -92,6 +102,10 @@ class Limits:
     """Of kept states after the beginnings of prompts."""
 
 
+_LOOKUP_SECONDS = 0.005
+"""That a round waits for what others have read, when there is nothing else to do."""
+
+
 class Scheduler:
     """All jobs of one runner.
 
@@ -99,15 +113,23 @@ class Scheduler:
         runner: any runner; used by one thread at a time.
         tokenizer: the model's; without one, texts are token ids alone.
         limits: see there. A runner that takes fewer sequences at once bounds the slots.
+        shared: where states are looked for that are not in memory; None: nowhere.
 
     Attributes:
         cache: states after the beginnings of prompts.
+        shared: the argument.
         counts: what has happened.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, limits: Limits) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+        limits: Limits,
+        shared: SharedPrefixes | None = None,
+    ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
-        self.limits = limits
+        self.limits, self.shared = limits, shared
         self.cache = PrefixCache(limits.prefix_bytes)
         self.counts = Counts()
         self.waiting: deque[Job] = deque()
@@ -170,21 +192,59 @@ class Scheduler:
                 job, state, piece_ends(len(job.prompt), self.limits.piece, (), consumed), [], consumed
             )
         ends = piece_ends(len(job.prompt), self.limits.piece, job.splits)
-        keys = list(state_keys(job.salt, job.prompt, ends[:-1])) if self.cache.max_bytes else []
-        kept = next((i for i in reversed(range(len(keys))) if keys[i] in self.cache), None)
-        if kept is None:
+        wanted = self.cache.max_bytes > 0 or self.shared is not None
+        keys = list(state_keys(job.salt, job.prompt, ends[:-1])) if wanted else []
+        reading = Reading(job, None, ends, keys, 0)
+        unknown = keys[self.cache.longest(keys) + 1 :]
+        if self.shared is not None and unknown:
+            reading.lookup = self.shared.look(unknown)
+        return reading
+
+    def _open(self, reading: Reading) -> None:
+        """Begin from the longest beginning whose state is in memory, or was found elsewhere."""
+        keys, ends = reading.keys, reading.ends
+        last = self.cache.longest(keys)
+        layers = self.cache.get(keys[last]) if last >= 0 else None
+        if reading.lookup is not None and reading.lookup.found is not None:
+            key, found = reading.lookup.found
+            self.cache.put(key, found)
+            if keys.index(key) > last:
+                last, layers = keys.index(key), found
+                self.counts.shared_tokens += ends[last]
+        reading.lookup = None
+        if layers is None:
             self.cache.misses += 1
-            return Reading(job, self.runner.new_state(1), ends, keys, 0)
+            reading.state = self.runner.new_state(1)
+            return
         self.cache.hits += 1
-        job.cached_tokens = ends[kept]
-        self.counts.cached_tokens += ends[kept]
-        state = self.runner.import_state(self.cache.get(keys[kept]))
-        return Reading(job, state, ends[kept + 1 :], keys[kept + 1 :], ends[kept])
+        reading.consumed = reading.job.cached_tokens = ends[last]
+        self.counts.cached_tokens += ends[last]
+        reading.state = self.runner.import_state(layers)
+        reading.ends, reading.keys = ends[last + 1 :], keys[last + 1 :]
+
+    def _next_reading(self) -> Reading | None:
+        """Whose turn it is, taken out of the queue; None: nobody's yet."""
+        place = self._ready()
+        if place is None and self.reading and not self._batch.texts:  # all wait, and nobody's token is due
+            lookup = self.reading[0].lookup
+            assert lookup is not None
+            lookup.wait(_LOOKUP_SECONDS)
+            place = self._ready()
+        if place is None:
+            return None
+        reading = self.reading[place]
+        del self.reading[place]
+        if reading.state is None:
+            self._open(reading)
+        return reading
+
+    def _ready(self) -> int | None:
+        return next((i for i, reading in enumerate(self.reading) if not reading.waits), None)
 
     def _read_piece(self) -> list[Update]:
-        if not self.reading:
+        reading = self._next_reading()
+        if reading is None:
             return []
-        reading = self.reading.popleft()
         end = reading.ends.pop(0)
         ids = np.array([reading.job.prompt[reading.consumed : end]], np.int64)
         length = ids.shape[1]
@@ -193,12 +253,21 @@ class Scheduler:
         self.counts.prompt_tokens += length
         reading.consumed = end
         if reading.keys:
-            self.cache.put(reading.keys.pop(0), self.runner.get_rows(reading.state, [0]))
+            self._keep(reading.keys.pop(0), reading.state)
         if reading.ends:
             self.reading.append(reading)
             return []
         last = length - 1 if logits.shape[1] > 1 else 0
         return self._start_texts(reading, logits[0, last])
+
+    def _keep(self, key: bytes, state: State) -> None:
+        """The state after a piece, for prompts that begin alike; another may have read the same meanwhile."""
+        if key in self.cache:
+            return
+        layers = self.runner.get_rows(state, [0])
+        self.cache.put(key, layers)
+        if self.shared is not None:
+            self.shared.put(key, layers)
 
     def _start_texts(self, reading: Reading, logits: FloatArray) -> list[Update]:
         """The prompt is read: every text of the job begins with its first token."""

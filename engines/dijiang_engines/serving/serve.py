@@ -10,8 +10,10 @@ from dijiang_engines.formats.folder import Model
 from dijiang_engines.runners.base import LimitsBatch, Runner, WarmsUp
 from dijiang_engines.serving.chat_template import load_chat_template
 from dijiang_engines.serving.piece_size import measured_piece
+from dijiang_engines.serving.prefix_store import PrefixStore, namespace
 from dijiang_engines.serving.scheduler import Limits, Scheduler
 from dijiang_engines.serving.session_store import MemoryStore, SessionStore
+from dijiang_engines.serving.shared_prefixes import SharedPrefixes
 from dijiang_engines.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class ServerOptions:
     body_seconds: float = 60.0
     prefix_bytes: int = 256 << 20
     session_bytes: int = 256 << 20
+    shared_seconds: float = 0.1
+    """That a prompt waits at most for what other servers have read of it."""
     keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -45,12 +49,20 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} must be at least 1", got=value)
+        if not self.shared_seconds > 0:
+            raise UsageError(
+                "the time to wait for shared prefixes must be above zero", got=self.shared_seconds
+            )
         if not all(self.keys):
             raise UsageError("an API key must not be empty")
 
 
 def make_service(
-    model: Model, runner: Runner, options: ServerOptions, sessions: SessionStore | None = None
+    model: Model,
+    runner: Runner,
+    options: ServerOptions,
+    sessions: SessionStore | None = None,
+    prefixes: PrefixStore | None = None,
 ) -> Service:
     """Everything behind the endpoints; nothing runs yet.
 
@@ -59,6 +71,8 @@ def make_service(
         runner: of it; the service's from here on.
         options: see there.
         sessions: where conversations are kept; by default in memory.
+        prefixes: where states after beginnings of prompts are shared with other servers of the same model,
+            runtime, kind of machine and `piece`; by default nowhere. Closed with the service.
 
     Raises:
         BundleError: the tokenizer or the chat template is damaged.
@@ -76,5 +90,10 @@ def make_service(
     if isinstance(runner, WarmsUp):
         runner.warm_up()
     piece = options.piece or measured_piece(runner)
-    scheduler = Scheduler(runner, tokenizer, Limits(slots, piece, options.queue, options.prefix_bytes))
-    return Service(served, scheduler, sessions or MemoryStore(options.session_bytes))
+    secret = None if prefixes is None else namespace(model, runner)
+    shared = (
+        None if prefixes is None else SharedPrefixes(prefixes, runner.spec, seconds=options.shared_seconds)
+    )
+    limits = Limits(slots, piece, options.queue, options.prefix_bytes)
+    scheduler = Scheduler(runner, tokenizer, limits, shared)
+    return Service(served, scheduler, sessions or MemoryStore(options.session_bytes), secret)

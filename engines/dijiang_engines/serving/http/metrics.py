@@ -18,6 +18,7 @@ from dijiang_engines.generation.row import FinishReason
 
 if TYPE_CHECKING:
     from dijiang_engines.serving.scheduler import Scheduler
+    from dijiang_engines.serving.shared_prefixes import SharedCounts
 
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
@@ -114,7 +115,22 @@ class _Scheduler(Collector):
             "dijiang:steps": ("Steps of the batch.", counts.steps),
             "dijiang:stepped_rows": ("Texts of all steps together.", counts.stepped_rows),
         }  # fmt: skip
+        if scheduler.shared is not None:
+            counters |= _shared(scheduler.shared.counts, counts.shared_tokens)
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)
+
+
+def _shared(counts: SharedCounts, tokens: int) -> dict[str, tuple[str, int]]:
+    name = "dijiang:shared_prefix"
+    return {
+        f"{name}_tokens": ("Tokens of prompts whose state another server had read.", tokens),
+        f"{name}_hits": ("Searches in the shared store that found a state.", counts.hits),
+        f"{name}_misses": ("Searches in the shared store that found none.", counts.misses),
+        f"{name}_damaged": ("Values of the shared store that were not what was put.", counts.damaged),
+        f"{name}_failures": ("Calls of the shared store that failed or were late.", counts.failures),
+        f"{name}_written": ("States that were written to the shared store.", counts.written),
+        f"{name}_dropped": ("States that were not.", counts.dropped),
+    }

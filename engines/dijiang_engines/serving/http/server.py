@@ -127,10 +127,9 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(self._grace, self._service.worker.end)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Wait for the connections, then for the thread."""
+        """Wait for the connections, then for the threads."""
         await super().shutdown(sockets)
-        self._service.worker.end()
-        await asyncio.to_thread(self._service.worker.join, 10.0)
+        await asyncio.to_thread(self._service.close, 10.0)
 
 
 async def serve(

@@ -71,18 +71,22 @@ class Service:
         served: the model and limits.
         scheduler: what works.
         sessions: where conversations are kept.
+        secret: at most 64 bytes; by default random, this process's own.
 
     Attributes:
-        secret: of this process: what is kept for one API key cannot be found with another.
+        secret: in the name of all that is kept of prompts: with another secret, or for another API key, it
+            cannot be found.
         ready: the model has been loaded and warmed up.
     """
 
-    def __init__(self, served: Served, scheduler: Scheduler, sessions: SessionStore) -> None:
+    def __init__(
+        self, served: Served, scheduler: Scheduler, sessions: SessionStore, secret: bytes | None = None
+    ) -> None:
         self.served, self.scheduler, self.sessions = served, scheduler, sessions
         self.generator = Generator(scheduler.runner, served.tokenizer)
         """Knows how prompts are read. The thread alone runs the model."""
         self.worker = Worker(scheduler, self._deliver)
-        self.secret = secrets.token_bytes(32)
+        self.secret = secrets.token_bytes(32) if secret is None else secret
         self.ready = False
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
@@ -92,7 +96,16 @@ class Service:
     def start(self) -> None:
         """Begin to work, for the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
+        if self.scheduler.shared is not None:
+            self.scheduler.shared.start()
         self.worker.start()
+
+    def close(self, seconds: float) -> None:
+        """End all jobs and all threads; from a thread that may wait so long for the model, and 3 s more."""
+        self.worker.end()
+        self.worker.join(seconds)
+        if self.scheduler.shared is not None:
+            self.scheduler.shared.close()
 
     def salt(self, key: str) -> bytes:
         """What tells the cached states of one API key from others'."""
