@@ -1,0 +1,148 @@
+// A decoding step in one launch with int8 and int4 weights: the walk of step/kernel.cuh, one program for all matrices of a layer
+// and either order of them. Its weights are so few bytes that the program is what takes the time: this one is short.
+#pragma once
+
+#include "step/kernel.cuh"
+#include "step/quantised/product.cuh"
+
+namespace dijiang {
+namespace step {
+
+// Copies a block's rounds. Whole matrices follow each other in memory, and in each its groups; a round is a piece.
+class RoundCopier : Asker<QuantisedCut> {
+public:
+    __device__ __forceinline__ RoundCopier(const Params& params, const Ring<QuantisedCut>& to, uint32_t* waits)
+        : Asker(params, to, waits), matrix_begin(params.packed) {}
+
+    // The next matrix in the order of a step.
+    __device__ __forceinline__ void copy(const Part& part, int matrix, uint32_t formats) {
+        const Layout& layout = p.layout;
+        const uint8_t* from = matrix_begin + bytes_before(layout, formats, matrix, part.first);
+        matrix_begin += matrix_bytes(layout, formats, matrix);
+        int stripe = matrix == kAttention ? stripe_of(p, part.first) : 0;
+#pragma unroll 1
+        for (int group = 0; group < part.groups; ++group) {
+            const bool eight = group_is_int8(layout, formats, matrix, stripe);
+#pragma unroll 1
+            for (int units = units_of_group(part.chunks, eight); units > 0; units -= kWarps) {
+                const uint32_t bytes = (units < kWarps ? units : kWarps) * unit_bytes(eight);
+                wait_for_slot();
+                wait_to_ask();
+                copy_piece(ring.bytes + slot * kRoundBytes, from, bytes, ring.full + slot, once);
+                from += bytes;
+                next_slot();
+            }
+            if (++stripe == layout.stripes) stripe = 0;
+        }
+    }
+
+private:
+    const uint8_t* matrix_begin;
+};
+
+template <typename T, int R> __device__ __forceinline__ void copy_rounds(const Context<T, R>& c, const Ring<QuantisedCut>& ring) {
+    RoundCopier copier(c.p, ring, &const_cast<BlockFacts&>(c.facts()).waiting);
+    const Layout& layout = c.p.layout;
+    const int all = layout.layers * kOfLayer;
+#pragma unroll 1
+    for (int i = 0; i <= all; ++i) {
+        const int matrix = i == all ? static_cast<int>(kHead) : layout.at(i % kOfLayer);
+        copier.copy(c.facts().of[matrix], matrix, formats_of(layout, i / kOfLayer));
+    }
+}
+
+// As product() of step/kernel.cuh, of whatever matrix.
+template <typename T, int R, typename Take, typename Meanwhile>
+__device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, uint32_t formats, Take take, Meanwhile meanwhile) {
+    const Params& p = c.p;
+    const bool parallel = p.layout.parallel != 0;
+    const Part part = c.facts().of[matrix];
+    // With parallel residual both products of the normalised rows are served at once.
+    const bool takes = part.groups > 0 || (matrix == kAttention && parallel && c.groups(kUp) > 0);
+    QuantisedMultiplier<T, R> multiplier(c.at, p.layout, matrix, formats, part.chunks,
+                                         matrix == kAttention ? stripe_of(p, part.first) : 0);
+    QuantisedUnit first;
+    if (part.groups > 0) multiplier.fetch(first);
+    const int mine = threadIdx.x / (kGroup * R);  // this thread's first group of a batch
+    const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + threadIdx.x % kGroup;
+    const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
+    float bias = bias_of(mine);
+    if (takes) {
+        c.set_waiting(true);
+        take();
+        c.set_waiting(false);
+    }
+    const T* const x = c.template in_shared<T>(p.inputs[matrix]);
+    float* const sums = c.template in_shared<float>(p.memory.sums) + threadIdx.x / 32 * kSumsOfWarp<R>;
+#pragma unroll 1
+    for (int batch = 0;;) {
+        const int groups = min(kBatch, part.groups - batch);
+        if (groups > 0) multiplier.run(first, x, batch + groups, sums);
+        if (batch == 0) meanwhile();
+        if (groups <= 0) break;
+        meet();
+        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases + batch * kGroup, bias);
+        batch += kBatch;
+        if (batch >= part.groups) break;
+        bias = bias_of(batch + mine);
+        multiplier.fetch(first);
+        meet();
+    }
+}
+
+// Walks all layers and the head.
+template <typename T, int R> __device__ __forceinline__ void walk_quantised(Context<T, R>& c) {
+    const Params& p = c.p;
+    Attention<T, R> attention(c);
+    const bool parallel = p.layout.parallel != 0;
+    const int before_attention = parallel ? 1 : 0;  // the turn that attention follows
+    int layer = 0, turn = 0;
+#pragma unroll 1
+    for (;;) {
+        const bool head = layer == p.layout.layers;
+        const int matrix = head ? static_cast<int>(kHead) : p.layout.at(turn);
+        const auto take = [&] {
+            if (matrix == kDown) {
+                take_inner(c);
+            } else if (matrix == kDense) {
+                take_outputs(c);
+            } else if (matrix == kUp && parallel) {
+                meet();  // q, k, v and gate have been added up
+            } else {
+                const bool up = matrix == kUp;
+                const uint32_t tag = up ? c.tag : layer == 0 ? 0 : c.tag - 1;
+                const int64_t norm = up ? p.places.mlp_norm : head ? 0 : p.places.attention_norm;
+                take_normalised(c, tag, norm, parallel && !head);
+            }
+        };
+        quantised_product(c, matrix, formats_of(p.layout, layer), take, [&] {
+            if (head) return;
+            if (turn == 0) {
+                attention.request_state(c, layer);
+                prefetch_constants(c, layer + 1);
+            }
+            if (turn == before_attention) attention.request_proj(c);
+        });
+        if (head) return;
+        if (turn == before_attention) attention.run(c, layer);
+        if (++turn < kOfLayer) continue;
+        turn = 0;
+        ++layer;
+        c.constants += p.places.size;
+        c.tag += 2;
+    }
+}
+
+template <typename T, int R>
+__global__ void __launch_bounds__(kThreads + 32, 1) quantised_step_kernel(const __grid_constant__ Params p) {
+#if !defined(__CUDA_ARCH__) || DIJIANG_STEP_HERE
+    walk<QuantisedCut, T, R>(
+        p, [](const Context<T, R>& c, const Ring<QuantisedCut>& ring) { copy_rounds(c, ring); },
+        [](Context<T, R>& c) { walk_quantised(c); });
+#else
+    __trap();
+#endif
+}
+
+}  // namespace step
+}  // namespace dijiang
