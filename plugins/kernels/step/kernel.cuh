@@ -38,8 +38,9 @@ template <typename T, int R> __device__ __forceinline__ void take_inner(Context<
 }
 
 // What is known when the kernel is compiled; where one program serves all matrices, an int and a bool stand in its place.
-template <int kMatrix> using MatrixConstant = std::integral_constant<int, kMatrix>;
-template <bool kParallel> using ParallelConstant = std::integral_constant<bool, kParallel>;
+template <typename Value, Value kValue> struct Constant {
+    __device__ __forceinline__ constexpr operator Value() const { return kValue; }
+};
 
 // Quantised weights: the stripe of one of attention's groups.
 __device__ __forceinline__ int stripe_of(const Params& p, int group) { return group - divide(group, p.by_stripes) * p.layout.stripes; }
@@ -134,7 +135,7 @@ __device__ __forceinline__ void product(Context<T, R>& c, Take take, Meanwhile m
         multiplier.run(first, x, part.chunks, groups * part.chunks, sums);
         meanwhile();
         meet();
-        finish_batch<false>(c, MatrixConstant<kMatrix>(), ParallelConstant<kParallel>(), part.first + batch, groups,
+        finish_batch<false>(c, Constant<int, kMatrix>(), Constant<bool, kParallel>(), part.first + batch, groups,
                             biases + batch * kGroup, bias);
         batch += kBatch;
         if (batch >= part.groups) break;
@@ -212,23 +213,24 @@ template <typename T, int R> __device__ __forceinline__ void prefetch_constants(
 template <bool kParallel, typename T, int R> __device__ __forceinline__ void walk_layers(Context<T, R>& c) {
     const Params& p = c.p;
     Attention<T, R> attention(c);
+    Requests<R> asked{};
     const auto nothing = [] {};
     const auto hidden = [&](uint32_t tag, int64_t norm, bool both) { take_normalised(c, tag, norm, both); };
 #pragma unroll 1
     for (int layer = 0; layer < p.layout.layers; ++layer) {
         const uint32_t before = layer == 0 ? 0 : c.tag - 1;
         product<kAttention, kParallel>(c, [&] { hidden(before, p.places.attention_norm, kParallel); }, [&] {
-            attention.request_state(c, layer);
+            attention.request_state(c, asked, layer);
             prefetch_constants(c, layer + 1);
         });
         if (kParallel) {  // x + attention(norm x) + mlp(norm' x); meet(): q, k, v and gate have been added up
-            product<kUp, kParallel>(c, [] { meet(); }, [&] { attention.request_proj(c); });
-            attention.run(c, layer);
+            product<kUp, kParallel>(c, [] { meet(); }, [&] { attention.request_proj(c, asked); });
+            attention.run(c, asked, layer);
             product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);
             product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
         } else {  // y = x + attention(norm x), then y + mlp(norm' y)
-            attention.request_proj(c);
-            attention.run(c, layer);
+            attention.request_proj(c, asked);
+            attention.run(c, asked, layer);
             product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
             product<kUp, kParallel>(c, [&] { hidden(c.tag, p.places.mlp_norm, false); }, nothing);
             product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);

@@ -56,9 +56,14 @@ template <typename T, int R, typename Take, typename Meanwhile>
 __device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, uint32_t formats, Take take, Meanwhile meanwhile) {
     const Params& p = c.p;
     const bool parallel = p.layout.parallel != 0;
+    const auto wait = [&] {
+        // With parallel residual both products of the normalised rows are served at once.
+        if (c.groups(matrix) <= 0 && !(matrix == kAttention && parallel && c.groups(kUp) > 0)) return;
+        c.set_waiting(true);
+        take();
+        c.set_waiting(false);
+    };
     const Part part = c.facts().of[matrix];
-    // With parallel residual both products of the normalised rows are served at once.
-    const bool takes = part.groups > 0 || (matrix == kAttention && parallel && c.groups(kUp) > 0);
     QuantisedMultiplier<T, R> multiplier(c.at, p.layout, matrix, formats, part.chunks,
                                          matrix == kAttention ? stripe_of(p, part.first) : 0);
     QuantisedUnit first;
@@ -67,11 +72,7 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, 
     const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + threadIdx.x % kGroup;
     const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
     float bias = bias_of(mine);
-    if (takes) {
-        c.set_waiting(true);
-        take();
-        c.set_waiting(false);
-    }
+    wait();
     const T* const x = c.template in_shared<T>(p.inputs[matrix]);
     float* const sums = c.template in_shared<float>(p.memory.sums) + threadIdx.x / 32 * kSumsOfWarp<R>;
 #pragma unroll 1
@@ -117,14 +118,15 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
         };
         quantised_product(c, matrix, formats_of(p.layout, layer), take, [&] {
             if (head) return;
-            if (turn == 0) {
-                attention.request_state(c, layer);
-                prefetch_constants(c, layer + 1);
-            }
-            if (turn == before_attention) attention.request_proj(c);
+            if (turn == 0) prefetch_constants(c, layer + 1);
         });
         if (head) return;
-        if (turn == before_attention) attention.run(c, layer);
+        if (turn == before_attention) {
+            Requests<R> asked;
+            attention.request_state(c, asked, layer);
+            attention.request_proj(c, asked);
+            attention.run(c, asked, layer);
+        }
         if (++turn < kOfLayer) continue;
         turn = 0;
         ++layer;
