@@ -51,13 +51,6 @@ __device__ __forceinline__ bool mbarrier_done(uint64_t* m, uint32_t parity) {
                  : "=r"(done) : "r"(shared_address(m)), "r"(parity) : "memory");
     return done;
 }
-// Looks and does not wait.
-__device__ __forceinline__ bool mbarrier_is_done(uint64_t* m, uint32_t parity) {
-    uint32_t done;
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done) : "r"(shared_address(m)), "r"(parity) : "memory");
-    return done;
-}
 
 // --- a flag in shared memory that one thread sets and others look at, whenever they do ---
 __device__ __forceinline__ void set_flag(uint32_t* flag, uint32_t value) {

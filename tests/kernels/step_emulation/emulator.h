@@ -182,6 +182,13 @@ template <typename T> T __shfl_down_sync(unsigned, T v, int offset) {
     std::memcpy(&v, words[lane + offset < 32 ? lane + offset : lane], 4);
     return v;
 }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+    const uint32_t word = vote;
+    auto* words = emulator::exchange(&word, 1);
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= words[lane][0] << lane;
+    return all;
+}
 inline void __syncwarp() { emulator::meet(emulator::warp().barrier, 32); }
 inline void __syncthreads() { emulator::meet(emulator::current->of->all, static_cast<int>(blockDim.x)); }
 inline unsigned atomicInc(unsigned* p, unsigned most) {

@@ -34,7 +34,6 @@ inline void mbarrier_arrive(uint64_t* m) {
     it.set(it.pending() - 1, it.bytes());
 }
 inline bool mbarrier_done(uint64_t* m, uint32_t parity) { return *m >> 63 != parity; }
-inline bool mbarrier_is_done(uint64_t* m, uint32_t parity) { return mbarrier_done(m, parity); }
 inline void set_flag(uint32_t* flag, uint32_t value) { *flag = value; ++emulator::progress; }
 inline bool flag(uint32_t* flag) { return *flag != 0; }
 inline uint64_t read_once() { return 0; }

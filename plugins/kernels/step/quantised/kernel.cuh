@@ -51,6 +51,13 @@ template <typename T, int R> __device__ __forceinline__ void copy_rounds(const C
     }
 }
 
+// Of a batch's groups, bit i: that group i is int8. A lane asks for one of them.
+__device__ __forceinline__ uint32_t int8_groups(const Params& p, uint32_t formats, int matrix, int first) {
+    static_assert(kBatch <= 32, "a lane for each");
+    const int stripe = matrix == kAttention ? stripe_of(p, first + static_cast<int>(threadIdx.x % 32)) : 0;
+    return __ballot_sync(~0u, group_is_int8(p.layout, formats, matrix, stripe));
+}
+
 // As product() of step/kernel.cuh, of whatever matrix.
 template <typename T, int R, typename Take, typename Meanwhile>
 __device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, uint32_t formats, Take take, Meanwhile meanwhile) {
@@ -64,10 +71,13 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, 
         c.set_waiting(false);
     };
     const Part part = c.facts().of[matrix];
-    QuantisedMultiplier<T, R> multiplier(c.at, p.layout, matrix, formats, part.chunks,
-                                         matrix == kAttention ? stripe_of(p, part.first) : 0);
+    QuantisedMultiplier<T, R> multiplier(c.at, part.chunks);
     QuantisedUnit first;
-    if (part.groups > 0) multiplier.fetch(first);
+    const auto begin = [&](int batch) {
+        multiplier.begin(min(kBatch, part.groups - batch), int8_groups(p, formats, matrix, part.first + batch));
+        multiplier.fetch(first);
+    };
+    if (part.groups > 0) begin(0);
     const int mine = threadIdx.x / (kGroup * R);  // this thread's first group of a batch
     const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + threadIdx.x % kGroup;
     const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
@@ -78,7 +88,7 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, 
 #pragma unroll 1
     for (int batch = 0;;) {
         const int groups = min(kBatch, part.groups - batch);
-        if (groups > 0) multiplier.run(first, x, batch + groups, sums);
+        if (groups > 0) multiplier.run(first, x, sums);
         if (batch == 0) meanwhile();
         if (groups <= 0) break;
         meet();
@@ -86,7 +96,7 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, 
         batch += kBatch;
         if (batch >= part.groups) break;
         bias = bias_of(batch + mine);
-        multiplier.fetch(first);
+        begin(batch);
         meet();
     }
 }

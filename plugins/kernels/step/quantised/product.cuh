@@ -17,54 +17,62 @@ struct QuantisedUnit {
     uint32_t slot;
 };
 
-// Where this warp is in a block's groups of a matrix.
-struct Rounds {
-    int group, unit;  // the warp's unit of the present round, if the group has so many
-    int stripe, units;
-    bool eight;
-};
-
 template <typename T, int R> class QuantisedMultiplier {
 public:
-    __device__ __forceinline__ QuantisedMultiplier(Cursor& cursor, const Layout& of, int which, uint32_t bits, int chunks_of_x, int stripe)
-        : at(cursor), layout(of), matrix(which), formats(bits), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
-          chunks(chunks_of_x) {
-        now.group = 0;
-        now.stripe = stripe;
-        begin_group(now);
-    }
+    __device__ __forceinline__ QuantisedMultiplier(Cursor& cursor, int chunks_of_x)
+        : at(cursor), warp(threadIdx.x / 32), lane(threadIdx.x % 32), chunks(chunks_of_x) {}
 
-    // Reads the first round's units: before x is waited for.
-    __device__ __forceinline__ void fetch(QuantisedUnit& first) {
+    // So many groups come next; bit i of `int8` says of which format group i is.
+    __device__ __forceinline__ void begin(int groups, uint32_t int8) {
+        left = groups;
+        eights = int8;
+        begin_group();
+    }
+    // Reads the next round's units: of a batch's first, before x is waited for.
+    __device__ __forceinline__ void fetch(QuantisedUnit& to) {
         at.template arrive<1>(at.slot, at.parity);
-        read(first, now);
+        to.slot = at.slot;
+        if (first + warp < units) {
+            const bool eight = eights & 1u;
+            const uint8_t* const unit = at.bytes + at.slot * kRoundBytes + warp * unit_bytes(eight);
+            to.weights = *reinterpret_cast<const uint4*>(unit + lane * 16);
+            const uint8_t* const scales = unit + 512;
+            if (eight) to.scales.x = *reinterpret_cast<const uint32_t*>(scales + lane / 4 * 4);
+            else to.scales = *reinterpret_cast<const uint2*>(scales + lane / 4 * 8);
+        }
+        at.next();
     }
-
-    // The groups before `end`, of those not yet done. Each warp leaves a sum for each output, in its part of `sums`.
-    __device__ __forceinline__ void run(QuantisedUnit present, const T* x, int end, float* sums) {
+    // Those groups. Each warp leaves a sum for each output, in its part of `sums`. A round is read before the one ahead of it
+    // is multiplied: it is mostly there.
+    __device__ __forceinline__ void run(QuantisedUnit present, const T* x, float* sums) {
         const int row = kHalves ? lane / 4 % R : lane / 4;  // beyond the rows others again, whose results are left
         x += row * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? 4 : 0);
         sums += lane / 4;
         float sum[4] = {};
 #pragma unroll 1
         for (;;) {
-            Rounds then = now;
-            const bool ends = advance(then), more = then.group < end;
+            const bool eight = eights & 1u, there = first + warp < units;
+            const int unit = first + warp;
+            first += kWarps;
+            const bool ends = first >= units;
+            if (ends) {
+                --left;
+                eights >>= 1;
+                begin_group();
+            }
+            const bool more = left > 0;
             QuantisedUnit next;
-            const bool early = more && mbarrier_is_done(at.full + at.slot, at.parity);
-            if (early) read(next, then);
-            if (now.unit < now.units) {
-                if (now.eight) multiply<DIJIANG_INT8>(sum, present, x);
-                else multiply<DIJIANG_INT4>(sum, present, x);
+            if (more) fetch(next);
+            if (there) {
+                if (eight) multiply<DIJIANG_INT8>(sum, present, unit, x);
+                else multiply<DIJIANG_INT4>(sum, present, unit, x);
             }
             at.leave(present.slot);
             if (ends) {
                 leave_sum(sum, sums);
                 sums += R * kGroup;
             }
-            now = then;
             if (!more) break;
-            if (!early) fetch(next);
             present = next;
         }
     }
@@ -72,44 +80,20 @@ public:
 private:
     static constexpr bool kHalves = R <= 4;
     Cursor& at;
-    const Layout& layout;
-    const int matrix;
-    const uint32_t formats;
     const int warp, lane, chunks;
-    Rounds now;
+    int left, first, units;  // groups; of the present one's units the present round's first, and how many there are
+    uint32_t eights;
 
-    __device__ __forceinline__ void begin_group(Rounds& it) const {
-        it.unit = warp;
-        it.eight = group_is_int8(layout, formats, matrix, it.stripe);
-        it.units = units_of_group(chunks, it.eight);
+    __device__ __forceinline__ void begin_group() {
+        first = 0;
+        units = units_of_group(chunks, eights & 1u);
     }
-    // To the next round. True behind the last of a group.
-    __device__ __forceinline__ bool advance(Rounds& it) const {
-        it.unit += kWarps;
-        if (it.unit - warp < it.units) return false;
-        ++it.group;
-        if (++it.stripe == layout.stripes) it.stripe = 0;
-        begin_group(it);
-        return true;
-    }
-    // This warp's unit of a round that is there, and on to the next slot.
-    __device__ __forceinline__ void read(QuantisedUnit& to, const Rounds& it) {
-        to.slot = at.slot;
-        if (it.unit < it.units) {
-            const uint8_t* const unit = at.bytes + at.slot * kRoundBytes + warp * unit_bytes(it.eight);
-            to.weights = *reinterpret_cast<const uint4*>(unit + lane * 16);
-            const uint8_t* const scales = unit + 512;
-            if (it.eight) to.scales.x = *reinterpret_cast<const uint32_t*>(scales + lane / 4 * 4);
-            else to.scales = *reinterpret_cast<const uint2*>(scales + lane / 4 * 8);
-        }
-        at.next();
-    }
-    template <int kFormat> __device__ __forceinline__ void multiply(float (&sum)[4], const QuantisedUnit& unit, const T* x) const {
+    template <int kFormat> __device__ __forceinline__ void multiply(float (&sum)[4], const QuantisedUnit& it, int unit, const T* x) const {
         constexpr int kBlocks = kFormat == DIJIANG_INT4 ? 4 : 2;
-        const int first = max(min(now.unit * kBlocks, chunks - kBlocks), 0);  // the last unit ends with the columns
-        const T* const from = x + first * (R * kChunk);
-        const uint32_t words[4] = {unit.weights.x, unit.weights.y, unit.weights.z, unit.weights.w};
-        const uint32_t scales[2] = {unit.scales.x, unit.scales.y};
+        const int chunk = max(min(unit * kBlocks, chunks - kBlocks), 0);  // the last unit ends with the columns
+        const T* const from = x + chunk * (R * kChunk);
+        const uint32_t words[4] = {it.weights.x, it.weights.y, it.weights.z, it.weights.w};
+        const uint32_t scales[2] = {it.scales.x, it.scales.y};
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             uint32_t w[4];
