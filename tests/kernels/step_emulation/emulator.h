@@ -182,6 +182,7 @@ template <typename T> T __shfl_down_sync(unsigned, T v, int offset) {
     std::memcpy(&v, words[lane + offset < 32 ? lane + offset : lane], 4);
     return v;
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __ballot_sync(unsigned, bool vote) {
     const uint32_t word = vote;
     auto* words = emulator::exchange(&word, 1);

@@ -74,8 +74,7 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, 
     QuantisedMultiplier<T, R> multiplier(c.at, part.chunks);
     QuantisedUnit first;
     const auto begin = [&](int batch) {
-        multiplier.begin(min(kBatch, part.groups - batch), int8_groups(p, formats, matrix, part.first + batch));
-        multiplier.fetch(first);
+        multiplier.begin(min(kBatch, part.groups - batch), int8_groups(p, formats, matrix, part.first + batch), first);
     };
     if (part.groups > 0) begin(0);
     const int mine = threadIdx.x / (kGroup * R);  // this thread's first group of a batch

@@ -22,58 +22,30 @@ public:
     __device__ __forceinline__ QuantisedMultiplier(Cursor& cursor, int chunks_of_x)
         : at(cursor), warp(threadIdx.x / 32), lane(threadIdx.x % 32), chunks(chunks_of_x) {}
 
-    // So many groups come next; bit i of `int8` says of which format group i is.
-    __device__ __forceinline__ void begin(int groups, uint32_t int8) {
+    // So many groups come next; bit i of `int8` says of which format group i is. Reads the first round's units, before x is
+    // waited for.
+    __device__ __forceinline__ void begin(int groups, uint32_t int8, QuantisedUnit& first) {
         left = groups;
         eights = int8;
-        begin_group();
+        fetch_first(first);
     }
-    // Reads the next round's units: of a batch's first, before x is waited for.
-    __device__ __forceinline__ void fetch(QuantisedUnit& to) {
-        at.template arrive<1>(at.slot, at.parity);
-        to.slot = at.slot;
-        if (first + warp < units) {
-            const bool eight = eights & 1u;
-            const uint8_t* const unit = at.bytes + at.slot * kRoundBytes + warp * unit_bytes(eight);
-            to.weights = *reinterpret_cast<const uint4*>(unit + lane * 16);
-            const uint8_t* const scales = unit + 512;
-            if (eight) to.scales.x = *reinterpret_cast<const uint32_t*>(scales + lane / 4 * 4);
-            else to.scales = *reinterpret_cast<const uint2*>(scales + lane / 4 * 8);
-        }
-        at.next();
-    }
-    // Those groups. Each warp leaves a sum for each output, in its part of `sums`. A round is read before the one ahead of it
-    // is multiplied: it is mostly there.
-    __device__ __forceinline__ void run(QuantisedUnit present, const T* x, float* sums) {
+    // Those groups. Each warp leaves a sum for each output, in its part of `sums`.
+    __device__ __forceinline__ void run(QuantisedUnit first, const T* x, float* sums) {
         const int row = kHalves ? lane / 4 % R : lane / 4;  // beyond the rows others again, whose results are left
         x += row * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? 4 : 0);
         sums += lane / 4;
-        float sum[4] = {};
 #pragma unroll 1
-        for (;;) {
-            const bool eight = eights & 1u, there = first + warp < units;
-            const int unit = first + warp;
-            first += kWarps;
-            const bool ends = first >= units;
-            if (ends) {
-                --left;
-                eights >>= 1;
-                begin_group();
-            }
-            const bool more = left > 0;
-            QuantisedUnit next;
-            if (more) fetch(next);
-            if (there) {
-                if (eight) multiply<DIJIANG_INT8>(sum, present, unit, x);
-                else multiply<DIJIANG_INT4>(sum, present, unit, x);
-            }
-            at.leave(present.slot);
-            if (ends) {
-                leave_sum(sum, sums);
-                sums += R * kGroup;
-            }
-            if (!more) break;
-            present = next;
+        for (;;) {  // groups of one format that follow each other
+            const bool eight = eights & 1u;
+            const int others = __ffs(static_cast<int>(eight ? ~eights : eights)) - 1;
+            const int groups = others < 0 ? left : min(others, left);
+            if (eight) run_groups<DIJIANG_INT8>(first, x, sums, groups);
+            else run_groups<DIJIANG_INT4>(first, x, sums, groups);
+            left -= groups;
+            if (left == 0) break;
+            sums += groups * (R * kGroup);
+            eights >>= groups;
+            fetch_first(first);
         }
     }
 
@@ -81,12 +53,49 @@ private:
     static constexpr bool kHalves = R <= 4;
     Cursor& at;
     const int warp, lane, chunks;
-    int left, first, units;  // groups; of the present one's units the present round's first, and how many there are
-    uint32_t eights;
+    int left;         // groups
+    uint32_t eights;  // which of them are int8
 
-    __device__ __forceinline__ void begin_group() {
-        first = 0;
-        units = units_of_group(chunks, eights & 1u);
+    __device__ __forceinline__ void fetch_first(QuantisedUnit& to) {
+        if (eights & 1u) fetch<DIJIANG_INT8>(to, 0);
+        else fetch<DIJIANG_INT4>(to, 0);
+    }
+    // Waits for a round, and reads this warp's unit of it, if there is one. `first`: the round's first unit of its group.
+    template <int kFormat> __device__ __forceinline__ void fetch(QuantisedUnit& to, int first) {
+        constexpr bool kEight = kFormat == DIJIANG_INT8;
+        at.template arrive<1>(at.slot, at.parity);
+        to.slot = at.slot;
+        if (first + warp < units_of_group(chunks, kEight)) {
+            const uint8_t* const unit = at.bytes + warp * unit_bytes(kEight) + at.slot * kRoundBytes;
+            to.weights = *reinterpret_cast<const uint4*>(unit + lane * 16);
+            if (kEight) to.scales.x = *reinterpret_cast<const uint32_t*>(unit + 512 + lane / 4 * 4);
+            else to.scales = *reinterpret_cast<const uint2*>(unit + 512 + lane / 4 * 8);
+        }
+        at.next();
+    }
+    // Groups of one format. A round is read before the one ahead of it is multiplied: it is mostly there.
+    template <int kFormat>
+    __device__ __forceinline__ void run_groups(QuantisedUnit present, const T* x, float* to, int groups) {
+        const int units = units_of_group(chunks, kFormat == DIJIANG_INT8);
+        float sum[4] = {};
+        int first = 0;
+#pragma unroll 1
+        for (;;) {
+            const int unit = first + warp;
+            first += kWarps;
+            const bool ends = first >= units;
+            if (ends) first = 0, --groups;
+            QuantisedUnit next;
+            if (groups > 0) fetch<kFormat>(next, first);
+            if (unit < units) multiply<kFormat>(sum, present, unit, x);
+            at.leave(present.slot);
+            if (ends) {
+                leave_sum(sum, to);
+                to += R * kGroup;
+            }
+            if (groups == 0) break;
+            present = next;
+        }
     }
     template <int kFormat> __device__ __forceinline__ void multiply(float (&sum)[4], const QuantisedUnit& it, int unit, const T* x) const {
         constexpr int kBlocks = kFormat == DIJIANG_INT4 ? 4 : 2;
