@@ -320,9 +320,16 @@ FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "dijiang_step_pack_matrix": (
         c_int32,
         [
-            _pointer(StepModelStruct), c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_size_t, c_void_p,
+            _pointer(StepModelStruct),
+            c_int32,
+            c_int32,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_size_t,
+            c_void_p,
         ],
-    ),  # fmt: skip
+    ),
     "dijiang_step_pack_ends": (
         c_int32,
         [_pointer(StepModelStruct), _pointer(StepEndsStruct), c_void_p, c_size_t, c_void_p],

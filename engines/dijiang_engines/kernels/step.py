@@ -7,7 +7,7 @@
     for layer, tensors in enumerate(...):
         kernels.pack_step_layer(model, layer, tensors, packed, size.packed, stream)
     kernels.pack_step_ends(model, ends, packed, size.packed, stream)
-    for part in step_parts(spec, quantised):  # of a bundle with quantised weights, whose layers come without them
+    for part in step_parts(spec, quantised):  # if weights are quantised: layers and ends come without them
         kernels.pack_step_matrix(model, part, values, scales, packed, size.packed, stream)
     kernels.step(model, StepCall(...), stream)
 
@@ -67,9 +67,7 @@ def step_parts(spec: ModelSpec, quantised: Mapping[str, Sequence[Matrix]]) -> li
     for layer in range(spec.num_layers):
         at, start = f"layers.{layer}.", 0
         for matrix, rows in zip(("q", "k", "v"), sizes, strict=True):
-            (stored,) = (
-                it for it in quantised[at + QKV] if it.first_row <= start < it.first_row + it.rows
-            )
+            (stored,) = (it for it in quantised[at + QKV] if it.first_row <= start < it.first_row + it.rows)
             parts.append(StepPart(layer, matrix, stored, start - stored.first_row, rows))
             start += rows
         for name, matrix in _MATRICES.items():
@@ -289,7 +287,7 @@ class StepKernels(Library):
         Args:
             model: its geometry and formats.
             part: which matrix.
-            values: address of its first row's elements, as a bundle stores them: uint8 [rows, K/32, 32 or 16].
+            values: address of its first row's elements, stored as in a bundle: uint8 [rows, K/32, 32 or 16].
             scales: and of its scales: float16 [rows, K/32].
             packed: the packed weights, and
             packed_size: how many bytes they have.

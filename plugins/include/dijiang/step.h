@@ -17,9 +17,18 @@
  *   values   int8: uint8 [N, K/32, 32] of q + 128. int4: uint8 [N, K/32, 16], byte j of a block has q + 8 of its
  *            element 2 j in the low four bits and of 2 j + 1 in the high ones
  *   scales   float16 [N, K/32]
- * and multiplied as they are, exactly: only sums are rounded, to float32. Packed they stay as many bytes, but for units of
- * 128 columns (int4) or 64 (int8) at the end of a row, and with DIJIANG_SWIGLU rows of an int4 matrix beside an int8 one,
- * which take 8 bits. In the packed weights scales lie behind the 512 bytes of weights that they belong to.
+ * and multiplied as they are, exactly: only sums are rounded, to float32. Packed they lie by layer, by matrix in the order
+ * in which a step takes them (q, k, v and gate together, up with mlp_gate, down, dense; without parallel residual dense
+ * before up), by group of 8 rows, by unit of 128 columns (int4) or 64 (int8); the head comes last. A unit is dense:
+ *   512 bytes, 16 of each lane 4 g + t, g = 0..7, t = 0..3: of row g, of each block of 32 in turn, the columns 8 t to
+ *       8 t + 7. int8: u = q + 128, a byte each. int4: u = q + 8; of a 32-bit word, little-endian, the bits from 4 p on
+ *       have column 8 t + 2 p, those from 16 + 4 p on 8 t + 2 p + 1;
+ *   scales, float16: [g = 0..7] [block of the unit].
+ * A row's last unit ends with its columns: blocks that the unit before it has are zeros in it, scales too, and so is what
+ * a row shorter than a unit lacks. Rows of q, k, v and gate take turns: the groups of these, in that order, are 2 H/Hkv + 2
+ * stripes of Hkv d / 8, and the packed ones are the first of each stripe, then the second of each, and so on. With
+ * DIJIANG_SWIGLU a group is four rows of mlp_gate and the same four of up. A group is int8 if a matrix of its rows is; rows
+ * of the other keep their q and scales, in 8 bits. The head's last group has zeros beyond V.
  */
 #ifndef DIJIANG_STEP_H
 #define DIJIANG_STEP_H
