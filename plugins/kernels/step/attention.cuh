@@ -262,7 +262,8 @@ private:
     }
 
     // Fades and writes this thread's part of the state, and reads it: partial outputs for the block.
-    __device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, bool first_item, StatePart<R>& ahead, float* states) {
+    __device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, bool first_item, StatePart<R>& ahead,
+                                           float* states) {
         const Params& p = c.p;
         const int d = p.layout.head_dim, columns = p.columns;
         const float* const features = c.template in_shared<float>(p.memory.features);

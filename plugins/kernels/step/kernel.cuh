@@ -43,11 +43,14 @@ template <typename Value, Value kValue> struct Constant {
 };
 
 // Quantised weights: the stripe of one of attention's groups.
-__device__ __forceinline__ int stripe_of(const Params& p, int group) { return group - divide(group, p.by_stripes) * p.layout.stripes; }
+__device__ __forceinline__ int stripe_of(const Params& p, int group) {
+    return group - divide(group, p.by_stripes) * p.layout.stripes;
+}
 
 // What becomes of an output's sum. Whole warps call this, with neighbouring outputs in neighbouring lanes.
 template <bool kStriped, typename Matrix, typename Parallel, typename T, int R>
-__device__ __forceinline__ void finish(Context<T, R>& c, Matrix matrix, Parallel parallel, bool there, int group, int row, float y) {
+__device__ __forceinline__ void finish(Context<T, R>& c, Matrix matrix, Parallel parallel, bool there, int group, int row,
+                                       float y) {
     const Params& p = c.p;
     const int output = threadIdx.x % kGroup;
     if (kStriped && matrix == kAttention) {

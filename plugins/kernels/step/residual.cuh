@@ -11,7 +11,8 @@ namespace step {
 template <bool kQuantised, typename T>
 __device__ __forceinline__ float2 embedded_token(const Params& p, int64_t id, int pair) {
     const int64_t at = id * (p.layout.hidden / 2) + pair;
-    if (!kQuantised || p.embedding_format == DIJIANG_SAME) return unpack<T>(__ldg(static_cast<const uint32_t*>(p.embedding) + at));
+    if (!kQuantised || p.embedding_format == DIJIANG_SAME)
+        return unpack<T>(__ldg(static_cast<const uint32_t*>(p.embedding) + at));
     const float scale = unpack<__half>(__ldg(static_cast<const uint16_t*>(p.embedding_scales) + at / (kChunk / 2))).x;
     if (p.embedding_format == DIJIANG_INT8) {
         const int both = __ldg(static_cast<const uint16_t*>(p.embedding) + at);

@@ -122,7 +122,8 @@ struct Cursor {
     uint32_t slot = 0, parity = 0;
 
     template <typename Cut> __device__ __forceinline__ explicit Cursor(const Ring<Cut>& r)
-        : full(r.full), empty(r.empty), bytes(r.bytes), units(reinterpret_cast<const uint4*>(r.bytes) + threadIdx.x), slots(r.slots) {}
+        : full(r.full), empty(r.empty), bytes(r.bytes), units(reinterpret_cast<const uint4*>(r.bytes) + threadIdx.x),
+          slots(r.slots) {}
 
     // Waits for what a slot is next filled with, or was in the phase before that parity.
     template <int kPieces = step::kPieces> __device__ __forceinline__ void arrive(uint32_t which, uint32_t phase) const {
