@@ -212,6 +212,22 @@ def test_rounds_that_are_not_full(
         assert max(found) <= ALLOWED["float16"]
 
 
+@pytest.mark.parametrize(("kind", "least"), [(None, 2 * 16384), ("int4", 4 * 9216), ("int8", 4 * 9216)])
+def test_a_ring_smaller_than_what_may_be_under_way(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, kind: str | None, least: int
+) -> None:
+    """Who copies would wait for a slot's last filling but one, whose parity is that of its next."""
+    monkeypatch.setenv("EMULATED_MULTIPROCESSORS", "1")
+    spec, rows = RAGGED["neox"], 2
+    model = random_model(spec, 1, torch.float16)
+    parts = None if kind is None else quantise_model(spec, model, kind).parts
+    size = emulated.step_size(StepModel.of(spec, "float16", parts), rows)
+    monkeypatch.setenv("EMULATED_SHARED_MEMORY", str(size.shared_memory - size.ring + least))
+    small = emulated.step_size(StepModel.of(spec, "float16", parts), rows)
+    assert small.ring == least < size.ring
+    assert max(steps(emulated, spec, "float16", rows, 1, kind=kind)) <= ALLOWED["float16"]
+
+
 @pytest.mark.parametrize("order", ["1", "2"])
 def test_quantised_and_warps_and_blocks_that_rest(
     emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, order: str

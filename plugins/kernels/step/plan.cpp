@@ -17,8 +17,8 @@ constexpr int32_t kMostHidden = 1 << 20;
 // layer and where it does not. Of what was tried on an H100 the fastest at the 410M and the 2.8B shape.
 constexpr int kFlight = 2, kFlightBusy = 3, kFlightBusyLarge = 8;
 constexpr int kLeastSlots = 2;
-// The same of quantised weights' rounds, of 4.6 KB at most.
-constexpr int kRoundsFlight = 3, kRoundsFlightBusy = 5, kRoundsFlightBusyLarge = 14, kLeastRounds = 6;
+// The same of quantised weights' rounds, of 9.2 KB at most.
+constexpr int kRoundsFlight = 2, kRoundsFlightBusy = 3, kRoundsFlightBusyLarge = 7, kLeastRounds = 3;
 
 dijiang_status check_number(const char* name, double value, bool good, const char* expected) {
     if (good) return DIJIANG_OK;
@@ -138,7 +138,7 @@ bool power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
 void place_memory(const Params& p, int rows, Memory& memory) {
     const Layout& layout = p.layout;
     const int64_t r = rows, hidden = layout.hidden, inner = layout.inner, width = layout.width(), d = layout.head_dim;
-    const auto padded = [&](int64_t columns) { return layout.quantised ? std::max<int64_t>(columns, 4 * kChunk) : columns; };
+    const auto padded = [&](int64_t columns) { return layout.quantised ? std::max<int64_t>(columns, kMostBlocks * kChunk) : columns; };
     memory.padded = padded(std::min({hidden, inner, width})) > std::min({hidden, inner, width});
     Places<int32_t> places(kHeader);
     // The residual stream and the MLP's inner values are never there at the same time.
@@ -240,6 +240,8 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     const bool small = layer_bytes(p.layout) <= int64_t{2} * p.slots * slot;
     p.flight = m.quantised ? kRoundsFlight : kFlight;
     p.flight_busy = m.quantised ? (small ? kRoundsFlightBusy : kRoundsFlightBusyLarge) : (small ? kFlightBusy : kFlightBusyLarge);
+    // Never more than the ring has, or who copies would wait for a slot's last filling but one, which its barrier has forgotten.
+    p.flight_busy = std::min(p.flight_busy, p.slots * (m.quantised ? 1 : kPieces));
     return DIJIANG_OK;
 }
 

@@ -1,6 +1,6 @@
 // The step's C ABI on a host: the project's own checks, plan, packing and kernel, on emulated threads.
 //
-// EMULATED_MULTIPROCESSORS says how many blocks there may be.
+// EMULATED_MULTIPROCESSORS says how many blocks there may be, EMULATED_SHARED_MEMORY how many bytes a block may have.
 #include "emulator.h"
 #include "host/device.h"
 #include "host/errors.h"
@@ -18,7 +18,8 @@ namespace dijiang {
 
 dijiang_status current_device(dijiang_device& device) {
     const char* const count = std::getenv("EMULATED_MULTIPROCESSORS");
-    device = {step::capability(), count ? std::atoi(count) : 4, 232448, 0};
+    const char* const shared = std::getenv("EMULATED_SHARED_MEMORY");
+    device = {step::capability(), count ? std::atoi(count) : 4, shared ? std::atoi(shared) : 232448, 0};
     return DIJIANG_OK;
 }
 dijiang_status given_or_current(const dijiang_device* given, dijiang_device& device) {

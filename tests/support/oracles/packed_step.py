@@ -36,15 +36,16 @@ def groups_of(model: StepModel, matrix: str) -> list[list[tuple[str, int] | None
 
 def unit(packed: Any, at: int, eight: bool) -> tuple[Any, Any]:
     """q [8, blocks, 32] and scales [8, blocks] of the unit at a byte."""
-    blocks = 2 if eight else 4
+    blocks = 4 if eight else 8
     row, block, column = np.indices((8, blocks, 32))
-    lane = at + 16 * (4 * row + column // 8)
+    word = block * (2 if eight else 1)  # a lane's first of a block; four lie together
+    lane = at + word // 4 * 512 + word % 4 * 4 + 16 * (4 * row + column // 8)
     if eight:
-        q = packed[lane + 8 * block + column % 8].astype(np.int64) - 128
+        q = packed[lane + column % 8].astype(np.int64) - 128
     else:
         bit = column % 8 // 2 * 4 + column % 2 * 16
-        q = (packed[lane + 4 * block + bit // 8].astype(np.int64) >> (bit % 8) & 15) - 8
-    scales = np.ascontiguousarray(packed[at + 512 : at + 512 + 16 * blocks]).view(np.float16)
+        q = (packed[lane + bit // 8].astype(np.int64) >> (bit % 8) & 15) - 8
+    scales = np.ascontiguousarray(packed[at + 1024 : at + 1024 + 16 * blocks]).view(np.float16)
     return q, scales.reshape(8, blocks)
 
 
@@ -75,11 +76,11 @@ def unpacked(model: StepModel, packed: Any) -> Mapping[tuple[int, str], Any]:
                 eight = model.head_format == "int8"
             else:
                 eight = any(row and model.int8_matrices[layer] >> BITS[row[0]] & 1 for row in rows)
-            blocks = 2 if eight else 4
+            blocks = 4 if eight else 8
             whole = np.zeros((8, chunks, 32))
             for number in range(-(-chunks // blocks)):
                 q, scales = unit(packed, at, eight)
-                at += 512 + 16 * blocks
+                at += 1024 + 16 * blocks
                 first = max(min(number * blocks, chunks - blocks), 0)
                 for b in range(blocks):
                     values = q[:, b] * scales[:, b, None].astype(np.float64)

@@ -20,24 +20,39 @@ public:
         const uint8_t* from = matrix_begin + bytes_before(layout, formats, matrix, part.first);
         matrix_begin += matrix_bytes(layout, formats, matrix);
         int stripe = matrix == kAttention ? stripe_of(p, part.first) : 0;
+        bool eight = group_is_int8(layout, formats, matrix, stripe);
 #pragma unroll 1
-        for (int group = 0; group < part.groups; ++group) {
-            const bool eight = group_is_int8(layout, formats, matrix, stripe);
+        for (int group = 0, same; group < part.groups; group += same) {  // groups of one format, of one batch
+            const int most = min(part.groups - group, kBatch - group % kBatch);
+            bool next = eight;
+            if (matrix != kAttention) {
+                same = most;
+            } else {
 #pragma unroll 1
-            for (int units = units_of_group(part.chunks, eight); units > 0; units -= kWarps) {
-                const uint32_t bytes = (units < kWarps ? units : kWarps) * unit_bytes(eight);
-                wait_for_slot();
-                wait_to_ask();
-                copy_piece(ring.bytes + slot * kRoundBytes, from, bytes, ring.full + slot, once);
-                from += bytes;
-                next_slot();
+                for (same = 0; same < most && next == eight; ++same) {
+                    if (++stripe == layout.stripes) stripe = 0;
+                    next = group_is_int8(layout, formats, matrix, stripe);
+                }
             }
-            if (++stripe == layout.stripes) stripe = 0;
+            copy_rounds(from, same * units_of_group(part.chunks, eight), unit_bytes(eight));
+            eight = next;
         }
     }
 
 private:
     const uint8_t* matrix_begin;
+
+    __device__ __forceinline__ void copy_rounds(const uint8_t*& from, int units, int bytes_of_unit) {
+#pragma unroll 1
+        for (; units > 0; units -= kWarps) {
+            const uint32_t bytes = min(units, kWarps) * bytes_of_unit;
+            wait_for_slot();
+            wait_to_ask();
+            copy_piece(ring.bytes + slot * kRoundBytes, from, bytes, ring.full + slot, once);
+            from += bytes;
+            next_slot();
+        }
+    }
 };
 
 template <typename T, int R> __device__ __forceinline__ void copy_rounds(const Context<T, R>& c, const Ring<QuantisedCut>& ring) {
@@ -59,10 +74,10 @@ __device__ __forceinline__ uint32_t int8_groups(const Params& p, uint32_t format
 }
 
 // As product() of step/kernel.cuh, of whatever matrix.
-template <typename T, int R, typename Take, typename Meanwhile>
-__device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, uint32_t formats, Take take, Meanwhile meanwhile) {
+template <typename Matrix, typename Parallel, typename T, int R, typename Take, typename Meanwhile>
+__device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matrix, Parallel parallel, uint32_t formats, Take take,
+                                                  Meanwhile meanwhile) {
     const Params& p = c.p;
-    const bool parallel = p.layout.parallel != 0;
     const auto wait = [&] {
         // With parallel residual both products of the normalised rows are served at once.
         if (c.groups(matrix) <= 0 && !(matrix == kAttention && parallel && c.groups(kUp) > 0)) return;
@@ -104,6 +119,8 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, int matrix, 
 template <typename T, int R> __device__ __forceinline__ void walk_quantised(Context<T, R>& c) {
     const Params& p = c.p;
     Attention<T, R> attention(c);
+    constexpr bool kEarly = R < 4;  // with more rows there are no registers for what attention asks for
+    Requests<R> asked{};
     const bool parallel = p.layout.parallel != 0;
     const int before_attention = parallel ? 1 : 0;  // the turn that attention follows
     int layer = 0, turn = 0;
@@ -125,16 +142,24 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
                 take_normalised(c, tag, norm, parallel && !head);
             }
         };
-        quantised_product(c, matrix, formats_of(p.layout, layer), take, [&] {
+        quantised_product(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {
             if (head) return;
-            if (turn == 0) prefetch_constants(c, layer + 1);
+            if (turn == 0) {
+                if (kEarly) attention.request_state(c, asked, layer);
+                prefetch_constants(c, layer + 1);
+            }
+            if (kEarly && turn == before_attention) attention.request_proj(c, asked);
         });
         if (head) return;
         if (turn == before_attention) {
-            Requests<R> asked;
-            attention.request_state(c, asked, layer);
-            attention.request_proj(c, asked);
-            attention.run(c, asked, layer);
+            if constexpr (kEarly) {
+                attention.run(c, asked, layer);
+            } else {
+                Requests<R> late;
+                attention.request_state(c, late, layer);
+                attention.request_proj(c, late);
+                attention.run(c, late, layer);
+            }
         }
         if (++turn < kOfLayer) continue;
         turn = 0;

@@ -1,10 +1,11 @@
 // Where quantised weights lie in the packed stream. Plain arithmetic, for host and device.
 //
-// A ROUND is what a block's eight warps multiply at a time: up to eight UNITS of one group of eight rows, one for each warp. A
-// unit is 8 rows x 128 columns in int4, 8 x 64 in int8: 512 bytes of weights, 16 of each lane (g, t), and behind them the
-// scales, float16, of row 0's blocks of 32 columns, then row 1's ... So 576 or 544 bytes. Of each block in turn lane (g, t) has
-// columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte each; int4 as q + 8 in a word whose bits from 4 p on are column
-// 8 t + 2 p, those from 16 + 4 p column 8 t + 2 p + 1. The operand of mma.m16n8k16 is made of it by device/widen.cuh.
+// A ROUND is what a block's eight warps multiply at a time: up to eight UNITS that follow each other, one for each warp, of
+// groups of one format that follow each other in a batch. A unit is 8 rows x 256 columns in int4, 8 x 128 in int8: twice 512
+// bytes of weights, 16 of each lane (g, t), and behind them the scales, float16, of row 0's blocks of 32 columns, then row 1's
+// ... So 1152 or 1088 bytes. Of each block in turn lane (g, t) has columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte
+// each; int4 as q + 8 in a word whose bits from 4 p on are column 8 t + 2 p, those from 16 + 4 p column 8 t + 2 p + 1. The
+// operand of mma.m16n8k16 is made of it by device/widen.cuh.
 //
 // The last unit of a group ends with its columns: its blocks that the one before it has too are zeros. Where there are fewer
 // columns than a unit has, the rest are zeros, and so is what they are multiplied with (Memory::padded).
@@ -20,12 +21,14 @@
 namespace dijiang {
 namespace step {
 
-constexpr int kRoundBytes = kWarps * 576;  // at most
+constexpr int kLoads = 2;                // of 16 bytes, that a lane makes of a unit; a row's scales are 8 bytes at least
+constexpr int kMostBlocks = 4 * kLoads;  // of 32 columns in a unit
+constexpr int kRoundBytes = kWarps * (512 * kLoads + 16 * kMostBlocks);  // at most
 
-DIJIANG_BOTH int blocks_of_unit(bool eight) { return eight ? 2 : 4; }
-DIJIANG_BOTH int unit_bytes(bool eight) { return 512 + 16 * blocks_of_unit(eight); }
+DIJIANG_BOTH int blocks_of_unit(bool eight) { return eight ? kMostBlocks / 2 : kMostBlocks; }
+DIJIANG_BOTH int unit_bytes(bool eight) { return 512 * kLoads + 16 * blocks_of_unit(eight); }
 DIJIANG_BOTH int units_of_group(int chunks, bool eight) {
-    return eight ? (chunks + 1) >> 1 : (chunks + 3) >> 2;
+    return eight ? (chunks + kMostBlocks / 2 - 1) / (kMostBlocks / 2) : (chunks + kMostBlocks - 1) / kMostBlocks;
 }
 DIJIANG_BOTH int group_bytes(int chunks, bool eight) { return units_of_group(chunks, eight) * unit_bytes(eight); }
 

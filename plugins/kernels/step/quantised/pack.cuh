@@ -58,11 +58,12 @@ __global__ void pack_quantised_matrix(Layout it, uint32_t formats, int matrix, i
             const int64_t block = int64_t{row} * chunks + chunk;
             uint32_t words[2] = {eight ? 0x80808080u : 0x88888888u, 0x80808080u};
             if (there) pack_eight(from, block, lane % 4, eight, words);
-            uint32_t* const weights = reinterpret_cast<uint32_t*>(to + lane * 16) + b * (eight ? 2 : 1);
+            const int word = eight ? 2 * b : b;  // a load has four
+            uint32_t* const weights = reinterpret_cast<uint32_t*>(to + word / 4 * 512 + lane * 16) + word % 4;
             weights[0] = words[0];
             if (eight) weights[1] = words[1];
             if (lane % 4 == 0)
-                reinterpret_cast<uint16_t*>(to + 512)[lane / 4 * blocks + b] = there ? from.scales[block] : uint16_t{0};
+                reinterpret_cast<uint16_t*>(to + 512 * kLoads)[lane / 4 * blocks + b] = there ? from.scales[block] : uint16_t{0};
         }
     }
 }
