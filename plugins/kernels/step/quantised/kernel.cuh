@@ -119,7 +119,8 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
 template <typename T, int R> __device__ __forceinline__ void walk_quantised(Context<T, R>& c) {
     const Params& p = c.p;
     Attention<T, R> attention(c);
-    constexpr bool kEarly = R < 4;  // with more rows there are no registers for what attention asks for
+    // What attention asks for early: with more rows, and for other architectures than 9.0, there are no registers for it.
+    constexpr bool kEarly = R < 4 && kManyLooks == 16;
     Requests<R> asked{};
     const bool parallel = p.layout.parallel != 0;
     const int before_attention = parallel ? 1 : 0;  // the turn that attention follows

@@ -28,7 +28,8 @@ constexpr int kRoundBytes = kWarps * (512 * kLoads + 16 * kMostBlocks);  // at m
 DIJIANG_BOTH int blocks_of_unit(bool eight) { return eight ? kMostBlocks / 2 : kMostBlocks; }
 DIJIANG_BOTH int unit_bytes(bool eight) { return 512 * kLoads + 16 * blocks_of_unit(eight); }
 DIJIANG_BOTH int units_of_group(int chunks, bool eight) {
-    return eight ? (chunks + kMostBlocks / 2 - 1) / (kMostBlocks / 2) : (chunks + kMostBlocks - 1) / kMostBlocks;
+    const uint32_t blocks = blocks_of_unit(eight);
+    return static_cast<int>((static_cast<uint32_t>(chunks) + blocks - 1) / blocks);
 }
 DIJIANG_BOTH int group_bytes(int chunks, bool eight) { return units_of_group(chunks, eight) * unit_bytes(eight); }
 

@@ -118,7 +118,8 @@ private:
             if (left <= 0) break;
         }
     }
-    template <int kFormat> __device__ __forceinline__ void multiply(float (&sum)[4], const QuantisedUnit& it, int unit, const T* x) const {
+    template <int kFormat>
+    __device__ __forceinline__ void multiply(float (&sum)[4], const QuantisedUnit& it, int unit, const T* x) const {
         constexpr int kBlocks = kFormat == DIJIANG_INT4 ? kMostBlocks : kMostBlocks / 2;
         const int chunk = max(min(unit * kBlocks, chunks - kBlocks), 0);  // the last unit ends with the columns
         const T* const from = x + chunk * (R * kChunk);
