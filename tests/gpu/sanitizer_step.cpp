@@ -26,13 +26,23 @@ const Shape kShapes[] = {
 };
 const Shape kLarge = {"neox, wide", 1024, 4096, 3001, 16, 16, 64, 16, DIJIANG_LAYER_NORM, DIJIANG_GELU, 1, 0, 0};
 
+// Which matrices are int8, layer by layer, where all are quantised.
+enum class Weights { kFloat, kInt8, kInt4, kMixed };
+
 // A model with random weights, and the memory of its steps.
 class Model {
 public:
-    Model(const Shape& shape, int dtype, int rows, int layers) : shape_(shape), rows_(rows) {
+    Model(const Shape& shape, int dtype, int rows, int layers, Weights weights)
+        : shape_(shape), rows_(rows), quantised_(weights != Weights::kFloat) {
         model_ = {layers, shape.hidden, shape.inner, shape.vocabulary, shape.heads, shape.kv_heads, shape.head_dim,
                   shape.rotary, dtype, shape.norm, shape.activation, shape.parallel, shape.table_rows,
-                  shape.position_rows, shape.position_rows ? 2 : 0, 1e-5f, 1e-5f, 0};
+                  shape.position_rows, shape.position_rows ? 2 : 0, 1e-5f, 1e-5f, quantised_, DIJIANG_SAME, DIJIANG_SAME, {}, 0};
+        if (quantised_) {
+            model_.head_format = weights == Weights::kInt4 ? DIJIANG_INT4 : DIJIANG_INT8;
+            model_.embedding_format = weights == Weights::kInt8 ? DIJIANG_INT8 : DIJIANG_INT4;
+            for (int layer = 0; layer < layers; ++layer)
+                model_.int8_matrices[layer] = weights == Weights::kInt8 ? 255 : weights == Weights::kInt4 ? 0 : 0x54 >> layer;
+        }
         require(dijiang_step_sizes(&model_, rows, nullptr, &size_), "dijiang_step_sizes");
         packed_ = std::make_unique<Device>(size_.packed);
         sync_ = std::make_unique<Device>(std::vector<uint8_t>(size_.sync));
@@ -43,16 +53,21 @@ public:
             std::vector<float> decay = normal(terms, 0.1f);
             for (float& x : decay) x = -std::fabs(x);
             const dijiang_step_layer tensors = {
-                half(qkv * h), half(width * h), half(h * width), half(m * h), gated ? half(m * h) : nullptr, half(h * m),
+                matrix(qkv * h), matrix(width * h), matrix(h * width), matrix(m * h), gated ? matrix(m * h) : nullptr, matrix(h * m),
                 single(qkv), single(h), single(m), gated ? single(m) : nullptr, single(h), single(h), single(h), single(h),
                 single(h), single(d * d), single(width), single(width), keep(decay), tables ? single(terms) : nullptr,
                 tables ? single(terms) : nullptr};
             require(dijiang_step_pack_layer(&model_, layer, &tensors, packed_->as(), size_.packed, nullptr), "pack");
+            const size_t kv = shape.kv_heads * d;
+            const size_t counts[] = {width * h, kv * h, kv * h, width * h, h * width, m * h, gated ? m * h : 0, h * m};
+            for (int i = 0; quantised_ && i < 8; ++i)
+                if (counts[i] > 0) pack_quantised(layer, i, counts[i], model_.int8_matrices[layer] >> i & 1);
             start_.push_back(normal(rows * width * d, 1));
             states_.push_back(std::make_unique<Device>(start_.back()));
             pointers_.push_back(states_.back()->as<float>());
         }
-        const dijiang_step_ends ends = {half(shape.vocabulary * h), single(h), single(h), shape.rotary ? single(shape.rotary / 2) : nullptr};
+        if (quantised_) pack_quantised(0, DIJIANG_STEP_HEAD, shape.vocabulary * h, model_.head_format == DIJIANG_INT8);
+        const dijiang_step_ends ends = {matrix(shape.vocabulary * h), single(h), single(h), shape.rotary ? single(shape.rotary / 2) : nullptr};
         require(dijiang_step_pack_ends(&model_, &ends, packed_->as(), size_.packed, nullptr), "pack");
         require(cudaDeviceSynchronize(), "pack");
         logits_ = std::make_unique<Device>(size_t(4) * rows * shape.vocabulary);
@@ -65,7 +80,10 @@ public:
         inputs_[0] = std::make_unique<Device>(ids);
         inputs_[1] = std::make_unique<Device>(positions);
         inputs_[2] = std::make_unique<Device>(lens);
-        buffers_ = {packed_->as(), half(shape.vocabulary * h), shape.position_rows ? half(shape.position_rows * h) : nullptr,
+        const size_t embedded = shape.vocabulary * h;
+        const bool eight = model_.embedding_format == DIJIANG_INT8;
+        buffers_ = {packed_->as(), quantised_ ? values(embedded, eight) : half(embedded),
+                    quantised_ ? scales(embedded) : nullptr, shape.position_rows ? half(shape.position_rows * h) : nullptr,
                     inputs_[0]->as(), inputs_[1]->as(), inputs_[2]->as(), pointers_.data(), 0, logits_->as<float>(), 0,
                     sync_->as(), size_.sync, rows, DIJIANG_INT32};
     }
@@ -76,7 +94,8 @@ public:
         for (const auto& state : states_) same = finite(*state, DIJIANG_FLOAT32) && same;
         same = on_a_stream(steps, false) == expected && same;
         same = in_a_graph(steps) == expected && same;
-        std::printf("%-4s %s dtype %d rows %d layers %d blocks %d\n", same ? "ok" : "BAD", shape_.name, model_.dtype, rows_,
+        std::printf("%-4s %s%s dtype %d rows %d layers %d blocks %d\n", same ? "ok" : "BAD", shape_.name,
+                    quantised_ ? " quantised" : "", model_.dtype, rows_,
                     model_.layers, size_.blocks);
         std::fflush(stdout);
         return same;
@@ -86,6 +105,21 @@ private:
     const void* half(size_t count) {
         kept_.push_back(std::make_unique<Device>(typed(normal(count, 0.1f), model_.dtype)));
         return kept_.back()->as();
+    }
+    const void* matrix(size_t count) { return quantised_ ? nullptr : half(count); }
+    const void* values(size_t count, bool eight) {
+        std::vector<uint8_t> bytes(eight ? count : count / 2);
+        for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(rng());
+        kept_.push_back(std::make_unique<Device>(bytes));
+        return kept_.back()->as();
+    }
+    const void* scales(size_t count) {
+        kept_.push_back(std::make_unique<Device>(typed(normal(count / 32, 0.01f), DIJIANG_FLOAT16)));
+        return kept_.back()->as();
+    }
+    void pack_quantised(int layer, int matrix, size_t count, bool eight) {
+        require(dijiang_step_pack_matrix(&model_, layer, matrix, values(count, eight), scales(count), packed_->as(), size_.packed,
+                                         nullptr), "pack");
     }
     const float* keep(const std::vector<float>& values) {
         kept_.push_back(std::make_unique<Device>(values));
@@ -138,6 +172,7 @@ private:
 
     const Shape shape_;
     const int rows_;
+    const bool quantised_;
     dijiang_step_model model_{};
     dijiang_step_size size_{};
     dijiang_step_buffers buffers_{};
@@ -152,14 +187,20 @@ private:
 int main(int count, char** words) {
     // With "quick": few small cases, for racecheck.
     const bool quick = count > 1 && std::strcmp(words[1], "quick") == 0;
+    // Another word: float or quantised, for one of the kernels alone.
+    const char* const only = count > 2 ? words[2] : "";
+    const bool whole = std::strcmp(only, "quantised") != 0, quantised = std::strcmp(only, "float") != 0;
     int calls = 0, bad = 0;
     for (const Shape& shape : kShapes)
         for (int dtype : {DIJIANG_FLOAT16, DIJIANG_BFLOAT16})
             for (int rows : quick ? std::vector<int>{1, 3} : std::vector<int>{1, 2, 3, 8}) {
                 if (quick && (rows == 1) != (dtype == DIJIANG_FLOAT16)) continue;
-                ++calls, bad += !Model(shape, dtype, rows, 2).good(2);
+                if (whole) ++calls, bad += !Model(shape, dtype, rows, 2, Weights::kFloat).good(2);
+                const auto weights = rows == 1 ? Weights::kMixed : rows == 3 ? Weights::kInt4 : rows == 2 ? Weights::kInt8 : Weights::kMixed;
+                if (quantised) ++calls, bad += !Model(shape, dtype, rows, 2, weights).good(2);
             }
-    if (!quick) ++calls, bad += !Model(kLarge, DIJIANG_FLOAT16, 1, 2).good(3);
+    if (!quick && whole) ++calls, bad += !Model(kLarge, DIJIANG_FLOAT16, 1, 2, Weights::kFloat).good(3);
+    if (!quick && quantised) ++calls, bad += !Model(kLarge, DIJIANG_FLOAT16, 1, 2, Weights::kMixed).good(3);
     std::printf("%d calls, %d bad\n", calls, bad);
     return bad > 0;
 }

@@ -1,10 +1,13 @@
 """Times dijiang_step on a GPU beside the kernels of its parts, after comparing it with the reference.
 
-    python tests/gpu/step_times.py libdijiang_kernels.so [--shape 410m] [--rows 1 8] [--save times.json]
+    python tests/gpu/step_times.py libdijiang_kernels.so [--shape 410m] [--rows 1 8]
+        [--weights same int8 int4] [--save times.json]
 
 The step in one launch and the same step in three launches a layer (linear_times.py) are each a CUDA graph;
-times are medians of replays between two events. The floor is the weights' bytes over the memory's rate, as in
-linear_times.py. A step that differs from the reference is not timed. Exits with 1 if one does.
+times are medians of replays between two events. int8 and int4 weights are as --weight-format chooses them;
+beside int4 stand the bare products by PyTorch's tinygemm (quantised/times.py). The floor is the weights'
+bytes over the memory's rate, as in linear_times.py. A step that differs from the reference is not timed.
+Exits with 1 if one does.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support.quantised_models import QuantisedWeights, quantise_model
 from support.step_models import ALLOWED, PackedStep, error, torch_dtype, wide_reference
 
-from dijiang_engines.kernels.step import StepKernels
+from dijiang_engines.kernels.step import StepKernels, step_parts
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.bench.memory_rate import memory_rate
 from dijiang_export.reference.model import ReferenceModel, is_op_constant
@@ -146,31 +150,47 @@ def three_launches(library: Path, shape: str, rows: int) -> float:
     return 1e3 * median_ms(step.all(step.first, step.attention, step.second))
 
 
-def weight_bytes(step: PackedStep) -> int:
+def tinygemm(shape: str, rows: int) -> float:
+    """µs of the step's products alone, by PyTorch's int4 kernel."""
+    from gpu.quantised.times import SHAPES, peer
+
+    return 1e3 * peer(shape, rows, SHAPES[shape][0], True, tinygemm=True)
+
+
+def weight_bytes(step: PackedStep, quantised: QuantisedWeights | None) -> int:
     """Of what a step reads: the packed units."""
     spec = step.spec
+    if quantised is not None:
+        return sum(
+            part.stored.nbytes * part.rows // part.stored.rows for part in step_parts(spec, quantised.parts)
+        )
     wide, gated = spec.attention_size, 2 if spec.gated_mlp else 1
     layer = spec.hidden_size * (spec.qkv_size + 2 * wide + (gated + 1) * spec.intermediate_size)
     return 2 * (spec.num_layers * layer + spec.vocab_size * spec.hidden_size)
 
 
 def compare(
-    library: Path, shape: str, dtype: str, row_counts: list[int], peers: bool
+    library: Path, shape: str, dtype: str, weights: str, row_counts: list[int], peers: bool
 ) -> list[dict[str, Any]]:
-    """One shape and type, for all numbers of rows."""
+    """One shape, type and format of weights, for all numbers of rows."""
     kernels, spec = StepKernels(library), SPECS[shape]
     model = random_model(spec, torch_dtype(dtype))
     reference = wide_reference(spec, model)
+    quantised = None if weights == "same" else quantise_model(spec, reference, weights)
     found: list[dict[str, Any]] = []
     for rows in row_counts:
-        step = PackedStep(kernels, spec, model, dtype, rows, "cuda")
-        row: dict[str, Any] = {"shape": shape, "dtype": dtype, "rows": rows, **dataclasses.asdict(step.size)}
+        step = PackedStep(kernels, spec, model, dtype, rows, "cuda", quantised)
+        row: dict[str, Any] = {"shape": shape, "dtype": dtype, "weights": weights, "rows": rows}
+        row |= dataclasses.asdict(step.size)
         row["error"] = max(errors(step, reference, position) for position in POSITIONS)
         row["right"] = row["error"] <= ALLOWED[dtype]
         if row["right"]:
             row["us"] = measure(step)
-            row["weight_bytes"] = weight_bytes(step)
-        if peers and dtype == "float16" and shape in ("410m", "1b", "2.8b"):
+            row["weight_bytes"] = weight_bytes(step, quantised)
+        known = peers and dtype == "float16" and shape in ("410m", "1b", "2.8b")
+        if known and weights == "int4":
+            row["products by tinygemm, us"] = tinygemm(shape, rows)
+        if known and weights == "same":
             row["three launches a layer, us"] = three_launches(library, shape, rows)
         print(json.dumps(row), flush=True)
         found.append(row)
@@ -183,7 +203,8 @@ def main() -> int:
     parser.add_argument("--shape", nargs="+", default=["410m"], choices=SPECS)
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=ALLOWED)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--alone", action="store_true", help="without the three launches a layer")
+    parser.add_argument("--weights", nargs="+", default=["same"], choices=("same", "int8", "int4"))
+    parser.add_argument("--alone", action="store_true", help="without others")
     parser.add_argument("--save", type=Path)
     given = parser.parse_args()
     gpu = torch.device("cuda")
@@ -191,15 +212,16 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     for shape in given.shape:
         for dtype in given.dtype:
-            found += compare(given.library, shape, dtype, given.rows, not given.alone)
-            torch.cuda.empty_cache()
+            for weights in given.weights:
+                found += compare(given.library, shape, dtype, weights, given.rows, not given.alone)
+                torch.cuda.empty_cache()
     rates.append(memory_rate(gpu, 0).copy)
     for row in found:
         if "us" in row:
             row["floor_us"] = 1e6 * row["weight_bytes"] / max(rates)
             best = row["us"][f"graph at {POSITIONS[0]}"]
-            name = f"{row['shape']} {row['dtype']} {row['rows']} rows"
-            others = row.get("three launches a layer, us")
+            name = f"{row['shape']} {row['dtype']} weights {row['weights']} {row['rows']} rows"
+            others = row.get("three launches a layer, us", row.get("products by tinygemm, us"))
             print(
                 f"{name}: {best:.1f} µs, {best / row['floor_us']:.2f} of the floor {row['floor_us']:.1f}"
                 + (f", {others / best:.2f} times as fast" if others else "")

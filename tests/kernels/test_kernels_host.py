@@ -89,7 +89,8 @@ def test_structs_and_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
         "DIJIANG_LINEAR_MAX_TERMS": abi.LINEAR_MAX_TERMS,
         "DIJIANG_LINEAR_MAX_OUTPUTS": abi.LINEAR_MAX_OUTPUTS,
         "DIJIANG_LINEAR_INNER_STEP": abi.LINEAR_INNER_STEP,
-        "DIJIANG_STEP_MAX_ROWS": step.MAX_ROWS,
+        "DIJIANG_STEP_MAX_ROWS": step.MAX_ROWS, "DIJIANG_STEP_MAX_LAYERS": abi.STEP_MAX_LAYERS,
+        **{f"DIJIANG_STEP_{name.upper()}": number for number, name in enumerate(abi.STEP_MATRICES)},
         **{
             f"DIJIANG_{name.upper()}": number
             for name, number in (

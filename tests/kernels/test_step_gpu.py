@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.makers.random_models import random_call, random_model
+from support.quantised_models import KINDS, QuantisedWeights, quantise_model
 from support.step_models import (
     ALLOWED,
     PackedStep,
@@ -71,10 +72,21 @@ def models(name: str, dtype: str) -> tuple[ReferenceModel, ReferenceModel]:
     return model, wide_reference(EVERY[name], model)
 
 
-def largest_error(kernels: StepKernels, name: str, dtype: str, rows: int, count: int, far: int = 0) -> float:
+@functools.cache
+def quantised_models(name: str, dtype: str, kind: str) -> tuple[QuantisedWeights, ReferenceModel]:
+    """The same model's matrices quantised, and with what is stored in float64 on the GPU."""
+    wide = wide_reference(EVERY[name], models(name, dtype)[0])
+    return quantise_model(EVERY[name], wide, kind), wide
+
+
+def largest_error(
+    kernels: StepKernels, name: str, dtype: str, rows: int, count: int, far: int = 0, kind: str | None = None
+) -> float:
     """Of logits and states of some steps on a stream of its own, each from where the last one ended."""
-    spec, (model, wide) = EVERY[name], models(name, dtype)
-    step = PackedStep(kernels, spec, model, dtype, rows, "cuda")
+    spec, (model, wide), quantised = EVERY[name], models(name, dtype), None
+    if kind is not None:
+        quantised, wide = quantised_models(name, dtype, kind)
+    step = PackedStep(kernels, spec, model, dtype, rows, "cuda", quantised)
     _, positions, lens, states = random_call(spec, rows, 1, 3, far=far)
     generator, worst = torch.Generator().manual_seed(5), 0.0
     for _ in range(count):
@@ -112,6 +124,28 @@ def test_every_number_of_rows_near_and_far(kernels: StepKernels, rows: int, far:
     assert largest_error(kernels, "neox, wide", "float16", rows, 2, far) <= ALLOWED["float16"]
 
 
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("dtype", "kinds"), [("float16", KINDS), ("bfloat16", ("int4",))])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_a_step_with_quantised_weights(
+    kernels: StepKernels, name: str, dtype: str, kinds: tuple[str, ...], rows: int
+) -> None:
+    if rows == 8 and EVERY[name].hidden_size >= 2048:
+        pytest.skip("eight rows of it do not fit a block's shared memory")
+    for kind in kinds:
+        assert largest_error(kernels, name, dtype, rows, 2, kind=kind) <= ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_the_same_bits_with_quantised_weights(kernels: StepKernels, rows: int) -> None:
+    spec = EVERY["neox, wide"]
+    quantised, _ = quantised_models("neox, wide", "float16", "any")
+    model, _ = models("neox, wide", "float16")
+    step = PackedStep(kernels, spec, model, "float16", rows, "cuda", quantised)
+    ids, positions, _, states = random_call(spec, rows, 1, 3)
+    assert_same_bits(step, ids, positions, states)
+
+
 def graph_of(step: PackedStep) -> Any:
     """One step and what counts it on, captured."""
     graph = torch.cuda.CUDAGraph()
@@ -141,18 +175,23 @@ def test_a_graph_replays_many_steps(kernels: StepKernels, name: str) -> None:
     assert max(error(a, b) for a, b in zip(step.states, wide, strict=True)) <= ALLOWED["float16"]
 
 
+def assert_same_bits(step: PackedStep, ids: Any, positions: Any, states: list[Any]) -> None:
+    """Twenty runs of one step."""
+    seen = []
+    for _ in range(20):
+        step.start(ids, positions, torch.ones(step.rows, dtype=torch.int64), states)
+        step.run()
+        torch.cuda.synchronize()
+        seen.append([step.logits.clone(), *(state.clone() for state in step.states)])
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
 def test_the_same_bits_in_every_run(kernels: StepKernels) -> None:
     spec = EVERY["neox, wide"]
     model, _ = models("neox, wide", "float16")
     step = PackedStep(kernels, spec, model, "float16", 4, "cuda")
     ids, positions, _, states = random_call(spec, 4, 1, 3)
-    seen = []
-    for _ in range(20):
-        step.start(ids, positions, torch.ones(4, dtype=torch.int64), states)
-        step.run()
-        torch.cuda.synchronize()
-        seen.append([step.logits.clone(), *(state.clone() for state in step.states)])
-    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+    assert_same_bits(step, ids, positions, states)
 
 
 def test_rows_do_not_meet(kernels: StepKernels) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.quantised_models import QuantisedWeights
 from torch import Tensor
 
 from dijiang_engines.kernels import abi
-from dijiang_engines.kernels.step import StepCall, StepKernels, StepModel
+from dijiang_engines.kernels.step import StepCall, StepKernels, StepModel, step_parts
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.reference.model import ReferenceModel
 
@@ -94,10 +95,11 @@ class PackedStep:
     """A model's step: packed weights and everything that a call needs."""
 
     def __init__(
-        self, kernels: StepKernels, spec: ModelSpec, model: ReferenceModel, dtype: str, rows: int, device: str
-    ) -> None:
+        self, kernels: StepKernels, spec: ModelSpec, model: ReferenceModel, dtype: str, rows: int,
+        device: str, quantised: QuantisedWeights | None = None,
+    ) -> None:  # fmt: skip
         self.kernels, self.spec, self.rows, self.device = kernels, spec, rows, device
-        self.model = StepModel.of(spec, dtype)
+        self.model = StepModel.of(spec, dtype, None if quantised is None else quantised.parts)
         self.size = kernels.step_size(self.model, rows)
         self.packed, self.sync = Guarded(self.size.packed, device), Guarded(self.size.sync, device)
         self.sync.bytes.zero_()
@@ -107,7 +109,7 @@ class PackedStep:
             tensors = {
                 name: self._placed(state[f"layers.{layer}.{source}"], kind if name in MATRICES else None)
                 for name, source in LAYER_TENSORS.items()
-                if f"layers.{layer}.{source}" in state
+                if f"layers.{layer}.{source}" in state and (quantised is None or name not in MATRICES)
             }
             kernels.pack_step_layer(
                 self.model, layer, {n: t.data_ptr() for n, t in tensors.items()},
@@ -115,10 +117,13 @@ class PackedStep:
             )  # fmt: skip
             self._wait()
         ends = {
-            "head": self._placed(state["lm_head.weight"], kind),
             "norm_weight": self._placed(state["final_norm.weight"]),
             "inv_freq": self._placed(state["inv_freq"]),
         }
+        if quantised is None:
+            ends["head"] = self._placed(state["lm_head.weight"], kind)
+        else:
+            self._pack_quantised(quantised)
         if "final_norm.bias" in state:
             ends["norm_bias"] = self._placed(state["final_norm.bias"])
         kernels.pack_step_ends(
@@ -126,7 +131,12 @@ class PackedStep:
             self.stream(),
         )  # fmt: skip
         self._wait()
-        self.embedding = self._placed(state["embed_tokens.weight"], kind)
+        self.embedding_scales: Tensor | None = None
+        if quantised is None:
+            self.embedding = self._placed(state["embed_tokens.weight"], kind)
+        else:
+            self.embedding = self._placed(quantised.values["embed_tokens.weight"], torch.uint8)
+            self.embedding_scales = self._placed(quantised.scales["embed_tokens.weight"], torch.float16)
         self.position_embedding = None
         if "embed_positions.weight" in state:
             self.position_embedding = self._placed(state["embed_positions.weight"], kind)
@@ -136,6 +146,17 @@ class PackedStep:
         self.ids, self.positions, self.lens = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
         )
+
+    def _pack_quantised(self, quantised: QuantisedWeights) -> None:
+        for part in step_parts(self.spec, quantised.parts):
+            rows = slice(part.first_row, part.first_row + part.rows)
+            values = self._placed(quantised.values[part.stored.name][rows], torch.uint8)
+            scales = self._placed(quantised.scales[part.stored.name][rows], torch.float16)
+            self.kernels.pack_step_matrix(
+                self.model, part, values.data_ptr(), scales.data_ptr(), self.packed.pointer,
+                self.size.packed, self.stream(),
+            )  # fmt: skip
+            self._wait()
 
     def _placed(self, tensor: Tensor, kind: torch.dtype | None = None) -> Tensor:
         return tensor.to(device=self.device, dtype=kind or torch.float32).contiguous()
@@ -152,6 +173,7 @@ class PackedStep:
         position_embedding = self.position_embedding
         call = StepCall(
             packed=self.packed.pointer, embedding=self.embedding.data_ptr(),
+            embedding_scales=0 if self.embedding_scales is None else self.embedding_scales.data_ptr(),
             position_embedding=0 if position_embedding is None else position_embedding.data_ptr(),
             input_ids=self.ids.data_ptr(), positions=self.positions.data_ptr(),
             seq_lens=self.lens.data_ptr(), states=[state.data_ptr() for state in self.states],

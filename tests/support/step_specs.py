@@ -29,3 +29,10 @@ MODELS: dict[str, ModelSpec] = {
         activation="relu", tied_embeddings=True,
     ),
 }  # fmt: skip
+RAGGED: dict[str, ModelSpec] = {
+    # Rows that end inside a unit, in the second round of a group; the MLP's of several.
+    name: dataclasses.replace(
+        MODELS[name], hidden_size=544, embedding_size=544, intermediate_size=1120, num_layers=1
+    )
+    for name in ("neox", "llama")
+}

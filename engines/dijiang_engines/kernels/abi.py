@@ -7,7 +7,7 @@ tests/kernels/test_kernels_host.py compares sizes and offsets with what a C comp
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 
 from dijiang_engines.op_contract import ATTRIBUTES, INPUTS, OUTPUTS
 
@@ -23,6 +23,10 @@ WEIGHT_FORMATS = {"same": 0, "int8": 1, "int4": 2}
 LINEAR_MAX_TERMS = LINEAR_MAX_OUTPUTS = 4
 LINEAR_INNER_STEP = 32
 """The inner dimension of dijiang_linear is a multiple of it."""
+
+STEP_MAX_LAYERS = 128
+STEP_MATRICES = ("q", "k", "v", "gate", "dense", "up", "mlp_gate", "down", "head")
+"""Matrices of a quantised model of dijiang_step, by number."""
 
 ROW_STATUS = ("ok", "not finite", "nothing allowed", "bad options")
 """Names of what `sample` writes to row_status, by number."""
@@ -193,6 +197,10 @@ class StepModelStruct(ctypes.Structure):
         ),
         ("norm_epsilon", c_float),
         ("group_norm_epsilon", c_float),
+        ("quantised", c_int32),
+        ("head_format", c_int32),
+        ("embedding_format", c_int32),
+        ("int8_matrices", c_uint8 * STEP_MAX_LAYERS),
         ("reserved", c_int32),
     ]  # fmt: skip
 
@@ -236,6 +244,7 @@ class StepBuffersStruct(ctypes.Structure):
     _fields_ = [
         ("packed", c_void_p),
         ("embedding", c_void_p),
+        ("embedding_scales", c_void_p),
         ("position_embedding", c_void_p),
         ("input_ids", c_void_p),
         ("positions", c_void_p),
@@ -307,6 +316,19 @@ FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "dijiang_step_pack_layer": (
         c_int32,
         [_pointer(StepModelStruct), c_int32, _pointer(StepLayerStruct), c_void_p, c_size_t, c_void_p],
+    ),
+    "dijiang_step_pack_matrix": (
+        c_int32,
+        [
+            _pointer(StepModelStruct),
+            c_int32,
+            c_int32,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_size_t,
+            c_void_p,
+        ],
     ),
     "dijiang_step_pack_ends": (
         c_int32,

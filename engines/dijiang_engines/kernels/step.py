@@ -7,6 +7,8 @@
     for layer, tensors in enumerate(...):
         kernels.pack_step_layer(model, layer, tensors, packed, size.packed, stream)
     kernels.pack_step_ends(model, ends, packed, size.packed, stream)
+    for part in step_parts(spec, quantised):  # if weights are quantised: layers and ends come without them
+        kernels.pack_step_matrix(model, part, values, scales, packed, size.packed, stream)
     kernels.step(model, StepCall(...), stream)
 
 Addresses are the caller's word, as in `Kernels.attention`; the library checks what can be checked of them.
@@ -17,14 +19,61 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.library import Device, Library, device_argument
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import QKV, Matrix
 
 MAX_ROWS = 8
 """Sequences that one step may serve: DIJIANG_STEP_MAX_ROWS."""
+
+
+_MATRICES = {
+    "attention.gate.weight": "gate", "attention.dense.weight": "dense", "mlp.up.weight": "up",
+    "mlp.gate.weight": "mlp_gate", "mlp.down.weight": "down",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """One matrix of a quantised model as the kernel takes it, and where a bundle has it."""
+
+    layer: int
+    """0 for the head."""
+    matrix: str
+    """Of `abi.STEP_MATRICES`."""
+    stored: Matrix
+    """Which has it."""
+    first_row: int
+    """Of `stored`."""
+    rows: int
+
+
+def step_parts(spec: ModelSpec, quantised: Mapping[str, Sequence[Matrix]]) -> list[StepPart]:
+    """Every matrix that `StepKernels.pack_step_matrix` is to pack.
+
+    Args:
+        spec: of the model.
+        quantised: canonical name -> stored matrices (`Quantisation.parts` of a bundle's manifest).
+    """
+    parts = []
+    head = "embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
+    for stored in quantised[head]:
+        parts.append(StepPart(0, "head", stored, 0, stored.rows))
+    sizes = (spec.attention_size, *[spec.num_kv_heads * spec.head_dim] * 2)
+    for layer in range(spec.num_layers):
+        at, start = f"layers.{layer}.", 0
+        for matrix, rows in zip(("q", "k", "v"), sizes, strict=True):
+            (stored,) = (it for it in quantised[at + QKV] if it.first_row <= start < it.first_row + it.rows)
+            parts.append(StepPart(layer, matrix, stored, start - stored.first_row, rows))
+            start += rows
+        for name, matrix in _MATRICES.items():
+            for stored in quantised.get(at + name, ()):
+                parts.append(StepPart(layer, matrix, stored, 0, stored.rows))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -49,10 +98,23 @@ class StepModel:
     position_offset: int
     norm_epsilon: float
     group_norm_epsilon: float
+    quantised: bool = False
+    """Matrices of layers and the head are int8 or int4."""
+    head_format: str = "same"
+    embedding_format: str = "same"
+    int8_matrices: tuple[int, ...] = ()
+    """Of each layer: a bit for each of `abi.STEP_MATRICES` that is int8; the others are int4."""
 
     @classmethod
-    def of(cls, spec: ModelSpec, dtype: str) -> StepModel:
+    def of(
+        cls, spec: ModelSpec, dtype: str, quantised: Mapping[str, Sequence[Matrix]] | None = None
+    ) -> StepModel:
         """What a spec says, for weights of that type.
+
+        Args:
+            spec: of the model.
+            dtype: float16 or bfloat16; with quantised matrices that of activations and all else.
+            quantised: None, or canonical name -> stored matrices (`Quantisation.parts` of a manifest).
 
         Raises:
             KernelError: the kernel has no step for such a model.
@@ -69,6 +131,18 @@ class StepModel:
                 raise KernelError(
                     "no step in one launch for this model", got=what, hint="use the kernels of its parts"
                 )
+        formats: dict[str, Any] = {}
+        if quantised is not None:
+            bits = [0] * spec.num_layers
+            for part in step_parts(spec, quantised):
+                if part.matrix != "head" and part.stored.format == "int8":
+                    bits[part.layer] |= 1 << abi.STEP_MATRICES.index(part.matrix)
+            (embedding,) = quantised["embed_tokens.weight"]
+            head = embedding if spec.tied_embeddings else quantised["lm_head.weight"][0]
+            formats = {
+                "quantised": True, "head_format": head.format, "embedding_format": embedding.format,
+                "int8_matrices": tuple(bits),
+            }  # fmt: skip
         return cls(
             layers=spec.num_layers, hidden=spec.hidden_size, inner=spec.intermediate_size,
             vocabulary=spec.vocab_size, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads,
@@ -77,7 +151,7 @@ class StepModel:
             parallel_residual=spec.parallel_residual, table_rows=spec.decay_rows,
             position_rows=spec.position_embeddings + spec.position_offset if spec.position_embeddings else 0,
             position_offset=spec.position_offset, norm_epsilon=spec.norm_epsilon,
-            group_norm_epsilon=spec.group_norm_epsilon,
+            group_norm_epsilon=spec.group_norm_epsilon, **formats,
         )  # fmt: skip
 
     def struct(self) -> abi.StepModelStruct:
@@ -87,6 +161,10 @@ class StepModel:
             "norm": abi.NORMS[self.norm],
             "activation": abi.ACTIVATIONS[self.activation],
             "parallel_residual": int(self.parallel_residual),
+            "quantised": int(self.quantised),
+            "head_format": abi.WEIGHT_FORMATS[self.head_format],
+            "embedding_format": abi.WEIGHT_FORMATS[self.embedding_format],
+            "int8_matrices": (ctypes.c_uint8 * abi.STEP_MAX_LAYERS)(*self.int8_matrices),
         }
         return abi.StepModelStruct(**values)
 
@@ -113,6 +191,7 @@ class StepCall:
 
     packed: int
     embedding: int
+    embedding_scales: int = 0
     position_embedding: int = 0
     input_ids: int
     positions: int
@@ -188,6 +267,42 @@ class StepKernels(Library):
             "dijiang_step_pack_ends",
             ctypes.byref(model.struct()),
             ctypes.byref(struct),
+            packed,
+            packed_size,
+            stream,
+        )
+
+    def pack_step_matrix(
+        self,
+        model: StepModel,
+        part: StepPart,
+        values: int,
+        scales: int,
+        packed: int,
+        packed_size: int,
+        stream: int = 0,
+    ) -> None:
+        """Enqueue packing a matrix of a quantised model.
+
+        Args:
+            model: its geometry and formats.
+            part: which matrix.
+            values: address of its first row's elements, stored as in a bundle: uint8 [rows, K/32, 32 or 16].
+            scales: and of its scales: float16 [rows, K/32].
+            packed: the packed weights, and
+            packed_size: how many bytes they have.
+            stream: to enqueue it on.
+
+        Raises:
+            KernelError: an argument is wrong, or CUDA refused.
+        """
+        self.call(
+            "dijiang_step_pack_matrix",
+            ctypes.byref(model.struct()),
+            part.layer,
+            abi.STEP_MATRICES.index(part.matrix),
+            values,
+            scales,
             packed,
             packed_size,
             stream,

@@ -2,6 +2,7 @@
  *
  *     dijiang_step_sizes                       how much memory; no GPU is needed if a device is given
  *     dijiang_step_pack_layer, .._pack_ends    canonical tensors -> the order in which blocks read them, once
+ *     dijiang_step_pack_matrix                 likewise a quantised matrix
  *     dijiang_step                             one step of up to DIJIANG_STEP_MAX_ROWS sequences
  *
  * One block per multiprocessor walks all layers. Weights stream through its shared memory; blocks hand values to
@@ -10,6 +11,24 @@
  *
  * Conventions are those of dijiang/kernels.h. T is float16 or bfloat16: weights, and what is multiplied by them. The
  * residual stream, states and sums are float32. The same input makes the same bits, in every run.
+ *
+ * The matrices of layers and the head may be quantised, all of them: each int8 or int4, integers q and float16 scales in
+ * blocks of 32 along K, w = q * scale. They are given as a bundle stores them:
+ *   values   int8: uint8 [N, K/32, 32] of q + 128. int4: uint8 [N, K/32, 16], byte j of a block has q + 8 of its
+ *            element 2 j in the low four bits and of 2 j + 1 in the high ones
+ *   scales   float16 [N, K/32]
+ * and multiplied as they are, exactly: only sums are rounded, to float32. Packed they lie by layer, by matrix in the order
+ * in which a step takes them (q, k, v and gate together, up with mlp_gate, down, dense; without parallel residual dense
+ * before up), by group of 8 rows, by unit of 256 columns (int4) or 128 (int8); the head comes last. A unit is dense:
+ *   twice 512 bytes, 16 of each lane 4 g + t, g = 0..7, t = 0..3: of row g, of each block of 32 in turn, the columns 8 t
+ *       to 8 t + 7. int8: u = q + 128, a byte each. int4: u = q + 8; of a 32-bit word, little-endian, the bits from 4 p on
+ *       have column 8 t + 2 p, those from 16 + 4 p on 8 t + 2 p + 1;
+ *   scales, float16: [g = 0..7] [block of the unit].
+ * A row's last unit ends with its columns: blocks that the unit before it has are zeros in it, scales too, and so is what
+ * a row shorter than a unit lacks. Rows of q, k, v and gate take turns: the groups of these, in that order, are 2 H/Hkv + 2
+ * stripes of Hkv d / 8, and the packed ones are the first of each stripe, then the second of each, and so on. With
+ * DIJIANG_SWIGLU a group is four rows of mlp_gate and the same four of up. A group is int8 if a matrix of its rows is; rows
+ * of the other keep their q and scales, in 8 bits. The head's last group has zeros beyond V.
  */
 #ifndef DIJIANG_STEP_H
 #define DIJIANG_STEP_H
@@ -23,6 +42,19 @@ extern "C" {
 
 #define DIJIANG_STEP_MAX_ROWS 8
 #define DIJIANG_STEP_MAX_LAYERS 128
+
+/* Matrices of a quantised model. */
+typedef enum {
+    DIJIANG_STEP_Q = 0, /* qkv's first H d rows */
+    DIJIANG_STEP_K = 1, /* the next Hkv d */
+    DIJIANG_STEP_V = 2, /* the last */
+    DIJIANG_STEP_GATE = 3,
+    DIJIANG_STEP_DENSE = 4,
+    DIJIANG_STEP_UP = 5,
+    DIJIANG_STEP_MLP_GATE = 6,
+    DIJIANG_STEP_DOWN = 7,
+    DIJIANG_STEP_HEAD = 8 /* of no layer */
+} dijiang_step_matrix;
 
 /* A model's geometry. h = hidden, m = inner, A = num_heads * head_dim. */
 typedef struct {
@@ -43,6 +75,10 @@ typedef struct {
     int32_t position_offset;   /* position n is its row n + offset; beyond the last, the last */
     float norm_epsilon;        /* > 0 */
     float group_norm_epsilon;  /* > 0 */
+    int32_t quantised;         /* 0: matrices are T; 1: int8 or int4, as the next three say, which are 0 otherwise */
+    int32_t head_format;       /* dijiang_weight_format: DIJIANG_INT8 or DIJIANG_INT4 */
+    int32_t embedding_format;  /* dijiang_weight_format: DIJIANG_SAME, DIJIANG_INT8 or DIJIANG_INT4 */
+    uint8_t int8_matrices[DIJIANG_STEP_MAX_LAYERS]; /* of each layer: bit m is 1 if dijiang_step_matrix m is int8 */
     int32_t reserved;          /* 0 */
 } dijiang_step_model;
 
@@ -53,7 +89,8 @@ typedef struct {
     int32_t ring; /* bytes of weights that a block holds ahead */
 } dijiang_step_size;
 
-/* One layer's tensors. Matrices are T, row-major, a row per output element; everything else is float32. */
+/* One layer's tensors. Matrices are T, row-major, a row per output element, and NULL if the model is quantised; everything
+ * else is float32. */
 typedef struct {
     const void* qkv;          /* [(H + 2 Hkv) d, h] */
     const void* gate;         /* [A, h] */
@@ -80,7 +117,7 @@ typedef struct {
 
 /* What stands before the first and behind the last layer. */
 typedef struct {
-    const void* head;         /* T [V, h] */
+    const void* head;         /* T [V, h]; NULL if the model is quantised */
     const float* norm_weight; /* the final norm's, [h] */
     const float* norm_bias;   /* [h], or NULL */
     const float* inv_freq;    /* [r/2]; NULL if r = 0 */
@@ -88,7 +125,8 @@ typedef struct {
 
 typedef struct {
     const void* packed;             /* a multiple of 128 bytes */
-    const void* embedding;          /* T [V, h] */
+    const void* embedding;          /* T [V, h], or values of embedding_format */
+    const void* embedding_scales;   /* of them, or NULL */
     const void* position_embedding; /* T [position_rows, h], or NULL */
     const void* input_ids;          /* I [rows]; out of range counts as the nearest that is in it */
     const void* positions;          /* I [rows], tokens already in the state */
@@ -113,6 +151,11 @@ DIJIANG_API dijiang_status dijiang_step_sizes(const dijiang_step_model* model, i
 DIJIANG_API dijiang_status dijiang_step_pack_layer(const dijiang_step_model* model, int32_t layer,
                                                    const dijiang_step_layer* tensors, void* packed, size_t size,
                                                    dijiang_stream stream);
+/* And one matrix of a quantised model (dijiang_step_matrix), of the format that the model says. DIJIANG_STEP_HEAD is of no
+ * layer. values: a multiple of 16 bytes. All of a model's matrices have to be packed, in any order. */
+DIJIANG_API dijiang_status dijiang_step_pack_matrix(const dijiang_step_model* model, int32_t layer, int32_t matrix,
+                                                    const void* values, const void* scales, void* packed, size_t size,
+                                                    dijiang_stream stream);
 DIJIANG_API dijiang_status dijiang_step_pack_ends(const dijiang_step_model* model, const dijiang_step_ends* tensors,
                                                   void* packed, size_t size, dijiang_stream stream);
 

@@ -63,10 +63,17 @@ dijiang_status pack_layer(const dijiang_step_model* model, int32_t layer, const 
     Plan plan;
     DIJIANG_TRY(plan_for(model, 0, nullptr, plan));
     if (layer < 0 || layer >= model->layers) return invalid_range("layer", layer, "0 to layers - 1");
-    const bool gated = model->activation == DIJIANG_SWIGLU, tables = model->table_rows > 0;
-    DIJIANG_TRY(check_pointers({{"qkv", t->qkv, 16, true}, {"gate", t->gate, 16, true}, {"dense", t->dense, 16, true},
-                                {"up", t->up, 16, true}, {"mlp_gate", t->mlp_gate, 16, gated},
-                                {"down", t->down, 16, true}, {"qkv_bias", t->qkv_bias, 4, false},
+    const bool gated = model->activation == DIJIANG_SWIGLU, tables = model->table_rows > 0, whole = model->quantised == 0;
+    const char* const kQuantised = "the model's matrices are quantised: dijiang_step_pack_matrix packs them";
+    DIJIANG_TRY(check_absent("qkv", t->qkv, !whole, kQuantised));
+    DIJIANG_TRY(check_absent("gate", t->gate, !whole, kQuantised));
+    DIJIANG_TRY(check_absent("dense", t->dense, !whole, kQuantised));
+    DIJIANG_TRY(check_absent("up", t->up, !whole, kQuantised));
+    DIJIANG_TRY(check_absent("mlp_gate", t->mlp_gate, !whole, kQuantised));
+    DIJIANG_TRY(check_absent("down", t->down, !whole, kQuantised));
+    DIJIANG_TRY(check_pointers({{"qkv", t->qkv, 16, whole}, {"gate", t->gate, 16, whole}, {"dense", t->dense, 16, whole},
+                                {"up", t->up, 16, whole}, {"mlp_gate", t->mlp_gate, 16, whole && gated},
+                                {"down", t->down, 16, whole}, {"qkv_bias", t->qkv_bias, 4, false},
                                 {"dense_bias", t->dense_bias, 4, false}, {"up_bias", t->up_bias, 4, false},
                                 {"mlp_gate_bias", t->mlp_gate_bias, 4, false}, {"down_bias", t->down_bias, 4, false},
                                 {"attention_norm_weight", t->attention_norm_weight, 4, true},
@@ -86,13 +93,36 @@ dijiang_status pack_layer(const dijiang_step_model* model, int32_t layer, const 
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "packing a layer");
 }
 
+dijiang_status pack_matrix(const dijiang_step_model* model, int32_t layer, int32_t matrix, const void* values,
+                           const void* scales, void* packed, size_t size, cudaStream_t stream) {
+    Plan plan;
+    DIJIANG_TRY(plan_for(model, 0, nullptr, plan));
+    if (model->quantised == 0)
+        return fail(DIJIANG_INVALID_ARGUMENT,
+                    "the model has no quantised matrices; got quantised 0; expected 1; hint: dijiang_step_pack_layer packs "
+                    "matrices of T");
+    if (matrix < DIJIANG_STEP_Q || matrix > DIJIANG_STEP_HEAD)
+        return invalid_range("matrix", matrix, "a dijiang_step_matrix, 0 to 8");
+    if (matrix == DIJIANG_STEP_MLP_GATE && model->activation != DIJIANG_SWIGLU)
+        return fail(DIJIANG_INVALID_ARGUMENT, "the model has no such matrix; got DIJIANG_STEP_MLP_GATE; expected it with "
+                                              "DIJIANG_SWIGLU alone");
+    if (matrix != DIJIANG_STEP_HEAD && (layer < 0 || layer >= model->layers))
+        return invalid_range("layer", layer, "0 to layers - 1");
+    DIJIANG_TRY(check_pointers({{"values", values, 16, true}, {"scales", scales, 2, true}}));
+    DIJIANG_TRY(check_packed(packed, size, plan));
+    const cudaError_t error = step::pack_quantised(plan.params.layout, matrix == DIJIANG_STEP_HEAD ? 0 : layer, matrix, values,
+                                                   scales, static_cast<uint8_t*>(packed), stream);
+    return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "packing a matrix");
+}
+
 dijiang_status pack_ends(const dijiang_step_model* model, const dijiang_step_ends* t, void* packed, size_t size,
                          cudaStream_t stream) {
     if (t == nullptr)
         return fail(DIJIANG_INVALID_ARGUMENT, "tensors is missing; got NULL; expected a dijiang_step_ends");
     Plan plan;
     DIJIANG_TRY(plan_for(model, 0, nullptr, plan));
-    DIJIANG_TRY(check_pointers({{"head", t->head, 16, true},
+    DIJIANG_TRY(check_absent("head", t->head, model->quantised != 0, "the head is quantised: dijiang_step_pack_matrix packs it"));
+    DIJIANG_TRY(check_pointers({{"head", t->head, 16, model->quantised == 0},
                                 {"norm_weight", t->norm_weight, 4, true},
                                 {"norm_bias", t->norm_bias, 4, false},
                                 {"inv_freq", t->inv_freq, 4, model->rotary_dim > 0}}));
@@ -107,7 +137,13 @@ dijiang_status check_buffers(const dijiang_step_model& m, const dijiang_step_buf
     const step::Layout& layout = plan.params.layout;
     const int64_t integer = b.integers == DIJIANG_INT64 ? 8 : 4, rows = b.rows;
     const int64_t state = int64_t{m.num_heads} * m.head_dim * m.head_dim;
+    const bool scaled = m.embedding_format != DIJIANG_SAME;
+    const int64_t elements = int64_t{m.vocabulary} * m.hidden;
+    const int64_t embedding_bytes = m.embedding_format == DIJIANG_SAME ? 2 * elements
+                                    : m.embedding_format == DIJIANG_INT8 ? elements : elements / 2;
+    DIJIANG_TRY(check_absent("embedding_scales", b.embedding_scales, !scaled, "embedding_format is DIJIANG_SAME"));
     DIJIANG_TRY(check_pointers({{"packed", b.packed, 128, true}, {"embedding", b.embedding, 16, true},
+                                {"embedding_scales", b.embedding_scales, 2, scaled},
                                 {"position_embedding", b.position_embedding, 16, m.position_rows > 0},
                                 {"input_ids", b.input_ids, static_cast<uintptr_t>(integer), true},
                                 {"positions", b.positions, static_cast<uintptr_t>(integer), true},
@@ -124,7 +160,8 @@ dijiang_status check_buffers(const dijiang_step_model& m, const dijiang_step_buf
         return invalid_range("logits_row_stride", logits_stride, "the vocabulary or more, 0 for dense");
     std::vector<Region> regions = {
         dense("packed", b.packed, step::packed_bytes(layout), false),
-        dense("embedding", b.embedding, int64_t{2} * m.vocabulary * m.hidden, false),
+        dense("embedding", b.embedding, embedding_bytes, false),
+        dense("embedding_scales", b.embedding_scales, scaled ? elements / 16 : 0, false),
         dense("position_embedding", b.position_embedding, int64_t{2} * m.position_rows * m.hidden, false),
         dense("input_ids", b.input_ids, integer * rows, false),
         dense("positions", b.positions, integer * rows, false),
@@ -156,6 +193,7 @@ dijiang_status run(const dijiang_step_model* model, const dijiang_step_buffers* 
     p.integers = b->integers;
     p.packed = static_cast<const uint8_t*>(b->packed);
     p.embedding = b->embedding;
+    p.embedding_scales = b->embedding_scales;
     p.position_embedding = b->position_embedding;
     p.input_ids = b->input_ids;
     p.positions = b->positions;
@@ -180,6 +218,11 @@ dijiang_status dijiang_step_sizes(const dijiang_step_model* model, int32_t rows,
 dijiang_status dijiang_step_pack_layer(const dijiang_step_model* model, int32_t layer, const dijiang_step_layer* tensors,
                                        void* packed, size_t size, dijiang_stream stream) {
     return guarded([&] { return pack_layer(model, layer, tensors, packed, size, stream); });
+}
+
+dijiang_status dijiang_step_pack_matrix(const dijiang_step_model* model, int32_t layer, int32_t matrix, const void* values,
+                                        const void* scales, void* packed, size_t size, dijiang_stream stream) {
+    return guarded([&] { return pack_matrix(model, layer, matrix, values, scales, packed, size, stream); });
 }
 
 dijiang_status dijiang_step_pack_ends(const dijiang_step_model* model, const dijiang_step_ends* tensors, void* packed,

@@ -151,12 +151,18 @@ template <int R> __device__ __forceinline__ void softmax(float* features, int d)
     }
 }
 
+// What a block asked for before it is needed: the state of its first item, and P.
+template <int R> struct Requests {
+    StatePart<R> state;
+    ProjPart proj;
+};
+
 // This block's part of attention. What does not change from layer to layer is found once.
 template <typename T, int R> class Attention {
 public:
     __device__ __forceinline__ explicit Attention(const Context<T, R>& c)
         : place_(c.p, blockIdx.x),
-          taken_(c, place_, min(static_cast<int>(threadIdx.x), R * (c.p.layout.head_dim + c.p.columns) - 1)), ahead_{} {
+          taken_(c, place_, min(static_cast<int>(threadIdx.x), R * (c.p.layout.head_dim + c.p.columns) - 1)) {
         taken_.turned = kept(taken_.turned);
         taken_.gates = kept(taken_.gates);
         taken_.from = kept(taken_.from);
@@ -168,12 +174,14 @@ public:
     }
 
     // Asks for the state of this block's first item, and for P, both needed later.
-    __device__ __forceinline__ void request_state(const Context<T, R>& c, int layer) {
-        ahead_.request(c.p, place_.active, c.p.states[layer] + place_.state, place_.first);
+    __device__ __forceinline__ void request_state(const Context<T, R>& c, Requests<R>& asked, int layer) const {
+        asked.state.request(c.p, place_.active, c.p.states[layer] + place_.state, place_.first);
     }
-    __device__ __forceinline__ void request_proj(const Context<T, R>& c) { proj_.request(c, threadIdx.x / 32, 0); }
+    __device__ __forceinline__ void request_proj(const Context<T, R>& c, Requests<R>& asked) const {
+        asked.proj.request(c, threadIdx.x / 32, 0);
+    }
     // All of this block's items.
-    __device__ __forceinline__ void run(Context<T, R>& c, int layer) {
+    __device__ __forceinline__ void run(Context<T, R>& c, Requests<R>& asked, int layer) {
         const Params& p = c.p;
         const int items = p.layout.heads * p.splits;
         if (static_cast<int>(blockIdx.x) >= items) return;
@@ -185,25 +193,23 @@ public:
             take(c, at, first);
             meet();
             c.set_waiting(false);
-            project(c, proj_);
+            project(c, asked.proj);
             meet();
             softmax<R>(c.template in_shared<float>(p.memory.features), p.layout.head_dim);
             meet();
-            update(c, at, first, p.states[layer]);
+            update(c, at, first, asked.state, p.states[layer]);
             meet();
             send(c, at);
             if (last) return;
             meet();  // or the next item's values would be here too early
             item += gridDim.x;
-            proj_.request(c, threadIdx.x / 32, 0);
+            request_proj(c, asked);
         }
     }
 
 private:
     ItemPlace place_;
     Taken taken_;
-    StatePart<R> ahead_;
-    ProjPart proj_;
 
     // q and k of a head: RoPE, then each number as the sum of two of T, as A of an mma: rows 0 to 7 are the rows' q, 8 to
     // 15 their k. Values, gates and the recurrence's terms besides.
@@ -256,7 +262,8 @@ private:
     }
 
     // Fades and writes this thread's part of the state, and reads it: partial outputs for the block.
-    __device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, bool first_item, float* states) {
+    __device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, bool first_item, StatePart<R>& ahead,
+                                           float* states) {
         const Params& p = c.p;
         const int d = p.layout.head_dim, columns = p.columns;
         const float* const features = c.template in_shared<float>(p.memory.features);
@@ -267,7 +274,7 @@ private:
 #pragma unroll 1
         for (int start = at.first; at.active && start < d; start += each) {
             float* const mine = states + at.state + (start - at.first) * d;
-            if (!first_item || start != at.first) ahead_.request(p, true, mine, start);
+            if (!first_item || start != at.first) ahead.request(p, true, mine, start);
 #pragma unroll
             for (int j = 0; j < kStatesAhead<R>; ++j) {
                 const int f = start + j * p.sets;
@@ -275,7 +282,7 @@ private:
 #pragma unroll
                 for (int r = 0; r < R; ++r) {
                     const float written = terms[3 * r + 1] * features[(R + r) * d + f] * values[r * columns];
-                    const float s = fmaf(terms[3 * r], ahead_.of[r][j], written);
+                    const float s = fmaf(terms[3 * r], ahead.of[r][j], written);
                     if (c.facts().valid[r]) mine[r * p.state_row_stride + j * p.sets * d] = s;
                     out[r] = fmaf(features[r * d + f], s, out[r]);
                 }

@@ -45,6 +45,7 @@ struct BlockFacts {
     uint32_t epoch;
     uint32_t waiting;  // 1: this block waits for others' values
 };
+static_assert(kBarriers + sizeof(BlockFacts) <= kHeader, "the beginning of shared memory");
 
 template <typename T, int R> struct Context {
     const Params& p;
@@ -53,8 +54,9 @@ template <typename T, int R> struct Context {
     const uint8_t* constants;    // of this layer
     uint32_t tag = 0;            // of this layer's values but for the residual stream behind it, which has the next
 
-    __device__ __forceinline__ Context(const Params& params, uint8_t* memory)
-        : p(params), shared(memory), at(Ring(params, memory)), constants(nullptr) {}
+    template <typename Cut>
+    __device__ __forceinline__ Context(const Params& params, uint8_t* memory, const Ring<Cut>& ring)
+        : p(params), shared(memory), at(ring), constants(nullptr) {}
 
     template <typename U> __device__ __forceinline__ U* in_shared(int offset) const {
         return reinterpret_cast<U*>(shared + offset);
@@ -66,7 +68,7 @@ template <typename T, int R> struct Context {
         return reinterpret_cast<const U*>(constants + offset);
     }
     __device__ __forceinline__ const BlockFacts& facts() const {
-        return *reinterpret_cast<const BlockFacts*>(shared + (kPieces + 1) * kMostSlots * sizeof(uint64_t));
+        return *reinterpret_cast<const BlockFacts*>(shared + kBarriers);
     }
     // Says whether this block waits for others' values: then its weights come more slowly.
     __device__ __forceinline__ void set_waiting(bool waiting) const {

@@ -8,6 +8,8 @@
 // what it has rows for, and has met once more before it sends anything that follows from it.
 #pragma once
 
+#include <type_traits>
+
 #include "step/attention.cuh"
 #include "step/outputs.cuh"
 
@@ -35,16 +37,32 @@ template <typename T, int R> __device__ __forceinline__ void take_inner(Context<
     meet();
 }
 
+// What is known when the kernel is compiled; where one program serves all matrices, an int and a bool stand in its place.
+template <typename Value, Value kValue> struct Constant {
+    __device__ __forceinline__ constexpr operator Value() const { return kValue; }
+};
+
+// Quantised weights: the stripe of one of attention's groups.
+__device__ __forceinline__ int stripe_of(const Params& p, int group) {
+    return group - divide(group, p.by_stripes) * p.layout.stripes;
+}
+
 // What becomes of an output's sum. Whole warps call this, with neighbouring outputs in neighbouring lanes.
-template <int kMatrix, bool kParallel, typename T, int R>
-__device__ __forceinline__ void finish(Context<T, R>& c, bool there, int group, int row, float y) {
+template <bool kStriped, typename Matrix, typename Parallel, typename T, int R>
+__device__ __forceinline__ void finish(Context<T, R>& c, Matrix matrix, Parallel parallel, bool there, int group, int row,
+                                       float y) {
     const Params& p = c.p;
-    const int output = threadIdx.x % kGroup, at = group * kGroup + output;
-    if (kMatrix == kAttention) {  // to the blocks of the head
+    const int output = threadIdx.x % kGroup;
+    if (kStriped && matrix == kAttention) {
+        const int whole = divide(group, p.by_stripes);
+        group = (group - whole * p.layout.stripes) * p.stripe_groups + whole;
+    }
+    const int at = group * kGroup + output;
+    if (matrix == kAttention) {  // to the blocks of the head
         if (there)
             put(c.template in_sync<uint2>(p.exchange.qkvg) + row * (p.layout.qkv() + p.layout.width()) + at, __float_as_uint(y),
                 c.tag);
-    } else if (kMatrix == kUp) {  // the MLP's inner values, in pairs
+    } else if (matrix == kUp) {  // the MLP's inner values, in pairs
         const bool gated = p.layout.gated != 0;
         const int values = gated ? kGroup / 2 : kGroup;
         const float one = activate(p.activation, y, gated ? __shfl_down_sync(~0u, y, kGroup / 2) : 0.0f);
@@ -52,17 +70,18 @@ __device__ __forceinline__ void finish(Context<T, R>& c, bool there, int group, 
         if (there && output % 2 == 0 && output < values)
             put(c.template in_sync<uint2>(p.exchange.up) + (row * p.layout.inner + group * values + output) / 2,
                 pack<T>(one, next), c.tag);
-    } else if (kMatrix == kHead) {
+    } else if (matrix == kHead) {
         if (there && row < p.rows && at < p.layout.vocabulary) p.logits[row * p.logits_row_stride + at] = y;
     } else if (there) {  // with parallel residual dense completes what the MLP's second product began
-        constexpr bool kLast = (kMatrix == kDown) != kParallel;
-        add_to_own(c, row, at, y, kLast || kMatrix == kDense, kLast ? c.tag + 1 : c.tag);
+        const bool last = (matrix == kDown) != parallel;
+        add_to_own(c, row, at, y, last || matrix == kDense, last ? c.tag + 1 : c.tag);
     }
 }
 
 // Adds up a batch's sums of warps, and has each output go where it belongs. `bias` is of this thread's first output.
-template <int kMatrix, bool kParallel, typename T, int R>
-__device__ __forceinline__ void finish_batch(Context<T, R>& c, int first, int groups, const float* biases, float bias) {
+template <bool kStriped, typename Matrix, typename Parallel, typename T, int R>
+__device__ __forceinline__ void finish_batch(Context<T, R>& c, Matrix matrix, Parallel parallel, int first, int groups,
+                                             const float* biases, float bias) {
     const float* const sums = c.template in_shared<float>(c.p.memory.sums);
     const int total = groups * R * kGroup;
     int v = threadIdx.x;
@@ -75,11 +94,11 @@ __device__ __forceinline__ void finish_batch(Context<T, R>& c, int first, int gr
             y += sums[v + w * kSumsOfWarp<R>];
             other += sums[v + (w + 1) * kSumsOfWarp<R>];
         }
-        finish<kMatrix, kParallel>(c, v < total, first + group, row, y + other);
+        finish<kStriped>(c, matrix, parallel, v < total, first + group, row, y + other);
         v += kThreads;
         start += kThreads;
         if (start >= total) break;
-        if (kMatrix != kHead && v < total) bias = __ldg(biases + v / (kGroup * R) * kGroup);
+        if (matrix != kHead && v < total) bias = __ldg(biases + v / (kGroup * R) * kGroup);
     }
 }
 
@@ -119,7 +138,8 @@ __device__ __forceinline__ void product(Context<T, R>& c, Take take, Meanwhile m
         multiplier.run(first, x, part.chunks, groups * part.chunks, sums);
         meanwhile();
         meet();
-        finish_batch<kMatrix, kParallel>(c, part.first + batch, groups, biases + batch * kGroup, bias);
+        finish_batch<false>(c, Constant<int, kMatrix>(), Constant<bool, kParallel>(), part.first + batch, groups,
+                            biases + batch * kGroup, bias);
         batch += kBatch;
         if (batch >= part.groups) break;
         bias = bias_of(batch + mine);
@@ -143,7 +163,7 @@ template <typename T, int R> __device__ __forceinline__ void set_parts(Context<T
 }
 
 // The walk of who copies.
-template <typename T, int R> __device__ __forceinline__ void copy_stream(const Context<T, R>& c, const Ring& ring) {
+template <typename T, int R> __device__ __forceinline__ void copy_stream(const Context<T, R>& c, const Ring<FloatCut>& ring) {
     Copier copier(c.p, ring, &const_cast<BlockFacts&>(c.facts()).waiting);
     const int all = c.p.layout.layers * kOfLayer;
 #pragma unroll 1
@@ -151,7 +171,7 @@ template <typename T, int R> __device__ __forceinline__ void copy_stream(const C
 }
 
 // What is the same for all layers: the rows' tokens and positions, RoPE's angles, zeros that pad q and k.
-template <typename T, int R> __device__ __forceinline__ void prepare(Context<T, R>& c) {
+template <bool kQuantised, typename T, int R> __device__ __forceinline__ void prepare(Context<T, R>& c) {
     const Params& p = c.p;
     BlockFacts& rows = const_cast<BlockFacts&>(c.facts());
     if (threadIdx.x < R) {
@@ -167,6 +187,8 @@ template <typename T, int R> __device__ __forceinline__ void prepare(Context<T, 
     T* turned = c.template in_shared<T>(p.memory.turned);
     const int halves = 2 * Constants::proj_chunks(p.layout) * 2 * R * kChunk;
     for (int i = threadIdx.x; i < halves; i += kThreads) turned[i] = from_float<T>(0.0f);
+    if (kQuantised && p.memory.padded)
+        for (int i = p.memory.x1 + 4 * threadIdx.x; i < p.memory.sums; i += 4 * kThreads) *c.template in_shared<uint32_t>(i) = 0;
     meet();
     const int half = p.layout.rotary_dim / 2;
     const float* inv_freq = reinterpret_cast<const float*>(p.packed + p.ends) + 2 * p.layout.hidden;
@@ -175,8 +197,8 @@ template <typename T, int R> __device__ __forceinline__ void prepare(Context<T, 
         const float turn = rotary_turn(turns_per_token(inv_freq[i % half]), static_cast<float>(rows.position[i / half]));
         rotary_cos_sin(turn, rotary[i].x, rotary[i].y);
     }
-    begin_own(c);
-    take_embedding(c);
+    begin_own<kQuantised>(c);
+    take_embedding<kQuantised>(c);
     meet();
 }
 
@@ -194,23 +216,24 @@ template <typename T, int R> __device__ __forceinline__ void prefetch_constants(
 template <bool kParallel, typename T, int R> __device__ __forceinline__ void walk_layers(Context<T, R>& c) {
     const Params& p = c.p;
     Attention<T, R> attention(c);
+    Requests<R> asked{};
     const auto nothing = [] {};
     const auto hidden = [&](uint32_t tag, int64_t norm, bool both) { take_normalised(c, tag, norm, both); };
 #pragma unroll 1
     for (int layer = 0; layer < p.layout.layers; ++layer) {
         const uint32_t before = layer == 0 ? 0 : c.tag - 1;
         product<kAttention, kParallel>(c, [&] { hidden(before, p.places.attention_norm, kParallel); }, [&] {
-            attention.request_state(c, layer);
+            attention.request_state(c, asked, layer);
             prefetch_constants(c, layer + 1);
         });
         if (kParallel) {  // x + attention(norm x) + mlp(norm' x); meet(): q, k, v and gate have been added up
-            product<kUp, kParallel>(c, [] { meet(); }, [&] { attention.request_proj(c); });
-            attention.run(c, layer);
+            product<kUp, kParallel>(c, [] { meet(); }, [&] { attention.request_proj(c, asked); });
+            attention.run(c, asked, layer);
             product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);
             product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
         } else {  // y = x + attention(norm x), then y + mlp(norm' y)
-            attention.request_proj(c);
-            attention.run(c, layer);
+            attention.request_proj(c, asked);
+            attention.run(c, asked, layer);
             product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
             product<kUp, kParallel>(c, [&] { hidden(c.tag, p.places.mlp_norm, false); }, nothing);
             product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);
@@ -224,24 +247,26 @@ template <bool kParallel, typename T, int R> __device__ __forceinline__ void wal
 // Tags of one step: two a layer, and one behind the last. They never are 0, which no slot is waited for with.
 DIJIANG_BOTH uint32_t tags_of_step(int layers) { return 2u * layers + 2u; }
 
-template <bool kParallel, typename T, int R> __device__ __forceinline__ void walk(const Params& p) {
+// A block's whole step: `copy` is the walk of who copies, `layers` that of all others.
+template <typename Cut, typename T, int R, typename Copy, typename Layers>
+__device__ __forceinline__ void walk(const Params& p, Copy copy, Layers layers) {
+    constexpr bool kQuantised = std::is_same<Cut, QuantisedCut>::value;
     uint8_t* const shared = shared_memory();
-    const Ring ring(p, shared);
+    const Ring<Cut> ring(p, shared);
     if (threadIdx.x == 0) ring.init();
-    Context<T, R> c(p, shared);
+    Context<T, R> c(p, shared, ring);
     c.set_waiting(false);
     set_parts(c);
     __syncthreads();
     if (threadIdx.x >= kCopier) {
-        if (threadIdx.x < kCopier + kCopiers) copy_stream(c, ring);
+        if (threadIdx.x < kCopier + kCopiers) copy(c, ring);
         return;
     }
-    prepare(c);
-    
+    prepare<kQuantised>(c);
     const uint32_t each = tags_of_step(p.layout.layers), first = c.facts().epoch * each + 1;
     c.constants = p.packed + p.constants;
     c.tag = first + 1;
-    walk_layers<kParallel>(c);
+    layers(c);
     // The last block to end counts the step; the next launch begins with new tags.
     meet();
     if (threadIdx.x == 0) {
@@ -263,7 +288,9 @@ template <bool kParallel, typename T, int R> __device__ __forceinline__ void wal
 template <typename T, int R, bool kParallel>
 __global__ void __launch_bounds__(kThreads + 32, 1) step_kernel(const __grid_constant__ Params p) {
 #if !defined(__CUDA_ARCH__) || DIJIANG_STEP_HERE
-    walk<kParallel, T, R>(p);
+    walk<FloatCut, T, R>(
+        p, [](const Context<T, R>& c, const Ring<FloatCut>& ring) { copy_stream(c, ring); },
+        [](Context<T, R>& c) { walk_layers<kParallel>(c); });
 #else
     __trap();
 #endif

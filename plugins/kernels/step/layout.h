@@ -6,7 +6,7 @@
 // is an operand of mma.m16n8k16 as it comes, if the other side's columns are taken in the same order.
 //
 // Units pass through SLOTS of shared memory, 32 in each; of a slot warp w takes units w, w + 8, w + 16 and w + 24. A batch of
-// groups begins in a slot of its own, whose last may be filled in part.
+// groups begins in a slot of its own, whose last may be filled in part. Of quantised weights quantised/layout.h says more.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +39,9 @@ constexpr int kOfLayer = 4;          // but for the head
 struct Layout {
     int32_t layers, hidden, inner, vocabulary, heads, kv_heads, head_dim, rotary_dim;
     int32_t gated, parallel, table_rows, blocks;
+    int32_t quantised, head_int8;  // 1: matrices are int8 or int4; the head is int8
+    int32_t stripes;               // in which attention's groups of rows are dealt out: 1, or as quantised/layout.h says
+    uint8_t int8[DIJIANG_STEP_MAX_LAYERS];  // if quantised, of each layer: bit m for a dijiang_step_matrix m in int8
 
     DIJIANG_BOTH int width() const { return heads * head_dim; }
     DIJIANG_BOTH int qkv() const { return (heads + 2 * kv_heads) * head_dim; }
@@ -63,6 +66,10 @@ struct Layout {
     }
     DIJIANG_BOTH int units(int matrix, int block) const {
         return (share(matrix, block + 1) - share(matrix, block)) * chunks(matrix);
+    }
+    // Which group of the rows of q, k, v and gate is the packed group `group`.
+    DIJIANG_BOTH int attention_group(int group) const {
+        return stripes == 1 ? group : group % stripes * (groups(kAttention) / stripes) + group / stripes;
     }
     // The order of a layer's matrices: attention, up, down, dense, or one after the other attention, dense, up, down.
     DIJIANG_BOTH int at(int turn) const { return parallel || turn == 0 ? turn : (turn + 1) % 3 + 1; }
@@ -126,11 +133,6 @@ struct Constants {
 DIJIANG_BOTH int64_t ends_bytes(const Layout& it) {
     return (8 * int64_t{it.hidden} + 4 * int64_t{it.rotary_dim / 2} + 127) / 128 * 128;
 }
-DIJIANG_BOTH int64_t constants_begin(const Layout& it) { return it.total_units() * kUnitBytes; }
-DIJIANG_BOTH int64_t ends_begin(const Layout& it) {
-    return constants_begin(it) + it.layers * Constants(it).size;
-}
-DIJIANG_BOTH int64_t packed_bytes(const Layout& it) { return ends_begin(it) + ends_bytes(it); }
 
 // Which row of which tensor is packed row `row`. With SwiGLU a group is four rows of the gate and the four of up that they
 // open, so that one block has both.
@@ -138,7 +140,10 @@ struct Source {
     int tensor, row;  // tensor 0: qkv, up, dense, down, head; 1: gate, mlp_gate; -1: zeros
 };
 DIJIANG_BOTH Source source_of(const Layout& it, int matrix, int row) {
-    if (matrix == kAttention) return row < it.qkv() ? Source{0, row} : Source{1, row - it.qkv()};
+    if (matrix == kAttention) {
+        row = it.attention_group(row / kGroup) * kGroup + row % kGroup;
+        return row < it.qkv() ? Source{0, row} : Source{1, row - it.qkv()};
+    }
     if (matrix == kUp && it.gated) {
         const int within = row % kGroup, first = row / kGroup * 4;
         return within < 4 ? Source{1, first + within} : Source{0, first + within - 4};

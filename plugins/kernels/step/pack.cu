@@ -1,5 +1,6 @@
 // Launches the kernels that pack weights.
 #include "step/pack.cuh"
+#include "step/quantised/pack.cuh"
 
 namespace dijiang {
 namespace step {
@@ -46,10 +47,12 @@ template <typename T> void proj(int d, const float* from, uint8_t* to, cudaStrea
 
 cudaError_t pack_layer(const Layout& it, int32_t dtype, int32_t layer, const dijiang_step_layer& from, uint8_t* packed,
                        cudaStream_t stream) {
-    pack(it, layer, kAttention, from.qkv, from.gate, packed, stream);
-    pack(it, layer, kDense, from.dense, nullptr, packed, stream);
-    pack(it, layer, kUp, from.up, from.mlp_gate, packed, stream);
-    pack(it, layer, kDown, from.down, nullptr, packed, stream);
+    if (!it.quantised) {
+        pack(it, layer, kAttention, from.qkv, from.gate, packed, stream);
+        pack(it, layer, kDense, from.dense, nullptr, packed, stream);
+        pack(it, layer, kUp, from.up, from.mlp_gate, packed, stream);
+        pack(it, layer, kDown, from.down, nullptr, packed, stream);
+    }
     const Constants places(it);
     uint8_t* const to = packed + constants_begin(it) + layer * places.size;
     const int64_t h = it.hidden, width = it.width();
@@ -71,8 +74,25 @@ cudaError_t pack_layer(const Layout& it, int32_t dtype, int32_t layer, const dij
     return cudaGetLastError();
 }
 
+cudaError_t pack_quantised(const Layout& it, int32_t layer, int32_t which, const void* values, const void* scales,
+                           uint8_t* packed, cudaStream_t stream) {
+    const uint32_t formats = formats_of(it, layer);
+    const bool head = which == DIJIANG_STEP_HEAD;
+    const QuantisedSource from{static_cast<const uint8_t*>(values), static_cast<const uint16_t*>(scales), which,
+                               head ? it.head_int8 : bit(formats, which)};
+    const int matrix = head                         ? kHead
+                       : which == DIJIANG_STEP_DOWN  ? kDown
+                       : which == DIJIANG_STEP_DENSE ? kDense
+                       : which >= DIJIANG_STEP_UP    ? kUp
+                                                     : kAttention;
+    const int64_t begin = matrix_begin(it, layer, matrix);
+    const int64_t threads = int64_t{it.groups(matrix)} * units_of_group(it.chunks(matrix), true) * 32;
+    DIJIANG_PACK_EACH(threads, pack_quantised_matrix, it, formats, matrix, begin, from, packed);
+    return cudaGetLastError();
+}
+
 cudaError_t pack_ends(const Layout& it, int32_t, const dijiang_step_ends& from, uint8_t* packed, cudaStream_t stream) {
-    pack(it, 0, kHead, from.head, nullptr, packed, stream);
+    if (!it.quantised) pack(it, 0, kHead, from.head, nullptr, packed, stream);
     uint8_t* const to = packed + ends_begin(it);
     const int64_t h = it.hidden;
     norm(from.norm_weight, from.norm_bias, h, to, stream);

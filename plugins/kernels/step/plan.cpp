@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <iterator>
 
 #include "host/arguments.h"
 #include "host/errors.h"
@@ -16,10 +17,28 @@ constexpr int32_t kMostHidden = 1 << 20;
 // layer and where it does not. Of what was tried on an H100 the fastest at the 410M and the 2.8B shape.
 constexpr int kFlight = 2, kFlightBusy = 3, kFlightBusyLarge = 8;
 constexpr int kLeastSlots = 2;
+// The same of quantised weights' rounds, of 9.2 KB at most.
+constexpr int kRoundsFlight = 2, kRoundsFlightBusy = 3, kRoundsFlightBusyLarge = 7, kLeastRounds = 3;
 
 dijiang_status check_number(const char* name, double value, bool good, const char* expected) {
     if (good) return DIJIANG_OK;
     return fail(DIJIANG_INVALID_ARGUMENT, "%s is out of range; got %g; expected %s", name, value, expected);
+}
+
+dijiang_status check_formats(const dijiang_step_model& m) {
+    const bool quantised = m.quantised != 0;
+    const auto known = [](int32_t format) { return format == DIJIANG_INT8 || format == DIJIANG_INT4; };
+    DIJIANG_TRY(check_number("quantised", m.quantised, m.quantised == 0 || m.quantised == 1, "0 or 1"));
+    DIJIANG_TRY(check_number("head_format", m.head_format, quantised ? known(m.head_format) : m.head_format == DIJIANG_SAME,
+                             quantised ? "DIJIANG_INT8 or DIJIANG_INT4" : "DIJIANG_SAME, as weights are not quantised"));
+    DIJIANG_TRY(check_number("embedding_format", m.embedding_format,
+                             m.embedding_format == DIJIANG_SAME || (quantised && known(m.embedding_format)),
+                             quantised ? "DIJIANG_SAME, DIJIANG_INT8 or DIJIANG_INT4" : "DIJIANG_SAME, as weights are not quantised"));
+    for (int layer = 0; layer < DIJIANG_STEP_MAX_LAYERS; ++layer)
+        DIJIANG_TRY(check_number("int8_matrices", m.int8_matrices[layer],
+                                 m.int8_matrices[layer] == 0 || (quantised && layer < m.layers),
+                                 "0 where there is no layer, or weights are not quantised"));
+    return check_number("reserved", m.reserved, m.reserved == 0, "0");
 }
 
 dijiang_status check_model(const dijiang_step_model& m) {
@@ -54,7 +73,7 @@ dijiang_status check_model(const dijiang_step_model& m) {
     DIJIANG_TRY(check_number("norm_epsilon", m.norm_epsilon, m.norm_epsilon > 0 && std::isfinite(m.norm_epsilon), "above 0"));
     DIJIANG_TRY(check_number("group_norm_epsilon", m.group_norm_epsilon,
                              m.group_norm_epsilon > 0 && std::isfinite(m.group_norm_epsilon), "above 0"));
-    return check_number("reserved", m.reserved, m.reserved == 0, "0");
+    return check_formats(m);
 }
 
 int64_t most_units(const Layout& layout, int matrix) {
@@ -70,6 +89,14 @@ int64_t layer_units(const Layout& layout) {
 int64_t longest(Layout layout, int blocks) {
     layout.blocks = blocks;
     return layout.layers * layer_units(layout) + most_units(layout, kHead);
+}
+
+// And in bytes, of quantised weights of the largest layer, as if the blocks had equally many.
+int64_t layer_bytes(const Layout& layout) {
+    if (!layout.quantised) return layer_units(layout) * kUnitBytes;
+    int64_t most = 0;
+    for (int l = 0; l < layout.layers; ++l) most = std::max(most, layer_begin(layout, l + 1) - layer_begin(layout, l));
+    return most / layout.blocks;
 }
 
 // As few blocks as are about as fast as all of them.
@@ -111,15 +138,17 @@ bool power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
 void place_memory(const Params& p, int rows, Memory& memory) {
     const Layout& layout = p.layout;
     const int64_t r = rows, hidden = layout.hidden, inner = layout.inner, width = layout.width(), d = layout.head_dim;
+    const auto padded = [&](int64_t columns) { return layout.quantised ? std::max<int64_t>(columns, kMostBlocks * kChunk) : columns; };
+    memory.padded = padded(std::min({hidden, inner, width})) > std::min({hidden, inner, width});
     Places<int32_t> places(kHeader);
     // The residual stream and the MLP's inner values are never there at the same time.
     const int32_t begin = places.end();
-    memory.x1 = places.take(2 * r * hidden);
-    memory.x2 = layout.parallel ? places.take(2 * r * hidden) : memory.x1;
+    memory.x1 = places.take(2 * r * padded(hidden));
+    memory.x2 = layout.parallel ? places.take(2 * r * padded(hidden)) : memory.x1;
     memory.raw = places.take(4 * r * hidden);
-    Places<int32_t> others(begin);
-    memory.up = others.take(2 * r * inner);
-    memory.attended = others.take(2 * r * width);
+    Places<int32_t> others(memory.padded ? places.end() : begin);
+    memory.up = others.take(2 * r * padded(inner));
+    memory.attended = others.take(2 * r * padded(width));
     const bool in_lanes = layout.heads >= 2 && layout.heads <= 64 && power_of_two(layout.heads);
     memory.outputs = others.take(in_lanes ? 0 : 4 * r * width);
     memory.gates = others.take(in_lanes ? 0 : 2 * r * width);
@@ -160,7 +189,10 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     plan = {};
     Params& p = plan.params;
     p.layout = {m.layers, m.hidden, m.inner, m.vocabulary, m.num_heads, m.num_kv_heads, m.head_dim, m.rotary_dim,
-                m.activation == DIJIANG_SWIGLU, m.parallel_residual, m.table_rows, 1};
+                m.activation == DIJIANG_SWIGLU, m.parallel_residual, m.table_rows, 1, m.quantised,
+                m.head_format == DIJIANG_INT8, 1, {}};
+    if (m.quantised) p.layout.stripes = stripes_of(p.layout);
+    std::copy(std::begin(m.int8_matrices), std::end(m.int8_matrices), p.layout.int8);
     p.layout.blocks = choose_blocks(p.layout, device);
     p.places = Constants(p.layout);
     p.constants = constants_begin(p.layout);
@@ -181,6 +213,9 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     p.by_columns = inverse_of(p.columns);
     p.by_taken = inverse_of(m.head_dim + p.columns);
     p.by_fours = inverse_of(m.inner / 4);
+    p.stripe_groups = p.layout.groups(kAttention) / p.layout.stripes;
+    p.by_stripes = inverse_of(p.layout.stripes);
+    p.embedding_format = m.embedding_format;
     p.by_sharing = inverse_of(m.num_heads / m.num_kv_heads);
     p.entries = p.columns <= 32 && power_of_two(p.columns) ? kWarps : p.sets;
     place_exchange(p.layout, p.exchange);
@@ -194,21 +229,33 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
         p.inputs[matrix] = inputs[matrix];
         p.biases[matrix] = static_cast<int32_t>(biases[matrix]);
     }
-    p.slots = std::min(kMostSlots, (device.shared_memory - p.memory.ring) / kSlotBytes);
-    if (p.slots < kLeastSlots)
+    const int slot = m.quantised ? kRoundBytes : kSlotBytes, least = m.quantised ? kLeastRounds : kLeastSlots;
+    p.slots = std::min(m.quantised ? kMostRounds : kMostSlots, (device.shared_memory - p.memory.ring) / slot);
+    if (p.slots < least)
         return fail(DIJIANG_UNSUPPORTED,
                     "the step of that many rows does not fit a block's shared memory; got %d rows, %d bytes beside the "
                     "weights; expected at most %d",
-                    rows, p.memory.ring, device.shared_memory - kLeastSlots * kSlotBytes);
-    p.flight = kFlight;
-    p.flight_busy = layer_units(p.layout) <= 2 * p.slots * kSlotUnits ? kFlightBusy : kFlightBusyLarge;
-    p.memory.size = p.memory.ring + p.slots * kSlotBytes;
+                    rows, p.memory.ring, device.shared_memory - least * slot);
+    p.memory.size = p.memory.ring + p.slots * slot;
+    const bool small = layer_bytes(p.layout) <= int64_t{2} * p.slots * slot;
+    p.flight = m.quantised ? kRoundsFlight : kFlight;
+    p.flight_busy = m.quantised ? (small ? kRoundsFlightBusy : kRoundsFlightBusyLarge) : (small ? kFlightBusy : kFlightBusyLarge);
+    // Never more than the ring has, or who copies would wait for a slot's last filling but one, which its barrier has forgotten.
+    p.flight_busy = std::min(p.flight_busy, p.slots * (m.quantised ? 1 : kPieces));
     return DIJIANG_OK;
 }
 
 cudaError_t launch(int32_t dtype, const Plan& plan, cudaStream_t stream) {
     constexpr int kHalf = DIJIANG_FLOAT16, kOther = DIJIANG_BFLOAT16;
     const bool half = dtype == DIJIANG_FLOAT16;
+    if (plan.params.layout.quantised) {
+        switch (plan.capacity) {
+            case 1: return half ? launch_quantised<kHalf, 1>(plan, stream) : launch_quantised<kOther, 1>(plan, stream);
+            case 2: return half ? launch_quantised<kHalf, 2>(plan, stream) : launch_quantised<kOther, 2>(plan, stream);
+            case 4: return half ? launch_quantised<kHalf, 4>(plan, stream) : launch_quantised<kOther, 4>(plan, stream);
+            default: return half ? launch_quantised<kHalf, 8>(plan, stream) : launch_quantised<kOther, 8>(plan, stream);
+        }
+    }
     switch (plan.capacity) {
         case 1: return half ? launch<kHalf, 1>(plan, stream) : launch<kOther, 1>(plan, stream);
         case 2: return half ? launch<kHalf, 2>(plan, stream) : launch<kOther, 2>(plan, stream);

@@ -6,12 +6,28 @@
 namespace dijiang {
 namespace step {
 
+// Two neighbouring elements of a token's embedding. In int8 and int4 they lie as in a bundle: q + 128, or q + 8 in four bits,
+// the first in the lower ones.
+template <bool kQuantised, typename T>
+__device__ __forceinline__ float2 embedded_token(const Params& p, int64_t id, int pair) {
+    const int64_t at = id * (p.layout.hidden / 2) + pair;
+    if (!kQuantised || p.embedding_format == DIJIANG_SAME)
+        return unpack<T>(__ldg(static_cast<const uint32_t*>(p.embedding) + at));
+    const float scale = unpack<__half>(__ldg(static_cast<const uint16_t*>(p.embedding_scales) + at / (kChunk / 2))).x;
+    if (p.embedding_format == DIJIANG_INT8) {
+        const int both = __ldg(static_cast<const uint16_t*>(p.embedding) + at);
+        return make_float2(static_cast<float>((both & 255) - 128) * scale, static_cast<float>((both >> 8) - 128) * scale);
+    }
+    const int both = __ldg(static_cast<const uint8_t*>(p.embedding) + at);
+    return make_float2(static_cast<float>((both & 15) - 8) * scale, static_cast<float>((both >> 4) - 8) * scale);
+}
+
 // Two neighbouring elements of a row's embedding.
-template <typename T, int R>
+template <bool kQuantised, typename T, int R>
 __device__ __forceinline__ float2 embedded(const Context<T, R>& c, int row, int pair) {
     const int64_t pairs = c.p.layout.hidden / 2;
     const BlockFacts& rows = c.facts();
-    float2 v = unpack<T>(__ldg(static_cast<const uint32_t*>(c.p.embedding) + rows.id[row] * pairs + pair));
+    float2 v = embedded_token<kQuantised, T>(c.p, rows.id[row], pair);
     if (c.p.position_rows != 0) {
         const int64_t last = c.p.position_rows - 1, at = int64_t{rows.position[row]} + c.p.position_offset;
         const float2 w =
@@ -37,13 +53,13 @@ template <int kCount> struct Affines {
 };
 
 // Leaves all rows of the residual stream in `raw` as they are behind the embedding, each pair to who will normalise it.
-template <typename T, int R> __device__ __forceinline__ void take_embedding(const Context<T, R>& c) {
+template <bool kQuantised, typename T, int R> __device__ __forceinline__ void take_embedding(const Context<T, R>& c) {
     const int pairs = c.p.layout.hidden / 2;
     float2* const raw = c.template in_shared<float2>(c.p.memory.raw);
 #pragma unroll 1
     for (int pair = threadIdx.x; pair < pairs; pair += kThreads)
 #pragma unroll 1
-        for (int row = 0; row < R; ++row) raw[row * pairs + pair] = embedded(c, row, pair);
+        for (int row = 0; row < R; ++row) raw[row * pairs + pair] = embedded<kQuantised>(c, row, pair);
     if (threadIdx.x < R) c.template in_shared<float>(c.p.memory.means)[threadIdx.x] = 0.0f;
 }
 
@@ -185,13 +201,13 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
 }
 
 // This block's rows of the residual stream begin as the embedding.
-template <typename T, int R> __device__ __forceinline__ void begin_own(Context<T, R>& c) {
+template <bool kQuantised, typename T, int R> __device__ __forceinline__ void begin_own(Context<T, R>& c) {
     float* own = c.template in_shared<float>(c.p.memory.own);
     const int first = c.first_group(kDown) * kGroup, total = c.groups(kDown) * kGroup * R;
 #pragma unroll 1
     for (int v = threadIdx.x; v < total; v += kThreads) {
         const int element = first + v / (kGroup * R) * kGroup + v % kGroup;
-        const float2 pair = embedded(c, v / kGroup % R, element / 2);
+        const float2 pair = embedded<kQuantised>(c, v / kGroup % R, element / 2);
         own[v] = element % 2 ? pair.y : pair.x;
     }
 }

@@ -12,14 +12,25 @@ struct Part {
     int32_t first, groups, chunks, units;
 };
 
+// How a ring is cut.
+struct FloatCut {
+    static constexpr int kPieces = step::kPieces, kMost = kMostSlots;
+};
+struct QuantisedCut {
+    static constexpr int kPieces = 1, kMost = kMostRounds;
+};
+static_assert((FloatCut::kPieces + 1) * FloatCut::kMost * 8 <= kBarriers, "barriers");
+static_assert((QuantisedCut::kPieces + 1) * QuantisedCut::kMost * 8 <= kBarriers, "barriers");
+
 // Slots of weights. `full` hears of the bytes of each piece of a slot, `empty` of every warp that has left one.
-struct Ring {
+template <typename Cut> struct Ring {
+    static constexpr int kPieces = Cut::kPieces;
     uint8_t* bytes;
     uint64_t *full, *empty;
     uint32_t slots;
 
     __device__ __forceinline__ Ring(const Params& p, uint8_t* shared)
-        : bytes(shared + p.memory.ring), full(reinterpret_cast<uint64_t*>(shared)), empty(full + kPieces * kMostSlots),
+        : bytes(shared + p.memory.ring), full(reinterpret_cast<uint64_t*>(shared)), empty(full + kPieces * Cut::kMost),
           slots(p.slots) {}
     __device__ __forceinline__ void init() const {
         for (uint32_t i = 0; i < slots; ++i) {
@@ -32,10 +43,47 @@ struct Ring {
 
 // Asks for one piece after the other, as slots become free. Only so many are under way: messages between blocks wait behind
 // them. While this block waits for one, they are fewer.
-class Copier {
+template <typename Cut> class Asker {
 public:
-    __device__ __forceinline__ Copier(const Params& params, const Ring& to, uint32_t* waits)
-        : p(params), ring(to), waiting(waits), once(read_once()), from(p.packed + p.layout.begin(blockIdx.x) * kUnitBytes) {}
+    __device__ __forceinline__ Asker(const Params& params, const Ring<Cut>& to, uint32_t* waits)
+        : p(params), ring(to), waiting(waits), once(read_once()) {}
+
+protected:
+    const Params& p;
+    const Ring<Cut> ring;
+    uint32_t* const waiting;
+    const uint64_t once;
+    uint32_t slot = 0, parity = 1;  // the next
+
+    __device__ __forceinline__ bool may_ask() {
+        if (under_way < p.flight) return true;
+        const int most = flag(waiting) ? p.flight : p.flight_busy;
+        if (under_way >= most && mbarrier_done(ring.full + oldest, oldest_parity)) {
+            --under_way;
+            if (++oldest == ring.slots * Cut::kPieces) oldest = 0, oldest_parity ^= 1;
+        }
+        return under_way < most;
+    }
+    __device__ __forceinline__ void wait_for_slot() {
+        await([&] { return mbarrier_done(ring.empty + slot, parity); });  // at once, the first time
+    }
+    __device__ __forceinline__ void wait_to_ask() {
+        await([&] { return may_ask(); });
+        ++under_way;
+    }
+    __device__ __forceinline__ void next_slot() {
+        if (++slot == ring.slots) slot = 0, parity ^= 1;
+    }
+
+private:
+    int under_way = 0;
+    uint32_t oldest = 0, oldest_parity = 0;  // of the pieces under way
+};
+
+class Copier : Asker<FloatCut> {
+public:
+    __device__ __forceinline__ Copier(const Params& params, const Ring<FloatCut>& to, uint32_t* waits)
+        : Asker(params, to, waits), from(p.packed + p.layout.begin(blockIdx.x) * kUnitBytes) {}
 
     // The next matrix in the stream, a batch after the other.
     __device__ __forceinline__ void copy(const Part& part) {
@@ -45,30 +93,14 @@ public:
     }
 
 private:
-    const Params& p;
-    const Ring ring;
-    uint32_t* const waiting;
-    const uint64_t once;
     const uint8_t* from;
-    int under_way = 0;
-    uint32_t slot = 0, parity = 1, oldest = 0, oldest_parity = 0;  // oldest: of the pieces under way
 
-    __device__ __forceinline__ bool may_ask() {
-        if (under_way < p.flight) return true;
-        const int most = flag(waiting) ? p.flight : p.flight_busy;
-        if (under_way >= most && mbarrier_done(ring.full + oldest, oldest_parity)) {
-            --under_way;
-            if (++oldest == ring.slots * kPieces) oldest = 0, oldest_parity ^= 1;
-        }
-        return under_way < most;
-    }
     // So many units, or a slot full of them.
     __device__ __forceinline__ void copy_slot(int units) {
-        await([&] { return mbarrier_done(ring.empty + slot, parity); });  // at once, the first time
+        wait_for_slot();
         for (int piece = 0; piece < kPieces; ++piece, units -= kPieceUnits) {
             uint64_t* const full = ring.full + slot * kPieces + piece;
-            await([&] { return may_ask(); });
-            ++under_way;
+            wait_to_ask();
             if (units <= 0) {
                 mbarrier_arrive(full);
                 continue;
@@ -77,22 +109,24 @@ private:
             copy_piece(ring.bytes + size_t{slot} * kSlotBytes + piece * kPieceBytes, from, bytes, full, once);
             from += bytes;
         }
-        if (++slot == ring.slots) slot = 0, parity ^= 1;
+        next_slot();
     }
 };
 
 // A warp's way through the slots.
 struct Cursor {
     uint64_t *const full, *const empty;
-    const uint4* const units;  // this lane's part of this warp's first unit in the first slot
+    uint8_t* const bytes;      // of the first slot
+    const uint4* const units;  // and this lane's part of this warp's first unit there
     const uint32_t slots;
     uint32_t slot = 0, parity = 0;
 
-    __device__ __forceinline__ explicit Cursor(const Ring& r)
-        : full(r.full), empty(r.empty), units(reinterpret_cast<const uint4*>(r.bytes) + threadIdx.x), slots(r.slots) {}
+    template <typename Cut> __device__ __forceinline__ explicit Cursor(const Ring<Cut>& r)
+        : full(r.full), empty(r.empty), bytes(r.bytes), units(reinterpret_cast<const uint4*>(r.bytes) + threadIdx.x),
+          slots(r.slots) {}
 
     // Waits for what a slot is next filled with, or was in the phase before that parity.
-    __device__ __forceinline__ void arrive(uint32_t which, uint32_t phase) const {
+    template <int kPieces = step::kPieces> __device__ __forceinline__ void arrive(uint32_t which, uint32_t phase) const {
         await([&] {
             bool there = true;
 #pragma unroll
@@ -103,8 +137,14 @@ struct Cursor {
     // This lane's part of this warp's i-th unit of a slot.
     __device__ __forceinline__ uint4 read(uint32_t which, int i) const { return units[which * (kSlotBytes / 16) + i * kThreads]; }
     __device__ __forceinline__ void leave() {
+        leave(slot);
+        next();
+    }
+    __device__ __forceinline__ void leave(uint32_t which) const {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + slot);
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + which);
+    }
+    __device__ __forceinline__ void next() {
         if (++slot == slots) slot = 0, parity ^= 1;
     }
 };

@@ -3,13 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
-#include "step/layout.h"
+#include "step/quantised/layout.h"
 
 namespace dijiang {
 namespace step {
 
-constexpr int kMostSlots = 16;   // of weights in the ring
-constexpr int kHeader = 640;       // bytes of shared memory: the ring's barriers, then BlockFacts
+constexpr int kMostSlots = 16, kMostRounds = 24;  // of weights in the ring: slots, of quantised ones rounds
+constexpr int kBarriers = 2 * 8 * kMostRounds;     // bytes of shared memory: the ring's barriers, of either
+constexpr int kHeader = 1024;      // and BlockFacts behind them
 constexpr int kCopier = kThreads;  // the first thread of the warp that copies
 
 // Shared memory of a block, in bytes from its beginning. x holds rows to be multiplied, as [chunk][row][32] of T.
@@ -28,6 +29,7 @@ struct Memory {
     int32_t values, opened;        // [row][columns]; pairs of gates, in T
     int32_t terms;                 // [row] of decay, gain, read scale
     int32_t readout;               // [row][entry][columns]
+    int32_t padded;                // 1: rows that are multiplied have at least 256 columns, zeros where there are none
     int32_t size;
 };
 
@@ -55,11 +57,15 @@ struct Params {
     int32_t splits, columns, sets;       // blocks that share a head, its columns that each has, threads of a column
     // To divide by: splits, columns, query heads of a key/value head, pairs that an item takes of a row.
     uint64_t by_splits, by_columns, by_sharing, by_taken, by_fours;  // and fours of inner values
+    uint64_t by_stripes;                 // and stripes of attention's groups, if quantised
+    int32_t stripe_groups;               // groups of each
     int32_t entries;                     // partial sums of an output: warps, or sets of threads
-    int32_t slots;                       // in the ring
+    int32_t slots;                       // in the ring, or rounds
     int32_t flight, flight_busy;         // pieces under way at most, while a block waits for others and else
     const uint8_t* packed;
     const void* embedding;
+    const void* embedding_scales;        // of an embedding in int8 or int4
+    int32_t embedding_format;            // dijiang_weight_format
     const void* position_embedding;
     const void *input_ids, *positions, *seq_lens;
     float* states[DIJIANG_STEP_MAX_LAYERS];
@@ -78,9 +84,13 @@ dijiang_status make_plan(const dijiang_step_model&, int32_t rows, const dijiang_
 
 // Of a dijiang_dtype and a capacity; instances/ has a file for each type.
 template <int kDtype, int kCapacity> cudaError_t launch(const Plan&, cudaStream_t);
+template <int kDtype, int kCapacity> cudaError_t launch_quantised(const Plan&, cudaStream_t);
 cudaError_t launch(int32_t dtype, const Plan&, cudaStream_t);  // the one that the plan names
 
 cudaError_t pack_layer(const Layout&, int32_t dtype, int32_t layer, const dijiang_step_layer&, uint8_t* packed, cudaStream_t);
+// One of a quantised model's matrices: its format is what the layout says.
+cudaError_t pack_quantised(const Layout&, int32_t layer, int32_t matrix, const void* values, const void* scales, uint8_t* packed,
+                           cudaStream_t);
 cudaError_t pack_ends(const Layout&, int32_t dtype, const dijiang_step_ends&, uint8_t* packed, cudaStream_t);
 
 }  // namespace step

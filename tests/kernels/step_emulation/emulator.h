@@ -153,6 +153,12 @@ template <typename T> T __ldg(const T* p) { return *p; }
 template <typename T> T __ldcg(const T* p) { return *p; }
 inline uint32_t __float_as_uint(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
 inline float __uint_as_float(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
+    const uint64_t both = uint64_t{high} << 32 | low;
+    uint32_t made = 0;
+    for (int i = 0; i < 4; ++i) made |= static_cast<uint32_t>(both >> (8 * (select >> (4 * i) & 7)) & 0xff) << (8 * i);
+    return made;
+}
 inline float __fmul_rn(float x, float y) { volatile float z = x * y; return z; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <typename T> T __shfl_xor_sync(unsigned, T v, int offset) {
@@ -176,6 +182,14 @@ template <typename T> T __shfl_down_sync(unsigned, T v, int offset) {
     std::memcpy(&v, words[lane + offset < 32 ? lane + offset : lane], 4);
     return v;
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+    const uint32_t word = vote;
+    auto* words = emulator::exchange(&word, 1);
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= words[lane][0] << lane;
+    return all;
+}
 inline void __syncwarp() { emulator::meet(emulator::warp().barrier, 32); }
 inline void __syncthreads() { emulator::meet(emulator::current->of->all, static_cast<int>(blockDim.x)); }
 inline unsigned atomicInc(unsigned* p, unsigned most) {
@@ -185,5 +199,6 @@ inline unsigned atomicInc(unsigned* p, unsigned most) {
     return old;
 }
 template <typename T> T min(T x, T y) { return x < y ? x : y; }
+template <typename T> T max(T x, T y) { return x < y ? y : x; }
 inline void __threadfence() {}
 #define __shared__ static

@@ -22,7 +22,7 @@ from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.spec import ModelSpec
 
 NAME = "DijiangStep"
-_NOT_FIELDS = ("reserved",)
+_NOT_FIELDS = ("reserved", "quantised", "head_format", "embedding_format", "int8_matrices")
 """Of dijiang_step_model: where formats of weights will be, which the plugin takes for 0."""
 
 

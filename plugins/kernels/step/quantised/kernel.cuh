@@ -1,0 +1,185 @@
+// A decoding step in one launch with int8 and int4 weights: the walk of step/kernel.cuh, one program for all matrices of a layer
+// and either order of them. Its weights are so few bytes that the program is what takes the time: this one is short.
+#pragma once
+
+#include "step/kernel.cuh"
+#include "step/quantised/product.cuh"
+
+namespace dijiang {
+namespace step {
+
+// Copies a block's rounds. Whole matrices follow each other in memory, and in each its groups; a round is a piece.
+class RoundCopier : Asker<QuantisedCut> {
+public:
+    __device__ __forceinline__ RoundCopier(const Params& params, const Ring<QuantisedCut>& to, uint32_t* waits)
+        : Asker(params, to, waits), matrix_begin(params.packed) {}
+
+    // The next matrix in the order of a step.
+    __device__ __forceinline__ void copy(const Part& part, int matrix, uint32_t formats) {
+        const Layout& layout = p.layout;
+        const uint8_t* from = matrix_begin + bytes_before(layout, formats, matrix, part.first);
+        matrix_begin += matrix_bytes(layout, formats, matrix);
+        int stripe = matrix == kAttention ? stripe_of(p, part.first) : 0;
+        bool eight = group_is_int8(layout, formats, matrix, stripe);
+#pragma unroll 1
+        for (int group = 0, same; group < part.groups; group += same) {  // groups of one format, of one batch
+            const int most = min(part.groups - group, kBatch - group % kBatch);
+            bool next = eight;
+            if (matrix != kAttention) {
+                same = most;
+            } else {
+#pragma unroll 1
+                for (same = 0; same < most && next == eight; ++same) {
+                    if (++stripe == layout.stripes) stripe = 0;
+                    next = group_is_int8(layout, formats, matrix, stripe);
+                }
+            }
+            copy_rounds(from, same * units_of_group(part.chunks, eight), unit_bytes(eight));
+            eight = next;
+        }
+    }
+
+private:
+    const uint8_t* matrix_begin;
+
+    __device__ __forceinline__ void copy_rounds(const uint8_t*& from, int units, int bytes_of_unit) {
+#pragma unroll 1
+        for (; units > 0; units -= kWarps) {
+            const uint32_t bytes = min(units, kWarps) * bytes_of_unit;
+            wait_for_slot();
+            wait_to_ask();
+            copy_piece(ring.bytes + slot * kRoundBytes, from, bytes, ring.full + slot, once);
+            from += bytes;
+            next_slot();
+        }
+    }
+};
+
+template <typename T, int R> __device__ __forceinline__ void copy_rounds(const Context<T, R>& c, const Ring<QuantisedCut>& ring) {
+    RoundCopier copier(c.p, ring, &const_cast<BlockFacts&>(c.facts()).waiting);
+    const Layout& layout = c.p.layout;
+    const int all = layout.layers * kOfLayer;
+#pragma unroll 1
+    for (int i = 0; i <= all; ++i) {
+        const int matrix = i == all ? static_cast<int>(kHead) : layout.at(i % kOfLayer);
+        copier.copy(c.facts().of[matrix], matrix, formats_of(layout, i / kOfLayer));
+    }
+}
+
+// Of a batch's groups, bit i: that group i is int8. A lane asks for one of them.
+__device__ __forceinline__ uint32_t int8_groups(const Params& p, uint32_t formats, int matrix, int first) {
+    static_assert(kBatch <= 32, "a lane for each");
+    const int stripe = matrix == kAttention ? stripe_of(p, first + static_cast<int>(threadIdx.x % 32)) : 0;
+    return __ballot_sync(~0u, group_is_int8(p.layout, formats, matrix, stripe));
+}
+
+// As product() of step/kernel.cuh, of whatever matrix.
+template <typename Matrix, typename Parallel, typename T, int R, typename Take, typename Meanwhile>
+__device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matrix, Parallel parallel, uint32_t formats, Take take,
+                                                  Meanwhile meanwhile) {
+    const Params& p = c.p;
+    const auto wait = [&] {
+        // With parallel residual both products of the normalised rows are served at once.
+        if (c.groups(matrix) <= 0 && !(matrix == kAttention && parallel && c.groups(kUp) > 0)) return;
+        c.set_waiting(true);
+        take();
+        c.set_waiting(false);
+    };
+    const Part part = c.facts().of[matrix];
+    QuantisedMultiplier<T, R> multiplier(c.at, part.chunks);
+    QuantisedUnit first;
+    const auto begin = [&](int batch) {
+        multiplier.begin(min(kBatch, part.groups - batch), int8_groups(p, formats, matrix, part.first + batch), first);
+    };
+    if (part.groups > 0) begin(0);
+    const int mine = threadIdx.x / (kGroup * R);  // this thread's first group of a batch
+    const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + threadIdx.x % kGroup;
+    const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
+    float bias = bias_of(mine);
+    wait();
+    const T* const x = c.template in_shared<T>(p.inputs[matrix]);
+    float* const sums = c.template in_shared<float>(p.memory.sums) + threadIdx.x / 32 * kSumsOfWarp<R>;
+#pragma unroll 1
+    for (int batch = 0;;) {
+        const int groups = min(kBatch, part.groups - batch);
+        if (groups > 0) multiplier.run(first, x, sums);
+        if (batch == 0) meanwhile();
+        if (groups <= 0) break;
+        meet();
+        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases + batch * kGroup, bias);
+        batch += kBatch;
+        if (batch >= part.groups) break;
+        bias = bias_of(batch + mine);
+        begin(batch);
+        meet();
+    }
+}
+
+// Walks all layers and the head.
+template <typename T, int R> __device__ __forceinline__ void walk_quantised(Context<T, R>& c) {
+    const Params& p = c.p;
+    Attention<T, R> attention(c);
+    // What attention asks for early: with more rows, and for other architectures than 9.0, there are no registers for it.
+    constexpr bool kEarly = R < 4 && kManyLooks == 16;
+    Requests<R> asked{};
+    const bool parallel = p.layout.parallel != 0;
+    const int before_attention = parallel ? 1 : 0;  // the turn that attention follows
+    int layer = 0, turn = 0;
+#pragma unroll 1
+    for (;;) {
+        const bool head = layer == p.layout.layers;
+        const int matrix = head ? static_cast<int>(kHead) : p.layout.at(turn);
+        const auto take = [&] {
+            if (matrix == kDown) {
+                take_inner(c);
+            } else if (matrix == kDense) {
+                take_outputs(c);
+            } else if (matrix == kUp && parallel) {
+                meet();  // q, k, v and gate have been added up
+            } else {
+                const bool up = matrix == kUp;
+                const uint32_t tag = up ? c.tag : layer == 0 ? 0 : c.tag - 1;
+                const int64_t norm = up ? p.places.mlp_norm : head ? 0 : p.places.attention_norm;
+                take_normalised(c, tag, norm, parallel && !head);
+            }
+        };
+        quantised_product(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {
+            if (head) return;
+            if (turn == 0) {
+                if (kEarly) attention.request_state(c, asked, layer);
+                prefetch_constants(c, layer + 1);
+            }
+            if (kEarly && turn == before_attention) attention.request_proj(c, asked);
+        });
+        if (head) return;
+        if (turn == before_attention) {
+            if constexpr (kEarly) {
+                attention.run(c, asked, layer);
+            } else {
+                Requests<R> late;
+                attention.request_state(c, late, layer);
+                attention.request_proj(c, late);
+                attention.run(c, late, layer);
+            }
+        }
+        if (++turn < kOfLayer) continue;
+        turn = 0;
+        ++layer;
+        c.constants += p.places.size;
+        c.tag += 2;
+    }
+}
+
+template <typename T, int R>
+__global__ void __launch_bounds__(kThreads + 32, 1) quantised_step_kernel(const __grid_constant__ Params p) {
+#if !defined(__CUDA_ARCH__) || DIJIANG_STEP_HERE
+    walk<QuantisedCut, T, R>(
+        p, [](const Context<T, R>& c, const Ring<QuantisedCut>& ring) { copy_rounds(c, ring); },
+        [](Context<T, R>& c) { walk_quantised(c); });
+#else
+    __trap();
+#endif
+}
+
+}  // namespace step
+}  // namespace dijiang

@@ -1,0 +1,98 @@
+// Where quantised weights lie in the packed stream. Plain arithmetic, for host and device.
+//
+// A ROUND is what a block's eight warps multiply at a time: up to eight UNITS that follow each other, one for each warp, of
+// groups of one format that follow each other in a batch. A unit is 8 rows x 256 columns in int4, 8 x 128 in int8: twice 512
+// bytes of weights, 16 of each lane (g, t), and behind them the scales, float16, of row 0's blocks of 32 columns, then row 1's
+// ... So 1152 or 1088 bytes. Of each block in turn lane (g, t) has columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte
+// each; int4 as q + 8 in a word whose bits from 4 p on are column 8 t + 2 p, those from 16 + 4 p column 8 t + 2 p + 1. The
+// operand of mma.m16n8k16 is made of it by device/widen.cuh.
+//
+// The last unit of a group ends with its columns: its blocks that the one before it has too are zeros. Where there are fewer
+// columns than a unit has, the rest are zeros, and so is what they are multiplied with (Memory::padded).
+//
+// A group has one format. Where rows of a group come from an int4 and an int8 matrix (SwiGLU), it is int8: no bit is lost.
+// Attention's groups are dealt out in stripes as tall as v, one of each in turn, so that all blocks have as many in int8.
+//
+// The stream goes by layer, by matrix in the order of a step, by group, by unit.
+#pragma once
+
+#include "step/layout.h"
+
+namespace dijiang {
+namespace step {
+
+constexpr int kLoads = 2;                // of 16 bytes, that a lane makes of a unit; a row's scales are 8 bytes at least
+constexpr int kMostBlocks = 4 * kLoads;  // of 32 columns in a unit
+constexpr int kRoundBytes = kWarps * (512 * kLoads + 16 * kMostBlocks);  // at most
+
+DIJIANG_BOTH int blocks_of_unit(bool eight) { return eight ? kMostBlocks / 2 : kMostBlocks; }
+DIJIANG_BOTH int unit_bytes(bool eight) { return 512 * kLoads + 16 * blocks_of_unit(eight); }
+DIJIANG_BOTH int units_of_group(int chunks, bool eight) {
+    const uint32_t blocks = blocks_of_unit(eight);
+    return static_cast<int>((static_cast<uint32_t>(chunks) + blocks - 1) / blocks);
+}
+DIJIANG_BOTH int group_bytes(int chunks, bool eight) { return units_of_group(chunks, eight) * unit_bytes(eight); }
+
+// Stripes of attention's groups: q and gate have as many as query heads share a key/value head, k and v one each.
+DIJIANG_BOTH int stripes_of(const Layout& it) { return 2 * (it.heads / it.kv_heads) + 2; }
+
+DIJIANG_BOTH uint32_t formats_of(const Layout& it, int layer) { return layer < it.layers ? it.int8[layer] : 0u; }
+
+DIJIANG_BOTH bool bit(uint32_t bits, int number) { return (bits >> number & 1u) != 0; }
+
+// Is a group int8? formats: of its layer. stripe: of one of attention's groups.
+DIJIANG_BOTH bool group_is_int8(const Layout& it, uint32_t formats, int matrix, int stripe) {
+    switch (matrix) {
+        case kAttention: {
+            const int sharing = it.stripes / 2 - 1, from = stripe - sharing;
+            return bit(formats, from < 0 ? DIJIANG_STEP_Q : from == 0 ? DIJIANG_STEP_K : from == 1 ? DIJIANG_STEP_V : DIJIANG_STEP_GATE);
+        }
+        case kUp: return bit(formats, DIJIANG_STEP_UP) || (it.gated != 0 && bit(formats, DIJIANG_STEP_MLP_GATE));
+        case kDown: return bit(formats, DIJIANG_STEP_DOWN);
+        case kDense: return bit(formats, DIJIANG_STEP_DENSE);
+        default: return it.head_int8 != 0;
+    }
+}
+
+// Bytes of a matrix' groups before one.
+DIJIANG_BOTH int64_t bytes_before(const Layout& it, uint32_t formats, int matrix, int group) {
+    const int chunks = it.chunks(matrix);
+    if (matrix != kAttention) return int64_t{group} * group_bytes(chunks, group_is_int8(it, formats, matrix, 0));
+    const int whole = group / it.stripes, rest = group - whole * it.stripes, sharing = it.stripes / 2 - 1;
+    int eights = 0, begin = 0;
+    for (int part = 0; part < 4; ++part) {  // q, k, v, gate
+        const int size = part % 3 == 0 ? sharing : 1, some = rest - begin;
+        if (group_is_int8(it, formats, kAttention, begin)) eights += whole * size + (some < 0 ? 0 : some < size ? some : size);
+        begin += size;
+    }
+    const int64_t four = group_bytes(chunks, false);
+    return group * four + eights * (group_bytes(chunks, true) - four);
+}
+DIJIANG_BOTH int64_t matrix_bytes(const Layout& it, uint32_t formats, int matrix) {
+    return bytes_before(it, formats, matrix, it.groups(matrix));
+}
+// Of layers before one, or of all of them.
+DIJIANG_BOTH int64_t layer_begin(const Layout& it, int layer) {
+    int64_t sum = 0;
+    for (int l = 0; l < layer; ++l)
+        for (int m = kAttention; m <= kDense; ++m) sum += matrix_bytes(it, formats_of(it, l), m);
+    return sum;
+}
+// Where a matrix begins. The head comes last.
+DIJIANG_BOTH int64_t matrix_begin(const Layout& it, int layer, int matrix) {
+    if (matrix == kHead) return layer_begin(it, it.layers);
+    int64_t at = layer_begin(it, layer);
+    for (int turn = 0; it.at(turn) != matrix; ++turn) at += matrix_bytes(it, formats_of(it, layer), it.at(turn));
+    return at;
+}
+
+// What is behind the weights.
+DIJIANG_BOTH int64_t constants_begin(const Layout& it) {
+    if (!it.quantised) return it.total_units() * kUnitBytes;
+    return (matrix_begin(it, it.layers, kHead) + matrix_bytes(it, 0, kHead) + 127) / 128 * 128;
+}
+DIJIANG_BOTH int64_t ends_begin(const Layout& it) { return constants_begin(it) + it.layers * Constants(it).size; }
+DIJIANG_BOTH int64_t packed_bytes(const Layout& it) { return ends_begin(it) + ends_bytes(it); }
+
+}  // namespace step
+}  // namespace dijiang

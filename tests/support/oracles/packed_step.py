@@ -1,0 +1,96 @@
+"""Quantised weights of a step in one launch, element by element, as plugins/include/dijiang/step.h says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dijiang_engines.kernels.step import StepModel
+
+BITS = {"q": 0, "k": 1, "v": 2, "gate": 3, "dense": 4, "up": 5, "mlp_gate": 6, "down": 7}
+
+
+def groups_of(model: StepModel, matrix: str) -> list[list[tuple[str, int] | None]]:
+    """Of each packed group of a matrix its eight rows: whose, and which; None: of nobody."""
+    h, d = model.num_heads, model.head_dim
+    sharing = h // model.num_kv_heads
+    stripe = model.num_kv_heads * d // 8  # groups
+    if matrix == "attention":
+        rows = [("q", i) for i in range(h * d)]
+        rows += [(name, i) for name in ("k", "v") for i in range(model.num_kv_heads * d)]
+        rows += [("gate", i) for i in range(h * d)]
+        groups = [rows[8 * g : 8 * g + 8] for g in range(len(rows) // 8)]
+        return [[*groups[s * stripe + i]] for i in range(stripe) for s in range(2 * sharing + 2)]
+    if matrix == "up" and model.activation == "swiglu":
+        return [
+            [(name, 4 * g + i) for name in ("mlp_gate", "up") for i in range(4)]
+            for g in range(model.inner // 4)
+        ]
+    count = {"up": model.inner, "head": model.vocabulary}.get(matrix, model.hidden)
+    return [
+        [(matrix, i) if i < count else None for i in range(8 * g, 8 * g + 8)] for g in range(-(-count // 8))
+    ]
+
+
+def unit(packed: Any, at: int, eight: bool) -> tuple[Any, Any]:
+    """q [8, blocks, 32] and scales [8, blocks] of the unit at a byte."""
+    blocks = 4 if eight else 8
+    row, block, column = np.indices((8, blocks, 32))
+    word = block * (2 if eight else 1)  # a lane's first of a block; four lie together
+    lane = at + word // 4 * 512 + word % 4 * 4 + 16 * (4 * row + column // 8)
+    if eight:
+        q = packed[lane + column % 8].astype(np.int64) - 128
+    else:
+        bit = column % 8 // 2 * 4 + column % 2 * 16
+        q = (packed[lane + bit // 8].astype(np.int64) >> (bit % 8) & 15) - 8
+    scales = np.ascontiguousarray(packed[at + 1024 : at + 1024 + 16 * blocks]).view(np.float16)
+    return q, scales.reshape(8, blocks)
+
+
+def stream(model: StepModel) -> Iterator[tuple[int, str]]:
+    """Layers and matrices in the order of the packed weights."""
+    order = ("attention", "up", "down", "dense") if model.parallel_residual else (
+        "attention", "dense", "up", "down",
+    )  # fmt: skip
+    for layer in range(model.layers):
+        yield from ((layer, matrix) for matrix in order)
+    yield 0, "head"
+
+
+def unpacked(model: StepModel, packed: Any) -> Mapping[tuple[int, str], Any]:
+    """(layer, name of a matrix) -> q · scale, float64 [rows, K].
+
+    Args:
+        model: a quantised one.
+        packed: uint8.
+    """
+    widths = {"down": model.inner, "dense": model.num_heads * model.head_dim}
+    found: dict[tuple[int, str], dict[int, Any]] = {}
+    at = 0
+    for layer, matrix in stream(model):
+        chunks = widths.get(matrix, model.hidden) // 32
+        for rows in groups_of(model, matrix):
+            if matrix == "head":
+                eight = model.head_format == "int8"
+            else:
+                eight = any(row and model.int8_matrices[layer] >> BITS[row[0]] & 1 for row in rows)
+            blocks = 4 if eight else 8
+            whole = np.zeros((8, chunks, 32))
+            for number in range(-(-chunks // blocks)):
+                q, scales = unit(packed, at, eight)
+                at += 1024 + 16 * blocks
+                first = max(min(number * blocks, chunks - blocks), 0)
+                for b in range(blocks):
+                    values = q[:, b] * scales[:, b, None].astype(np.float64)
+                    if first + b < chunks and first + b >= number * blocks:
+                        whole[:, first + b] = values
+                    else:
+                        assert not q[:, b].any() and not scales[:, b].any()
+            for values, row in zip(whole, rows, strict=True):
+                if row is None:
+                    assert not values.any()
+                else:
+                    found.setdefault((layer, row[0]), {})[row[1]] = values.reshape(-1)
+    return {name: np.stack([rows[i] for i in range(len(rows))]) for name, rows in found.items()}
