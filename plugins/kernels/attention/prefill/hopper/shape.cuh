@@ -1,0 +1,108 @@
+// Sizes, shared memory and coordinates of the kernel for compute capability 9.0.
+#pragma once
+
+#include "attention/prefill/launch.h"
+#include "attention/prefill/schedule.h"
+#include "device/barriers.cuh"
+#include "device/math.cuh"
+#include "device/warpgroup.cuh"
+
+namespace dijiang::prefill::hopper {
+
+// Features are kept this much larger in float16, whose smallest normal number is 6e-5. A power of two.
+template <typename T> constexpr float kUnit = 1.0f;
+template <> inline constexpr float kUnit<__half> = 256.0f;
+
+constexpr int kGroup = 128;  // threads of a group of four warps
+
+// A block's items are the chunks of its heads, heads within chunks.
+template <int D> struct Shape {
+    static constexpr int kHeads = D == 80 ? 2 : 1;     // per block: 32 heads of 80 have groups of channels in two heads
+    static constexpr int kWidth = D % 64 == 0 ? 64 : 16;  // columns of a tile's block
+    using Tile = Tiles<kWidth>;
+    static constexpr int kThreads = 4 * kGroup;
+    static constexpr int kStateTiles = (D + 63) / 64;  // of 64 features, the last perhaps in part
+    static constexpr int kTiles = D / 8;               // of 8 columns
+    // Registers a thread: features of keys, of queries, states, outputs. 128 on average.
+    static constexpr bool kTrade = D > 64;
+    static constexpr int kFeatureRegisters = D == 128 ? 96 : 72, kStateRegisters = D == 128 ? 184 : 216;
+    static constexpr int kOutputRegisters = D == 128 ? 136 : 152;
+
+    // Bytes of shared memory.
+    static constexpr int kTile = 2 * kChunk * D;  // of tokens
+    static constexpr int kMatrix = 2 * D * D;     // P or a state
+    static constexpr int kStages = 2;             // of features
+    static constexpr int kStateStages = D == 128 ? 1 : 2;
+    static constexpr int kValueStages = kStateStages + 1;
+    static constexpr int kProj = 0;
+    static constexpr int kRawKey = kProj + kMatrix;
+    static constexpr int kRawQuery = kRawKey + kTile;
+    static constexpr int kWeighted = kRawQuery + kTile;  // what is read past its end makes rows that nobody uses
+    static constexpr int kKeys = kWeighted + kTile;
+    static constexpr int kQueries = kKeys + kStages * kTile;
+    static constexpr int kValues = kQueries + kStages * kTile;
+    static constexpr int kGates = kValues + kValueStages * kTile;  // one per head
+    static constexpr int kStates = kGates + kHeads * kTile;
+    static constexpr int kBarriers = kStates + kStateStages * kMatrix;
+    static constexpr int kScales = kBarriers + 128;  // what a copy of a state is multiplied by
+    static constexpr int kPlace = kScales + 16;
+    static constexpr int kTurns = kPlace + 48;  // of a pair of dimensions: turns per token (hi, lo), cos, sin of a step
+    static constexpr int kShared = kTurns + 16 * (D / 2);
+};
+
+// Barriers in shared memory, and those of the groups.
+template <int D> struct Barriers {
+    using S = Shape<D>;
+    uint32_t first;
+    __device__ __forceinline__ uint32_t features_full(bool keys, int stage) const { return first + 8 * (2 * keys + stage); }
+    __device__ __forceinline__ uint32_t features_empty(bool keys, int stage) const { return first + 32 + 8 * (2 * keys + stage); }
+    __device__ __forceinline__ uint32_t state_full(int stage) const { return first + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t state_empty(int stage) const { return first + 80 + 8 * stage; }
+    __device__ __forceinline__ uint32_t weighted_full() const { return first + 96; }
+    __device__ __forceinline__ uint32_t weighted_empty() const { return first + 104; }
+    static constexpr int kCount = 14;
+};
+enum Meeting { kQueryGroup = 1, kKeyGroup = 2, kStateGroup = 3 };
+
+// How the launch was cut.
+struct Cut {
+    int segments, segment_chunks;
+    float* states;  // per job: the past, then what each segment adds, in the order of the registers that hold it
+};
+
+// Where a block works.
+struct Place {
+    int job, row, first_head;
+    int segment, segments;  // of those that hold tokens of this row
+    int length, position;
+    int first_token, last_token, first_chunk, last_chunk;
+};
+
+// Token of a chunk and channels of a fragment's register: row(0), row(1) = row(0) + 8; column 8 n + column().
+__device__ __forceinline__ int lane_of() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_of() { return threadIdx.x / 32 % 4; }
+__device__ __forceinline__ int fragment_row() { return 16 * warp_of() + lane_of() / 4; }
+__device__ __forceinline__ int fragment_column() { return 2 * (lane_of() % 4); }
+
+// One lane of each warp says so for its warp, after everything that the warp did.
+__device__ __forceinline__ void warp_arrives(uint32_t barrier) {
+    __syncwarp();
+    if (lane_of() == 0) arrive_at(barrier);
+}
+
+// A warp's 16 rows of a chunk's tile; zeros from row `count` of the chunk on.
+template <int D>
+__device__ __forceinline__ void load_rows(uint32_t tile, const void* tensor, int64_t first, int64_t stride, int count) {
+    using S = Shape<D>;
+    constexpr int kPieces = D / 8;
+    const uint16_t* from = static_cast<const uint16_t*>(tensor) + first;
+#pragma unroll
+    for (int j = 0; j < kPieces / 2; ++j) {
+        const int i = lane_of() + 32 * j, row = 16 * warp_of() + i / kPieces, piece = i % kPieces;
+        const bool there = row < count;
+        copy_async(tile + S::Tile::offset(kChunk, row, 8 * piece), there ? from + row * stride + 8 * piece : from, there);
+    }
+    commit_copies();
+}
+
+}  // namespace dijiang::prefill::hopper

@@ -1,0 +1,226 @@
+// The group that keeps the states, [feature, value], in accumulators: it publishes a copy as T before each chunk, then
+// adds the chunk.
+#pragma once
+
+#include "attention/prefill/hopper/features.cuh"
+
+namespace dijiang::prefill::hopper {
+
+template <int D> using StateTile = float[Shape<D>::kStateTiles][D / 8][4];
+
+// Does this warp hold features of tile m?
+template <int D> __device__ __forceinline__ bool holds(int m) { return 64 * m + 16 * warp_of() < D; }
+
+// Calls f(index of [feature, value], two registers) for what this lane holds of a head's state.
+template <int D, typename F> __device__ __forceinline__ void each_pair(StateTile<D>& state, F&& f) {
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
+        if (holds<D>(m)) {
+            const int first = (64 * m + fragment_row()) * D + fragment_column();
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                f(first + 8 * n, state[m][n][0], state[m][n][1]);
+                f(first + 8 * D + 8 * n, state[m][n][2], state[m][n][3]);
+            }
+        }
+}
+
+// Where the segments of a job meet. Slot 0 keeps the past (present may be the same memory), slot i + 1 what segment i adds.
+template <int D> struct Exchange {
+    static constexpr int kFloats = Shape<D>::kStateTiles * D / 8 * 4 * kGroup;  // of a head
+    float* slots;
+    unsigned* flags;
+    __device__ __forceinline__ Exchange(const AttentionParams& p, const Cut& cut, const Place& at)
+        : slots(cut.states + static_cast<int64_t>(at.job) * cut.segments * (Shape<D>::kHeads * kFloats)),
+          flags(p.sync + 2 + at.job * cut.segments) {}
+    __device__ __forceinline__ float* slot(int i, int head) const {
+        return slots + static_cast<int64_t>(i * Shape<D>::kHeads + head) * kFloats + 4 * (threadIdx.x % kGroup);
+    }
+};
+
+template <int D> __device__ __forceinline__ void store_slot(float* slot, const StateTile<D>& state) {
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
+        if (holds<D>(m)) {
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                *reinterpret_cast<float4*>(slot + (m * (D / 8) + n) * (4 * kGroup)) =
+                    make_float4(state[m][n][0], state[m][n][1], state[m][n][2], state[m][n][3]);
+        }
+}
+
+// state = state keep + slot, past the first-level cache: another block may have written it.
+template <int D> __device__ __forceinline__ void add_slot(const float* slot, float keep, StateTile<D>& state) {
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
+        if (holds<D>(m)) {
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                const float4 x = __ldcg(reinterpret_cast<const float4*>(slot + (m * (D / 8) + n) * (4 * kGroup)));
+                state[m][n][0] = fmaf(state[m][n][0], keep, x.x);
+                state[m][n][1] = fmaf(state[m][n][1], keep, x.y);
+                state[m][n][2] = fmaf(state[m][n][2], keep, x.z);
+                state[m][n][3] = fmaf(state[m][n][3], keep, x.w);
+            }
+        }
+}
+
+template <int D> __device__ __forceinline__ void scale_state(StateTile<D>& state, float factor) {
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state[m][n][i] *= factor;
+}
+
+template <int D> __device__ __forceinline__ void clear_state(StateTile<D>& state) {
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) state[m][n][0] = state[m][n][1] = state[m][n][2] = state[m][n][3] = 0.0f;
+}
+
+// A copy of the state times `scale`, as T, to a tile. Returns its largest magnitudes, of float16.
+template <typename T, int D, bool kScaled>
+__device__ __forceinline__ uint32_t copy_state(const StateTile<D>& state, float scale, uint32_t tile) {
+    using S = Shape<D>;
+    const int lane = lane_of();
+    uint32_t most = 0;
+#pragma unroll
+    for (int m = 0; m < S::kStateTiles; ++m)
+        if (holds<D>(m)) {
+            const int row = 64 * m + 16 * warp_of() + lane % 16;
+#pragma unroll
+            for (int n = 0; n < S::kTiles; n += 2) {
+                uint32_t packed[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float a = state[m][n + i / 2][i % 2 * 2], b = state[m][n + i / 2][i % 2 * 2 + 1];
+                    packed[i] = kScaled ? pack<T>(a * scale, b * scale) : pack<T>(a, b);
+                    if (kUnit<T> != 1.0f) most = larger(most, packed[i]);
+                }
+                stmatrix(tile + S::Tile::offset(D, row, 8 * n + lane / 16 * 8), packed[0], packed[1], packed[2], packed[3]);
+            }
+        }
+    return most;
+}
+
+__device__ __forceinline__ void await_flag(const unsigned* flag) {
+    while (true) {
+        if (load_acquire(flag)) break;
+        __nanosleep(40);
+    }
+    __syncwarp();
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut& cut, const Place& at, const float* decay,
+                                            char* memory, uint32_t memory_at) {
+    using S = Shape<D>;
+    constexpr int H = S::kHeads;
+    constexpr bool kHalf = kUnit<T> != 1.0f;  // float16: mind its range
+    const Barriers<D> barriers{memory_at + S::kBarriers};
+    const int chunks = at.last_chunk - at.first_chunk, items = chunks * H;
+    const int walks = at.segment + 1 < at.segments ? 2 : 1;
+    const int shared_by = p.num_heads / p.num_kv_heads;
+    const auto load = [&](int item) {
+        const int chunk = at.first_chunk + item / H, head = at.first_head + item % H;
+        const int64_t first = at.row * p.qkv_batch_stride + static_cast<int64_t>(chunk) * kChunk * p.qkv_token_stride
+                              + (p.num_heads + p.num_kv_heads + head / shared_by) * D;
+        load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile, p.qkv, first, p.qkv_token_stride,
+                     at.length - chunk * kChunk);
+    };
+    StateTile<D> state[H];  // times kUnit
+    float scale = 1.0f;     // of the copies
+    const Exchange<D> exchange(p, cut, at);
+#pragma unroll
+    for (int h = 0; h < H; ++h) {
+        clear_state<D>(state[h]);
+        if (at.segment == 0) {
+            const float* past = p.past_state + at.row * p.past_batch_stride + static_cast<int64_t>(at.first_head + h) * D * D;
+            each_pair<D>(state[h], [&](int i, float& x, float& y) {
+                const float2 both = *reinterpret_cast<const float2*>(past + i);
+                x = both.x * kUnit<T>, y = both.y * kUnit<T>;
+            });
+            if (at.segments > 1) store_slot<D>(exchange.slot(0, h), state[h]);
+        }
+    }
+    int taken = 0;  // items of both walks
+    for (int walk = 3 - walks; walk <= 2; ++walk) {
+        const bool full = walk == 2;
+        load(0);
+        if (full && at.segments > 1) {
+            // The past and what the segments before this one have added to it.
+#pragma unroll
+            for (int h = 0; h < H; ++h) clear_state<D>(state[h]);
+            const int before = at.segment == 0 ? 1 : at.segment;
+            for (int i = 0; i < before; ++i) {
+                if (at.segment > 0) await_flag(exchange.flags + i);
+                const int tokens = cut.segment_chunks * kChunk;  // of every segment but the last
+#pragma unroll
+                for (int h = 0; h < H; ++h)
+                    add_slot<D>(exchange.slot(at.segment == 0 ? 0 : i + 1, h), fast_exp2(decay[h] * tokens), state[h]);
+            }
+        }
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma unroll
+            for (int h = 0; h < H; ++h, ++taken) {
+                const int item = chunk * H + h, stage = item % S::kStateStages;
+                if (full) {
+                    await_phase(barriers.state_empty(stage), item / S::kStateStages & 1 ^ 1);
+                    const uint32_t copy = memory_at + S::kStates + stage * S::kMatrix;
+                    uint32_t most = scale == 1.0f ? copy_state<T, D, false>(state[h], scale, copy)
+                                                  : copy_state<T, D, true>(state[h], scale, copy);
+                    if (kHalf) {
+                        while (true) {  // rare: float16 could not hold the state
+                            const float2 largest = unpack<T>(most);
+                            const bool over = !(fmaxf(largest.x, largest.y) <= 65504.0f);
+                            if (!any_of(kStateGroup, kGroup, over) || scale < 1e-30f) break;
+                            scale *= 0.0625f;
+                            most = copy_state<T, D, true>(state[h], scale, copy);
+                        }
+                        if (threadIdx.x % kGroup == 0) reinterpret_cast<float*>(memory + S::kScales)[stage] = scale;
+                    }
+                }
+                wait_copies<0>();
+                show_to_products();
+                if (full) warp_arrives(barriers.state_full(stage));
+                barrier_sync(kStateGroup, kGroup);
+                if (item + 1 < items) load(item + 1);
+                const int tokens = min(kChunk, at.length - (at.first_chunk + chunk) * kChunk);
+                scale_state<D>(state[h], fast_exp2(decay[h] * tokens));
+                await_phase(barriers.weighted_full(), taken & 1);
+                begin_products();
+#pragma unroll
+                for (int k = 0; k < kChunk / 16; ++k)
+#pragma unroll
+                    for (int m = 0; m < S::kStateTiles; ++m)
+                        Wgmma<T, D>::template shared<1, 1>(
+                            state[h][m], S::Tile::down(memory_at + S::kWeighted, kChunk, 64 * m, k),
+                            S::Tile::down(memory_at + S::kValues + item % S::kValueStages * S::kTile, kChunk, 0, k), 1);
+                end_products();
+                await_products<0>();
+                warp_arrives(barriers.weighted_empty());
+            }
+        }
+        if (!full) {
+#pragma unroll
+            for (int h = 0; h < H; ++h) store_slot<D>(exchange.slot(at.segment + 1, h), state[h]);
+            __threadfence();
+            barrier_sync(kStateGroup, kGroup);
+            if (threadIdx.x % kGroup == 0) store_release(exchange.flags + at.segment, 1);
+        }
+    }
+    if (at.segment == at.segments - 1) {
+#pragma unroll
+        for (int h = 0; h < H; ++h) {
+            float* present = p.present_state + at.row * p.present_batch_stride + static_cast<int64_t>(at.first_head + h) * D * D;
+            each_pair<D>(state[h], [&](int i, float& x, float& y) {
+                *reinterpret_cast<float2*>(present + i) = make_float2(x * (1.0f / kUnit<T>), y * (1.0f / kUnit<T>));
+            });
+        }
+    }
+}
+
+}  // namespace dijiang::prefill::hopper
