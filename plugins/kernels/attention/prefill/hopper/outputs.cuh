@@ -96,11 +96,12 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
         const int count = at.length - (at.first_chunk + chunk) * kChunk;
         T* to = static_cast<T*>(p.output) + at.row * p.output_batch_stride
                 + static_cast<int64_t>(at.first_chunk + chunk) * kChunk * p.output_token_stride + at.first_head * D;
+        const int lane = opaque(lane_of());
 #pragma unroll
         for (int h = 0; h < H; ++h)
 #pragma unroll
             for (int j = 0; j < D / 16; ++j) {
-                const int i = lane_of() + 32 * j, row = 16 * warp_of() + i / (D / 8), piece = i % (D / 8);
+                const int i = lane + 32 * j, row = 16 * warp_of() + i / (D / 8), piece = i % (D / 8);
                 if (row < count)
                     *reinterpret_cast<uint4*>(to + row * p.output_token_stride + h * D + 8 * piece) =
                         *reinterpret_cast<const uint4*>(gates + h * S::kTile + S::Tile::offset(kChunk, row, 8 * piece));

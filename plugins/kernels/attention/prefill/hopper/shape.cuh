@@ -5,6 +5,7 @@
 #include "attention/prefill/schedule.h"
 #include "device/barriers.cuh"
 #include "device/math.cuh"
+#include "device/registers.cuh"
 #include "device/warpgroup.cuh"
 
 namespace dijiang::prefill::hopper {
@@ -25,8 +26,8 @@ template <int D> struct Shape {
     static constexpr int kTiles = D / 8;               // of 8 columns
     // Registers a thread: features of keys, of queries, states, outputs. 128 on average.
     static constexpr bool kTrade = D > 64;
-    static constexpr int kFeatureRegisters = D == 128 ? 96 : 72, kStateRegisters = D == 128 ? 184 : 216;
-    static constexpr int kOutputRegisters = D == 128 ? 136 : 152;
+    static constexpr int kFeatureRegisters = D == 128 ? 96 : 72, kStateRegisters = D == 128 ? 184 : 192;
+    static constexpr int kOutputRegisters = D == 128 ? 136 : 176;
 
     // Bytes of shared memory.
     static constexpr int kTile = 2 * kChunk * D;  // of tokens
@@ -96,9 +97,10 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const void* tensor, int
     using S = Shape<D>;
     constexpr int kPieces = D / 8;
     const uint16_t* from = static_cast<const uint16_t*>(tensor) + first;
+    const int lane = opaque(lane_of());
 #pragma unroll
     for (int j = 0; j < kPieces / 2; ++j) {
-        const int i = lane_of() + 32 * j, row = 16 * warp_of() + i / kPieces, piece = i % kPieces;
+        const int i = lane + 32 * j, row = 16 * warp_of() + i / kPieces, piece = i % kPieces;
         const bool there = row < count;
         copy_async(tile + S::Tile::offset(kChunk, row, 8 * piece), there ? from + row * stride + 8 * piece : from, there);
     }

@@ -16,7 +16,7 @@ template <int D, typename F> __device__ __forceinline__ void each_pair(StateTile
 #pragma unroll
     for (int m = 0; m < Shape<D>::kStateTiles; ++m)
         if (holds<D>(m)) {
-            const int first = (64 * m + fragment_row()) * D + fragment_column();
+            const int first = opaque((64 * m + fragment_row()) * D + fragment_column());
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 f(first + 8 * n, state[m][n][0], state[m][n][1]);
@@ -85,7 +85,7 @@ template <int D> __device__ __forceinline__ void clear_state(StateTile<D>& state
 template <typename T, int D, bool kScaled>
 __device__ __forceinline__ uint32_t copy_state(const StateTile<D>& state, float scale, uint32_t tile) {
     using S = Shape<D>;
-    const int lane = lane_of();
+    const int lane = opaque(lane_of());
     uint32_t most = 0;
 #pragma unroll
     for (int m = 0; m < S::kStateTiles; ++m)
