@@ -22,6 +22,12 @@ template <int W> struct Tiles {
         const int turned = column % W / 8 ^ (row * kRow / 128 & W / 8 - 1);
         return column / W * (rows * kRow) + row * kRow + turned * 16 + column % 8 * 2;
     }
+    // The same in two steps: of a row, then of the row's n-th 8 columns. What is added to `start` before must be a multiple
+    // of 128, but for bit 4, which chooses the neighbour of an even n.
+    static __device__ __forceinline__ uint32_t start(int row) { return offset(0, row, 0); }
+    static __device__ __forceinline__ uint32_t piece(uint32_t start, int rows, int n) {
+        return (start ^ n % (W / 8) * 16) + n / (W / 8) * (rows * kRow);
+    }
     // The operand whose 16 inner elements, the tile's columns 16 k to 16 k + 15, are neighbours; its outer ones are rows.
     static __device__ __forceinline__ uint64_t across(uint32_t tile, int rows, int k) {
         return describe(tile + 16 * k / W * (rows * kRow) + 16 * k % W * 2, 16);

@@ -47,11 +47,13 @@ __device__ __forceinline__ void rotate_rows(int half, const float4* turns, char*
         r[j] = rotation_by(rotary_turn({turn.x, turn.y}, static_cast<float>(position + 16 * warp_of() + mine.group)));
         step[j] = make_float2(turn.z, turn.w);
     }
+    char* const first = tile + mine.i % 8 * 2;
+    char* const second = tile + (mine.i + half) % 8 * 2;
 #pragma unroll 2
     for (int t = mine.group; t < 16; t += mine.groups) {
-        const int row = 16 * warp_of() + t;
-        uint32_t* left = reinterpret_cast<uint32_t*>(tile + Tile::offset(kChunk, row, mine.i));
-        uint32_t* right = reinterpret_cast<uint32_t*>(tile + Tile::offset(kChunk, row, mine.i + half));
+        const uint32_t start = Tile::start(16 * warp_of() + t);
+        uint32_t* left = reinterpret_cast<uint32_t*>(first + Tile::piece(start, kChunk, mine.i / 8));
+        uint32_t* right = reinterpret_cast<uint32_t*>(second + Tile::piece(start, kChunk, (mine.i + half) / 8));
         const float2 a = unpack<T>(*left), b = unpack<T>(*right);
         *left = pack<T>(a.x * r[0].x - b.x * r[0].y, a.y * r[1].x - b.y * r[1].y);
         *right = pack<T>(b.x * r[0].x + a.x * r[0].y, b.y * r[1].x + a.y * r[1].y);
@@ -119,14 +121,14 @@ __device__ __forceinline__ void softmax_rows(float (&x)[N][4], uint32_t (&packed
     }
 }
 
-// A fragment's pairs to rows first + 16 w on of a tile of `rows` rows.
-template <int W, int N>
-__device__ __forceinline__ void store_fragment(uint32_t tile, int rows, int first, const uint32_t (&packed)[N][2]) {
-    const int lane = lane_of(), row = first + 16 * warp_of() + lane % 16;
+// A fragment's pairs to a chunk's tile.
+template <int D> __device__ __forceinline__ void store_fragment(uint32_t tile, const uint32_t (&packed)[D / 8][2]) {
+    using Tile = typename Shape<D>::Tile;
+    const int lane = lane_of();
+    const uint32_t start = tile + (Tile::start(16 * warp_of() + lane % 16) ^ lane / 16 * 16);
 #pragma unroll
-    for (int n = 0; n < N; n += 2)
-        stmatrix(tile + Tiles<W>::offset(rows, row, 8 * n + lane / 16 * 8), packed[n][0], packed[n][1], packed[n + 1][0],
-                 packed[n + 1][1]);
+    for (int n = 0; n < D / 8; n += 2)
+        stmatrix(Tile::piece(start, kChunk, n), packed[n][0], packed[n][1], packed[n + 1][0], packed[n + 1][1]);
 }
 
 }  // namespace dijiang::prefill::hopper

@@ -1,5 +1,5 @@
-// The two groups that make features: of queries; of keys, as they are for the scores, and weighted by what is left of them
-// at the chunk's end for the state.
+// The two groups that make features, of queries and of keys: as they are for the scores; for the state, weighted by what is
+// left of it at a query, and of a key at the chunk's end.
 #pragma once
 
 #include "attention/prefill/hopper/features.cuh"
@@ -34,27 +34,35 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Pl
                 if (item + 1 < items) load(item + 1);
                 softmax_rows<T, S::kTiles>(logits, packed);
             }
+            constexpr int kStages = kKeys ? S::kStages : S::kQueryStages;
+            const int stage = item % kStages;
             if (walk == 2) {
-                const int stage = item % S::kStages;
-                await_phase(barriers.features_empty(kKeys, stage), item / S::kStages & 1 ^ 1);
-                store_fragment<S::kWidth, S::kTiles>(memory_at + kMade + stage * S::kTile, kChunk, 0, packed);
-                show_to_products();
-                warp_arrives(barriers.features_full(kKeys, stage));
+                await_phase(barriers.features_empty(kKeys, stage), item / kStages & 1 ^ 1);
+                store_fragment<D>(memory_at + kMade + stage * S::kTile, packed);
+                if constexpr (kKeys) {
+                    show_to_products();
+                    warp_arrives(barriers.features_full(true, stage));
+                }
+            }
+            const float log2_decay = decay[item % S::kHeads];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                // What is left of a key at the chunk's end; of the state before the chunk at a query.
+                const int t = fragment_row() + 8 * i, steps = kKeys ? end - 1 - t : t + 1;
+                const float left = kKeys && t >= end ? 0.0f : fast_exp2(log2_decay * steps) * (kStateUnit<T> / kUnit<T>);
+                const uint32_t weight = pack<T>(left, left);
+#pragma unroll
+                for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
             }
             if constexpr (kKeys) {
-                const float log2_decay = decay[item % S::kHeads];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int t = fragment_row() + 8 * i;
-                    const float left = t < end ? fast_exp2(log2_decay * (end - 1 - t)) : 0.0f;
-                    const uint32_t weight = pack<T>(left, left);
-#pragma unroll
-                    for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
-                }
                 await_phase(barriers.weighted_empty(), made & 1 ^ 1);
-                store_fragment<S::kWidth, S::kTiles>(memory_at + S::kWeighted, kChunk, 0, packed);
+                store_fragment<D>(memory_at + S::kWeighted, packed);
                 show_to_products();
                 warp_arrives(barriers.weighted_full());
+            } else {
+                store_fragment<D>(memory_at + S::kFaded + stage * S::kTile, packed);
+                show_to_products();
+                warp_arrives(barriers.features_full(false, stage));
             }
         }
     }

@@ -57,6 +57,7 @@ __device__ __forceinline__ void normalise_groups(const AttentionParams& p, const
     measure<kTiles, kGroups>(out, m);
     const float floor = kUnit<T> * kUnit<T> * fmaxf(p.epsilon, kLeastEpsilon);
     const int channel = first_head * D + fragment_column();
+    const uint32_t start = S::Tile::start(fragment_row());  // eight rows further on pieces are turned as much
 #pragma unroll
     for (int u = 0; u < kGroups; ++u) {
         float first[2], second[2];  // x -> x first + second normalises
@@ -72,8 +73,8 @@ __device__ __forceinline__ void normalise_groups(const AttentionParams& p, const
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 uint32_t* gate = reinterpret_cast<uint32_t*>(
-                    gates + n / S::kTiles * S::kTile
-                    + S::Tile::offset(kChunk, fragment_row() + 8 * i, 8 * (n % S::kTiles) + fragment_column()));
+                    gates + S::Tile::piece(start, kChunk, n % S::kTiles) + n / S::kTiles * S::kTile + 8 * i * S::Tile::kRow
+                    + 2 * fragment_column());
                 const float2 z = unpack<T>(*gate);
                 const float x = fmaf(out[n][2 * i], first[i], second[i]), y = fmaf(out[n][2 * i + 1], first[i], second[i]);
                 *gate = pack<T>(fmaf(x, w.x, b.x) * fast_silu(z.x), fmaf(y, w.y, b.y) * fast_silu(z.y));

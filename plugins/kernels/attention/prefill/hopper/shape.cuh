@@ -10,9 +10,12 @@
 
 namespace dijiang::prefill::hopper {
 
-// Features are kept this much larger in float16, whose smallest normal number is 6e-5. A power of two.
+// Scores' features, scores and outputs are kept this much larger in float16, whose smallest normal number is 6e-5; features
+// that meet the state, and the state, by the square root. Powers of two.
 template <typename T> constexpr float kUnit = 1.0f;
 template <> inline constexpr float kUnit<__half> = 256.0f;
+template <typename T> constexpr float kStateUnit = 1.0f;
+template <> inline constexpr float kStateUnit<__half> = 16.0f;
 
 constexpr int kGroup = 128;  // threads of a group of four warps
 
@@ -32,7 +35,8 @@ template <int D> struct Shape {
     // Bytes of shared memory.
     static constexpr int kTile = 2 * kChunk * D;  // of tokens
     static constexpr int kMatrix = 2 * D * D;     // P or a state
-    static constexpr int kStages = 2;             // of features
+    static constexpr int kStages = 2;             // of keys
+    static constexpr int kQueryStages = D == 128 ? 1 : 2;
     static constexpr int kStateStages = D == 128 ? 1 : 2;
     static constexpr int kValueStages = kStateStages + 1;
     static constexpr int kProj = 0;
@@ -41,7 +45,8 @@ template <int D> struct Shape {
     static constexpr int kWeighted = kRawQuery + kTile;  // what is read past its end makes rows that nobody uses
     static constexpr int kKeys = kWeighted + kTile;
     static constexpr int kQueries = kKeys + kStages * kTile;
-    static constexpr int kValues = kQueries + kStages * kTile;
+    static constexpr int kFaded = kQueries + kQueryStages * kTile;  // queries as they meet the state
+    static constexpr int kValues = kFaded + kQueryStages * kTile;
     static constexpr int kGates = kValues + kValueStages * kTile;  // one per head
     static constexpr int kStates = kGates + kHeads * kTile;
     static constexpr int kBarriers = kStates + kStateStages * kMatrix;
@@ -91,18 +96,36 @@ __device__ __forceinline__ void warp_arrives(uint32_t barrier) {
     if (lane_of() == 0) arrive_at(barrier);
 }
 
+// Calls f(offset in a chunk's tile, row, piece of 8 columns) for this lane's share of its warp's 16 rows.
+template <int D, typename F> __device__ __forceinline__ void each_piece(F&& f) {
+    using Tile = typename Shape<D>::Tile;
+    constexpr int kPieces = D / 8, kTurns = kPieces / 2, kRows = 32 / kPieces;
+    const int lane = opaque(lane_of()), first = 16 * warp_of();
+    if constexpr (32 % kPieces == 0) {
+        const int row = first + lane / kPieces, piece = lane % kPieces;
+        const uint32_t start = Tile::offset(kChunk, row, 8 * piece);
+#pragma unroll
+        for (int j = 0; j < kTurns; ++j)  // the rows of a turn differ in bits that no earlier one has
+            f((start ^ (kRows * j & 7) * 16) + kRows * j * Tile::kRow, row + kRows * j, piece);
+    } else {
+#pragma unroll
+        for (int j = 0; j < kTurns; ++j) {
+            const int i = lane + 32 * j, row = first + i / kPieces, piece = i % kPieces;
+            f(Tile::offset(kChunk, row, 8 * piece), row, piece);
+        }
+    }
+}
+
 // A warp's 16 rows of a chunk's tile; zeros from row `count` of the chunk on.
 template <int D>
 __device__ __forceinline__ void load_rows(uint32_t tile, const void* tensor, int64_t first, int64_t stride, int count) {
-    using S = Shape<D>;
-    constexpr int kPieces = D / 8;
     const uint16_t* from = static_cast<const uint16_t*>(tensor) + first;
-    const int lane = opaque(lane_of());
-#pragma unroll
-    for (int j = 0; j < kPieces / 2; ++j) {
-        const int i = lane + 32 * j, row = 16 * warp_of() + i / kPieces, piece = i % kPieces;
-        const bool there = row < count;
-        copy_async(tile + S::Tile::offset(kChunk, row, 8 * piece), there ? from + row * stride + 8 * piece : from, there);
+    if (count >= kChunk) {
+        each_piece<D>([&](uint32_t at, int row, int piece) { copy_async(tile + at, from + row * stride + 8 * piece, true); });
+    } else {
+        each_piece<D>([&](uint32_t at, int row, int piece) {
+            copy_async(tile + at, row < count ? from + row * stride + 8 * piece : from, row < count);
+        });
     }
     commit_copies();
 }

@@ -90,7 +90,7 @@ __device__ __forceinline__ uint32_t copy_state(const StateTile<D>& state, float 
 #pragma unroll
     for (int m = 0; m < S::kStateTiles; ++m)
         if (holds<D>(m)) {
-            const int row = 64 * m + 16 * warp_of() + lane % 16;
+            const uint32_t start = tile + (S::Tile::start(64 * m + 16 * warp_of() + lane % 16) ^ lane / 16 * 16);
 #pragma unroll
             for (int n = 0; n < S::kTiles; n += 2) {
                 uint32_t packed[4];
@@ -100,7 +100,7 @@ __device__ __forceinline__ uint32_t copy_state(const StateTile<D>& state, float 
                     packed[i] = kScaled ? pack<T>(a * scale, b * scale) : pack<T>(a, b);
                     if (kUnit<T> != 1.0f) most = larger(most, packed[i]);
                 }
-                stmatrix(tile + S::Tile::offset(D, row, 8 * n + lane / 16 * 8), packed[0], packed[1], packed[2], packed[3]);
+                stmatrix(S::Tile::piece(start, D, n), packed[0], packed[1], packed[2], packed[3]);
             }
         }
     return most;
@@ -131,7 +131,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
         load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile, p.qkv, first, p.qkv_token_stride,
                      at.length - chunk * kChunk);
     };
-    StateTile<D> state[H];  // times kUnit
+    StateTile<D> state[H];  // times kStateUnit
     float scale = 1.0f;     // of the copies
     const Exchange<D> exchange(p, cut, at);
 #pragma unroll
@@ -141,7 +141,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
             const float* past = p.past_state + at.row * p.past_batch_stride + static_cast<int64_t>(at.first_head + h) * D * D;
             each_pair<D>(state[h], [&](int i, float& x, float& y) {
                 const float2 both = *reinterpret_cast<const float2*>(past + i);
-                x = both.x * kUnit<T>, y = both.y * kUnit<T>;
+                x = both.x * kStateUnit<T>, y = both.y * kStateUnit<T>;
             });
             if (at.segments > 1) store_slot<D>(exchange.slot(0, h), state[h]);
         }
@@ -217,7 +217,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
         for (int h = 0; h < H; ++h) {
             float* present = p.present_state + at.row * p.present_batch_stride + static_cast<int64_t>(at.first_head + h) * D * D;
             each_pair<D>(state[h], [&](int i, float& x, float& y) {
-                *reinterpret_cast<float2*>(present + i) = make_float2(x * (1.0f / kUnit<T>), y * (1.0f / kUnit<T>));
+                *reinterpret_cast<float2*>(present + i) = make_float2(x * (1.0f / kStateUnit<T>), y * (1.0f / kStateUnit<T>));
             });
         }
     }
