@@ -11,8 +11,9 @@ struct RotaryLane {
     int i, group, groups;  // group >= groups: idle
     __device__ __forceinline__ explicit RotaryLane(int half) {
         const int units = max(1, half / 2);
-        groups = half > 0 ? 32 / units : 0;
-        group = lane_of() / units;
+        // Opaque, or the divisions would be done anew for every chunk.
+        groups = opaque(half > 0 ? 32 / units : 0);
+        group = opaque(lane_of() / units);
         i = 2 * (lane_of() - group * units);
     }
 };
@@ -36,9 +37,8 @@ __device__ __forceinline__ void prepare_rotation(const AttentionParams& p, float
 
 // A warp's 16 rows, from an accurate start per call by steps. `position`: of the chunk's first token.
 template <typename T, int D>
-__device__ __forceinline__ void rotate_rows(int half, const float4* turns, char* tile, int position) {
+__device__ __forceinline__ void rotate_rows(const RotaryLane& mine, int half, const float4* turns, char* tile, int position) {
     using Tile = typename Shape<D>::Tile;
-    const RotaryLane mine(half);
     if (mine.group >= mine.groups) return;
     float2 r[2], step[2];
 #pragma unroll
@@ -65,10 +65,10 @@ __device__ __forceinline__ void rotate_rows(int half, const float4* turns, char*
 
 // A group: logits of a chunk's 64 rows. The rows are each warp's own until the barrier inside.
 template <typename T, int D>
-__device__ __forceinline__ void project(const AttentionParams& p, char* memory, uint32_t at, int tile, int position,
-                                        int meeting, float (&logits)[D / 8][4]) {
+__device__ __forceinline__ void project(const AttentionParams& p, const RotaryLane& rotary, char* memory, uint32_t at, int tile,
+                                        int position, int meeting, float (&logits)[D / 8][4]) {
     using S = Shape<D>;
-    rotate_rows<T, D>(p.rotary_dim / 2, reinterpret_cast<const float4*>(memory + S::kTurns), memory + tile, position);
+    rotate_rows<T, D>(rotary, p.rotary_dim / 2, reinterpret_cast<const float4*>(memory + S::kTurns), memory + tile, position);
     show_to_products();
     barrier_sync(meeting, kGroup);
     begin_products();

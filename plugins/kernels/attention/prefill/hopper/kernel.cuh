@@ -80,7 +80,7 @@ __device__ __forceinline__ void walk(const AttentionParams& p, const Cut& cut, c
         if constexpr (S::kTrade) take_registers<S::kStateRegisters>();
         keep_states<T, D>(p, cut, at, decay, memory, memory_at);
     } else if (group == 1) {
-        if constexpr (S::kTrade) take_registers<S::kOutputRegisters>();
+        if constexpr (S::kTrade && S::kOutputRegisters > 128) take_registers<S::kOutputRegisters>();
         make_outputs<T, D>(p, at, decay, memory, memory_at);
     } else if (group == 2) {
         if constexpr (S::kTrade) give_registers<S::kFeatureRegisters>();

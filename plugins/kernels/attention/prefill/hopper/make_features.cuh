@@ -20,6 +20,7 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Pl
                               + (kKeys ? p.num_heads + head / shared_by : head) * D;
         load_rows<D>(memory_at + kRaw, p.qkv, first, p.qkv_token_stride, at.length - chunk * kChunk);
     };
+    const RotaryLane rotary(p.rotary_dim / 2);
     int made = 0;  // items of both walks
     for (int walk = kKeys && at.segment + 1 < at.segments ? 1 : 2; walk <= 2; ++walk) {
         load(0);
@@ -30,7 +31,7 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Pl
             uint32_t packed[S::kTiles][2];
             {
                 float logits[S::kTiles][4];
-                project<T, D>(p, memory, memory_at, kRaw, at.position + first, kKeys ? kKeyGroup : kQueryGroup, logits);
+                project<T, D>(p, rotary, memory, memory_at, kRaw, at.position + first, kKeys ? kKeyGroup : kQueryGroup, logits);
                 if (item + 1 < items) load(item + 1);
                 softmax_rows<T, S::kTiles>(logits, packed);
             }
@@ -44,7 +45,7 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Pl
                     warp_arrives(barriers.features_full(true, stage));
                 }
             }
-            const float log2_decay = decay[item % S::kHeads];
+            const float log2_decay = item % S::kHeads == 0 ? decay[0] : decay[S::kHeads - 1];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 // What is left of a key at the chunk's end; of the state before the chunk at a query.

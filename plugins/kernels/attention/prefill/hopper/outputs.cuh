@@ -11,6 +11,8 @@ __device__ __forceinline__ void fade_scores(const float (&sum)[kChunk / 8][4], f
     constexpr int kTiles = kChunk / 8;
     const float further = fast_exp2(8 * log2_decay);  // of a tile
     const int diagonal = 2 * warp_of();               // and the tile after it
+    // Opaque, or the diagonal's factors would be kept in registers from chunk to chunk.
+    const int ahead = opaque(fragment_row() - fragment_column());
     float left[4];
 #pragma unroll
     for (int n = kTiles - 1; n >= 0; --n) {
@@ -19,7 +21,7 @@ __device__ __forceinline__ void fade_scores(const float (&sum)[kChunk / 8][4], f
         } else if (n >= diagonal) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int gap = fragment_row() + i / 2 * 8 - fragment_column() - i % 2 - 8 * n;  // tokens back
+                const int gap = ahead + i / 2 * 8 - i % 2 - 8 * n;  // tokens back
                 left[i] = fast_exp2(log2_decay * max(gap, 0)) * (1.0f / kUnit<T>);
                 if (gap < 0) left[i] = 0.0f;
             }
@@ -29,7 +31,7 @@ __device__ __forceinline__ void fade_scores(const float (&sum)[kChunk / 8][4], f
                 // The upper triangle's own factors would be above 1: start from the row's first tile before it.
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int gap = fragment_row() + i / 2 * 8 - fragment_column() - i % 2 - 8 * (n - 1);
+                    const int gap = ahead + i / 2 * 8 - i % 2 - 8 * (n - 1);
                     left[i] = fast_exp2(log2_decay * gap) * (1.0f / kUnit<T>);
                 }
             }

@@ -29,8 +29,8 @@ template <int D> struct Shape {
     static constexpr int kTiles = D / 8;               // of 8 columns
     // Registers a thread: features of keys, of queries, states, outputs. 128 on average.
     static constexpr bool kTrade = D > 64;
-    static constexpr int kFeatureRegisters = D == 128 ? 96 : 72, kStateRegisters = D == 128 ? 184 : 192;
-    static constexpr int kOutputRegisters = D == 128 ? 136 : 176;
+    static constexpr int kFeatureRegisters = D == 128 ? 104 : 72, kStateRegisters = D == 128 ? 176 : 192;
+    static constexpr int kOutputRegisters = D == 128 ? 128 : 176;
 
     // Bytes of shared memory.
     static constexpr int kTile = 2 * kChunk * D;  // of tokens
