@@ -2,7 +2,7 @@
 //
 // A block walks chunks of 64 tokens of one row and one head (two of 80). Its groups of four warps hand tiles on through
 // barriers in shared memory:
-//   features  two groups: RoPE, phi(u) = softmax(u P) of queries; of keys, as they are and weighted for the state
+//   features  two groups: RoPE, phi(u) = softmax(u P), as it is and weighted for the state
 //   states    S in accumulators: a copy for each chunk's queries, then S = gamma^64 S + phi(k)^T v
 //   outputs   decayed scores, o = scores v + fade phi(q) S, GroupNorm and gate
 // Sequences are cut in segments as in fused.cuh: keys and states walk a segment that others follow twice.
@@ -82,12 +82,9 @@ __device__ __forceinline__ void walk(const AttentionParams& p, const Cut& cut, c
     } else if (group == 1) {
         if constexpr (S::kTrade && S::kOutputRegisters > 128) take_registers<S::kOutputRegisters>();
         make_outputs<T, D>(p, at, decay, memory, memory_at);
-    } else if (group == 2) {
-        if constexpr (S::kTrade) give_registers<S::kFeatureRegisters>();
-        make_features<T, D, true>(p, at, decay, memory, memory_at);
     } else {
         if constexpr (S::kTrade) give_registers<S::kFeatureRegisters>();
-        make_features<T, D, false>(p, at, decay, memory, memory_at);
+        make_features<T, D>(p, at, decay, memory, memory_at, group - 2);
     }
 }
 

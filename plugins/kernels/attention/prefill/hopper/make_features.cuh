@@ -1,71 +1,95 @@
-// The two groups that make features, of queries and of keys: as they are for the scores; for the state, weighted by what is
-// left of it at a query, and of a key at the chunk's end.
+// The two groups that make features: as they are for the scores; for the state, weighted by what is left of it at a query,
+// and of a key at the chunk's end. The first walk needs keys alone, and both groups make them in turn; in the second, one
+// makes keys and the other queries.
 #pragma once
 
 #include "attention/prefill/hopper/features.cuh"
 
 namespace dijiang::prefill::hopper {
 
-template <typename T, int D, bool kKeys>
-__device__ __forceinline__ void make_features(const AttentionParams& p, const Place& at, const float* decay, char* memory,
-                                              uint32_t memory_at) {
+template <typename T, int D> struct FeatureMaker {
     using S = Shape<D>;
-    constexpr int kRaw = kKeys ? S::kRawKey : S::kRawQuery, kMade = kKeys ? S::kKeys : S::kQueries;
-    const Barriers<D> barriers{memory_at + S::kBarriers};
-    const int chunks = at.last_chunk - at.first_chunk, items = chunks * S::kHeads;
-    const int shared_by = p.num_heads / p.num_kv_heads;
-    const auto load = [&](int item) {
-        const int chunk = at.first_chunk + item / S::kHeads, head = at.first_head + item % S::kHeads;
-        const int64_t first = at.row * p.qkv_batch_stride + static_cast<int64_t>(chunk) * kChunk * p.qkv_token_stride
-                              + (kKeys ? p.num_heads + head / shared_by : head) * D;
-        load_rows<D>(memory_at + kRaw, p.qkv, first, p.qkv_token_stride, at.length - chunk * kChunk);
-    };
-    const RotaryLane rotary(p.rotary_dim / 2);
-    int made = 0;  // items of both walks
-    for (int walk = kKeys && at.segment + 1 < at.segments ? 1 : 2; walk <= 2; ++walk) {
-        load(0);
-        for (int item = 0; item < items; ++item, ++made) {
-            const int first = (at.first_chunk + item / S::kHeads) * kChunk, end = min(kChunk, at.length - first);
-            wait_copies<0>();
-            __syncwarp();
-            uint32_t packed[S::kTiles][2];
-            {
-                float logits[S::kTiles][4];
-                project<T, D>(p, rotary, memory, memory_at, kRaw, at.position + first, kKeys ? kKeyGroup : kQueryGroup, logits);
-                if (item + 1 < items) load(item + 1);
-                softmax_rows<T, S::kTiles>(logits, packed);
-            }
-            constexpr int kStages = kKeys ? S::kStages : S::kQueryStages;
-            const int stage = item % kStages;
-            if (walk == 2) {
-                await_phase(barriers.features_empty(kKeys, stage), item / kStages & 1 ^ 1);
-                store_fragment<D>(memory_at + kMade + stage * S::kTile, packed);
-                if constexpr (kKeys) {
-                    show_to_products();
-                    warp_arrives(barriers.features_full(true, stage));
-                }
-            }
-            const float log2_decay = item % S::kHeads == 0 ? decay[0] : decay[S::kHeads - 1];
+    const AttentionParams& p;
+    const Place& at;
+    char* memory;
+    uint32_t memory_at;
+    int group;  // 0: keys in the second walk
+    RotaryLane rotary;
+
+    __device__ __forceinline__ uint32_t raw() const { return S::kRaw + group * S::kTile; }
+    __device__ __forceinline__ int first_token(int item) const { return (at.first_chunk + item / S::kHeads) * kChunk; }
+
+    __device__ __forceinline__ void load(int item, bool keys) const {
+        const int head = at.first_head + item % S::kHeads, kv_head = head / (p.num_heads / p.num_kv_heads);
+        const int64_t first = at.row * p.qkv_batch_stride + first_token(item) * p.qkv_token_stride
+                              + (keys ? p.num_heads + kv_head : head) * D;
+        load_rows<D>(memory_at + raw(), p.qkv, first, p.qkv_token_stride, at.length - first_token(item));
+    }
+
+    // Features of an item that was loaded; then loads the `next` one.
+    __device__ __forceinline__ void make(int item, int next, int items, bool keys, uint32_t (&packed)[S::kTiles][2]) const {
+        wait_copies<0>();
+        __syncwarp();
+        float logits[S::kTiles][4];
+        project<T, D>(p, rotary, memory, memory_at, raw(), at.position + first_token(item), kKeyGroup + group, logits);
+        if (next < items) load(next, keys);
+        softmax_rows<T, S::kTiles>(logits, packed);
+    }
+
+    __device__ __forceinline__ void weigh(int item, bool keys, float log2_decay, uint32_t (&packed)[S::kTiles][2]) const {
+        const int end = min(kChunk, at.length - first_token(item));
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                // What is left of a key at the chunk's end; of the state before the chunk at a query.
-                const int t = fragment_row() + 8 * i, steps = kKeys ? end - 1 - t : t + 1;
-                const float left = kKeys && t >= end ? 0.0f : fast_exp2(log2_decay * steps) * (kStateUnit<T> / kUnit<T>);
-                const uint32_t weight = pack<T>(left, left);
+        for (int i = 0; i < 2; ++i) {
+            const int t = fragment_row() + 8 * i, steps = keys ? end - 1 - t : t + 1;
+            const float left = steps >= 0 ? fast_exp2(log2_decay * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
+            const uint32_t weight = pack<T>(left, left);
 #pragma unroll
-                for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
-            }
-            if constexpr (kKeys) {
-                await_phase(barriers.weighted_empty(), made & 1 ^ 1);
-                store_fragment<D>(memory_at + S::kWeighted, packed);
-                show_to_products();
-                warp_arrives(barriers.weighted_full());
-            } else {
-                store_fragment<D>(memory_at + S::kFaded + stage * S::kTile, packed);
-                show_to_products();
-                warp_arrives(barriers.features_full(false, stage));
-            }
+            for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
         }
+    }
+};
+
+template <typename T, int D>
+__device__ __forceinline__ void make_features(const AttentionParams& p, const Place& at, const float* decay, char* memory,
+                                              uint32_t memory_at, int group) {
+    using S = Shape<D>;
+    const Barriers<D> barriers{memory_at + S::kBarriers};
+    const FeatureMaker<T, D> maker{p, at, memory, memory_at, group, RotaryLane(p.rotary_dim / 2)};
+    const int items = (at.last_chunk - at.first_chunk) * S::kHeads;
+    const auto decay_of = [&](int item) { return item % S::kHeads == 0 ? decay[0] : decay[S::kHeads - 1]; };
+    uint32_t packed[S::kTiles][2];
+    int weighted = 0;  // tiles so far
+    if (at.segment + 1 < at.segments) {
+        maker.load(group, true);
+        for (int item = group; item < items; item += 2, ++weighted) {
+            maker.make(item, item + 2, items, true, packed);
+            maker.weigh(item, true, decay_of(item), packed);
+            await_phase(barriers.weighted_empty(group), weighted & 1 ^ 1);
+            store_fragment<D>(memory_at + (group == 0 ? S::kWeighted : S::kKeys), packed);
+            show_to_products();
+            warp_arrives(barriers.weighted_full(group));
+        }
+        // Where the second group's tile was, keys will be.
+        if (group == 1 && weighted > 0) await_phase(barriers.weighted_empty(1), weighted & 1 ^ 1);
+        barrier_sync(kFeatureGroups, 2 * kGroup);
+    }
+    const bool keys = group == 0;
+    const int stages = keys ? S::kStages : S::kQueryStages;
+    maker.load(0, keys);
+    for (int item = 0; item < items; ++item, ++weighted) {
+        maker.make(item, item + 1, items, keys, packed);
+        const int turn = stages == 1 ? item : item / 2, stage = stages == 1 ? 0 : item % 2;
+        await_phase(barriers.features_empty(keys, stage), turn & 1 ^ 1);
+        store_fragment<D>(memory_at + (keys ? S::kKeys : S::kQueries) + stage * S::kTile, packed);
+        if (keys) {
+            show_to_products();
+            warp_arrives(barriers.features_full(true, stage));
+        }
+        maker.weigh(item, keys, decay_of(item), packed);
+        if (keys) await_phase(barriers.weighted_empty(0), weighted & 1 ^ 1);
+        store_fragment<D>(memory_at + (keys ? S::kWeighted : S::kFaded + stage * S::kTile), packed);
+        show_to_products();
+        warp_arrives(keys ? barriers.weighted_full(0) : barriers.features_full(false, stage));
     }
 }
 

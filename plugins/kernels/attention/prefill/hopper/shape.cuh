@@ -40,10 +40,9 @@ template <int D> struct Shape {
     static constexpr int kStateStages = D == 128 ? 1 : 2;
     static constexpr int kValueStages = kStateStages + 1;
     static constexpr int kProj = 0;
-    static constexpr int kRawKey = kProj + kMatrix;
-    static constexpr int kRawQuery = kRawKey + kTile;
-    static constexpr int kWeighted = kRawQuery + kTile;  // what is read past its end makes rows that nobody uses
-    static constexpr int kKeys = kWeighted + kTile;
+    static constexpr int kRaw = kProj + kMatrix;  // one per group
+    static constexpr int kWeighted = kRaw + 2 * kTile;  // what is read past its end makes rows that nobody uses
+    static constexpr int kKeys = kWeighted + kTile;  // the first walk's second weighted tile
     static constexpr int kQueries = kKeys + kStages * kTile;
     static constexpr int kFaded = kQueries + kQueryStages * kTile;  // queries as they meet the state
     static constexpr int kValues = kFaded + kQueryStages * kTile;
@@ -64,11 +63,11 @@ template <int D> struct Barriers {
     __device__ __forceinline__ uint32_t features_empty(bool keys, int stage) const { return first + 32 + 8 * (2 * keys + stage); }
     __device__ __forceinline__ uint32_t state_full(int stage) const { return first + 64 + 8 * stage; }
     __device__ __forceinline__ uint32_t state_empty(int stage) const { return first + 80 + 8 * stage; }
-    __device__ __forceinline__ uint32_t weighted_full() const { return first + 96; }
-    __device__ __forceinline__ uint32_t weighted_empty() const { return first + 104; }
-    static constexpr int kCount = 14;
+    __device__ __forceinline__ uint32_t weighted_full(int group) const { return first + 96 + 8 * group; }
+    __device__ __forceinline__ uint32_t weighted_empty(int group) const { return first + 112 + 8 * group; }
+    static constexpr int kCount = 16;
 };
-enum Meeting { kQueryGroup = 1, kKeyGroup = 2, kStateGroup = 3 };
+enum Meeting { kKeyGroup = 1, kQueryGroup = 2, kStateGroup = 3, kFeatureGroups = 4 };
 
 // How the launch was cut.
 struct Cut {

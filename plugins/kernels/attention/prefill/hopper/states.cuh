@@ -146,7 +146,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
             if (at.segments > 1) store_slot<D>(exchange.slot(0, h), state[h]);
         }
     }
-    int taken = 0;  // items of both walks
+    int taken = 0;  // of the first group's weighted tiles
     for (int walk = 3 - walks; walk <= 2; ++walk) {
         const bool full = walk == 2;
         load(0);
@@ -165,7 +165,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
         }
         for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
-            for (int h = 0; h < H; ++h, ++taken) {
+            for (int h = 0; h < H; ++h) {
                 const int item = chunk * H + h, stage = item % S::kStateStages;
                 if (full) {
                     await_phase(barriers.state_empty(stage), item / S::kStateStages & 1 ^ 1);
@@ -190,18 +190,22 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                 if (item + 1 < items) load(item + 1);
                 const int tokens = min(kChunk, at.length - (at.first_chunk + chunk) * kChunk);
                 scale_state<D>(state[h], fast_exp2(decay[h] * tokens));
-                await_phase(barriers.weighted_full(), taken & 1);
+                // In the first walk two groups take turns.
+                const int group = full ? 0 : item % 2;
+                const uint32_t weighted = memory_at + (group == 0 ? S::kWeighted : S::kKeys);
+                await_phase(barriers.weighted_full(group), group == 0 ? taken & 1 : item / 2 & 1);
+                if (group == 0) ++taken;
                 begin_products();
 #pragma unroll
                 for (int k = 0; k < kChunk / 16; ++k)
 #pragma unroll
                     for (int m = 0; m < S::kStateTiles; ++m)
                         Wgmma<T, D>::template shared<1, 1>(
-                            state[h][m], S::Tile::down(memory_at + S::kWeighted, kChunk, 64 * m, k),
+                            state[h][m], S::Tile::down(weighted, kChunk, 64 * m, k),
                             S::Tile::down(memory_at + S::kValues + item % S::kValueStages * S::kTile, kChunk, 0, k), 1);
                 end_products();
                 await_products<0>();
-                warp_arrives(barriers.weighted_empty());
+                warp_arrives(barriers.weighted_empty(group));
             }
         }
         if (!full) {
