@@ -79,7 +79,7 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
         const HopperShape hopper = hopper_shape(d);
         schedule.path = Path::hopper;
         schedule.set = hopper.heads;
-        schedule.threads = 512;
+        schedule.threads = d == 64 ? 640 : 512;
         const int64_t jobs = batch * (heads / schedule.set);
         // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.
         const int chunks = schedule.segment_chunks, segments = most_segments(jobs, chunks, device.multiprocessors);

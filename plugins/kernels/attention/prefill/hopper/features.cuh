@@ -122,12 +122,11 @@ __device__ __forceinline__ void softmax_rows(float (&x)[N][4], uint32_t (&packed
 }
 
 // A fragment's pairs to a chunk's tile.
-template <int D> __device__ __forceinline__ void store_fragment(uint32_t tile, const uint32_t (&packed)[D / 8][2]) {
-    using Tile = typename Shape<D>::Tile;
+template <typename Tile, int N> __device__ __forceinline__ void store_fragment(uint32_t tile, const uint32_t (&packed)[N][2]) {
     const int lane = lane_of();
     const uint32_t start = tile + (Tile::start(16 * warp_of() + lane % 16) ^ lane / 16 * 16);
 #pragma unroll
-    for (int n = 0; n < D / 8; n += 2)
+    for (int n = 0; n < N; n += 2)
         stmatrix(Tile::piece(start, kChunk, n), packed[n][0], packed[n][1], packed[n + 1][0], packed[n + 1][1]);
 }
 

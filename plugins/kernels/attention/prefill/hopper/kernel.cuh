@@ -2,9 +2,9 @@
 //
 // A block walks chunks of 64 tokens of one row and one head (two of 80). Its groups of four warps hand tiles on through
 // barriers in shared memory:
-//   features  two groups: RoPE, phi(u) = softmax(u P), as it is and weighted for the state
+//   features  two groups: RoPE, phi(u) = softmax(u P), as it is and weighted for the state; decayed scores
 //   states    S in accumulators: a copy for each chunk's queries, then S = gamma^64 S + phi(k)^T v
-//   outputs   decayed scores, o = scores v + fade phi(q) S, GroupNorm and gate
+//   outputs   o = scores v + fade phi(q) S, GroupNorm and gate
 // Sequences are cut in segments as in fused.cuh: keys and states walk a segment that others follow twice.
 #pragma once
 
@@ -17,7 +17,6 @@ namespace dijiang::prefill::hopper {
 // All threads: P, rounded to T.
 template <typename T, int D> __device__ __forceinline__ void load_proj(const AttentionParams& p, char* proj) {
     using S = Shape<D>;
-    static_assert(D * D % (8 * S::kThreads) == 0 || D == 80);
 #pragma unroll 4
     for (int i = threadIdx.x; i < D * D / 8; i += S::kThreads) {
         const int row = i / (D / 8), column = i % (D / 8) * 8;
@@ -79,12 +78,12 @@ __device__ __forceinline__ void walk(const AttentionParams& p, const Cut& cut, c
     if (group == 0) {
         if constexpr (S::kTrade) take_registers<S::kStateRegisters>();
         keep_states<T, D>(p, cut, at, decay, memory, memory_at);
-    } else if (group == 1) {
-        if constexpr (S::kTrade && S::kOutputRegisters > 128) take_registers<S::kOutputRegisters>();
-        make_outputs<T, D>(p, at, decay, memory, memory_at);
-    } else {
+    } else if (group <= 2) {
         if constexpr (S::kTrade) give_registers<S::kFeatureRegisters>();
-        make_features<T, D>(p, at, decay, memory, memory_at, group - 2);
+        make_features<T, D>(p, at, decay, memory, memory_at, group - 1);
+    } else {
+        if constexpr (S::kTrade && S::kOutputRegisters < 128) give_registers<S::kOutputRegisters>();
+        make_outputs<T, D>(p, at, memory, memory_at, group - 3);
     }
 }
 

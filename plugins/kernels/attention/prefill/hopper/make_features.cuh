@@ -1,9 +1,9 @@
 // The two groups that make features: as they are for the scores; for the state, weighted by what is left of it at a query,
 // and of a key at the chunk's end. The first walk needs keys alone, and both groups make them in turn; in the second, one
-// makes keys and the other queries.
+// makes keys, and the other queries and scores.
 #pragma once
 
-#include "attention/prefill/hopper/features.cuh"
+#include "attention/prefill/hopper/scores.cuh"
 
 namespace dijiang::prefill::hopper {
 
@@ -65,7 +65,7 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Pl
             maker.make(item, item + 2, items, true, packed);
             maker.weigh(item, true, decay_of(item), packed);
             await_phase(barriers.weighted_empty(group), weighted & 1 ^ 1);
-            store_fragment<D>(memory_at + (group == 0 ? S::kWeighted : S::kKeys), packed);
+            store_fragment<typename S::Tile>(memory_at + (group == 0 ? S::kWeighted : S::kKeys), packed);
             show_to_products();
             warp_arrives(barriers.weighted_full(group));
         }
@@ -74,22 +74,33 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Pl
         barrier_sync(kFeatureGroups, 2 * kGroup);
     }
     const bool keys = group == 0;
-    const int stages = keys ? S::kStages : S::kQueryStages;
     maker.load(0, keys);
     for (int item = 0; item < items; ++item, ++weighted) {
         maker.make(item, item + 1, items, keys, packed);
-        const int turn = stages == 1 ? item : item / 2, stage = stages == 1 ? 0 : item % 2;
-        await_phase(barriers.features_empty(keys, stage), turn & 1 ^ 1);
-        store_fragment<D>(memory_at + (keys ? S::kKeys : S::kQueries) + stage * S::kTile, packed);
+        const int key_stage = item % S::kStages, key_turn = item / S::kStages & 1;
         if (keys) {
+            await_phase(barriers.features_empty(true, key_stage), key_turn ^ 1);
+            store_fragment<typename S::Tile>(memory_at + S::kKeys + key_stage * S::kTile, packed);
             show_to_products();
-            warp_arrives(barriers.features_full(true, stage));
+            warp_arrives(barriers.features_full(true, key_stage));
+            maker.weigh(item, true, decay_of(item), packed);
+            await_phase(barriers.weighted_empty(0), weighted & 1 ^ 1);
+            store_fragment<typename S::Tile>(memory_at + S::kWeighted, packed);
+            show_to_products();
+            warp_arrives(barriers.weighted_full(0));
+        } else {
+            const int stage = item % S::kQueryStages;
+            await_phase(barriers.features_full(true, key_stage), key_turn);
+            uint32_t scores[kChunk / 8][2];
+            find_scores<T, D>(packed, memory_at + S::kKeys + key_stage * S::kTile, decay_of(item), scores);
+            warp_arrives(barriers.features_empty(true, key_stage));
+            maker.weigh(item, false, decay_of(item), packed);
+            await_phase(barriers.features_empty(false, stage), item / S::kQueryStages & 1 ^ 1);
+            store_fragment<typename S::ScoreTile>(memory_at + S::kScores + stage * S::kScoreTile, scores);
+            store_fragment<typename S::Tile>(memory_at + S::kFaded + stage * S::kTile, packed);
+            show_to_products();
+            warp_arrives(barriers.features_full(false, stage));
         }
-        maker.weigh(item, keys, decay_of(item), packed);
-        if (keys) await_phase(barriers.weighted_empty(0), weighted & 1 ^ 1);
-        store_fragment<D>(memory_at + (keys ? S::kWeighted : S::kFaded + stage * S::kTile), packed);
-        show_to_products();
-        warp_arrives(keys ? barriers.weighted_full(0) : barriers.features_full(false, stage));
     }
 }
 

@@ -24,30 +24,33 @@ template <int D> struct Shape {
     static constexpr int kHeads = D == 80 ? 2 : 1;     // per block: 32 heads of 80 have groups of channels in two heads
     static constexpr int kWidth = D % 64 == 0 ? 64 : 16;  // columns of a tile's block
     using Tile = Tiles<kWidth>;
-    static constexpr int kThreads = 4 * kGroup;
+    using ScoreTile = Tile;
+    static constexpr int kOutputGroups = D == 64 ? 2 : 1;  // they take chunks in turn
+    static constexpr int kThreads = (3 + kOutputGroups) * kGroup;
     static constexpr int kStateTiles = (D + 63) / 64;  // of 64 features, the last perhaps in part
     static constexpr int kTiles = D / 8;               // of 8 columns
     // Registers a thread: features of keys, of queries, states, outputs. 128 on average.
     static constexpr bool kTrade = D > 64;
-    static constexpr int kFeatureRegisters = D == 128 ? 104 : 72, kStateRegisters = D == 128 ? 176 : 192;
-    static constexpr int kOutputRegisters = D == 128 ? 128 : 176;
+    static constexpr int kFeatureRegisters = D == 128 ? 112 : 96, kStateRegisters = D == 128 ? 176 : 192;
+    static constexpr int kOutputRegisters = D == 128 ? 112 : 128;
 
     // Bytes of shared memory.
     static constexpr int kTile = 2 * kChunk * D;  // of tokens
     static constexpr int kMatrix = 2 * D * D;     // P or a state
+    static constexpr int kScoreTile = 2 * kChunk * kChunk;
     static constexpr int kStages = 2;             // of keys
-    static constexpr int kQueryStages = D == 128 ? 1 : 2;
+    static constexpr int kQueryStages = D == 128 ? 1 : 2;  // of scores and queries
     static constexpr int kStateStages = D == 128 ? 1 : 2;
     static constexpr int kValueStages = kStateStages + 1;
     static constexpr int kProj = 0;
     static constexpr int kRaw = kProj + kMatrix;  // one per group
     static constexpr int kWeighted = kRaw + 2 * kTile;  // what is read past its end makes rows that nobody uses
     static constexpr int kKeys = kWeighted + kTile;  // the first walk's second weighted tile
-    static constexpr int kQueries = kKeys + kStages * kTile;
-    static constexpr int kFaded = kQueries + kQueryStages * kTile;  // queries as they meet the state
-    static constexpr int kValues = kFaded + kQueryStages * kTile;
-    static constexpr int kGates = kValues + kValueStages * kTile;  // one per head
-    static constexpr int kStates = kGates + kHeads * kTile;
+    static constexpr int kFaded = kKeys + kStages * kTile;  // queries as they meet the state
+    static constexpr int kScores = kFaded + kQueryStages * kTile;
+    static constexpr int kValues = kScores + kQueryStages * kScoreTile;
+    static constexpr int kGates = kValues + kValueStages * kTile;  // one per head and group
+    static constexpr int kStates = kGates + kOutputGroups * kHeads * kTile;
     static constexpr int kBarriers = kStates + kStateStages * kMatrix;
     static constexpr int kScales = kBarriers + 128;  // what a copy of a state is multiplied by
     static constexpr int kPlace = kScales + 16;
