@@ -123,7 +123,7 @@ __device__ __forceinline__ void softmax_rows(float (&x)[N][4], uint32_t (&packed
 
 // A fragment's pairs to a chunk's tile.
 template <typename Tile, int N> __device__ __forceinline__ void store_fragment(uint32_t tile, const uint32_t (&packed)[N][2]) {
-    const int lane = lane_of();
+    const int lane = opaque(lane_of());
     const uint32_t start = tile + (Tile::start(16 * warp_of() + lane % 16) ^ lane / 16 * 16);
 #pragma unroll
     for (int n = 0; n < N; n += 2)

@@ -40,7 +40,7 @@ template <typename T, int D> struct FeatureMaker {
         const int end = min(kChunk, at.length - first_token(item));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int t = fragment_row() + 8 * i, steps = keys ? end - 1 - t : t + 1;
+            const int t = opaque(fragment_row()) + 8 * i, steps = keys ? end - 1 - t : t + 1;
             const float left = steps >= 0 ? fast_exp2(log2_decay * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
             const uint32_t weight = pack<T>(left, left);
 #pragma unroll
