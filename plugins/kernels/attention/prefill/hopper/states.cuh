@@ -1,5 +1,5 @@
 // The group that keeps the states, [feature, value], in accumulators: it publishes a copy as T before each chunk, then
-// adds the chunk.
+// adds the chunk. While products run it makes silu of the gates.
 #pragma once
 
 #include "attention/prefill/hopper/features.cuh"
@@ -114,6 +114,21 @@ __device__ __forceinline__ void await_flag(const unsigned* flag) {
     __syncwarp();
 }
 
+// silu of a warp's 16 rows of gates, in place.
+template <typename T, int D> __device__ __forceinline__ void open_gates(char* tile) {
+    each_piece<D>([&](uint32_t offset, int, int) {
+        uint4* const at = reinterpret_cast<uint4*>(tile + offset);
+        uint4 x = *at;
+        uint32_t* const pairs = reinterpret_cast<uint32_t*>(&x);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 both = unpack<T>(pairs[i]);
+            pairs[i] = pack<T>(fast_silu(both.x), fast_silu(both.y));
+        }
+        *at = x;
+    });
+}
+
 template <typename T, int D>
 __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut& cut, const Place& at, const float* decay,
                                             char* memory, uint32_t memory_at) {
@@ -124,12 +139,27 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     const int chunks = at.last_chunk - at.first_chunk, items = chunks * H;
     const int walks = at.segment + 1 < at.segments ? 2 : 1;
     const int shared_by = p.num_heads / p.num_kv_heads;
-    const auto load = [&](int item) {
+    // An item's values, or gates: empty after the last one.
+    const auto load_values = [&](int item) {
         const int chunk = at.first_chunk + item / H, head = at.first_head + item % H;
         const int64_t first = at.row * p.qkv_batch_stride + static_cast<int64_t>(chunk) * kChunk * p.qkv_token_stride
                               + (p.num_heads + p.num_kv_heads + head / shared_by) * D;
-        load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile, p.qkv, first, p.qkv_token_stride,
-                     at.length - chunk * kChunk);
+        if (item < items)
+            load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile, p.qkv, first, p.qkv_token_stride,
+                         at.length - chunk * kChunk);
+        else
+            commit_copies();
+    };
+    const auto load_gates = [&](int item) {
+        const int chunk = at.first_chunk + item / H, head = at.first_head + item % H, tile = item % (2 * H);
+        const int64_t first = at.row * p.gate_batch_stride + static_cast<int64_t>(chunk) * kChunk * p.gate_token_stride + head * D;
+        if (item < items) {
+            await_phase(barriers.gates_empty(tile), item / (2 * H) & 1 ^ 1);
+            load_rows<D>(memory_at + S::kGates + tile * S::kTile, p.gate, first, p.gate_token_stride,
+                         at.length - chunk * kChunk);
+        } else {
+            commit_copies();
+        }
     };
     StateTile<D> state[H];  // times kStateUnit
     float scale = 1.0f;     // of the copies
@@ -149,7 +179,8 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     int taken = 0;  // of the first group's weighted tiles
     for (int walk = 3 - walks; walk <= 2; ++walk) {
         const bool full = walk == 2;
-        load(0);
+        load_values(0);
+        if (full) load_gates(0);
         if (full && at.segments > 1) {
             // The past and what the segments before this one have added to it.
 #pragma unroll
@@ -183,11 +214,12 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                         if (threadIdx.x % kGroup == 0) reinterpret_cast<float*>(memory + S::kScales)[stage] = scale;
                     }
                 }
-                wait_copies<0>();
+                if (full) wait_copies<1>();
+                else wait_copies<0>();
                 show_to_products();
                 if (full) warp_arrives(barriers.state_full(stage));
                 barrier_sync(kStateGroup, kGroup);
-                if (item + 1 < items) load(item + 1);
+                load_values(item + 1);
                 const int tokens = min(kChunk, at.length - (at.first_chunk + chunk) * kChunk);
                 scale_state<D>(state[h], fast_exp2(decay[h] * tokens));
                 // In the first walk two groups take turns.
@@ -204,8 +236,16 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                             state[h][m], S::Tile::down(weighted, kChunk, 64 * m, k),
                             S::Tile::down(memory_at + S::kValues + item % S::kValueStages * S::kTile, kChunk, 0, k), 1);
                 end_products();
+                if (full) {
+                    const int tile = item % (2 * H);
+                    wait_copies<1>();
+                    __syncwarp();
+                    open_gates<T, D>(memory + S::kGates + tile * S::kTile);
+                    warp_arrives(barriers.gates_full(tile));
+                }
                 await_products<0>();
                 warp_arrives(barriers.weighted_empty(group));
+                if (full) load_gates(item + 1);
             }
         }
         if (!full) {
