@@ -49,14 +49,28 @@ template <int D> __device__ __forceinline__ void store_slot(float* slot, const S
         }
 }
 
-// state = state keep + slot, past the first-level cache: another block may have written it.
-template <int D> __device__ __forceinline__ void add_slot(const float* slot, float keep, StateTile<D>& state) {
+// A slot to shared memory, past the first-level cache: another block may have written it. Each thread brings what it will
+// read itself.
+template <int D> __device__ __forceinline__ void fetch_slot(const float* slot, uint32_t to) {
+    static_assert(Exchange<D>::kFloats * 4 <= Shape<D>::kBarriers - Shape<D>::kGates);
+#pragma unroll
+    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
+        if (holds<D>(m)) {
+#pragma unroll 8
+            for (int n = 0; n < D / 8; ++n)
+                copy_async(to + (m * (D / 8) + n) * (16 * kGroup), slot + (m * (D / 8) + n) * (4 * kGroup), true);
+        }
+    commit_copies();
+}
+
+// state = state keep + slot.
+template <int D> __device__ __forceinline__ void add_slot(const char* slot, float keep, StateTile<D>& state) {
 #pragma unroll
     for (int m = 0; m < Shape<D>::kStateTiles; ++m)
         if (holds<D>(m)) {
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
-                const float4 x = __ldcg(reinterpret_cast<const float4*>(slot + (m * (D / 8) + n) * (4 * kGroup)));
+                const float4 x = *reinterpret_cast<const float4*>(slot + (m * (D / 8) + n) * (16 * kGroup));
                 state[m][n][0] = fmaf(state[m][n][0], keep, x.x);
                 state[m][n][1] = fmaf(state[m][n][1], keep, x.y);
                 state[m][n][2] = fmaf(state[m][n][2], keep, x.z);
@@ -106,11 +120,10 @@ __device__ __forceinline__ uint32_t copy_state(const StateTile<D>& state, float 
     return most;
 }
 
-__device__ __forceinline__ void await_flag(const unsigned* flag) {
-    while (true) {
-        if (load_acquire(flag)) break;
-        __nanosleep(40);
-    }
+// A warp: until `count` flags, at most 32, are raised.
+__device__ __forceinline__ void await_flags(const unsigned* flags, int count) {
+    if (lane_of() < count)
+        while (!load_acquire(flags + lane_of())) __nanosleep(40);
     __syncwarp();
 }
 
@@ -180,20 +193,27 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     for (int walk = 3 - walks; walk <= 2; ++walk) {
         const bool full = walk == 2;
         load_values(0);
-        if (full) load_gates(0);
         if (full && at.segments > 1) {
-            // The past and what the segments before this one have added to it.
+            // The past and what the segments before this one have added to it. Until gates and copies of states are
+            // there, their memory takes a slot at a time.
 #pragma unroll
             for (int h = 0; h < H; ++h) clear_state<D>(state[h]);
-            const int before = at.segment == 0 ? 1 : at.segment;
-            for (int i = 0; i < before; ++i) {
-                if (at.segment > 0) await_flag(exchange.flags + i);
-                const int tokens = cut.segment_chunks * kChunk;  // of every segment but the last
+            await_flags(exchange.flags, at.segment);
+            constexpr int kAt = S::kGates;
+            const int mine = threadIdx.x % kGroup * 16;
+#pragma unroll 1
+            for (int i = 0; i < max(1, at.segment); ++i) {
 #pragma unroll
-                for (int h = 0; h < H; ++h)
-                    add_slot<D>(exchange.slot(at.segment == 0 ? 0 : i + 1, h), fast_exp2(decay[h] * tokens), state[h]);
+                for (int h = 0; h < H; ++h) {
+                    fetch_slot<D>(exchange.slot(at.segment == 0 ? 0 : i + 1, h), memory_at + kAt + mine);
+                    wait_copies<0>();
+                    const int tokens = cut.segment_chunks * kChunk;  // of every segment but the last
+                    add_slot<D>(memory + kAt + mine, fast_exp2(decay[h] * tokens), state[h]);
+                }
             }
+            barrier_sync(kStateGroup, kGroup);
         }
+        if (full) load_gates(0);
         for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
             for (int h = 0; h < H; ++h) {
