@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention/prefill/launch.h"
+#include "host/device.h"
 
 namespace dijiang::prefill {
 
@@ -35,7 +36,8 @@ cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device
     geometry.dtype = dtype;
     geometry.table_rows = p.table_rows;
     geometry.epsilon = p.epsilon;
-    const Schedule schedule = make_schedule(geometry, p.batch, p.length, device);
+    Schedule schedule = make_schedule(geometry, p.batch, p.length, device);
+    schedule.overlap = can_overlap(device);
     if (schedule.path == Path::generic) return launch_generic(dtype, p, schedule, stream);
     const bool half = dtype == DIJIANG_FLOAT16;
     const int d = p.head_dim;

@@ -11,6 +11,7 @@
 #include "attention/prefill/hopper/make_features.cuh"
 #include "attention/prefill/hopper/outputs.cuh"
 #include "attention/prefill/hopper/states.cuh"
+#include "device/overlap.cuh"
 
 namespace dijiang::prefill::hopper {
 
@@ -95,10 +96,10 @@ hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     char* const memory = block_memory();
     const uint32_t memory_at = shared_address(memory);
     Place& at = *reinterpret_cast<Place*>(memory + S::kPlace);
-    if (threadIdx.x == 0) {
-        find_place<D>(p, cut, at);
-        make_barriers<D>(memory_at);
-    }
+    let_next_kernel_start();
+    if (threadIdx.x == 0) make_barriers<D>(memory_at);
+    wait_for_previous_kernel();
+    if (threadIdx.x == 0) find_place<D>(p, cut, at);
     prepare_rotation(p, reinterpret_cast<float4*>(memory + S::kTurns));
     load_proj<T, D>(p, memory + S::kProj);
     show_to_products();
@@ -131,8 +132,17 @@ cudaError_t launch_hopper(const AttentionParams& p, const Schedule& schedule, cu
     if (status != cudaSuccess) return status;
     const Cut cut = {schedule.segments, schedule.segment_chunks,
                      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + schedule.states)};
-    kernel<<<schedule.blocks, Shape<D>::kThreads, Shape<D>::kShared, stream>>>(p, cut);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(schedule.blocks));
+    config.blockDim = dim3(Shape<D>::kThreads);
+    config.dynamicSmemBytes = Shape<D>::kShared;
+    config.stream = stream;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = schedule.overlap ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, p, cut);
 }
 #endif
 

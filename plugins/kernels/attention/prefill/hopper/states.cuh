@@ -100,7 +100,7 @@ template <typename T, int D, bool kScaled>
 __device__ __forceinline__ uint32_t copy_state(const StateTile<D>& state, float scale, uint32_t tile) {
     using S = Shape<D>;
     const int lane = opaque(lane_of());
-    uint32_t most = 0;
+    uint32_t most[4] = {};
 #pragma unroll
     for (int m = 0; m < S::kStateTiles; ++m)
         if (holds<D>(m)) {
@@ -112,12 +112,12 @@ __device__ __forceinline__ uint32_t copy_state(const StateTile<D>& state, float 
                 for (int i = 0; i < 4; ++i) {
                     const float a = state[m][n + i / 2][i % 2 * 2], b = state[m][n + i / 2][i % 2 * 2 + 1];
                     packed[i] = kScaled ? pack<T>(a * scale, b * scale) : pack<T>(a, b);
-                    if (kUnit<T> != 1.0f) most = larger(most, packed[i]);
+                    if (kUnit<T> != 1.0f) most[i] = larger(most[i], packed[i]);
                 }
                 stmatrix(S::Tile::piece(start, D, n), packed[0], packed[1], packed[2], packed[3]);
             }
         }
-    return most;
+    return larger(larger(most[0], most[1]), larger(most[2], most[3]));
 }
 
 // A warp: until `count` flags, at most 32, are raised.
