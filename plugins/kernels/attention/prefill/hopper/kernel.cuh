@@ -37,6 +37,9 @@ template <int D> __device__ __forceinline__ void find_place(const AttentionParam
     at.job = work - at.segment * jobs;
     at.row = at.job / sets;
     at.first_head = (at.job - at.row * sets) * H;
+    const int shared_by = p.num_heads / p.num_kv_heads;
+    at.kv_head[0] = at.first_head / shared_by;
+    at.kv_head[1] = (at.first_head + 1) / shared_by;
     at.length = min(max(p.seq_lens[at.row], 0), p.length);
     at.position = p.positions[at.row];
     at.segments = max(1, (at.length + tokens - 1) / tokens);

@@ -20,9 +20,9 @@ template <typename T, int D> struct FeatureMaker {
     __device__ __forceinline__ int first_token(int item) const { return (at.first_chunk + item / S::kHeads) * kChunk; }
 
     __device__ __forceinline__ void load(int item, bool keys) const {
-        const int head = at.first_head + item % S::kHeads, kv_head = head / (p.num_heads / p.num_kv_heads);
+        const int head = item % S::kHeads;
         const int64_t first = at.row * p.qkv_batch_stride + first_token(item) * p.qkv_token_stride
-                              + (keys ? p.num_heads + kv_head : head) * D;
+                              + (keys ? p.num_heads + at.kv_head[head] : at.first_head + head) * D;
         load_rows<D>(memory_at + raw(), p.qkv, first, p.qkv_token_stride, at.length - first_token(item));
     }
 

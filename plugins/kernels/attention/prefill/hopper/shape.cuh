@@ -31,8 +31,8 @@ template <int D> struct Shape {
     static constexpr int kTiles = D / 8;               // of 8 columns
     // Registers a thread: features of keys, of queries, states, outputs. 128 on average.
     static constexpr bool kTrade = D > 64;
-    static constexpr int kFeatureRegisters = D == 128 ? 112 : 96, kStateRegisters = D == 128 ? 176 : 192;
-    static constexpr int kOutputRegisters = D == 128 ? 112 : 128;
+    static constexpr int kFeatureRegisters = D == 128 ? 112 : 104, kStateRegisters = D == 128 ? 176 : 192;
+    static constexpr int kOutputRegisters = 112;
 
     // Bytes of shared memory.
     static constexpr int kTile = 2 * kChunk * D;  // of tokens
@@ -54,7 +54,7 @@ template <int D> struct Shape {
     static constexpr int kBarriers = kStates + kStateStages * kMatrix;
     static constexpr int kScales = kBarriers + 192;  // what a copy of a state is multiplied by
     static constexpr int kPlace = kScales + 16;
-    static constexpr int kTurns = kPlace + 48;  // of a pair of dimensions: turns per token (hi, lo), cos, sin of a step
+    static constexpr int kTurns = kPlace + 64;  // of a pair of dimensions: turns per token (hi, lo), cos, sin of a step
     static constexpr int kShared = kTurns + 16 * (D / 2);
 };
 
@@ -83,6 +83,7 @@ struct Cut {
 // Where a block works.
 struct Place {
     int job, row, first_head;
+    int kv_head[2];  // of each head
     int segment, segments;  // of those that hold tokens of this row
     int length, position;
     int first_token, last_token, first_chunk, last_chunk;

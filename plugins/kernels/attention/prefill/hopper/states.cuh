@@ -151,12 +151,11 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     const Barriers<D> barriers{memory_at + S::kBarriers};
     const int chunks = at.last_chunk - at.first_chunk, items = chunks * H;
     const int walks = at.segment + 1 < at.segments ? 2 : 1;
-    const int shared_by = p.num_heads / p.num_kv_heads;
     // An item's values, or gates: empty after the last one.
     const auto load_values = [&](int item) {
-        const int chunk = at.first_chunk + item / H, head = at.first_head + item % H;
+        const int chunk = at.first_chunk + item / H;
         const int64_t first = at.row * p.qkv_batch_stride + static_cast<int64_t>(chunk) * kChunk * p.qkv_token_stride
-                              + (p.num_heads + p.num_kv_heads + head / shared_by) * D;
+                              + (p.num_heads + p.num_kv_heads + at.kv_head[item % H]) * D;
         if (item < items)
             load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile, p.qkv, first, p.qkv_token_stride,
                          at.length - chunk * kChunk);
