@@ -40,6 +40,8 @@ template <int D> __device__ __forceinline__ void find_place(const AttentionParam
     const int shared_by = p.num_heads / p.num_kv_heads;
     at.kv_head[0] = at.first_head / shared_by;
     at.kv_head[1] = (at.first_head + 1) / shared_by;
+#pragma unroll
+    for (int h = 0; h < H; ++h) at.decay[h] = fmaxf(p.log_decay[at.first_head + h], kLeastLogDecay) * kLog2E;
     at.length = min(max(p.seq_lens[at.row], 0), p.length);
     at.position = p.positions[at.row];
     at.segments = max(1, (at.length + tokens - 1) / tokens);
@@ -75,16 +77,14 @@ template <typename T, int D> __device__ __forceinline__ void clear_padding(const
 template <typename T, int D>
 __device__ __forceinline__ void walk(const AttentionParams& p, const Cut& cut, const Place& at, char* memory, uint32_t memory_at) {
     using S = Shape<D>;
-    float decay[S::kHeads];  // log2 of a token's
-#pragma unroll
-    for (int h = 0; h < S::kHeads; ++h) decay[h] = fmaxf(p.log_decay[at.first_head + h], kLeastLogDecay) * kLog2E;
+    static_assert(sizeof(Place) <= S::kTurns - S::kPlace);
     const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);  // the same in all lanes, and known to be
     if (group == 0) {
         if constexpr (S::kTrade) take_registers<S::kStateRegisters>();
-        keep_states<T, D>(p, cut, at, decay, memory, memory_at);
+        keep_states<T, D>(p, cut, at, memory, memory_at);
     } else if (group <= 2) {
         if constexpr (S::kTrade) give_registers<S::kFeatureRegisters>();
-        make_features<T, D>(p, at, decay, memory, memory_at, group - 1);
+        make_features<T, D>(p, at, memory, memory_at, group - 1);
     } else {
         if constexpr (S::kTrade && S::kOutputRegisters < 128) give_registers<S::kOutputRegisters>();
         make_outputs<T, D>(p, at, memory, memory_at, group - 3);

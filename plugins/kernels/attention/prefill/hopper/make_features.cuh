@@ -50,13 +50,13 @@ template <typename T, int D> struct FeatureMaker {
 };
 
 template <typename T, int D>
-__device__ __forceinline__ void make_features(const AttentionParams& p, const Place& at, const float* decay, char* memory,
-                                              uint32_t memory_at, int group) {
+__device__ __forceinline__ void make_features(const AttentionParams& p, const Place& at, char* memory, uint32_t memory_at,
+                                              int group) {
     using S = Shape<D>;
     const Barriers<D> barriers{memory_at + S::kBarriers};
     const FeatureMaker<T, D> maker{p, at, memory, memory_at, group, RotaryLane(p.rotary_dim / 2)};
     const int items = (at.last_chunk - at.first_chunk) * S::kHeads;
-    const auto decay_of = [&](int item) { return item % S::kHeads == 0 ? decay[0] : decay[S::kHeads - 1]; };
+    const auto decay_of = [&](int item) { return at.decay[item % S::kHeads]; };
     uint32_t packed[S::kTiles][2];
     int weighted = 0;  // tiles so far
     if (at.segment + 1 < at.segments) {

@@ -3,6 +3,7 @@
 
 #include "attention/prefill/launch.h"
 #include "attention/prefill/schedule.h"
+#include "attention/terms.cuh"
 #include "device/barriers.cuh"
 #include "device/math.cuh"
 #include "device/registers.cuh"
@@ -83,7 +84,8 @@ struct Cut {
 // Where a block works.
 struct Place {
     int job, row, first_head;
-    int kv_head[2];  // of each head
+    int kv_head[2];   // of each head
+    float decay[2];   // log2 of a token's
     int segment, segments;  // of those that hold tokens of this row
     int length, position;
     int first_token, last_token, first_chunk, last_chunk;
@@ -124,13 +126,17 @@ template <int D, typename F> __device__ __forceinline__ void each_piece(F&& f) {
 // A warp's 16 rows of a chunk's tile; zeros from row `count` of the chunk on.
 template <int D>
 __device__ __forceinline__ void load_rows(uint32_t tile, const void* tensor, int64_t first, int64_t stride, int count) {
+    using Tile = typename Shape<D>::Tile;
     const uint16_t* from = static_cast<const uint16_t*>(tensor) + first;
     if (count >= kChunk) {
         each_piece<D>([&](uint32_t at, int row, int piece) { copy_async(tile + at, from + row * stride + 8 * piece, true); });
     } else {
-        each_piece<D>([&](uint32_t at, int row, int piece) {
-            copy_async(tile + at, row < count ? from + row * stride + 8 * piece : from, row < count);
-        });
+#pragma unroll 1
+        for (int i = lane_of(); i < 2 * D; i += 32) {  // the last chunk: little code is better than few instructions
+            const int row = 16 * warp_of() + i / (D / 8), piece = i % (D / 8);
+            const bool there = row < count;
+            copy_async(tile + Tile::offset(kChunk, row, 8 * piece), there ? from + row * stride + 8 * piece : from, there);
+        }
     }
     commit_copies();
 }

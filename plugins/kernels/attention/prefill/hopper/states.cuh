@@ -143,8 +143,8 @@ template <typename T, int D> __device__ __forceinline__ void open_gates(char* ti
 }
 
 template <typename T, int D>
-__device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut& cut, const Place& at, const float* decay,
-                                            char* memory, uint32_t memory_at) {
+__device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut& cut, const Place& at, char* memory,
+                                            uint32_t memory_at) {
     using S = Shape<D>;
     constexpr int H = S::kHeads;
     constexpr bool kHalf = kUnit<T> != 1.0f;  // float16: mind its range
@@ -207,7 +207,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                     fetch_slot<D>(exchange.slot(at.segment == 0 ? 0 : i + 1, h), memory_at + kAt + mine);
                     wait_copies<0>();
                     const int tokens = cut.segment_chunks * kChunk;  // of every segment but the last
-                    add_slot<D>(memory + kAt + mine, fast_exp2(decay[h] * tokens), state[h]);
+                    add_slot<D>(memory + kAt + mine, fast_exp2(at.decay[h] * tokens), state[h]);
                 }
             }
             barrier_sync(kStateGroup, kGroup);
@@ -240,10 +240,12 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                 barrier_sync(kStateGroup, kGroup);
                 load_values(item + 1);
                 const int tokens = min(kChunk, at.length - (at.first_chunk + chunk) * kChunk);
-                scale_state<D>(state[h], fast_exp2(decay[h] * tokens));
+                scale_state<D>(state[h], fast_exp2(at.decay[h] * tokens));
                 // In the first walk two groups take turns.
-                const int group = full ? 0 : item % 2;
-                const uint32_t weighted = memory_at + (group == 0 ? S::kWeighted : S::kKeys);
+                const int group = full ? 0 : H == 2 ? h : item % 2;
+                // Opaque, or its descriptors would be kept in registers that the states of two heads need.
+                const uint32_t weighted = static_cast<uint32_t>(
+                    opaque(static_cast<int>(memory_at) + (group == 0 ? S::kWeighted : S::kKeys)));
                 await_phase(barriers.weighted_full(group), group == 0 ? taken & 1 : item / 2 & 1);
                 if (group == 0) ++taken;
                 begin_products();
