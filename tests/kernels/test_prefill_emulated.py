@@ -79,14 +79,17 @@ def run(
     return blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("heads", "d"), [(8, 64), (16, 64), (16, 80), (8, 128)])
 def test_every_shape_and_length(emulated: Any, heads: int, d: int, dtype: str) -> None:
     base = Case(heads=heads, d=d, dtype=dtype, rotary=d // 4, seed=d)
     assert run(emulated, replace(base, length=2, lens=(2,)), 8) == heads // (2 if d == 80 else 1)
-    case = replace(base, length=100, batch=3, magnitude="peaked", kv_heads=4, rotary=d, position=999_990)
+    case = replace(base, length=70, batch=3, magnitude="peaked", kv_heads=4, rotary=d, position=999_990)
     run(emulated, case, 8, eager=True, in_place=False)
-    case = replace(base, length=150, lens=(150,), magnitude="small", decay="mixed", rotary=0)
+    if (heads, d) == (16, 64):
+        return  # cut like eight heads
+    case = replace(base, length=130, lens=(130,), magnitude="small", decay="mixed", rotary=0)
     blocks = run(emulated, case, 4 * heads, backwards=True)
     assert blocks == 3 * heads // (2 if d == 80 else 1)  # three segments of one chunk
 
@@ -96,9 +99,9 @@ def test_groups_of_channels_in_two_heads(emulated: Any) -> None:
 
 
 def test_a_state_beyond_float16(emulated: Any) -> None:
-    case = Case(heads=8, d=64, dtype="float16", length=200, lens=(200,), magnitude="large-v", decay="none")
+    case = Case(heads=8, d=64, dtype="float16", length=130, lens=(130,), magnitude="large-v", decay="none")
     run(emulated, case, 8)
-    run(emulated, case, 32)
+    run(emulated, case, 24)
 
 
 @pytest.mark.parametrize(
