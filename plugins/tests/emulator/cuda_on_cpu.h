@@ -145,6 +145,16 @@ inline void run_block(dim3 index, dim3 size, std::function<void()> kernel, bool 
 #define __launch_bounds__(...)
 
 inline void __syncthreads() { emulator::meet(emulator::block->all); }
+inline int __syncthreads_or(int mine) {
+    static bool any = false;
+    if (mine) any = true;
+    __syncthreads();
+    const bool said = any;
+    __syncthreads();
+    any = false;
+    __syncthreads();
+    return said;
+}
 inline void __syncwarp() { emulator::meet_warp(); }
 #define __sincosf(x, s, c) ((void)(*(s) = std::sin(x), *(c) = std::cos(x)))
 inline void __threadfence() {}

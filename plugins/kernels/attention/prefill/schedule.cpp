@@ -58,6 +58,11 @@ HopperShape hopper_shape(int64_t d) {
     return {d == 80 ? 2 : 1, static_cast<size_t>((d + 63) / 64 * (d / 8) * 4 * 128)};
 }
 
+// Two heads of 80 in a block pay only where blocks fill the GPU and no sequence is cut (docs/performance.md).
+bool hopper_pays(const dijiang_geometry& geometry, int batch, const dijiang_device& device) {
+    return geometry.head_dim != 80 || int64_t{batch} * geometry.num_heads > device.multiprocessors;
+}
+
 // Are there products of four warps for it, and whole groups of GroupNorm in a block, of whole tiles of 8 columns?
 bool hopper_takes(const dijiang_geometry& geometry, const dijiang_device& device) {
     constexpr int kShared = 227 << 10;
@@ -75,7 +80,7 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
     schedule.set = 1;
     schedule.segments = 1;
     schedule.segment_chunks = (length + kChunk - 1) / kChunk;
-    if (hopper_takes(geometry, device)) {
+    if (hopper_takes(geometry, device) && hopper_pays(geometry, batch, device)) {
         const HopperShape hopper = hopper_shape(d);
         schedule.path = Path::hopper;
         schedule.set = hopper.heads;

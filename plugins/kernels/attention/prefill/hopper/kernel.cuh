@@ -113,14 +113,13 @@ hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     if (padding < at.last_token) clear_padding<T, D>(p, at, padding);
     if (cut.segments > 1) {
         // The last block to finish leaves the sync memory as it was found.
-        unsigned* final = reinterpret_cast<unsigned*>(memory + S::kScales + 12);
         __syncthreads();
+        bool last = false;
         if (threadIdx.x == 0) {
             __threadfence();
-            *final = atomicAdd(p.sync + 1, 1u) == gridDim.x - 1;
+            last = atomicAdd(p.sync + 1, 1u) == gridDim.x - 1;
         }
-        __syncthreads();
-        if (*final)
+        if (__syncthreads_or(last))
             for (int i = threadIdx.x; i < 2 + static_cast<int>(gridDim.x); i += S::kThreads) p.sync[i] = 0;
     }
 #endif

@@ -1,4 +1,4 @@
-// GroupNorm on a chunk's outputs in accumulators, and the gate: silu of it is in shared memory.
+// GroupNorm and gate on a chunk's outputs in accumulators.
 #pragma once
 
 #include "attention/prefill/hopper/features.cuh"
@@ -77,7 +77,7 @@ __device__ __forceinline__ void normalise_groups(const AttentionParams& p, const
                     + 2 * fragment_column());
                 const float2 z = unpack<T>(*gate);
                 const float x = fmaf(out[n][2 * i], first[i], second[i]), y = fmaf(out[n][2 * i + 1], first[i], second[i]);
-                *gate = pack<T>(fmaf(x, w.x, b.x) * z.x, fmaf(y, w.y, b.y) * z.y);
+                *gate = pack<T>(fmaf(x, w.x, b.x) * fast_silu(z.x), fmaf(y, w.y, b.y) * fast_silu(z.y));
             }
         }
     }

@@ -12,6 +12,15 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
     constexpr int H = S::kHeads;
     const Barriers<D> barriers{memory_at + S::kBarriers};
     const int chunks = at.last_chunk - at.first_chunk;
+    const auto load_gates = [&](int chunk) {
+        const int first_token = (at.first_chunk + chunk) * kChunk;
+#pragma unroll
+        for (int h = 0; h < H; ++h)
+            load_rows<D>(memory_at + S::kGates + (group * H + h) * S::kTile, p.gate,
+                         at.row * p.gate_batch_stride + first_token * p.gate_token_stride + (at.first_head + h) * D,
+                         p.gate_token_stride, at.length - first_token);
+    };
+    if (group < chunks) load_gates(group);
     for (int chunk = group; chunk < chunks; chunk += S::kOutputGroups) {
         float out[H * S::kTiles][4];
 #pragma unroll
@@ -48,10 +57,9 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
             warp_arrives(barriers.features_empty(false, query_stage));
             warp_arrives(barriers.state_empty(state_stage));
         }
-        const int tile = chunk % 2 * H;
-        char* const gates = memory + S::kGates + tile * S::kTile;
-#pragma unroll
-        for (int h = 0; h < H; ++h) await_phase(barriers.gates_full(tile + h), chunk / 2 & 1);
+        wait_copies<0>();
+        __syncwarp();
+        char* const gates = memory + S::kGates + group * (H * S::kTile);
         normalise<T, D>(p, out, at.first_head, gates);
         __syncwarp();
         // The warp's finished rows: 16 bytes a lane.
@@ -65,8 +73,8 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
                     *reinterpret_cast<uint4*>(to + row * p.output_token_stride + h * D + 8 * piece) =
                         *reinterpret_cast<const uint4*>(gates + h * S::kTile + from);
             });
-#pragma unroll
-        for (int h = 0; h < H; ++h) warp_arrives(barriers.gates_empty(tile + h));
+        __syncwarp();
+        if (chunk + S::kOutputGroups < chunks) load_gates(chunk + S::kOutputGroups);
     }
 }
 

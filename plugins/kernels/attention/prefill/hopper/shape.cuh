@@ -39,7 +39,7 @@ template <int D> struct Shape {
     static constexpr int kTile = 2 * kChunk * D;  // of tokens
     static constexpr int kMatrix = 2 * D * D;     // P or a state
     static constexpr int kScoreTile = 2 * kChunk * kChunk;
-    static constexpr int kStages = D == 128 ? 1 : 2;       // of keys
+    static constexpr int kStages = 2;                // of keys
     static constexpr int kQueryStages = D == 128 ? 1 : 2;  // of scores and queries
     static constexpr int kStateStages = D == 128 ? 1 : 2;
     static constexpr int kValueStages = kStateStages + 1;
@@ -50,10 +50,10 @@ template <int D> struct Shape {
     static constexpr int kFaded = kKeys + kStages * kTile;  // queries as they meet the state
     static constexpr int kScores = kFaded + kQueryStages * kTile;
     static constexpr int kValues = kScores + kQueryStages * kScoreTile;
-    static constexpr int kGates = kValues + kValueStages * kTile;  // silu of them; of two chunks
-    static constexpr int kStates = kGates + 2 * kHeads * kTile;
+    static constexpr int kGates = kValues + kValueStages * kTile;  // then outputs; one per head and group
+    static constexpr int kStates = kGates + kOutputGroups * kHeads * kTile;
     static constexpr int kBarriers = kStates + kStateStages * kMatrix;
-    static constexpr int kScales = kBarriers + 192;  // what a copy of a state is multiplied by
+    static constexpr int kScales = kBarriers + 128;  // what a copy of a state is multiplied by
     static constexpr int kPlace = kScales + 16;
     static constexpr int kTurns = kPlace + 64;  // of a pair of dimensions: turns per token (hi, lo), cos, sin of a step
     static constexpr int kShared = kTurns + 16 * (D / 2);
@@ -69,9 +69,7 @@ template <int D> struct Barriers {
     __device__ __forceinline__ uint32_t state_empty(int stage) const { return first + 80 + 8 * stage; }
     __device__ __forceinline__ uint32_t weighted_full(int group) const { return first + 96 + 8 * group; }
     __device__ __forceinline__ uint32_t weighted_empty(int group) const { return first + 112 + 8 * group; }
-    __device__ __forceinline__ uint32_t gates_full(int tile) const { return first + 128 + 8 * tile; }
-    __device__ __forceinline__ uint32_t gates_empty(int tile) const { return first + 160 + 8 * tile; }
-    static constexpr int kCount = 24;
+    static constexpr int kCount = 16;
 };
 enum Meeting { kKeyGroup = 1, kQueryGroup = 2, kStateGroup = 3, kFeatureGroups = 4 };
 

@@ -1,5 +1,5 @@
 // The group that keeps the states, [feature, value], in accumulators: it publishes a copy as T before each chunk, then
-// adds the chunk. While products run it makes silu of the gates.
+// adds the chunk.
 #pragma once
 
 #include "attention/prefill/hopper/features.cuh"
@@ -49,35 +49,33 @@ template <int D> __device__ __forceinline__ void store_slot(float* slot, const S
         }
 }
 
-// A slot to shared memory, past the first-level cache: another block may have written it. Each thread brings what it will
-// read itself.
-template <int D> __device__ __forceinline__ void fetch_slot(const float* slot, uint32_t to) {
-    static_assert(Exchange<D>::kFloats * 4 <= Shape<D>::kBarriers - Shape<D>::kGates);
-#pragma unroll
-    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
-        if (holds<D>(m)) {
-#pragma unroll 8
-            for (int n = 0; n < D / 8; ++n)
-                copy_async(to + (m * (D / 8) + n) * (16 * kGroup), slot + (m * (D / 8) + n) * (4 * kGroup), true);
-        }
-    commit_copies();
-}
+// A slot's part: half the columns of a tile of features.
+template <int D> struct SlotPart {
+    static constexpr int kTiles = D / 16, kBytes = kTiles * 16 * kGroup;
+    static_assert(2 * kBytes <= Shape<D>::kStateStages * Shape<D>::kMatrix);
 
-// state = state keep + slot.
-template <int D> __device__ __forceinline__ void add_slot(const char* slot, float keep, StateTile<D>& state) {
-#pragma unroll
-    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
+    // To shared memory, past the first-level cache: another block may have written it. Each thread brings what it will
+    // read itself.
+    static __device__ __forceinline__ void fetch(const float* slot, int m, int half, uint32_t to) {
         if (holds<D>(m)) {
+            slot += (m * (D / 8) + half * kTiles) * (4 * kGroup);
 #pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                const float4 x = *reinterpret_cast<const float4*>(slot + (m * (D / 8) + n) * (16 * kGroup));
-                state[m][n][0] = fmaf(state[m][n][0], keep, x.x);
-                state[m][n][1] = fmaf(state[m][n][1], keep, x.y);
-                state[m][n][2] = fmaf(state[m][n][2], keep, x.z);
-                state[m][n][3] = fmaf(state[m][n][3], keep, x.w);
-            }
+            for (int n = 0; n < kTiles; ++n) copy_async(to + n * (16 * kGroup), slot + n * (4 * kGroup), true);
         }
-}
+        commit_copies();
+    }
+    // state = state keep + part.
+    static __device__ __forceinline__ void add(const char* part, float keep, float (&state)[D / 8][4], int m, int half) {
+        if (!holds<D>(m)) return;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            float(&to)[4] = state[half * kTiles + i];
+            const float4 x = *reinterpret_cast<const float4*>(part + i * (16 * kGroup));
+            to[0] = fmaf(to[0], keep, x.x), to[1] = fmaf(to[1], keep, x.y);
+            to[2] = fmaf(to[2], keep, x.z), to[3] = fmaf(to[3], keep, x.w);
+        }
+    }
+};
 
 template <int D> __device__ __forceinline__ void scale_state(StateTile<D>& state, float factor) {
 #pragma unroll
@@ -127,19 +125,41 @@ __device__ __forceinline__ void await_flags(const unsigned* flags, int count) {
     __syncwarp();
 }
 
-// silu of a warp's 16 rows of gates, in place.
-template <typename T, int D> __device__ __forceinline__ void open_gates(char* tile) {
-    each_piece<D>([&](uint32_t offset, int, int) {
-        uint4* const at = reinterpret_cast<uint4*>(tile + offset);
-        uint4 x = *at;
-        uint32_t* const pairs = reinterpret_cast<uint32_t*>(&x);
+// state = the past and what the segments before this one have added to it. Two parts of a slot are under way at a time,
+// where copies of states will be.
+template <int D>
+__device__ __forceinline__ void join_segments(const Cut& cut, const Place& at, const Exchange<D>& exchange, char* memory,
+                                              uint32_t memory_at, StateTile<D> (&state)[Shape<D>::kHeads]) {
+    using S = Shape<D>;
+    using Part = SlotPart<D>;
+    constexpr int H = S::kHeads, kParts = 2 * S::kStateTiles * H;
+    const int mine = S::kStates + threadIdx.x % kGroup * 16, slots = max(1, at.segment);
+    const int tokens = cut.segment_chunks * kChunk;  // of every segment but the last
+    const auto fetch = [&](int i, int part) {
+        const int h = part / (2 * S::kStateTiles), m = part / 2 % S::kStateTiles;
+        Part::fetch(exchange.slot(at.segment == 0 ? 0 : i + 1, h), m, part % 2, memory_at + mine + part % 2 * Part::kBytes);
+    };
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 both = unpack<T>(pairs[i]);
-            pairs[i] = pack<T>(fast_silu(both.x), fast_silu(both.y));
+    for (int h = 0; h < H; ++h) clear_state<D>(state[h]);
+    await_flags(exchange.flags, at.segment);
+    fetch(0, 0);
+#pragma unroll 1
+    for (int i = 0; i < slots; ++i) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            const int h = part / (2 * S::kStateTiles), m = part / 2 % S::kStateTiles;
+            if (part + 1 < kParts) {
+                fetch(i, part + 1);
+            } else if (i + 1 < slots) {
+                fetch(i + 1, 0);
+            } else {
+                commit_copies();
+            }
+            wait_copies<1>();
+            Part::add(memory + mine + part % 2 * Part::kBytes, fast_exp2(at.decay[h] * tokens), state[h][m], m, part % 2);
         }
-        *at = x;
-    });
+    }
+    barrier_sync(kStateGroup, kGroup);
 }
 
 template <typename T, int D>
@@ -151,27 +171,12 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     const Barriers<D> barriers{memory_at + S::kBarriers};
     const int chunks = at.last_chunk - at.first_chunk, items = chunks * H;
     const int walks = at.segment + 1 < at.segments ? 2 : 1;
-    // An item's values, or gates: empty after the last one.
     const auto load_values = [&](int item) {
         const int chunk = at.first_chunk + item / H;
         const int64_t first = at.row * p.qkv_batch_stride + static_cast<int64_t>(chunk) * kChunk * p.qkv_token_stride
                               + (p.num_heads + p.num_kv_heads + at.kv_head[item % H]) * D;
-        if (item < items)
-            load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile, p.qkv, first, p.qkv_token_stride,
-                         at.length - chunk * kChunk);
-        else
-            commit_copies();
-    };
-    const auto load_gates = [&](int item) {
-        const int chunk = at.first_chunk + item / H, head = at.first_head + item % H, tile = item % (2 * H);
-        const int64_t first = at.row * p.gate_batch_stride + static_cast<int64_t>(chunk) * kChunk * p.gate_token_stride + head * D;
-        if (item < items) {
-            await_phase(barriers.gates_empty(tile), item / (2 * H) & 1 ^ 1);
-            load_rows<D>(memory_at + S::kGates + tile * S::kTile, p.gate, first, p.gate_token_stride,
-                         at.length - chunk * kChunk);
-        } else {
-            commit_copies();
-        }
+        load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile, p.qkv, first, p.qkv_token_stride,
+                     at.length - chunk * kChunk);
     };
     StateTile<D> state[H];  // times kStateUnit
     float scale = 1.0f;     // of the copies
@@ -193,26 +198,8 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
         const bool full = walk == 2;
         load_values(0);
         if (full && at.segments > 1) {
-            // The past and what the segments before this one have added to it. Until gates and copies of states are
-            // there, their memory takes a slot at a time.
-#pragma unroll
-            for (int h = 0; h < H; ++h) clear_state<D>(state[h]);
-            await_flags(exchange.flags, at.segment);
-            constexpr int kAt = S::kGates;
-            const int mine = threadIdx.x % kGroup * 16;
-#pragma unroll 1
-            for (int i = 0; i < max(1, at.segment); ++i) {
-#pragma unroll
-                for (int h = 0; h < H; ++h) {
-                    fetch_slot<D>(exchange.slot(at.segment == 0 ? 0 : i + 1, h), memory_at + kAt + mine);
-                    wait_copies<0>();
-                    const int tokens = cut.segment_chunks * kChunk;  // of every segment but the last
-                    add_slot<D>(memory + kAt + mine, fast_exp2(at.decay[h] * tokens), state[h]);
-                }
-            }
-            barrier_sync(kStateGroup, kGroup);
+            join_segments<D>(cut, at, exchange, memory, memory_at, state);
         }
-        if (full) load_gates(0);
         for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
             for (int h = 0; h < H; ++h) {
@@ -233,12 +220,11 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                         if (threadIdx.x % kGroup == 0) reinterpret_cast<float*>(memory + S::kScales)[stage] = scale;
                     }
                 }
-                if (full) wait_copies<1>();
-                else wait_copies<0>();
+                wait_copies<0>();
                 show_to_products();
                 if (full) warp_arrives(barriers.state_full(stage));
                 barrier_sync(kStateGroup, kGroup);
-                load_values(item + 1);
+                if (item + 1 < items) load_values(item + 1);
                 const int tokens = min(kChunk, at.length - (at.first_chunk + chunk) * kChunk);
                 scale_state<D>(state[h], fast_exp2(at.decay[h] * tokens));
                 // In the first walk two groups take turns.
@@ -257,16 +243,8 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                             state[h][m], S::Tile::down(weighted, kChunk, 64 * m, k),
                             S::Tile::down(memory_at + S::kValues + item % S::kValueStages * S::kTile, kChunk, 0, k), 1);
                 end_products();
-                if (full) {
-                    const int tile = item % (2 * H);
-                    wait_copies<1>();
-                    __syncwarp();
-                    open_gates<T, D>(memory + S::kGates + tile * S::kTile);
-                    warp_arrives(barriers.gates_full(tile));
-                }
                 await_products<0>();
                 warp_arrives(barriers.weighted_empty(group));
-                if (full) load_gates(item + 1);
             }
         }
         if (!full) {
