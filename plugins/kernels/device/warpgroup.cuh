@@ -1,5 +1,5 @@
-// What compute capability 9.0 has for groups of four warps: products of 64 rows with operands in shared memory (wgmma),
-// barriers in shared memory, and registers that warps hand to each other. Needs code for sm_90a.
+// What compute capability 9.0 has for groups of four warps: products of 64 rows with operands in shared memory
+// (wgmma), barriers in shared memory, and registers that warps hand to each other. Needs code for sm_90a.
 #pragma once
 
 #include "device/tiles.cuh"
@@ -13,9 +13,10 @@ template <typename T, int N> struct Wgmma;
 #define DIJIANG_ACC1(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define DIJIANG_ACC4(i) DIJIANG_ACC1(i), DIJIANG_ACC1(i + 1), DIJIANG_ACC1(i + 2), DIJIANG_ACC1(i + 3)
 
-// Wgmma<T, N>: c [64, N] = a [64, 16] b [16, N] (+ c if `add`), float32. Warp w of the four holds rows 16 w to 16 w + 15
-// of c, and of a in registers, as mma.cuh's fragments. Operands in shared memory are named by descriptors (tiles.cuh);
-// kTransA, kTransB: 0 if its 16 inner elements are neighbours in a row of the tile, 1 if the 64 or N outer ones are.
+// Wgmma<T, N>: c [64, N] = a [64, 16] b [16, N] (+ c if `add`), float32. Warp w of the four holds rows 16 w to 16 w +
+// 15 of c, and of a in registers, as mma.cuh's fragments. Operands in shared memory are named by descriptors
+// (tiles.cuh); kTransA, kTransB: 0 if its 16 inner elements are neighbours in a row of the tile, 1 if the 64 or N
+// outer ones are.
 #define DIJIANG_WGMMA_64(TYPE) \
     template <> struct Wgmma<TYPE, 64> { \
         template <int kTransA, int kTransB> \
@@ -29,8 +30,9 @@ template <typename T, int N> struct Wgmma;
                 : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
         } \
         template <int kTransB> \
-        static __device__ __forceinline__ void registers(float (&c)[8][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                                              uint64_t b, int add) { \
+        static __device__ __forceinline__ void registers( \
+                float (&c)[8][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
+                uint64_t b, int add) { \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" \
                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -54,8 +56,9 @@ template <typename T, int N> struct Wgmma;
                 : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
         } \
         template <int kTransB> \
-        static __device__ __forceinline__ void registers(float (&c)[10][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                                              uint64_t b, int add) { \
+        static __device__ __forceinline__ void registers( \
+                float (&c)[10][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
+                uint64_t b, int add) { \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n" \
                 "wgmma.mma_async.sync.aligned.m64n80k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -81,8 +84,9 @@ template <typename T, int N> struct Wgmma;
                 : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
         } \
         template <int kTransB> \
-        static __device__ __forceinline__ void registers(float (&c)[16][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                                              uint64_t b, int add) { \
+        static __device__ __forceinline__ void registers( \
+                float (&c)[16][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
+                uint64_t b, int add) { \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" \
                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -121,7 +125,8 @@ __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.a
 
 // Four 8x8 blocks of 16-bit elements, as ldmatrix reads them.
 __device__ __forceinline__ void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
                  : "memory");
 }
 

@@ -14,7 +14,8 @@ template <typename T, int D> void run(const AttentionParams& p, const Schedule& 
                              reinterpret_cast<float*>(static_cast<char*>(p.workspace) + schedule.states)};
     emulator::grid = dim3(static_cast<unsigned>(schedule.blocks));
     for (unsigned x = 0; x < emulator::grid.x; ++x)
-        emulator::run_block({x, 0, 0}, dim3(hopper::Shape<D>::kThreads), [&] { hopper::hopper_kernel<T, D>(p, cut); }, backwards);
+        emulator::run_block({x, 0, 0}, dim3(hopper::Shape<D>::kThreads),
+                            [&] { hopper::hopper_kernel<T, D>(p, cut); }, backwards);
 }
 
 }  // namespace
@@ -23,8 +24,8 @@ template <typename T, int D> void run(const AttentionParams& p, const Schedule& 
 // Bytes that are enough for the calls of the tests.
 extern "C" int64_t workspace_of_prefill() { return 16 << 20; }
 
-// A call whose pointers are the host's, cut as for a GPU of so many multiprocessors. Returns the blocks, 0 if it is not for
-// this kernel. backwards, eager: the order of threads, and of products.
+// A call whose pointers are the host's, cut as for a GPU of so many multiprocessors. Returns the blocks, 0 if it is
+// not for this kernel. backwards, eager: the order of threads, and of products.
 extern "C" int32_t emulate_prefill(const dijiang::AttentionParams* p, int32_t dtype, int32_t multiprocessors,
                                    int32_t backwards, int32_t eager) {
     using namespace dijiang::prefill;

@@ -67,9 +67,10 @@ bool hopper_pays(const dijiang_geometry& geometry, int batch, const dijiang_devi
 bool hopper_takes(const dijiang_geometry& geometry, const dijiang_device& device) {
     constexpr int kShared = 227 << 10;
     const int64_t heads = geometry.num_heads, d = geometry.head_dim;
-    const bool shape = (d == 64 || d == 128) ? heads == 8 || heads == 16 || heads == 32 : d == 80 && (heads == 16 || heads == 32);
-    return kHopperCode && device.compute_capability == 90 && device.shared_memory >= kShared && geometry.dtype != DIJIANG_FLOAT32
-           && geometry.table_rows == 0 && geometry.rotary_dim % 4 == 0 && shape;
+    const bool sizes = d == 64 || d == 80 || d == 128;
+    const bool groups = heads == 16 || heads == 32 || (heads == 8 && d != 80);
+    return kHopperCode && device.compute_capability == 90 && device.shared_memory >= kShared && sizes && groups
+           && geometry.dtype != DIJIANG_FLOAT32 && geometry.table_rows == 0 && geometry.rotary_dim % 4 == 0;
 }
 
 }  // namespace

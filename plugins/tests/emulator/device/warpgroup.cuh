@@ -1,5 +1,5 @@
-// Groups of four warps: wgmma by the definitions of PTX's documentation, on the bytes that its descriptors name. Products
-// are done when they are waited for, not before, or all at once (emulator::eager).
+// Groups of four warps: wgmma by the definitions of PTX's documentation, on the bytes that its descriptors name.
+// Products are done when they are waited for, not before, or all at once (emulator::eager).
 #pragma once
 
 #include "device/tiles.cuh"
@@ -50,12 +50,14 @@ template <typename T, int N> struct Wgmma {
         const int thread = emulator::block->current;
         meet();
         emulator::product([=] {
-            multiply_add(to, thread, add, b, kTransB, [&](int row, int k) { return emulator::element<T>(a, kTransA, row, k); });
+            multiply_add(to, thread, add, b, kTransB,
+                         [&](int row, int k) { return emulator::element<T>(a, kTransA, row, k); });
         });
         meet();
     }
     template <int kTransB>
-    static void registers(float (&c)[N / 8][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int add) {
+    static void registers(float (&c)[N / 8][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
+                          int add) {
         float(*to)[4] = c;
         const int thread = emulator::block->current, g = thread % 32 / 4;
         const uint32_t words[4] = {a0, a1, a2, a3};

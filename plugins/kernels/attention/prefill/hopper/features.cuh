@@ -37,7 +37,8 @@ __device__ __forceinline__ void prepare_rotation(const AttentionParams& p, float
 
 // A warp's 16 rows, from an accurate start per call by steps. `position`: of the chunk's first token.
 template <typename T, int D>
-__device__ __forceinline__ void rotate_rows(const RotaryLane& mine, int half, const float4* turns, char* tile, int position) {
+__device__ __forceinline__ void rotate_rows(const RotaryLane& mine, int half, const float4* turns, char* tile,
+                                            int position) {
     using Tile = typename Shape<D>::Tile;
     if (mine.group >= mine.groups) return;
     float2 r[2], step[2];
@@ -65,10 +66,12 @@ __device__ __forceinline__ void rotate_rows(const RotaryLane& mine, int half, co
 
 // A group: logits of a chunk's 64 rows. The rows are each warp's own until the barrier inside.
 template <typename T, int D>
-__device__ __forceinline__ void project(const AttentionParams& p, const RotaryLane& rotary, char* memory, uint32_t at, int tile,
-                                        int position, int meeting, float (&logits)[D / 8][4]) {
+__device__ __forceinline__ void project(const AttentionParams& p, const RotaryLane& rotary, char* memory,
+                                        uint32_t at, int tile, int position, int meeting,
+                                        float (&logits)[D / 8][4]) {
     using S = Shape<D>;
-    rotate_rows<T, D>(rotary, p.rotary_dim / 2, reinterpret_cast<const float4*>(memory + S::kTurns), memory + tile, position);
+    rotate_rows<T, D>(rotary, p.rotary_dim / 2, reinterpret_cast<const float4*>(memory + S::kTurns), memory + tile,
+                      position);
     show_to_products();
     barrier_sync(meeting, kGroup);
     begin_products();
@@ -122,7 +125,8 @@ __device__ __forceinline__ void softmax_rows(float (&x)[N][4], uint32_t (&packed
 }
 
 // A fragment's pairs to a chunk's tile.
-template <typename Tile, int N> __device__ __forceinline__ void store_fragment(uint32_t tile, const uint32_t (&packed)[N][2]) {
+template <typename Tile, int N>
+__device__ __forceinline__ void store_fragment(uint32_t tile, const uint32_t (&packed)[N][2]) {
     const int lane = opaque(lane_of());
     const uint32_t start = tile + (Tile::start(16 * warp_of() + lane % 16) ^ lane / 16 * 16);
 #pragma unroll

@@ -1,7 +1,8 @@
-// Prefill for compute capability 9.0 where decay is geometric: everything in one kernel, on products of four warps (wgmma).
+// Prefill for compute capability 9.0 where decay is geometric: everything in one kernel, on products of four warps
+// (wgmma).
 //
-// A block walks chunks of 64 tokens of one row and one head (two of 80). Its groups of four warps hand tiles on through
-// barriers in shared memory:
+// A block walks chunks of 64 tokens of one row and one head (two of 80). Its groups of four warps hand tiles on
+// through barriers in shared memory:
 //   features  two groups: RoPE, phi(u) = softmax(u P), as it is and weighted for the state; decayed scores
 //   states    S in accumulators: a copy for each chunk's queries, then S = gamma^64 S + phi(k)^T v
 //   outputs   o = scores v + fade phi(q) S, GroupNorm and gate
@@ -66,7 +67,8 @@ template <int D> __device__ __forceinline__ void carry_over(const AttentionParam
 }
 
 // Zero output from token `first` on.
-template <typename T, int D> __device__ __forceinline__ void clear_padding(const AttentionParams& p, const Place& at, int first) {
+template <typename T, int D>
+__device__ __forceinline__ void clear_padding(const AttentionParams& p, const Place& at, int first) {
     constexpr int kPieces = Shape<D>::kHeads * D / 8;
     T* out = static_cast<T*>(p.output) + at.row * p.output_batch_stride + at.first_head * D;
     for (int i = threadIdx.x; i < (at.last_token - first) * kPieces; i += Shape<D>::kThreads)
@@ -75,9 +77,10 @@ template <typename T, int D> __device__ __forceinline__ void clear_padding(const
 }
 
 template <typename T, int D>
-__device__ __forceinline__ void walk(const AttentionParams& p, const Cut& cut, const Place& at, char* memory, uint32_t memory_at) {
+__device__ __forceinline__ void walk(const AttentionParams& p, const Cut& cut, const Place& at, char* memory,
+                                     uint32_t memory_at) {
     using S = Shape<D>;
-    static_assert(sizeof(Place) <= S::kTurns - S::kPlace);
+    static_assert(sizeof(Place) <= S::kTurns - S::kPlace && S::kShared <= 227 << 10);
     const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);  // the same in all lanes, and known to be
     if (group == 0) {
         if constexpr (S::kTrade) take_registers<S::kStateRegisters>();

@@ -1,6 +1,6 @@
-// The two groups that make features: as they are for the scores; for the state, weighted by what is left of it at a query,
-// and of a key at the chunk's end. The first walk needs keys alone, and both groups make them in turn; in the second, one
-// makes keys, and the other queries and scores.
+// The two groups that make features: as they are for the scores; for the state, weighted by what is left of it at a
+// query, and of a key at the chunk's end. The first walk needs keys alone, and both groups make them in turn; in the
+// second, one makes keys, and the other queries and scores.
 #pragma once
 
 #include "attention/prefill/hopper/scores.cuh"
@@ -27,7 +27,8 @@ template <typename T, int D> struct FeatureMaker {
     }
 
     // Features of an item that was loaded; then loads the `next` one.
-    __device__ __forceinline__ void make(int item, int next, int items, bool keys, uint32_t (&packed)[S::kTiles][2]) const {
+    __device__ __forceinline__ void make(int item, int next, int items, bool keys,
+                                         uint32_t (&packed)[S::kTiles][2]) const {
         wait_copies<0>();
         __syncwarp();
         float logits[S::kTiles][4];
@@ -36,7 +37,8 @@ template <typename T, int D> struct FeatureMaker {
         softmax_rows<T, S::kTiles>(logits, packed);
     }
 
-    __device__ __forceinline__ void weigh(int item, bool keys, float log2_decay, uint32_t (&packed)[S::kTiles][2]) const {
+    __device__ __forceinline__ void weigh(int item, bool keys, float log2_decay,
+                                          uint32_t (&packed)[S::kTiles][2]) const {
         const int end = min(kChunk, at.length - first_token(item));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -50,8 +52,8 @@ template <typename T, int D> struct FeatureMaker {
 };
 
 template <typename T, int D>
-__device__ __forceinline__ void make_features(const AttentionParams& p, const Place& at, char* memory, uint32_t memory_at,
-                                              int group) {
+__device__ __forceinline__ void make_features(const AttentionParams& p, const Place& at, char* memory,
+                                              uint32_t memory_at, int group) {
     using S = Shape<D>;
     const Barriers<D> barriers{memory_at + S::kBarriers};
     const FeatureMaker<T, D> maker{p, at, memory, memory_at, group, RotaryLane(p.rotary_dim / 2)};

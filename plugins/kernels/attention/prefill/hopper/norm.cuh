@@ -6,8 +6,8 @@
 
 namespace dijiang::prefill::hopper {
 
-// Of `kUnits` units of kTiles tiles of columns of a lane's two rows: mean and sum of squares about it. All take each step
-// together, because a step is short and its latency is not. Nothing here overflows below 1e18.
+// Of `kUnits` units of kTiles tiles of columns of a lane's two rows: mean and sum of squares about it. All take each
+// step together, because a step is short and its latency is not. Nothing here overflows below 1e18.
 template <int kUnits> struct Moments {
     float mean[kUnits][2], squares[kUnits][2];
 };
@@ -50,7 +50,8 @@ __device__ __forceinline__ void measure(const float (&out)[N][4], Moments<kUnits
 
 // Normalises the groups, of kTiles tiles each, and gates them into the gates' tiles, one per head.
 template <typename T, int D, int kTiles, int N>
-__device__ __forceinline__ void normalise_groups(const AttentionParams& p, const float (&out)[N][4], int first_head, char* gates) {
+__device__ __forceinline__ void normalise_groups(const AttentionParams& p, const float (&out)[N][4], int first_head,
+                                                 char* gates) {
     using S = Shape<D>;
     constexpr int kGroups = N / kTiles;
     Moments<kGroups> m;
@@ -73,10 +74,11 @@ __device__ __forceinline__ void normalise_groups(const AttentionParams& p, const
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 uint32_t* gate = reinterpret_cast<uint32_t*>(
-                    gates + S::Tile::piece(start, kChunk, n % S::kTiles) + n / S::kTiles * S::kTile + 8 * i * S::Tile::kRow
-                    + 2 * fragment_column());
+                    gates + S::Tile::piece(start, kChunk, n % S::kTiles) + n / S::kTiles * S::kTile
+                    + 8 * i * S::Tile::kRow + 2 * fragment_column());
                 const float2 z = unpack<T>(*gate);
-                const float x = fmaf(out[n][2 * i], first[i], second[i]), y = fmaf(out[n][2 * i + 1], first[i], second[i]);
+                const float x = fmaf(out[n][2 * i], first[i], second[i]);
+                const float y = fmaf(out[n][2 * i + 1], first[i], second[i]);
                 *gate = pack<T>(fmaf(x, w.x, b.x) * fast_silu(z.x), fmaf(y, w.y, b.y) * fast_silu(z.y));
             }
         }
@@ -85,7 +87,8 @@ __device__ __forceinline__ void normalise_groups(const AttentionParams& p, const
 
 // H is a whole number of tiles, and divides the columns: see schedule.cpp.
 template <typename T, int D, int N>
-__device__ __forceinline__ void normalise(const AttentionParams& p, const float (&out)[N][4], int first_head, char* gates) {
+__device__ __forceinline__ void normalise(const AttentionParams& p, const float (&out)[N][4], int first_head,
+                                          char* gates) {
     if constexpr (Shape<D>::kHeads > 1) {
         if (p.num_heads == 16)
             normalise_groups<T, D, 2>(p, out, first_head, gates);

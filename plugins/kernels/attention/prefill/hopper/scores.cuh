@@ -7,7 +7,8 @@ namespace dijiang::prefill::hopper {
 
 // Decayed causal scores in accumulators -> packed, in units of kUnit.
 template <typename T>
-__device__ __forceinline__ void fade_scores(const float (&sum)[kChunk / 8][4], float log2_decay, uint32_t (&scores)[kChunk / 8][2]) {
+__device__ __forceinline__ void fade_scores(const float (&sum)[kChunk / 8][4], float log2_decay,
+                                            uint32_t (&scores)[kChunk / 8][2]) {
     constexpr int kTiles = kChunk / 8;
     const float further = fast_exp2(8 * log2_decay);  // of a tile
     const int diagonal = 2 * warp_of();               // and the tile after it

@@ -11,8 +11,8 @@
 
 namespace dijiang::prefill::hopper {
 
-// Scores' features, scores and outputs are kept this much larger in float16, whose smallest normal number is 6e-5; features
-// that meet the state, and the state, by the square root. Powers of two.
+// Scores' features, scores and outputs are kept this much larger in float16, whose smallest normal number is 6e-5;
+// features that meet the state, and the state, by the square root. Powers of two.
 template <typename T> constexpr float kUnit = 1.0f;
 template <> inline constexpr float kUnit<__half> = 256.0f;
 template <typename T> constexpr float kStateUnit = 1.0f;
@@ -22,7 +22,8 @@ constexpr int kGroup = 128;  // threads of a group of four warps
 
 // A block's items are the chunks of its heads, heads within chunks.
 template <int D> struct Shape {
-    static constexpr int kHeads = D == 80 ? 2 : 1;     // per block: 32 heads of 80 have groups of channels in two heads
+    // Per block: 32 heads of 80 have groups of channels in two heads.
+    static constexpr int kHeads = D == 80 ? 2 : 1;
     static constexpr int kWidth = D % 64 == 0 ? 64 : 16;  // columns of a tile's block
     using Tile = Tiles<kWidth>;
     using ScoreTile = Tile;
@@ -55,7 +56,8 @@ template <int D> struct Shape {
     static constexpr int kBarriers = kStates + kStateStages * kMatrix;
     static constexpr int kScales = kBarriers + 128;  // what a copy of a state is multiplied by
     static constexpr int kPlace = kScales + 16;
-    static constexpr int kTurns = kPlace + 64;  // of a pair of dimensions: turns per token (hi, lo), cos, sin of a step
+    // Of a pair of dimensions: turns per token (hi, lo), cos, sin of a step.
+    static constexpr int kTurns = kPlace + 64;
     static constexpr int kShared = kTurns + 16 * (D / 2);
 };
 
@@ -63,8 +65,12 @@ template <int D> struct Shape {
 template <int D> struct Barriers {
     using S = Shape<D>;
     uint32_t first;
-    __device__ __forceinline__ uint32_t features_full(bool keys, int stage) const { return first + 8 * (2 * keys + stage); }
-    __device__ __forceinline__ uint32_t features_empty(bool keys, int stage) const { return first + 32 + 8 * (2 * keys + stage); }
+    __device__ __forceinline__ uint32_t features_full(bool keys, int stage) const {
+        return first + 8 * (2 * keys + stage);
+    }
+    __device__ __forceinline__ uint32_t features_empty(bool keys, int stage) const {
+        return first + 32 + 8 * (2 * keys + stage);
+    }
     __device__ __forceinline__ uint32_t state_full(int stage) const { return first + 64 + 8 * stage; }
     __device__ __forceinline__ uint32_t state_empty(int stage) const { return first + 80 + 8 * stage; }
     __device__ __forceinline__ uint32_t weighted_full(int group) const { return first + 96 + 8 * group; }
@@ -123,17 +129,21 @@ template <int D, typename F> __device__ __forceinline__ void each_piece(F&& f) {
 
 // A warp's 16 rows of a chunk's tile; zeros from row `count` of the chunk on.
 template <int D>
-__device__ __forceinline__ void load_rows(uint32_t tile, const void* tensor, int64_t first, int64_t stride, int count) {
+__device__ __forceinline__ void load_rows(uint32_t tile, const void* tensor, int64_t first, int64_t stride,
+                                          int count) {
     using Tile = typename Shape<D>::Tile;
     const uint16_t* from = static_cast<const uint16_t*>(tensor) + first;
     if (count >= kChunk) {
-        each_piece<D>([&](uint32_t at, int row, int piece) { copy_async(tile + at, from + row * stride + 8 * piece, true); });
+        each_piece<D>([&](uint32_t at, int row, int piece) {
+            copy_async(tile + at, from + row * stride + 8 * piece, true);
+        });
     } else {
 #pragma unroll 1
         for (int i = lane_of(); i < 2 * D; i += 32) {  // the last chunk: little code is better than few instructions
             const int row = 16 * warp_of() + i / (D / 8), piece = i % (D / 8);
             const bool there = row < count;
-            copy_async(tile + Tile::offset(kChunk, row, 8 * piece), there ? from + row * stride + 8 * piece : from, there);
+            copy_async(tile + Tile::offset(kChunk, row, 8 * piece), there ? from + row * stride + 8 * piece : from,
+                       there);
         }
     }
     commit_copies();

@@ -25,7 +25,8 @@ template <int D, typename F> __device__ __forceinline__ void each_pair(StateTile
         }
 }
 
-// Where the segments of a job meet. Slot 0 keeps the past (present may be the same memory), slot i + 1 what segment i adds.
+// Where the segments of a job meet. Slot 0 keeps the past (present may be the same memory), slot i + 1 what segment
+// i adds.
 template <int D> struct Exchange {
     static constexpr int kFloats = Shape<D>::kStateTiles * D / 8 * 4 * kGroup;  // of a head
     float* slots;
@@ -65,7 +66,8 @@ template <int D> struct SlotPart {
         commit_copies();
     }
     // state = state keep + part.
-    static __device__ __forceinline__ void add(const char* part, float keep, float (&state)[D / 8][4], int m, int half) {
+    static __device__ __forceinline__ void add(const char* part, float keep, float (&state)[D / 8][4], int m,
+                                               int half) {
         if (!holds<D>(m)) return;
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
@@ -125,11 +127,12 @@ __device__ __forceinline__ void await_flags(const unsigned* flags, int count) {
     __syncwarp();
 }
 
-// state = the past and what the segments before this one have added to it. Two parts of a slot are under way at a time,
-// where copies of states will be.
+// state = the past and what the segments before this one have added to it. Two parts of a slot are under way at a
+// time, where copies of states will be.
 template <int D>
-__device__ __forceinline__ void join_segments(const Cut& cut, const Place& at, const Exchange<D>& exchange, char* memory,
-                                              uint32_t memory_at, StateTile<D> (&state)[Shape<D>::kHeads]) {
+__device__ __forceinline__ void join_segments(const Cut& cut, const Place& at, const Exchange<D>& exchange,
+                                              char* memory, uint32_t memory_at,
+                                              StateTile<D> (&state)[Shape<D>::kHeads]) {
     using S = Shape<D>;
     using Part = SlotPart<D>;
     constexpr int H = S::kHeads, kParts = 2 * S::kStateTiles * H;
@@ -137,7 +140,8 @@ __device__ __forceinline__ void join_segments(const Cut& cut, const Place& at, c
     const int tokens = cut.segment_chunks * kChunk;  // of every segment but the last
     const auto fetch = [&](int i, int part) {
         const int h = part / (2 * S::kStateTiles), m = part / 2 % S::kStateTiles;
-        Part::fetch(exchange.slot(at.segment == 0 ? 0 : i + 1, h), m, part % 2, memory_at + mine + part % 2 * Part::kBytes);
+        Part::fetch(exchange.slot(at.segment == 0 ? 0 : i + 1, h), m, part % 2,
+                    memory_at + mine + part % 2 * Part::kBytes);
     };
 #pragma unroll
     for (int h = 0; h < H; ++h) clear_state<D>(state[h]);
@@ -156,7 +160,8 @@ __device__ __forceinline__ void join_segments(const Cut& cut, const Place& at, c
                 commit_copies();
             }
             wait_copies<1>();
-            Part::add(memory + mine + part % 2 * Part::kBytes, fast_exp2(at.decay[h] * tokens), state[h][m], m, part % 2);
+            Part::add(memory + mine + part % 2 * Part::kBytes, fast_exp2(at.decay[h] * tokens), state[h][m], m,
+                      part % 2);
         }
     }
     barrier_sync(kStateGroup, kGroup);
@@ -185,7 +190,8 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     for (int h = 0; h < H; ++h) {
         clear_state<D>(state[h]);
         if (at.segment == 0) {
-            const float* past = p.past_state + at.row * p.past_batch_stride + static_cast<int64_t>(at.first_head + h) * D * D;
+            const float* past = p.past_state + at.row * p.past_batch_stride
+                                + static_cast<int64_t>(at.first_head + h) * D * D;
             each_pair<D>(state[h], [&](int i, float& x, float& y) {
                 const float2 both = *reinterpret_cast<const float2*>(past + i);
                 x = both.x * kStateUnit<T>, y = both.y * kStateUnit<T>;
@@ -241,7 +247,8 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                     for (int m = 0; m < S::kStateTiles; ++m)
                         Wgmma<T, D>::template shared<1, 1>(
                             state[h][m], S::Tile::down(weighted, kChunk, 64 * m, k),
-                            S::Tile::down(memory_at + S::kValues + item % S::kValueStages * S::kTile, kChunk, 0, k), 1);
+                            S::Tile::down(memory_at + S::kValues + item % S::kValueStages * S::kTile, kChunk, 0, k),
+                            1);
                 end_products();
                 await_products<0>();
                 warp_arrives(barriers.weighted_empty(group));
@@ -258,9 +265,11 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     if (at.segment == at.segments - 1) {
 #pragma unroll
         for (int h = 0; h < H; ++h) {
-            float* present = p.present_state + at.row * p.present_batch_stride + static_cast<int64_t>(at.first_head + h) * D * D;
+            float* present = p.present_state + at.row * p.present_batch_stride
+                             + static_cast<int64_t>(at.first_head + h) * D * D;
             each_pair<D>(state[h], [&](int i, float& x, float& y) {
-                *reinterpret_cast<float2*>(present + i) = make_float2(x * (1.0f / kStateUnit<T>), y * (1.0f / kStateUnit<T>));
+                *reinterpret_cast<float2*>(present + i) = make_float2(x * (1.0f / kStateUnit<T>),
+                                                                      y * (1.0f / kStateUnit<T>));
             });
         }
     }
