@@ -1,7 +1,8 @@
 """What a graph says, said so that OpenVINO computes it: all floats are float32 there, whatever their type.
 
-OpenVINO's CPU plugin turns float64, float16 and bfloat16 into float32 when it compiles a model, and drops
-what converted between them (seen with 2026.4.1). That activations keep more digits than a type has is no
+OpenVINO's CPU plugin turns float64 and float16 into float32 when it compiles a model, and drops what
+converted between them (seen with 2026.4.1); bfloat16 too where the processor has no instructions for it, and
+else it computes in bfloat16, whatever precision is asked for. So that is made float32 here. That activations keep more digits than a type has is no
 harm. But constants that a graph rounds, P, would stay unrounded: they are rounded here. And without float64
 logits are off by 1e-4 at position 1,000, and are anybody's guess at 10^9. Two things in a bundle's graphs
 are float64, and each is replaced:
@@ -52,6 +53,7 @@ def rewrite(model: Any) -> None:
         made.set_friendly_name(node.get_friendly_name())
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(made.output(0))
+    _widen(model)
     left = [node for node in model.get_ordered_ops() if any(map(_is_float64, node.outputs()))]
     if left:
         raise RunnerError(
@@ -59,6 +61,21 @@ def rewrite(model: Any) -> None:
             got=f"{left[-1].get_type_name()} {left[-1].get_friendly_name()}",
             hint="run the bundle on ONNX Runtime: --runner onnxruntime-cpu",
         )
+
+
+def _widen(model: Any) -> None:
+    """Compute in float32 what is bfloat16; stored constants stay as they are."""
+    for node in model.get_ordered_ops():
+        if not node.outputs() or _type(node.output(0)) != "bf16":
+            continue
+        if _is(node, "Convert"):
+            node.set_attribute("destination_type", "f32")
+        elif _is(node, "Constant"):
+            readers = node.output(0).get_target_inputs()
+            wide = _ops().convert(node, "f32")
+            for reader in readers:
+                reader.replace_source_output(wide.output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def rounded_to(dtype: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
