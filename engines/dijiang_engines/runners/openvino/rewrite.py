@@ -2,10 +2,10 @@
 
 OpenVINO's CPU plugin turns float64 and float16 into float32 when it compiles a model, and drops what
 converted between them (seen with 2026.4.1); bfloat16 too where the processor has no instructions for it, and
-else it computes in bfloat16, whatever precision is asked for. So that is made float32 here. That activations keep more digits than a type has is no
-harm. But constants that a graph rounds, P, would stay unrounded: they are rounded here. And without float64
-logits are off by 1e-4 at position 1,000, and are anybody's guess at 10^9. Two things in a bundle's graphs
-are float64, and each is replaced:
+else it computes in bfloat16, whatever precision is asked for. So that is made float32 here. That activations
+keep more digits than a type has is no harm. But constants that a graph rounds, P, would stay unrounded: they
+are rounded here. And without float64 logits are off by 1e-4 at position 1,000, and are anybody's guess at
+10^9. Two things in a bundle's graphs are float64, and each is replaced:
 
 angles   turns = p · w, reduced to one turn, of positions p < 2^31 and constants w. Here p is cut into bits
          22 to 30, 11 to 21 and 0 to 10; the turns of each part come reduced from a table that NumPy computes
