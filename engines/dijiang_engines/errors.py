@@ -46,6 +46,15 @@ class DijiangError(Exception):
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
 
+    def sentence(self) -> str:
+        """What it says in one line, without the hint."""
+        parts = [
+            self.what,
+            f"got {self.got}" if self.got else "",
+            f"expected {self.expected}" if self.expected else "",
+        ]
+        return "; ".join(part for part in parts if part)
+
 
 def _indented(text: str, by: int) -> str:
     """Lines after the first further right: a name with line breaks cannot pass for another part."""

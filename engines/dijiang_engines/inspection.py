@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.engine import EngineFolder
+from dijiang_engines.formats.folder import Model
 from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.formats.onnx_external import external_tensors
 from dijiang_engines.formats.quantised.manifest import KEY, Quantisation
@@ -201,53 +202,42 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     Raises:
         BundleError: a layer's decay constants are not where the graphs say.
     """
-    return Inspection(
-        kind="bundle",
-        path=str(bundle.path),
-        name=bundle.name,
-        dtype=bundle.dtype,
-        spec=bundle.spec,
-        decay=tuple(_bundle_decay(bundle)),
-        details={
-            "logits": bundle.logits,
-            "graphs": {name: graph.file for name, graph in bundle.graphs.items()},
-            "files": {name: info.bytes for name, info in bundle.files.items()},
-            "total_bytes": sum(info.bytes for info in bundle.files.values()),
-            "cases": bundle.cases,
-            "tokenizer": bundle.tokenizer_path is not None,
-            "genai": bundle.runs_with_genai,
-            "created_by": bundle.manifest.get("created_by"),
-        }
-        | ({} if bundle.quantisation is None else {KEY: bundle.manifest[KEY]}),
-        quantisation=bundle.quantisation,
-    )
+    details = {
+        "graphs": {name: graph.file for name, graph in bundle.graphs.items()},
+        "genai": bundle.runs_with_genai,
+    }
+    return _inspection("bundle", bundle, tuple(_bundle_decay(bundle)), details)
 
 
 def inspect_engine(engine: EngineFolder) -> Inspection:
     """Describe an opened engine by its manifest; no plan is loaded, so that this works on any machine."""
+    details = {
+        "layout": engine.layout,
+        "plans": {name: engine.files[name].bytes for name in engine.plans},
+        "made_for": engine.made_for.to_json(),
+        "profiles": engine.profiles.to_json(),
+        "validated": engine.manifest.get("validated"),
+    }
+    return _inspection("engine", engine, (), details)
+
+
+def _inspection(
+    kind: str, model: Model, decay: tuple[LayerDecay, ...], details: Mapping[str, Any]
+) -> Inspection:
+    """`details`, and what every folder's manifest says."""
+    common: dict[str, Any] = {
+        "logits": model.logits,
+        "files": {name: info.bytes for name, info in model.files.items()},
+        "total_bytes": sum(info.bytes for info in model.files.values()),
+        "cases": model.cases,
+        "tokenizer": model.tokenizer_path is not None,
+        "created_by": model.manifest.get("created_by"),
+    }
+    quantised: dict[str, Any] = {} if model.quantisation is None else {KEY: model.manifest[KEY]}
     return Inspection(
-        kind="engine",
-        path=str(engine.path),
-        name=engine.name,
-        dtype=engine.dtype,
-        spec=engine.spec,
-        decay=(),
-        details={
-            "logits": engine.logits,
-            "layout": engine.layout,
-            "plans": {name: engine.files[name].bytes for name in engine.plans},
-            "made_for": engine.made_for.to_json(),
-            "profiles": engine.profiles.to_json(),
-            "validated": engine.manifest.get("validated"),
-            "files": {name: info.bytes for name, info in engine.files.items()},
-            "total_bytes": sum(info.bytes for info in engine.files.values()),
-            "cases": engine.cases,
-            "tokenizer": engine.tokenizer_path is not None,
-            "created_by": engine.manifest.get("created_by"),
-        }
-        | ({} if engine.quantisation is None else {KEY: engine.manifest[KEY]}),
-        quantisation=engine.quantisation,
-    )
+        kind, str(model.path), model.name, model.dtype, model.spec, decay, {**common, **details, **quantised},
+        model.quantisation,
+    )  # fmt: skip
 
 
 def _bundle_decay(bundle: Bundle) -> list[LayerDecay]:

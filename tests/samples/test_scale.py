@@ -23,7 +23,7 @@ pytest.importorskip("uvicorn")
 from support.fakes.runner import ToyRunner
 from support.http import ask
 from support.makers.toy_bundle import make_bundle
-from support.redis import SCALE, Redis, answers, redis_server, server_process, until
+from support.redis import SCALE, Redis, answers, server_process, until
 from support.server import serving
 
 from dijiang_engines.errors import SessionError, UsageError
@@ -33,12 +33,6 @@ from dijiang_engines.serving.session_store import MemoryStore, StoreError
 
 WORK = "/v1/completions"
 SHORT_SECONDS = 0.3
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[Redis]:
-    with redis_server(tmp_path) as running:
-        yield running
 
 
 @pytest.fixture

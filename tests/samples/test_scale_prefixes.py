@@ -18,7 +18,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from support.http import ask
-from support.redis import SCALE, Redis, answers, redis_server, server_process, until
+from support.redis import SCALE, Redis, answers, server_process, until
 
 from dijiang_engines.errors import UsageError
 
@@ -31,12 +31,6 @@ BODY = {
     "prompt": SHARED + "class", "max_tokens": 30, "logprobs": 3, "ignore_eos": True, "temperature": 0,
 }  # fmt: skip
 WAYS = {"greedy": {"temperature": 0}, "seeded": {"temperature": 0.9, "top_p": 0.95, "seed": 7}}
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[Redis]:
-    with redis_server(tmp_path) as running:
-        yield running
 
 
 @pytest.fixture

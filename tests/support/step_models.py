@@ -14,6 +14,7 @@ import torch
 from support.quantised_models import QuantisedWeights
 from torch import Tensor
 
+from dijiang_engines.building.step.tensors import LAYER_TENSORS
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.step import StepCall, StepKernels, StepModel, step_parts
 from dijiang_engines.spec import ModelSpec
@@ -35,17 +36,6 @@ class EmulatedKernels(StepKernels):
         super().call(name, *arguments)
 
 
-LAYER_TENSORS = {
-    "qkv": "attention.qkv.weight", "gate": "attention.gate.weight", "dense": "attention.dense.weight",
-    "up": "mlp.up.weight", "mlp_gate": "mlp.gate.weight", "down": "mlp.down.weight",
-    "qkv_bias": "attention.qkv.bias", "dense_bias": "attention.dense.bias", "up_bias": "mlp.up.bias",
-    "mlp_gate_bias": "mlp.gate.bias", "down_bias": "mlp.down.bias",
-    "attention_norm_weight": "attention_norm.weight", "attention_norm_bias": "attention_norm.bias",
-    "mlp_norm_weight": "mlp_norm.weight", "mlp_norm_bias": "mlp_norm.bias", "proj": "attention.proj",
-    "norm_weight": "attention.norm_weight", "norm_bias": "attention.norm_bias",
-    "log_decay": "attention.log_decay", "gain": "attention.gain", "read_scale": "attention.read_scale",
-}  # fmt: skip
-"""The ABI's names of a layer's tensors, and the reference model's."""
 MATRICES = ("qkv", "gate", "dense", "up", "mlp_gate", "down", "head")
 ALLOWED = {"float16": 5e-3, "bfloat16": 4e-2}
 """Of a difference's 2-norm over that of the logits or of a state: both types round what is multiplied."""

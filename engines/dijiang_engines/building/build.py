@@ -40,6 +40,10 @@ from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 from dijiang_engines.validation.validate import Report, validate
 from dijiang_engines.version import __version__
 
+FAST_STEP = 90
+"""The compute capability from which a GPU copies in bulk. On an H100 that copies as those before it must, a
+step in one launch takes longer than three launches a layer (docs/performance.md)."""
+
 
 @dataclass(frozen=True)
 class BuildResult:
@@ -177,11 +181,6 @@ def _build(
     if done["plugin_step"] is not None and "left" in done["plugin_step"]:
         log(f"{plan.file} is not one launch: {done['plugin_step']['left']}")
     return done
-
-
-FAST_STEP = 90
-"""The compute capability from which a GPU copies in bulk. On an H100 that copies as those before it must, a
-step in one launch takes longer than three launches a layer (docs/performance.md)."""
 
 
 def _step(bundle: Bundle, recipe: Recipe, target: Target) -> tuple[str, str | None]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.request import Profile
 from dijiang_engines.building.step_products import MAX_BATCH, MAX_INPUT_BYTES
-from dijiang_engines.errors import DijiangError, KernelError, UsageError
+from dijiang_engines.errors import KernelError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.engine import LAYOUTS, Profiles
 from dijiang_engines.io_names import INPUT_IDS, POSITIONS, SEQ_LENS, past_state
@@ -91,18 +91,8 @@ def no_one_launch(bundle: Bundle, recipe: Recipe, *, ahead_of_time: bool = False
     try:
         StepModel.of(bundle.spec, bundle.dtype)
     except KernelError as error:
-        return sentence(error)
+        return error.sentence()
     return None
-
-
-def sentence(error: DijiangError) -> str:
-    """What an error says, in one line."""
-    parts = [
-        error.what,
-        f"got {error.got}" if error.got else "",
-        f"expected {error.expected}" if error.expected else "",
-    ]
-    return "; ".join(part for part in parts if part)
 
 
 def profile_shapes(bundle: Bundle, sizes: Profiles, *, step: bool) -> Profile:

@@ -14,12 +14,12 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dijiang_engines.building.ahead import build_ahead
 from dijiang_engines.building.events import PARSING, Events, list_layers, progress_monitor, write_plan
-from dijiang_engines.building.plans import sentence
 from dijiang_engines.building.product_layers import Rewritten
 from dijiang_engines.building.recipes import ONE_LAUNCH, PRODUCTS
 from dijiang_engines.building.request import BuildRequest, read_request
@@ -84,15 +84,50 @@ def build(request: BuildRequest, events: Events) -> None:
     peak = PeakMemory(cuda)
     events.send("phase", name=PARSING, steps=None)
     started = time.perf_counter()
-    one = _OneLaunch(None, None, None, None)
+    built, left = None, None
     if request.step != PRODUCTS:
-        one = _build_one_launch(trt, poly, request, dialect, version, cuda, events, messages)
-    plan, network = one.plan, one.network
-    products: Rewritten | None = None  # also keeps the arrays that its constants point to
+        built, left = _build_one_launch(trt, poly, request, dialect, version, cuda, events, messages)
+    if built is None:
+        built = _build_layers(trt, poly, request, dialect, version, events, messages)
+    write_plan(
+        events, request.plan, built.plan, started, peak_device_bytes=peak.finish(),
+        layers=built.layers, constraints=built.constraints, held=built.held,
+        plugin_products=built.products, plugin_step=left or built.step,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A plan, and how it came about."""
+
+    plan: Any
+    layers: int
+    held: str = "nothing"
+    constraints: str = "none"
+    products: dict[str, Any] | None = None
+    step: dict[str, Any] | None = None
+    """Of a step in one launch: what engine.json says of it."""
+
+
+def _build_layers(
+    trt: Any,
+    poly: Any,
+    request: BuildRequest,
+    dialect: Dialect,
+    version: str,
+    events: Events,
+    messages: list[str],
+) -> _Built:
+    """The plan of the graph that was parsed, its products the plugin's where that is asked for.
+
+    Raises:
+        DijiangError: it cannot be parsed or built.
+    """
+    products: Rewritten | None = None
     typed = not dialect.strongly_typed and request.dtype == "float16"
     cache = _cache_of(request)
     attempts = ATTEMPTS if typed else (("nothing", "none"),)
-    for held, constraints in attempts if plan is None else ():
+    for held, constraints in attempts:
         network = _parse(poly, request, dialect, messages)
         fix_sizes(network[1], request.profiles)
         if request.plugin_products or has_quantised(trt, network[1]):
@@ -103,14 +138,13 @@ def build(request: BuildRequest, events: Events) -> None:
             print(f"products of the plugin: {products.to_json()}", file=sys.stderr)
         if typed:
             print(f"held to types: {held}, {type_network(trt, network[1], held)}", file=sys.stderr)
-        list_layers(network[1])
-        events.send("phase", name="Building", steps=None)
-        config = _config(trt, poly, request, dialect, constraints, events)
+        config = _ready(trt, poly, network, request, dialect, constraints, events)
         try:
             plan = poly.engine_bytes_from_network(network, config=config, save_timing_cache=cache)
             if typed:
                 check_context(trt, plan, poly.get_trt_logger(), len(request.profiles), messages)
-            break
+            said = None if products is None else products.to_json()
+            return _Built(plan, network[1].num_layers, held, constraints, said)
         except MemoryError:
             raise
         except Exception as error:
@@ -118,28 +152,26 @@ def build(request: BuildRequest, events: Events) -> None:
                 print(f"holding {held}, {constraints}: {error}", file=sys.stderr)
                 continue
             raise _as_failure(error, version, messages) from error
-    else:
-        held, constraints = "nothing", "none"
-    write_plan(
-        events,
-        request.plan,
-        plan,
-        started,
-        peak_device_bytes=peak.finish(),
-        layers=network[1].num_layers,
-        constraints=constraints,
-        held=held,
-        plugin_products=None if products is None else products.to_json(),
-        plugin_step=one.facts,
-    )
+    raise AssertionError("the last attempt returns or raises")
 
 
-class _OneLaunch(NamedTuple):
-    plan: Any
-    """None: there is none."""
-    network: Any
-    facts: dict[str, Any] | None
-    kept: Any
+def _ready(
+    trt: Any,
+    poly: Any,
+    network: Any,
+    request: BuildRequest,
+    dialect: Dialect,
+    constraints: str,
+    events: Events,
+) -> Any:
+    """Say that a network is about to be built; the builder's configuration."""
+    list_layers(network[1])
+    events.send("phase", name="Building", steps=None)
+    return _config(trt, poly, request, dialect, constraints, events)
+
+
+def _cache_of(request: BuildRequest) -> str | None:
+    return None if request.timing_cache is None else str(request.timing_cache)
 
 
 def _build_one_launch(
@@ -151,8 +183,8 @@ def _build_one_launch(
     cuda: Cuda,
     events: Events,
     messages: list[str],
-) -> _OneLaunch:
-    """The plan of one plugin layer; without a plan, and why, where it does not fit and need not.
+) -> tuple[_Built | None, dict[str, Any] | None]:
+    """The plan of one plugin layer; or what engine.json says of why there is none, where it need not be.
 
     Raises:
         DijiangError: it does not, or cannot be built, and was insisted on.
@@ -165,9 +197,7 @@ def _build_one_launch(
             trt, network[1], request.spec, request.dtype, request.most_rows, kernels, cuda, request.onnx
         )
         fix_sizes(network[1], request.profiles)
-        list_layers(network[1])
-        events.send("phase", name="Building", steps=None)
-        config = _config(trt, poly, request, dialect, "none", events)
+        config = _ready(trt, poly, network, request, dialect, "none", events)
         plan = poly.engine_bytes_from_network(network, config=config, save_timing_cache=_cache_of(request))
         check_context(trt, plan, poly.get_trt_logger(), len(request.profiles), messages)
     except MemoryError:
@@ -177,19 +207,15 @@ def _build_one_launch(
         if request.step == ONE_LAUNCH:
             raise failed from error
         print(f"no step in one launch: {failed}", file=sys.stderr)
-        return _OneLaunch(None, None, {"launches": 0, "left": sentence(failed)}, None)
+        return None, {"launches": 0, "left": failed.sentence()}
     print(f"a step in one launch: {made.to_json()}", file=sys.stderr)
-    return _OneLaunch(plan, network, made.to_json(), made.kept)
+    return _Built(plan, network[1].num_layers, step=made.to_json()), None
 
 
 def _as_failure(error: Exception, version: str, messages: list[str]) -> DijiangError:
     if isinstance(error, DijiangError):
         return error
     return failure(f"TensorRT {version} could not build the engine", [*messages, str(error)])
-
-
-def _cache_of(request: BuildRequest) -> str | None:
-    return None if request.timing_cache is None else str(request.timing_cache)
 
 
 def check_context(trt: Any, plan: Any, logger: Any, profiles: int, messages: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,22 +22,17 @@ class Chooser:
 
     Args:
         sampling: temperature and filters.
-        seed, stream: of its random numbers.
+        uniforms: its random numbers.
         seen: [V] bool, tokens that the text has; None without a repetition penalty. Kept up to date here.
         guide: keeps it to a grammar.
         logprobs: as `JobOptions.logprobs`.
     """
 
     sampling: SamplingOptions
-    seed: int
-    stream: int
+    uniforms: Uniforms
     seen: npt.NDArray[np.bool_] | None = None
     guide: Guide | None = None
     logprobs: int | None = None
-    uniforms: Uniforms = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.uniforms = Uniforms(self.seed, self.stream)
 
     @property
     def plain(self) -> bool:

@@ -18,6 +18,7 @@ from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.generation.row import Row, begin_row
 from dijiang_engines.generation.session import Session
 from dijiang_engines.runners.base import FloatArray, Runner, State
+from dijiang_engines.sampling import Uniforms
 from dijiang_engines.serving.batch import Batch
 from dijiang_engines.serving.choosing import Chooser, choose, token_out
 from dijiang_engines.serving.job import Job, Update
@@ -292,7 +293,8 @@ class Scheduler:
             seen = np.zeros(self.runner.spec.vocab_size, np.bool_)
             seen[row.ids] = True
         guide = None if options.guide is None else options.guide()
-        return Text(job, row, Chooser(options.sampling, options.seed, choice, seen, guide, options.logprobs))
+        uniforms = Uniforms(options.seed, choice)
+        return Text(job, row, Chooser(options.sampling, uniforms, seen, guide, options.logprobs))
 
     # -- texts -------------------------------------------------------------------------------------------
 
