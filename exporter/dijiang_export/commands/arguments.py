@@ -164,7 +164,9 @@ class RunnerArguments:
             "--prepack",
             type=one_of(Prepack),
             help="ONNX Runtime: which graphs get their own faster copy of the weights. `none` needs the "
-            "least memory; `auto` is `step` if there is room. [default: auto]",
+            "least memory; `auto` is `step`, or of quantised weights `all`, if there is room; `wide` is "
+            "`all`, and prompts are read with quantised weights made float32: fast, in 8 bytes a weight. "
+            "[default: auto]",
         ),
     ]
 

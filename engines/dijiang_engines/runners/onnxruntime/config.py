@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dijiang_engines.errors import RunnerError, UsageError
 from dijiang_engines.formats.bundle import Bundle
@@ -13,7 +13,7 @@ from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.machine import Spinning, available_memory, container_threads, spinning_choice
 from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA
 
-Prepack = Literal["auto", "none", "step", "all"]
+Prepack = Literal["auto", "none", "step", "all", "wide"]
 Optimization = Literal["all", "extended", "basic", "none"]
 Lowering = Literal["auto", "standard", "ort", "ort-step", "capture"]
 GraphName = Literal["prefill", "step"]
@@ -57,7 +57,7 @@ class OrtOptions:
         spinning_choice(self.spinning)
         if (
             self.optimization not in OPTIMIZATIONS
-            or self.prepack not in ("auto", "none", "step", "all")
+            or self.prepack not in get_args(Prepack)
             or self.lowering not in ("auto", *LOWERINGS)
         ):
             raise UsageError(
@@ -100,7 +100,11 @@ class OrtConfig:
 
     def prepacks(self, name: GraphName) -> bool:
         """Whether that session makes a copy of the weights for itself."""
-        return self.prepack in ("all", name)
+        return self.prepack in ("all", "wide", name)
+
+    def widens(self, name: GraphName) -> bool:
+        """Whether that session's quantised weights become float32 when it is loaded."""
+        return self.prepack == "wide" and name == "prefill"
 
 
 def resolve(options: OrtOptions, bundle: Bundle, name: str, version: str) -> OrtConfig:
@@ -125,6 +129,8 @@ def resolve(options: OrtOptions, bundle: Bundle, name: str, version: str) -> Ort
     prepack = options.prepack
     if prepack == "auto":
         prepack = _prepack(bundle)
+    elif prepack == "wide":
+        _check_wide(bundle, name)
     return OrtConfig(
         name=name,
         threads=container_threads() if options.threads is None else options.threads,
@@ -143,6 +149,22 @@ def _prepack(bundle: Bundle) -> Prepack:
     if bundle.files[WEIGHTS].bytes >= 0.6 * available_memory():
         return "none"
     return "step" if bundle.weight_format == "float" else "all"
+
+
+def _check_wide(bundle: Bundle, name: str) -> None:
+    """Is there something to widen, and does that change no result?"""
+    if name != CPU:
+        raise RunnerError(
+            "--prepack wide is for CPUs: others widen quantised weights as they multiply",
+            got=name,
+            hint="leave --prepack out",
+        )
+    if bundle.weight_format == "float" or bundle.dtype != "float32":
+        raise RunnerError(
+            "--prepack wide makes float32 of quantised weights, where activations are float32",
+            got=f"{bundle.weight_format} weights, {bundle.dtype} activations",
+            hint="--prepack all gives both graphs their own faster copy of the weights",
+        )
 
 
 def _lowering(wanted: Lowering, bundle: Bundle, name: str, version: str) -> str:

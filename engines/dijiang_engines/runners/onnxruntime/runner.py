@@ -64,7 +64,8 @@ class OrtRunner:
         spinning: whether they wait busily for work: "on", "off", or "auto", ONNX Runtime's own way, which is
             on; None: what DIJIANG_SPINNING says, else "auto". Off is for cores that others use too.
         prepack: which sessions make a private, faster copy of the weights: "auto" is "step", or "all" of
-            quantised weights, if that fits into the memory that is free now, else "none".
+            quantised weights, if that fits into the memory that is free now, else "none". "wide" is "all",
+            and a prefill's quantised weights become float32 (`widened`): eight bytes a weight more.
         optimization: of the graph.
         device: index of the GPU.
         lowering: which of the bundle's graphs run, of those in LOWERINGS. "auto" is "standard" on the CPU;

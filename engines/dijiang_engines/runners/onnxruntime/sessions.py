@@ -18,11 +18,13 @@ from dijiang_engines import io_names
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.manifest import WEIGHTS
+from dijiang_engines.formats.safe_files import LIMITS
 from dijiang_engines.runners.base import IntArray
 from dijiang_engines.runners.onnxruntime.config import OPTIMIZATIONS, GraphName, OrtConfig
 from dijiang_engines.runners.onnxruntime.cuda import CudaGraphs, find_cuda_libraries, zero_device_memory
 from dijiang_engines.runners.onnxruntime.providers import CPU, CUDA, PROVIDERS, RTX
 from dijiang_engines.runners.onnxruntime.rtx import rtx_device
+from dijiang_engines.runners.onnxruntime.widened import widen
 from dijiang_engines.spec import ModelSpec
 
 
@@ -77,6 +79,7 @@ class Sessions:
         self.bundle, self.config, self.graphs = bundle, config, graphs
         self.ort = onnxruntime_module()
         self._loaded: dict[str, Any] = {}
+        self._wide: dict[str, Any] = {}
         self._loading = threading.RLock()  # or two threads would load the same session twice
 
     @property
@@ -172,13 +175,16 @@ class Sessions:
             RunnerError: ONNX Runtime refuses the graph, or the provider does not work here.
         """
         options = self._options(name)
+        model: str | bytes = str(path)
+        if self.config.widens(name):
+            model = self._widen(path, options)
         try:
             if self.config.name == RTX:
                 options.add_provider_for_devices([rtx_device(self.ort, self.config.device)], {})
-                session = self.ort.InferenceSession(str(path), options)
+                session = self.ort.InferenceSession(model, options)
             else:
                 provider = self.provider(cuda_graph)
-                session = self.ort.InferenceSession(str(path), options, providers=[provider])
+                session = self.ort.InferenceSession(model, options, providers=[provider])
         except Exception as error:
             raise _failed(f"ONNX Runtime cannot load {path}", error) from error
         if session.get_providers()[0] != PROVIDERS[self.config.name]:
@@ -188,6 +194,22 @@ class Sessions:
                 hint="`dijiang-export doctor` shows which libraries are missing",
             )
         return session
+
+    def _widen(self, path: Path, options: Any) -> bytes:
+        """The graph with float32 in the place of quantised weights, which `options` get."""
+        quantisation = self.bundle.quantisation
+        assert quantisation is not None, "`resolve` refuses others"
+        data = np.memmap(path.parent / WEIGHTS, np.uint8, "r")
+        wide = widen(self.bundle.opened.read(path.name, LIMITS["graph"]), quantisation.stored, data, WEIGHTS)
+        for name, array in wide.arrays.items():
+            # A session refers to both as long as it lives; its options do not keep them alive.
+            self._wide[name] = self.ort.OrtValue.ortvalue_from_numpy(array)
+            options.add_initializer(name, self._wide[name])
+        # A model in memory has no folder of its own. (onnxruntime_session_options_config_keys.h, v1.32.0)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
+        return wide.model
 
     def _options(self, name: GraphName) -> Any:
         config, options = self.config, self.ort.SessionOptions()
