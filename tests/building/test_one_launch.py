@@ -22,7 +22,7 @@ from support.fakes.tensorrt import FakeMachine
 from support.makers.engine_folders import build
 from support.makers.random_models import LLAMA, OPT_350M, random_call, random_model
 from support.step_emulator import compile_emulated, missing
-from support.step_models import ALLOWED, EmulatedKernels, PackedStep, error, reference_step, torch_dtype
+from support.step_models import EmulatedKernels, PackedStep, reference_step, torch_dtype
 from support.step_specs import MODELS, SMALL
 
 from dijiang_engines import io_names
@@ -36,6 +36,7 @@ from dijiang_engines.kernels.library import Device
 from dijiang_engines.kernels.step import StepModel
 from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.spec import ModelSpec
+from dijiang_export.bench.step.gpu import ALLOWED, relative_error
 
 H100 = Device(90, 132, 232448)
 Export = Callable[..., tuple[Path, Any]]
@@ -68,9 +69,9 @@ def test_the_network_is_the_models_step(
     logits, *new = computed(network, given, emulated)
     wanted, expected = reference_step(model, ids[:, 0], positions, lens, states)
     read = [row for row in range(rows) if lens[row]]
-    assert error(torch.from_numpy(logits[read, 0]), wanted[read]) <= ALLOWED[dtype]
+    assert relative_error(torch.from_numpy(logits[read, 0]), wanted[read]) <= ALLOWED[dtype]
     for mine, theirs in zip(new, expected, strict=True):
-        assert error(torch.from_numpy(mine), theirs) <= ALLOWED[dtype]
+        assert relative_error(torch.from_numpy(mine), theirs) <= ALLOWED[dtype]
 
 
 @pytest.mark.parametrize("modern", [False, True])
@@ -101,7 +102,7 @@ def test_weights_keep_their_bits(
     step = PackedStep(emulated_now(emulated), spec, model, dtype, 1, "cpu")
     size = step.size.packed
     assert done.packed_bytes == size and packed.shape == (size // 128, 32)
-    mine, theirs = packed.view(np.uint8).reshape(-1), step.packed.bytes.numpy()
+    mine, theirs = packed.view(np.uint8).reshape(-1), step.packed.numpy()
     written = theirs != 0xFF  # PackedStep poisons what nobody writes, add_step has zeros there
     assert np.array_equal(mine[written], theirs[written]) and not mine[~written & (mine != 0xFF)].any()
     state = model.state_dict()

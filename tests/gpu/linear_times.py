@@ -22,9 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
-
 from dijiang_engines.kernels.attention import Geometry, Kernels
+from dijiang_engines.kernels.linear import LinearKernels, LinearOutput, LinearTerm
 from dijiang_export.bench.memory_rate import memory_rate
 
 SHAPES = {  # layers, hidden, MLP, heads, head size, vocabulary

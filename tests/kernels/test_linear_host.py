@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm, linear_call
 
 from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels.library import Device
+from dijiang_engines.kernels.linear import LinearKernels, LinearOutput, LinearTerm, linear_call
 from dijiang_engines.kernels.packing import packed_bytes
 
 GIB = 1 << 30

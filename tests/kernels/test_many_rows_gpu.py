@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
 
 from dijiang_engines.errors import KernelError, PluginError
+from dijiang_engines.kernels.linear import LinearKernels, LinearOutput, LinearTerm
 from dijiang_engines.plugin.cache import find_kernels_library
 
 torch = pytest.importorskip("torch")

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.test_linear_host import GIB, floats, linear, quantised
-from support.linear_kernels import LinearKernels, linear_call
 
 from dijiang_engines.errors import KernelError
+from dijiang_engines.kernels.linear import LinearKernels, linear_call
 
 LEAST_ROWS = 17
 MIB = 1 << 20

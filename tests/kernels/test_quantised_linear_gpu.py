@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.linear_kernels import LinearKernels
 
 from dijiang_engines.errors import PluginError
+from dijiang_engines.kernels.linear import LinearKernels
 from dijiang_engines.plugin.cache import find_kernels_library
 
 torch = pytest.importorskip("torch")

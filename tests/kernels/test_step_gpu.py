@@ -13,20 +13,19 @@ from typing import Any
 
 import pytest
 from support.makers.random_models import random_call, random_model
-from support.quantised_models import KINDS, QuantisedWeights, quantise_model
+from support.quantised_models import KINDS, quantise_model
 from support.step_models import (
-    ALLOWED,
     PackedStep,
-    error,
     reference_step,
     torch_dtype,
-    wide_reference,
 )
 from support.step_specs import MODELS
 
 from dijiang_engines.errors import KernelError, PluginError
 from dijiang_engines.kernels.step import StepKernels, StepModel
 from dijiang_engines.plugin.cache import find_kernels_library
+from dijiang_export.bench.step.gpu import ALLOWED, relative_error
+from dijiang_export.bench.step.weights import QuantisedWeights, widened
 from dijiang_export.reference.model import ReferenceModel
 
 torch = pytest.importorskip("torch")
@@ -69,13 +68,13 @@ def kernels() -> StepKernels:
 def models(name: str, dtype: str) -> tuple[ReferenceModel, ReferenceModel]:
     """A random model, and the same in float64 on the GPU."""
     model = random_model(EVERY[name], 1, torch_dtype(dtype))
-    return model, wide_reference(EVERY[name], model)
+    return model, widened(model, "cuda")
 
 
 @functools.cache
 def quantised_models(name: str, dtype: str, kind: str) -> tuple[QuantisedWeights, ReferenceModel]:
     """The same model's matrices quantised, and with what is stored in float64 on the GPU."""
-    wide = wide_reference(EVERY[name], models(name, dtype)[0])
+    wide = widened(models(name, dtype)[0], "cuda")
     return quantise_model(EVERY[name], wide, kind), wide
 
 
@@ -98,10 +97,12 @@ def largest_error(
         torch.cuda.synchronize()
         logits, new = reference_step(wide, ids, positions, lens, states)
         read = [row for row in range(rows) if lens[row]]
-        worst = max(worst, error(step.logits[read], logits[read]))
-        worst = max(worst, *(error(mine, theirs) for mine, theirs in zip(step.states, new, strict=True)))
+        worst = max(worst, relative_error(step.logits[read], logits[read]))
+        worst = max(
+            worst, *(relative_error(mine, theirs) for mine, theirs in zip(step.states, new, strict=True))
+        )
         assert torch.isfinite(step.logits).all()
-        assert step.sync.guards_are_intact() and step.packed.guards_are_intact()
+        assert step.guards_are_intact()
         states, positions = [state.cpu().numpy().copy() for state in step.states], positions + lens
     return worst
 
@@ -170,9 +171,9 @@ def test_a_graph_replays_many_steps(kernels: StepKernels, name: str) -> None:
         graph.replay()
         torch.cuda.synchronize()
         logits, wide = reference_step(reference, ids, positions, ones, wide)
-        assert error(step.logits, logits) <= ALLOWED["float16"]
+        assert relative_error(step.logits, logits) <= ALLOWED["float16"]
         ids, positions = step.ids.cpu(), positions + 1
-    assert max(error(a, b) for a, b in zip(step.states, wide, strict=True)) <= ALLOWED["float16"]
+    assert max(relative_error(a, b) for a, b in zip(step.states, wide, strict=True)) <= ALLOWED["float16"]
 
 
 def assert_same_bits(step: PackedStep, ids: Any, positions: Any, states: list[Any]) -> None:

@@ -19,10 +19,8 @@ from support.oracles.packed_step import unpacked
 from support.quantised_models import KINDS, quantise_model
 from support.step_emulator import compile_emulated, missing
 from support.step_models import (
-    ALLOWED,
     EmulatedKernels,
     PackedStep,
-    error,
     reference_step,
     torch_dtype,
 )
@@ -32,6 +30,7 @@ from dijiang_engines.errors import KernelError
 from dijiang_engines.kernels.library import Device
 from dijiang_engines.kernels.step import StepKernels, StepModel, step_parts
 from dijiang_engines.spec import ModelSpec
+from dijiang_export.bench.step.gpu import ALLOWED, relative_error
 
 H100, ORIN = Device(90, 132, 232448), Device(87, 16, 166912)
 PYTHIA_410M = StepModel(
@@ -79,10 +78,10 @@ def steps(
         step.run()
         logits, new = reference_step(model, ids, positions, lens, states)
         read = [row for row in range(rows) if lens[row]]
-        found.append(error(step.logits[read], logits[read]))
-        found += [error(mine, theirs) for mine, theirs in zip(step.states, new, strict=True)]
+        found.append(relative_error(step.logits[read], logits[read]))
+        found += [relative_error(mine, theirs) for mine, theirs in zip(step.states, new, strict=True)]
         assert torch.isfinite(step.logits).all()
-        assert step.sync.guards_are_intact() and step.packed.guards_are_intact()
+        assert step.guards_are_intact()
         states, positions = [state.numpy().copy() for state in step.states], positions + lens
     return found
 
@@ -150,7 +149,7 @@ def test_quantised_weights_lie_where_the_header_says(emulated: EmulatedKernels, 
     model = random_model(spec, 1, torch.float32)
     step = PackedStep(emulated, spec, model, "float16", 1, "cpu", quantise_model(spec, model, kind))
     state = model.state_dict()
-    found = unpacked(step.model, step.packed.bytes.numpy())
+    found = unpacked(step.model, step.packed.numpy())
     q, kv = spec.attention_size, spec.num_kv_heads * spec.head_dim
     for layer in range(spec.num_layers):
         at = f"layers.{layer}."
@@ -233,7 +232,8 @@ def test_an_embedding_may_stay_float(emulated: EmulatedKernels) -> None:
     step.embedding, step.embedding_scales = model.state_dict()["embed_tokens.weight"].half(), None
     step.start(ids, positions, lens, states)
     step.run()
-    assert 0 < error(step.logits, expected.double()) <= ALLOWED["float16"]  # q times scale is rounded here
+    difference = relative_error(step.logits, expected.double())
+    assert 0 < difference <= ALLOWED["float16"]  # q times scale is rounded here
 
 
 # -- what fits --------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_matrices_of_the_other_kind_are_not_packed(emulated: EmulatedKernels) ->
     whole = PackedStep(emulated, spec, model, "float16", 1, "cpu")
     quantised = PackedStep(emulated, spec, model, "float16", 1, "cpu", quantise_model(spec, model, "int8"))
     part = step_parts(spec, quantise_model(spec, model, "int8").parts)[0]
-    to = (whole.packed.pointer, whole.size.packed)
+    to = (whole.packed.data_ptr(), whole.size.packed)
     with pytest.raises(KernelError, match="the model has no quantised matrices"):
         emulated.pack_step_matrix(whole.model, part, 256, 256, *to)
     with pytest.raises(KernelError, match="the head is quantised"):

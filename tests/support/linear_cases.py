@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
 
+from dijiang_engines.kernels.linear import LinearKernels, LinearOutput, LinearTerm
 from dijiang_engines.kernels.packing import pack
 
 HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from support.linear_cases import Case
-from support.linear_kernels import LinearOutput, linear_call
 from support.paths import ROOT
+
+from dijiang_engines.kernels.linear import LinearOutput, linear_call
 
 PLUGINS = ROOT / "plugins"
 INCLUDES = ("tests/emulator", "include", "kernels")

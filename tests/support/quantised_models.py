@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.weight_formats import QK, QKV, Matrix, V, matrices, matrix_shapes
-from dijiang_export.quantise.blocks import dequantise, pack, quantise
+from dijiang_export.bench.step import weights
+from dijiang_export.bench.step.weights import QuantisedWeights
 from dijiang_export.quantise.recipe import choose_recipe
 from dijiang_export.reference.model import ReferenceModel
 
 KINDS = ("int8", "int4", "all int4", "any")
 """The recipes of --weight-format; int4 everywhere; and each matrix of each layer in either, drawn."""
-
-
-@dataclass(frozen=True)
-class QuantisedWeights:
-    """The matrices of one model."""
-
-    parts: Mapping[str, Sequence[Matrix]]
-    """Canonical name -> stored matrices, as a manifest says it."""
-    values: Mapping[str, Tensor]
-    """Name of a stored matrix -> uint8 [N, K/32, 32 or 16]."""
-    scales: Mapping[str, Tensor]
-    """float16 [N, K/32]."""
 
 
 def formats_of(spec: ModelSpec, kind: str) -> dict[str, Sequence[Matrix]]:
@@ -43,20 +29,5 @@ def formats_of(spec: ModelSpec, kind: str) -> dict[str, Sequence[Matrix]]:
 
 
 def quantise_model(spec: ModelSpec, model: ReferenceModel, kind: str) -> QuantisedWeights:
-    """Quantise the model's matrices, and put what is stored in their place: q · scale.
-
-    Args:
-        spec: of the model.
-        model: on any device, of any type that holds q · scale exactly, or nearly.
-        kind: of `KINDS`.
-    """
-    parts, values, scales = formats_of(spec, kind), {}, {}
-    state = model.state_dict()
-    for source, stored in parts.items():
-        weight = state[source]
-        for it in stored:
-            rows = slice(it.first_row, it.first_row + it.rows)
-            q, scale = quantise(weight[rows], it.format, it.name)
-            values[it.name], scales[it.name] = pack(q, it.format), scale
-            weight[rows] = dequantise(q, scale).to(weight.dtype)
-    return QuantisedWeights(parts, values, scales)
+    """Quantise a model's matrices in place, as one of `KINDS`."""
+    return weights.quantise_model(model, formats_of(spec, kind))

@@ -22,6 +22,7 @@ from dijiang_export.commands.arguments import (
 from dijiang_export.commands.bench_kernels import kernels
 from dijiang_export.commands.bench_peers import peers, report
 from dijiang_export.commands.bench_serve import serve
+from dijiang_export.commands.bench_step import step
 from dijiang_export.commands.common import Output, finish
 
 Seconds = Annotated[
@@ -71,6 +72,7 @@ bench.add_command(kernels)
 bench.add_command(peers)
 bench.add_command(report)
 bench.add_command(serve)
+bench.add_command(step)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu.linear_times import SHAPES, median_ms, stream
-from support.linear_kernels import LinearKernels, LinearOutput, LinearTerm
 
+from dijiang_engines.kernels.linear import LinearKernels, LinearOutput, LinearTerm
 from dijiang_engines.kernels.packing import CHUNK, packed_bytes
 from dijiang_export.bench.memory_rate import memory_rate
 

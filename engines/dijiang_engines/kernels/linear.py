@@ -1,6 +1,6 @@
-"""dijiang_linear (plugins/include/dijiang/linear.h) from Python.
+"""Matrix products with what is around them, from Python: plugins/include/dijiang/linear.h.
 
-The project itself calls it through the TensorRT plugin only; tests and tests/gpu/linear_times.py do directly.
+Engines call dijiang_linear through the TensorRT plugin; `bench step` and tests do directly.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class LinearKernels(Library):
 
 
 def linear_call(outputs: Sequence[LinearOutput], constant_weights: bool) -> abi.LinearCallStruct:
+    """dijiang_linear_call of the C ABI; arguments and errors as of `LinearKernels.linear`."""
     terms = [(index, term) for index, output in enumerate(outputs) for term in output.terms]
     if len(outputs) > abi.LINEAR_MAX_OUTPUTS or len(terms) > abi.LINEAR_MAX_TERMS:
         raise KernelError(

@@ -1,0 +1,98 @@
+"""`dijiang-export bench step`: a whole decoding step of the CUDA kernels, and what bounds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+
+from dijiang_export.commands.arguments import FILE, Save, one_of, takes
+from dijiang_export.commands.common import Output, finish, save_json
+
+Shape = Literal["410m", "1b", "2.8b", "smollm2-135m"]
+Weights = Literal["float", "int8", "int4"]
+Half = Literal["float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class BenchStepArguments:
+    """What `bench step` is given."""
+
+    shapes: Annotated[
+        tuple[Shape, ...],
+        click.option(
+            "--shape", "shapes", type=one_of(Shape), multiple=True, help="Repeatable. [default: 410m, 2.8b]"
+        ),
+    ]
+    weights: Annotated[
+        tuple[Weights, ...],
+        click.option(
+            "--weights", type=one_of(Weights), multiple=True, help="Repeatable. [default: all three]"
+        ),
+    ]
+    rows: Annotated[
+        tuple[int, ...],
+        click.option(
+            "--rows", type=click.IntRange(1, 8), multiple=True,
+            help="Sequences at once, repeatable. [default: 1, 8]",
+        ),
+    ]  # fmt: skip
+    dtype: Annotated[
+        Half,
+        click.option(
+            "--dtype", type=one_of(Half), default="float16", show_default=True,
+            help="Of activations, and of weights that are not quantised.",
+        ),
+    ]  # fmt: skip
+    library: Annotated[
+        Path | None, click.option("--library", type=FILE, help="Our kernels; default: the built ones.")
+    ]
+    seconds: Annotated[
+        float,
+        click.option(
+            "--seconds", type=click.FloatRange(min=0.001), default=0.2, show_default=True,
+            help="Measure each figure for about this long.",
+        ),
+    ]  # fmt: skip
+    save: Save
+
+
+@click.command(
+    "step",
+    short_help="Measure a decoding step of the CUDA kernels (needs an NVIDIA GPU).",
+    epilog="Example: dijiang-export bench step --shape 410m --rows 1 --save step.json",
+)
+@takes(BenchStepArguments)
+def step(output: Output, given: BenchStepArguments) -> None:
+    """Measure a model's decoding step on this GPU: in one launch, in three a layer, and others' products.
+
+    Models have random weights and the shapes of Pythia or SmolLM2. Ours are first compared with the reference
+    in float64; what computes something else is not timed, and fails the command. Beside them: cuBLAS, for
+    int4 PyTorch's tinygemm, and the time that reading the weights must take.
+    """
+    from dijiang_engines.errors import ValidationMismatch
+    from dijiang_export.bench.step.measure import measure_steps, open_gpu, wrong
+    from dijiang_export.bench.step.shapes import Cell
+    from dijiang_export.bench.step.tables import describe, draw_steps
+
+    cells = [
+        Cell(shape, weights, rows)
+        for shape in dict.fromkeys(given.shapes or ("410m", "2.8b"))
+        for weights in dict.fromkeys(given.weights or ("float", "int8", "int4"))
+        for rows in dict.fromkeys(given.rows or (1, 8))
+    ]
+
+    def report(so_far: dict[str, Any]) -> None:
+        output.log(f"measured {describe(so_far['steps'][-1])}")
+        if given.save is not None:  # whoever stops it keeps what was measured
+            save_json(so_far, given.save)
+
+    gpu = open_gpu(given.dtype, given.library)
+    result = measure_steps(gpu, cells, seconds=given.seconds, progress=output.progress, report=report)
+    finish(output, result, given.save, lambda: draw_steps(result))
+    if differences := wrong(result):
+        raise ValidationMismatch(
+            "our kernels compute something else than the reference", got="; ".join(differences[:3])
+        )
