@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -16,9 +16,12 @@ from support.oracles.numpy_runner import NumpyRunner
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.formats.bundle import Bundle, open_bundle
 from dijiang_engines.runners import open_runner
+from dijiang_engines.runners.onnxruntime import config
 from dijiang_engines.runners.onnxruntime.runner import OrtRunner
 from dijiang_engines.runners.onnxruntime.widened import Widened, widen
 from dijiang_engines.validation.validate import validate
+from dijiang_export.cli import main
+from dijiang_export.commands import arguments
 
 Exported = Callable[..., tuple[Path, NumpyRunner]]
 A = np.array
@@ -128,3 +131,9 @@ def test_int8_activations_stay(exported: Exported) -> None:
     folder, _ = exported(MODELS["neox"], weight_format="int8", activations="int8")
     assert not widened_graph(open_bundle(folder)).arrays
     runner_of(folder, "wide").warm_up()
+
+
+def test_commands_take_it(exported: Exported) -> None:
+    folder, _ = exported(MODELS["neox"], weight_format="int8")
+    assert main(["validate", str(folder), "--runner", "cpu", "--threads", "1", "--prepack", "wide"]) == 0
+    assert get_args(arguments.Prepack) == get_args(config.Prepack)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 Dtype = Literal["float32", "float16", "bfloat16"]
 Cases = Literal["none", "short", "full"]
 Spinning = Literal["auto", "on", "off"]
-Prepack = Literal["auto", "none", "step", "all"]
+Prepack = Literal["auto", "none", "step", "all", "wide"]
 PATH = click.Path(path_type=Path)
 """A file or a folder, which need not exist."""
 FILE = click.Path(dir_okay=False, path_type=Path)
