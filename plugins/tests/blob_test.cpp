@@ -9,10 +9,9 @@
 #include <tuple>
 #include <vector>
 
-using dijiang::trt::Attributes;
-using dijiang::trt::kBlobSize;
-using dijiang::trt::Limits;
-using dijiang::trt::read_blob;
+using dijiang::trt::attention::Attributes;
+using dijiang::trt::attention::kBlobSize;
+using dijiang::trt::attention::read_blob;
 
 namespace {
 
@@ -27,8 +26,7 @@ using Blob = std::array<unsigned char, kBlobSize>;
 
 bool refused(const void* bytes, size_t size, const char* text) {
     Attributes attributes;
-    Limits limits;
-    return read_blob(bytes, size, attributes, limits).find(text) != std::string::npos;
+    return read_blob(bytes, size, attributes).find(text) != std::string::npos;
 }
 
 void linear() {
@@ -121,22 +119,20 @@ int main() {
     attributes.head_dim = 0x01020340;  // four different bytes: their order shows
     attributes.rotary_dim = 16;
     attributes.epsilon = 1.0000001e-5f;
-    Limits limits;
-    limits.include(8, 1);
-    limits.include(2, 4096);
+    attributes.limits.include(8, 1);
+    attributes.limits.include(2, 4096);
     Blob blob{};
-    write_blob(attributes, limits, blob.data());
+    write_blob(attributes, blob.data());
     const unsigned char head[] = {
         'D', 'J', 'T', 'A', 1, 0, 0, 0, 12, 0, 0, 0, 3, 0, 0, 0, 0x40, 0x03, 0x02, 0x01};
     expect(std::memcmp(blob.data(), head, sizeof head) == 0, "little-endian, with magic and format version");
 
     Attributes read;
-    Limits read_limits;
-    expect(read_blob(blob.data(), blob.size(), read, read_limits).empty(), "reads what was written");
+    expect(read_blob(blob.data(), blob.size(), read).empty(), "reads what was written");
     expect(read.num_heads == 12 && read.num_kv_heads == 3 && read.head_dim == attributes.head_dim &&
                read.rotary_dim == 16 && read.epsilon == attributes.epsilon,
         "the same attributes");
-    expect(read_limits.max_batch == 8 && read_limits.max_length == 4096, "the same limits");
+    expect(read.limits.max_batch == 8 && read.limits.max_length == 4096, "the same limits");
 
     bool all = true;
     for (size_t size = 0; size < kBlobSize; ++size) {

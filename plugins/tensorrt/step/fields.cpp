@@ -35,37 +35,21 @@ constexpr FieldRule kRules[kFields] = {
 };
 constexpr int32_t kRequired = kFields - 1;
 
-// Where the value of each rule is.
-struct Addresses {
-    explicit Addresses(Attributes& attributes) {
-        int32_t next = 0;
-        for (float* value : reals(attributes).at) at[next++] = value;
-        for (int32_t* value : integers(attributes).at) at[next++] = value;
-    }
-    void* at[kFields];
-};
-
 }  // namespace
 
-const nvinfer1::PluginFieldCollection* field_names() noexcept { return advertised<kRules, kFields>(); }
+FieldPlace field_place(Attributes& attributes, int32_t rule) {
+    void* const at = rule < kReals ? static_cast<void*>(reals(attributes).at[rule]) : integers(attributes).at[rule - kReals];
+    return {&kRules[rule], at, 1};
+}
 
-std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes) {
+std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes, bool) {
     const PluginField* found[kFields] = {};
     const std::string wrong = find_fields(fields, kRules, kRequired, kFields, found);
     if (!wrong.empty()) return wrong;
     attributes = {};
-    const Addresses addresses(attributes);
     for (int32_t i = 0; i < kFields; ++i)
-        if (found[i] != nullptr) std::memcpy(addresses.at[i], found[i]->data, 4);
+        if (found[i] != nullptr) std::memcpy(field_place(attributes, i).data, found[i]->data, 4);
     return {};
-}
-
-const nvinfer1::PluginFieldCollection* SerializedFields::set(const Attributes& attributes) noexcept {
-    attributes_ = attributes;
-    const Addresses addresses(attributes_);
-    list_.clear();
-    for (int32_t i = 0; i < kFields; ++i) list_.add(kRules[i], addresses.at[i], 1);
-    return list_.get();
 }
 
 }  // namespace dijiang::trt::step
