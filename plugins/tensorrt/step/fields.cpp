@@ -31,15 +31,16 @@ constexpr FieldRule kRules[kFields] = {
     {"position_offset", kInteger, 1},
     {"rows", kInteger, 1},
     {"blocks", kInteger, 1},
-    {"weight_formats", kInteger, 1},
+    {"weight_formats", kInteger, kMostFormats},
 };
-constexpr int32_t kRequired = kFields - 1;
+constexpr int32_t kRequired = kFields - 1, kWeightFormats = kFields - 1;
 
 }  // namespace
 
 FieldPlace field_place(Attributes& attributes, int32_t rule) {
-    void* const at = rule < kReals ? static_cast<void*>(reals(attributes).at[rule]) : integers(attributes).at[rule - kReals];
-    return {&kRules[rule], at, 1};
+    if (rule < kReals) return {&kRules[rule], reals(attributes).at[rule], 1};
+    if (rule < kWeightFormats) return {&kRules[rule], integers(attributes).at[rule - kReals], 1};
+    return {&kRules[rule], attributes.weight_formats, attributes.formats};
 }
 
 std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes, bool) {
@@ -47,9 +48,12 @@ std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attribute
     const std::string wrong = find_fields(fields, kRules, kRequired, kFields, found);
     if (!wrong.empty()) return wrong;
     attributes = {};
-    for (int32_t i = 0; i < kFields; ++i)
-        if (found[i] != nullptr) std::memcpy(field_place(attributes, i).data, found[i]->data, 4);
-    return {};
+    if (found[kWeightFormats] != nullptr) attributes.formats = found[kWeightFormats]->length;
+    for (int32_t i = 0; i < kFields; ++i) {
+        const FieldPlace it = field_place(attributes, i);
+        if (found[i] != nullptr) std::memcpy(it.data, found[i]->data, 4 * static_cast<size_t>(it.length));
+    }
+    return take_formats(attributes);
 }
 
 }  // namespace dijiang::trt::step

@@ -17,7 +17,7 @@ using nvinfer1::Dims;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
-constexpr int64_t kLine = 128;  // bytes of a row of the tensor that holds the packed weights
+constexpr int64_t kLine = 128;  // bytes of a row of a tensor that holds packed weights, or scales
 
 Dims dims_of(std::initializer_list<int64_t> sizes) {
     Dims dims{};
@@ -52,7 +52,6 @@ bool Layer::is_state(int32_t at, int32_t inputs) const {
 
 std::string Layer::name(int32_t at) const {
     const int32_t inputs = this->inputs();
-    static const char* const kWeights[] = {"packed", "embedding", "position_embedding"};
     static const char* const kFirst[] = {"input_ids", "positions", "seq_lens"};
     if (at >= inputs) {
         const int32_t output = at - inputs;
@@ -62,7 +61,10 @@ std::string Layer::name(int32_t at) const {
     const std::string number = "input " + std::to_string(at);
     if (at < kPastStates) return number + " (" + kFirst[at] + ")";
     if (at < packed()) return number + " (past_state of layer " + std::to_string(at - kPastStates) + ")";
-    return number + " (" + kWeights[at - packed()] + ")";
+    return number + (at == packed()                      ? " (packed)"
+                     : at == packed() + 1                ? " (embedding)"
+                     : at == scales() && has_scales()    ? " (embedding_scales)"
+                                                         : " (position_embedding)");
 }
 
 DataType Layer::type_at(int32_t at, DataType ids) const {
@@ -79,7 +81,15 @@ Dims Layer::shape_at(int32_t at, int64_t batch, int64_t lines) const {
     if (at == kInputIds) return dims_of({batch, 1});
     if (at < kPastStates) return dims_of({batch});
     if (at == packed()) return dims_of({lines, kLine / 4});
-    return dims_of({at == packed() + 1 ? m.vocabulary : m.position_rows, m.hidden / 2});
+    if (at == packed() + 1) {
+        const int32_t per_word = m.embedding_format == DIJIANG_INT4 ? 8 : m.embedding_format == DIJIANG_INT8 ? 4 : 2;
+        return dims_of({m.vocabulary, m.hidden / per_word});
+    }
+    if (at == scales() && has_scales()) {
+        const int64_t bytes = int64_t{m.vocabulary} * (m.hidden / 32) * 2;
+        return dims_of({(bytes + kLine - 1) / kLine, kLine / 4});
+    }
+    return dims_of({m.position_rows, m.hidden / 2});
 }
 
 std::string Layer::output_shape(int32_t output, const nvinfer1::DimsExprs* inputs, int32_t input_count,
@@ -178,7 +188,8 @@ std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, 
     dijiang_step_buffers buffers{};  // strides 0: dense
     buffers.packed = data[packed()];
     buffers.embedding = data[packed() + 1];
-    if (m.position_rows > 0) buffers.position_embedding = data[packed() + 2];
+    if (has_scales()) buffers.embedding_scales = data[scales()];
+    if (m.position_rows > 0) buffers.position_embedding = data[learned()];
     buffers.input_ids = data[kInputIds];
     buffers.positions = data[kPositions];
     buffers.seq_lens = data[kSeqLens];

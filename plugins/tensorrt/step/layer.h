@@ -13,9 +13,9 @@
 namespace dijiang::trt::step {
 
 // The order of tensors. Inputs: input_ids, positions, seq_lens; a past state for each layer; the packed weights, the
-// embedding and, if there are learned positions, their table. Outputs: logits; a present state for each layer. Integers
-// are int32 or int64, all three alike. Weights come from constant layers, as int32, which no version of TensorRT
-// converts or copies.
+// embedding and, if there are any, its scales and a table of learned positions. Outputs: logits; a present state for each
+// layer. Integers are int32 or int64, all three alike. Weights come from constant layers, as int32, which no version of
+// TensorRT converts or copies.
 constexpr int32_t kInputIds = 0, kPositions = 1, kSeqLens = 2, kPastStates = 3;
 constexpr int32_t kLogits = 0, kPresentStates = 1;
 
@@ -49,8 +49,12 @@ public:
         const void* const* data, void* const* results, void* workspace, cudaStream_t stream) const;
 
 private:
-    int32_t inputs() const { return packed() + 2 + (attributes_.model.position_rows > 0 ? 1 : 0); }
-    int32_t packed() const { return kPastStates + attributes_.model.layers; }  // the place of the packed weights
+    int32_t inputs() const { return learned() + (attributes_.model.position_rows > 0 ? 1 : 0); }
+    // Places: of the packed weights, the embedding behind them, its scales, and learned positions.
+    int32_t packed() const { return kPastStates + attributes_.model.layers; }
+    int32_t scales() const { return packed() + 2; }
+    int32_t learned() const { return scales() + (has_scales() ? 1 : 0); }
+    bool has_scales() const { return attributes_.model.embedding_format != DIJIANG_SAME; }
     bool is_state(int32_t at, int32_t inputs) const;
     std::string name(int32_t at) const;
     nvinfer1::DataType type_at(int32_t at, nvinfer1::DataType ids) const;
