@@ -16,6 +16,8 @@ from dijiang_export.reference.model import ReferenceModel
 
 KINDS = ("int8", "int4", "all int4", "any")
 """The recipes of --weight-format; int4 everywhere; and each matrix of each layer in either, drawn."""
+STORED_KINDS = ("int8", "int4", "mixed")
+"""Those that a bundle can have, whose embedding is int8: the recipes, and "any" but for the embedding."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class QuantisedWeights:
 
 
 def formats_of(spec: ModelSpec, kind: str) -> dict[str, Sequence[Matrix]]:
-    """Canonical name -> stored matrices, of one of `KINDS`."""
+    """Canonical name -> stored matrices, of one of `KINDS` or `STORED_KINDS`."""
     if kind in ("int8", "int4"):
         return dict(choose_recipe(spec, kind).parts)  # type: ignore[arg-type]
     draw, formats = random.Random(1), {}
@@ -39,6 +41,8 @@ def formats_of(spec: ModelSpec, kind: str) -> dict[str, Sequence[Matrix]]:
         at = source.removesuffix(QKV)
         for name in (at + QK, at + V) if source.endswith(QKV) else (source,):
             formats[name] = "int4" if kind == "all int4" else draw.choice(("int8", "int4"))
+    if kind == "mixed":
+        formats["embed_tokens.weight"] = "int8"
     return dict(matrices(spec, formats))
 
 
@@ -48,7 +52,7 @@ def quantise_model(spec: ModelSpec, model: ReferenceModel, kind: str) -> Quantis
     Args:
         spec: of the model.
         model: on any device, of any type that holds q · scale exactly, or nearly.
-        kind: of `KINDS`.
+        kind: of `KINDS` or `STORED_KINDS`.
     """
     parts, values, scales = formats_of(spec, kind), {}, {}
     state = model.state_dict()
