@@ -30,7 +30,8 @@ std::string examine(const Attributes& attributes, const PluginTensorDesc* in, in
     return examine(attributes, inputs, outputs, tensors_of(in, inputs, out), false, call);
 }
 
-// Sizes that may be unknown; the call's batch and length are the largest that qkv may have (its `max`, or what is there).
+// Sizes that may be unknown; the call's batch and length are the largest that qkv may have (its `max`, or what is
+// there).
 std::string examine_largest(const Attributes& attributes, const DynamicPluginTensorDesc* in, int32_t inputs,
     const DynamicPluginTensorDesc* out, int32_t outputs, Call& call) {
     const std::string wrong = examine(attributes, inputs, outputs, tensors_of(in, inputs, out), true, call);

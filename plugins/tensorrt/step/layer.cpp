@@ -61,10 +61,9 @@ std::string Layer::name(int32_t at) const {
     const std::string number = "input " + std::to_string(at);
     if (at < kPastStates) return number + " (" + kFirst[at] + ")";
     if (at < packed()) return number + " (past_state of layer " + std::to_string(at - kPastStates) + ")";
-    return number + (at == packed()                      ? " (packed)"
-                     : at == packed() + 1                ? " (embedding)"
-                     : at == scales() && has_scales()    ? " (embedding_scales)"
-                                                         : " (position_embedding)");
+    if (at == packed()) return number + " (packed)";
+    if (at == packed() + 1) return number + " (embedding)";
+    return number + (at == scales() && has_scales() ? " (embedding_scales)" : " (position_embedding)");
 }
 
 DataType Layer::type_at(int32_t at, DataType ids) const {

@@ -13,9 +13,9 @@
 namespace dijiang::trt::step {
 
 // The order of tensors. Inputs: input_ids, positions, seq_lens; a past state for each layer; the packed weights, the
-// embedding and, if there are any, its scales and a table of learned positions. Outputs: logits; a present state for each
-// layer. Integers are int32 or int64, all three alike. Weights come from constant layers, as int32, which no version of
-// TensorRT converts or copies.
+// embedding and, if there are any, its scales and a table of learned positions. Outputs: logits; a present state for
+// each layer. Integers are int32 or int64, all three alike. Weights come from constant layers, as int32, which no
+// version of TensorRT converts or copies.
 constexpr int32_t kInputIds = 0, kPositions = 1, kSeqLens = 2, kPastStates = 3;
 constexpr int32_t kLogits = 0, kPresentStates = 1;
 

@@ -26,8 +26,8 @@ std::string read_blob(const void* bytes, size_t size, Attributes& attributes) {
     if (bytes == nullptr || size < kBlobSize) return wrong_size(bytes, size, kBlobSize);
     const int32_t formats = Reader(static_cast<const unsigned char*>(bytes) + kFormatsAt, 4).integer();
     if (formats < 0 || formats > kMostFormats)
-        return "the plan's data for this plugin counts " + std::to_string(formats) + " formats of weights; expected 0 to " +
-               std::to_string(kMostFormats) + ": the plan is damaged";
+        return "the plan's data for this plugin counts " + std::to_string(formats) +
+               " formats of weights; expected 0 to " + std::to_string(kMostFormats) + ": the plan is damaged";
     const size_t expected = kBlobSize + 4 * static_cast<size_t>(formats);
     if (size != expected) return wrong_size(bytes, size, expected);
     Reader reader(bytes, size);
