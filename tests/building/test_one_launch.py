@@ -29,6 +29,7 @@ from support.step_models import ALLOWED, EmulatedKernels, PackedStep, error, ref
 from support.step_specs import MODELS, SMALL
 
 from dijiang_engines import io_names
+from dijiang_engines.building import build as build_module
 from dijiang_engines.building.plans import no_one_launch
 from dijiang_engines.building.recipes import Recipe, load_recipe, recipe_names
 from dijiang_engines.building.step.one_launch import fields
@@ -304,6 +305,29 @@ def test_auto_says_why_it_fell_back(exported: Export, tmp_path: Path) -> None:
     build(FakeMachine(tmp_path / "b"), whole, tmp_path / "b.engine", recipe=recipe, validate=False)
     _, step = open_engine(tmp_path / "b.engine").manifest["made_with"]["plans"]
     assert "weights in float32" in step["plugin_step"]["left"]
+
+
+def test_quantised_weights_are_asked_for_too(
+    exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder's process is told the formats of all matrices."""
+    asked: list[Any] = []
+    run = build_module.run_worker
+    monkeypatch.setattr(build_module, "run_worker", lambda it, *rest: asked.append(it) or run(it, *rest))
+    folder = exported(dtype="float16", weight_format="int4")[0]
+    build(
+        FakeMachine(tmp_path / "a"),
+        folder,
+        tmp_path / "e",
+        recipe={"layout": "two", "step": "auto"},
+        validate=False,
+    )
+    prefill, step = asked
+    bundle = open_bundle(folder)
+    assert bundle.quantised is not None
+    assert prefill.matrices is None and step.step == "auto" and step.quantised == dict(bundle.quantised)
+    _, made = open_engine(tmp_path / "e").manifest["made_with"]["plans"]
+    assert "is not a library" in made["plugin_step"]["left"]
 
 
 def test_auto_is_for_gpus_that_copy_in_bulk(
