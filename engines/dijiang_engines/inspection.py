@@ -21,6 +21,7 @@ from dijiang_engines.formats.onnx_external import external_tensors
 from dijiang_engines.formats.quantised.manifest import KEY, Quantisation
 from dijiang_engines.formats.safe_files import LIMITS, open_regular
 from dijiang_engines.op_contract import chunk_size
+from dijiang_engines.printable import printable
 from dijiang_engines.sizes import ITEM_BYTES, part_sizes, weight_bytes
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.weight_formats import Matrix
@@ -217,8 +218,20 @@ def inspect_engine(engine: EngineFolder) -> Inspection:
         "made_for": engine.made_for.to_json(),
         "profiles": engine.profiles.to_json(),
         "validated": engine.manifest.get("validated"),
+        "step": _step_of(engine.manifest.get("made_with")),
     }
     return _inspection("engine", engine, (), details)
+
+
+def _step_of(made_with: Any) -> str | None:
+    """How an engine steps, in words, by what its builder said of the plans; None: it said nothing."""
+    plans = made_with.get("plans") if isinstance(made_with, Mapping) else None
+    for plan in plans if isinstance(plans, list) else ():
+        step = plan.get("plugin_step") if isinstance(plan, Mapping) else None
+        if isinstance(step, Mapping):
+            left = step.get("left")
+            return "one launch" if left is None else f"layer by layer: {printable(str(left), 200)}"
+    return None
 
 
 def _inspection(

@@ -3,16 +3,17 @@
 #include "v2/linear_blob.h"
 #include "v2/step_blob.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <tuple>
 #include <vector>
 
-using dijiang::trt::Attributes;
-using dijiang::trt::kBlobSize;
-using dijiang::trt::Limits;
-using dijiang::trt::read_blob;
+using dijiang::trt::attention::Attributes;
+using dijiang::trt::attention::kBlobSize;
+using dijiang::trt::attention::read_blob;
 
 namespace {
 
@@ -27,8 +28,7 @@ using Blob = std::array<unsigned char, kBlobSize>;
 
 bool refused(const void* bytes, size_t size, const char* text) {
     Attributes attributes;
-    Limits limits;
-    return read_blob(bytes, size, attributes, limits).find(text) != std::string::npos;
+    return read_blob(bytes, size, attributes).find(text) != std::string::npos;
 }
 
 void linear() {
@@ -103,10 +103,48 @@ void step() {
     expect(refuses(longer.data(), longer.size(), "expected 88"), "step: a longer one too");
     expect(refuses(nullptr, step::kBlobSize, "expected 88"), "step: and none at all");
     for (const auto& [at, value, text] :
-        {std::tuple<size_t, int, const char*>{0, 'X', "DJTS"}, {4, 2, "format 2"}}) {
+        {std::tuple<size_t, int, const char*>{0, 'X', "DJTS"}, {4, 2, "format 2"}, {76, 1, "expected 92"}}) {
         auto other = blob;
         other[at] = static_cast<unsigned char>(value);
         expect(refuses(other.data(), other.size(), text), text);
+    }
+}
+
+void quantised_step() {
+    namespace step = dijiang::trt::step;
+    step::Attributes attributes;
+    attributes.model.layers = 3;
+    attributes.formats = 5;
+    const int32_t formats[] = {1, 2, 0x14, 0, 0xff};  // the head's, the embedding's, and of each layer
+    std::copy(std::begin(formats), std::end(formats), attributes.weight_formats);
+    expect(step::take_formats(attributes).empty() && attributes.model.quantised == 1 &&
+               attributes.model.head_format == 1 && attributes.model.embedding_format == 2 &&
+               attributes.model.int8_matrices[0] == 0x14 && attributes.model.int8_matrices[2] == 0xff,
+        "quantised step: the model has the formats");
+    std::vector<unsigned char> blob(step::blob_size(attributes));
+    step::write_blob(attributes, blob.data());
+    expect(blob.size() == 108 && blob[4] == 2 && blob[76] == 5 && blob[88] == 1 && blob[92] == 2 && blob[96] == 0x14,
+        "quantised step: 88 bytes and a word for each format");
+    step::Attributes read;
+    expect(step::read_blob(blob.data(), blob.size(), read).empty() &&
+               std::memcmp(&read, &attributes, sizeof read) == 0,
+        "quantised step: the same attributes");
+    const auto refused_as = [](const std::vector<unsigned char>& bytes) {
+        step::Attributes unused;
+        return step::read_blob(bytes.data(), bytes.size(), unused);
+    };
+    bool all = true;
+    for (size_t size = 0; size < blob.size(); ++size)
+        all = all && !refused_as({blob.begin(), blob.begin() + static_cast<std::ptrdiff_t>(size)}).empty();
+    auto longer = blob;
+    longer.push_back(0);
+    expect(all && !refused_as(longer).empty(), "quantised step: every other size is refused");
+    for (const auto& [at, value, text] : {std::tuple<size_t, int, const char*>{4, 1, "format 1"}, {8, 2, "2 layers"},
+             {8, 0, "0 layers"}, {11, 0x80, "expected 2 and one for each layer"}, {76, 4, "expected 104"},
+             {79, 0x80, "expected 0 to 130"}, {97, 1, "a bit for each"}, {107, 0x80, "a bit for each"}}) {
+        auto other = blob;
+        other[at] = static_cast<unsigned char>(value);
+        expect(refused_as(other).find(text) != std::string::npos, text);
     }
 }
 
@@ -115,28 +153,27 @@ void step() {
 int main() {
     linear();
     step();
+    quantised_step();
     Attributes attributes;
     attributes.num_heads = 12;
     attributes.num_kv_heads = 3;
     attributes.head_dim = 0x01020340;  // four different bytes: their order shows
     attributes.rotary_dim = 16;
     attributes.epsilon = 1.0000001e-5f;
-    Limits limits;
-    limits.include(8, 1);
-    limits.include(2, 4096);
+    attributes.limits.include(8, 1);
+    attributes.limits.include(2, 4096);
     Blob blob{};
-    write_blob(attributes, limits, blob.data());
+    write_blob(attributes, blob.data());
     const unsigned char head[] = {
         'D', 'J', 'T', 'A', 1, 0, 0, 0, 12, 0, 0, 0, 3, 0, 0, 0, 0x40, 0x03, 0x02, 0x01};
     expect(std::memcmp(blob.data(), head, sizeof head) == 0, "little-endian, with magic and format version");
 
     Attributes read;
-    Limits read_limits;
-    expect(read_blob(blob.data(), blob.size(), read, read_limits).empty(), "reads what was written");
+    expect(read_blob(blob.data(), blob.size(), read).empty(), "reads what was written");
     expect(read.num_heads == 12 && read.num_kv_heads == 3 && read.head_dim == attributes.head_dim &&
                read.rotary_dim == 16 && read.epsilon == attributes.epsilon,
         "the same attributes");
-    expect(read_limits.max_batch == 8 && read_limits.max_length == 4096, "the same limits");
+    expect(read.limits.max_batch == 8 && read.limits.max_length == 4096, "the same limits");
 
     bool all = true;
     for (size_t size = 0; size < kBlobSize; ++size) {

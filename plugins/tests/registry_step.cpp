@@ -18,18 +18,22 @@ using test::expect;
 constexpr char kName[] = "DijiangStep";
 constexpr int32_t kLayers = 2, kHidden = 64, kVocabulary = 101, kHeads = 4, kDim = 16, kRows = 8, kPositions = 42;
 
-// A small GPT-NeoX, or with `learned` positions; each field may be spoilt.
+// A small GPT-NeoX, or with `learned` positions, or of quantised weights with an embedding in int8 or int4 (`embedding`, a
+// dijiang_weight_format); each field may be spoilt.
 struct Node {
+    int32_t formats[2 + kLayers] = {2, 0, 0b10100, 0};
     int32_t values[17] = {kLayers, kHidden, 128, kVocabulary, kHeads, kHeads, kDim, 4, 1, 1, 2, 1, 0, 0, 0, kRows, 4};
     float epsilons[2] = {1e-5f, 1e-5f};
     std::vector<PluginField> fields;
 
-    explicit Node(bool learned = false) {
+    explicit Node(bool learned = false, int32_t embedding = 0) {
         static const char* const names[] = {"layers", "hidden", "inner", "vocabulary", "num_heads", "num_kv_heads",
             "head_dim", "rotary_dim", "dtype", "norm", "activation", "parallel_residual", "table_rows", "position_rows",
             "position_offset", "rows", "blocks"};
         if (learned) at("position_rows", names) = kPositions;
         for (int32_t i = 0; i < 17; ++i) fields.emplace_back(names[i], &values[i], PluginFieldType::kINT32, 1);
+        formats[1] = embedding;
+        if (embedding != 0) fields.emplace_back("weight_formats", formats, PluginFieldType::kINT32, 2 + kLayers);
         fields.emplace_back("norm_epsilon", &epsilons[0], PluginFieldType::kFLOAT32, 1);
         fields.emplace_back("group_norm_epsilon", &epsilons[1], PluginFieldType::kFLOAT32, 1);
     }
@@ -63,13 +67,17 @@ nvinfer1::PluginTensorDesc tensor(DataType type, std::initializer_list<int64_t> 
     return made;
 }
 
-// Of a call: input_ids, positions, seq_lens, states, packed, embedding, perhaps positions' table; logits, states.
-std::vector<nvinfer1::PluginTensorDesc> tensors(int64_t batch, int64_t lines, DataType ids, bool learned = false) {
+// Of a call: input_ids, positions, seq_lens, states, packed, embedding, perhaps its scales and positions' table; logits,
+// states.
+std::vector<nvinfer1::PluginTensorDesc> tensors(
+    int64_t batch, int64_t lines, DataType ids, bool learned = false, int32_t embedding = 0) {
     constexpr DataType kF = DataType::kFLOAT, kI = DataType::kINT32;
     std::vector<nvinfer1::PluginTensorDesc> all = {tensor(ids, {batch, 1}), tensor(ids, {batch}), tensor(ids, {batch})};
     for (int32_t i = 0; i < kLayers; ++i) all.push_back(tensor(kF, {batch, kHeads, kDim, kDim}));
     all.push_back(tensor(kI, {lines, 32}));
-    all.push_back(tensor(kI, {kVocabulary, kHidden / 2}));
+    all.push_back(tensor(kI, {kVocabulary, kHidden / (embedding == 2 ? 8 : embedding == 1 ? 4 : 2)}));
+    // float16 [V, h/32] in lines of 128 bytes: 404 bytes
+    if (embedding != 0) all.push_back(tensor(kI, {4, 32}));
     if (learned) all.push_back(tensor(kI, {kPositions, kHidden / 2}));
     all.push_back(tensor(kF, {batch, 1, kVocabulary}));
     for (int32_t i = 0; i < kLayers; ++i) all.push_back(tensor(kF, {batch, kHeads, kDim, kDim}));
@@ -90,9 +98,9 @@ int32_t configure(IPluginV3* plugin, const std::vector<nvinfer1::PluginTensorDes
 }
 
 // What the plugin expects of the packed weights, as it says itself: [lines, 32].
-int64_t lines_of(IPluginV3* plugin, test::Logger& logger, bool learned) {
+int64_t lines_of(IPluginV3* plugin, test::Logger& logger, bool learned, int32_t embedding) {
     for (int64_t lines = 1; lines < 1 << 14; ++lines)
-        if (configure(plugin, tensors(1, lines, DataType::kINT32, learned)) == 0) return logger.forget(), lines;
+        if (configure(plugin, tensors(1, lines, DataType::kINT32, learned, embedding)) == 0) return logger.forget(), lines;
     expect(false, "step: packed weights of some size fit");
     return 0;
 }
@@ -122,9 +130,18 @@ void refusals(nvinfer1::IPluginCreatorV3One& creator, test::Logger& logger) {
     refused("float32", "dtype", [](Node& n) { n["dtype"] = 0; });
     refused("activations that do not fit", "does not fit a block's shared memory", [](Node& n) { n["inner"] = 1 << 18; });
     refused("an epsilon of 0", "norm_epsilon", [](Node& n) { n.epsilons[0] = 0.0f; });
-    refused("a format of weights that there is not", "reserved", [](Node& n) {
-        static const int32_t one = 1;
-        n.fields.emplace_back("weight_formats", &one, PluginFieldType::kINT32, 1);
+    static const int32_t formats[2 + kLayers] = {2, 1, 256, 0}, other[2 + kLayers] = {2, 3, 0, 0};
+    const auto weights = [&](const int32_t* values, int32_t count) {
+        return [=](Node& n) { n.fields.emplace_back("weight_formats", values, PluginFieldType::kINT32, count); };
+    };
+    refused("a single format that is not 0", "got 1 values", weights(formats, 1));
+    refused("formats of fewer layers", "got 3 values for 2 layers", weights(formats, 1 + kLayers));
+    refused("formats of more layers than there may be", "needs 1 to 130 values", weights(formats, 131));
+    refused("a layer with more matrices", "got 256 for layer 0", weights(formats, 2 + kLayers));
+    refused("a format that there is not", "embedding_format", weights(other, 2 + kLayers));
+    refused("no formats of layers that there are not", "layers", [&](Node& n) {
+        weights(formats, 2 + kLayers)(n);
+        n["layers"] = INT32_MAX;
     });
 }
 
@@ -156,19 +173,19 @@ void formats(IPluginV3* plugin) {
         "step: outputs are float32");
 }
 
-void shapes(IPluginV3* plugin, test::Logger& logger, bool learned) {
-    const int64_t lines = lines_of(plugin, logger, learned);
+void shapes(IPluginV3* plugin, test::Logger& logger, bool learned, int32_t embedding) {
+    const int64_t lines = lines_of(plugin, logger, learned, embedding);
     for (const DataType ids : {DataType::kINT32, DataType::kINT64}) {
-        expect(configure(plugin, tensors(kRows, lines, ids, learned)) == 0, "step: sizes that fit");
-        expect(configure(plugin, tensors(-1, lines, ids, learned), kRows) == 0, "step: an unknown batch");
+        expect(configure(plugin, tensors(kRows, lines, ids, learned, embedding)) == 0, "step: sizes that fit");
+        expect(configure(plugin, tensors(-1, lines, ids, learned, embedding), kRows) == 0, "step: an unknown batch");
     }
-    expect(configure(plugin, tensors(-1, lines, DataType::kINT32, learned), kRows + 1) != 0 &&
+    expect(configure(plugin, tensors(-1, lines, DataType::kINT32, learned, embedding), kRows + 1) != 0 &&
                logger.said("the profile allows 9 rows", kName),
         "step refused: a profile of more rows than the plan is for");
-    expect(configure(plugin, tensors(kRows + 1, lines, DataType::kINT32, learned)) != 0 &&
+    expect(configure(plugin, tensors(kRows + 1, lines, DataType::kINT32, learned, embedding)) != 0 &&
                logger.said("got 9 rows", kName),
         "step refused: more rows");
-    const auto right = tensors(1, lines, DataType::kINT32, learned);
+    const auto right = tensors(1, lines, DataType::kINT32, learned, embedding);
     for (size_t at = 0; at < right.size(); ++at) {
         for (int32_t dim = 0; dim < right[at].dims.nbDims; ++dim) {
             auto wrong = right;
@@ -186,15 +203,23 @@ void shapes(IPluginV3* plugin, test::Logger& logger, bool learned) {
     expect(configure(plugin, few) != 0 && logger.said("outputs; expected", kName), "step refused: too few inputs");
 }
 
-void lifecycle(nvinfer1::IPluginCreatorV3One& creator, IPluginV3* plugin, test::Logger& logger) {
+// What a plan keeps of a plugin, of which it can be made again; the plugin's identity.
+std::string kept(nvinfer1::IPluginCreatorV3One& creator, IPluginV3* plugin, int32_t formats) {
     const std::unique_ptr<IPluginV3> copy(plugin->clone());
     const std::string identity = test::build_of(plugin)->getTimingCacheID();
     expect(copy != nullptr && identity == test::build_of(copy.get())->getTimingCacheID(), "step: a clone is the same");
-    const PluginFieldCollection* kept = test::runtime_of(copy.get())->getFieldsToSerialize();
-    expect(kept->nbFields == 20, "step: a plan keeps every field");
-    const std::unique_ptr<IPluginV3> rebuilt(creator.createPlugin("step0", kept, TensorRTPhase::kRUNTIME));
+    const PluginFieldCollection* fields = test::runtime_of(copy.get())->getFieldsToSerialize();
+    expect(fields->nbFields == 20 && std::strcmp(fields->fields[19].name, "weight_formats") == 0 &&
+               fields->fields[19].length == formats,
+        "step: a plan keeps every field");
+    const std::unique_ptr<IPluginV3> rebuilt(creator.createPlugin("step0", fields, TensorRTPhase::kRUNTIME));
     expect(rebuilt != nullptr && identity == test::build_of(rebuilt.get())->getTimingCacheID(),
         "step: rebuilt of what a plan keeps");
+    return identity;
+}
+
+void lifecycle(nvinfer1::IPluginCreatorV3One& creator, IPluginV3* plugin, test::Logger& logger) {
+    const std::string identity = kept(creator, plugin, 1);
     for (const char* name : {"rows", "blocks", "inner", "parallel_residual"}) {
         Node other;
         other[name] = std::strcmp(name, "inner") == 0 ? 160 : std::strcmp(name, "parallel_residual") == 0 ? 0 : 7;
@@ -225,13 +250,24 @@ void run_step(test::Runtime& runtime) {
     expect(creator != nullptr, "step: the creator is there");
     if (creator == nullptr) return;
     refusals(*creator, runtime.logger);
-    for (const bool learned : {false, true}) {
-        Node node(learned);
-        const std::unique_ptr<IPluginV3> plugin(node.create(*creator));
-        expect(plugin != nullptr, learned ? "step: created, with learned positions" : "step: created");
-        if (plugin == nullptr) return;
-        if (!learned) formats(plugin.get());
-        shapes(plugin.get(), runtime.logger, learned);
-        if (!learned) lifecycle(*creator, plugin.get(), runtime.logger);
+    for (const bool learned : {false, true})
+        for (const int32_t embedding : {0, 1, 2}) {
+            Node node(learned, embedding);
+            const std::unique_ptr<IPluginV3> plugin(node.create(*creator));
+            expect(plugin != nullptr, std::string("step: created") + (learned ? ", with learned positions" : "") +
+                                          (embedding != 0 ? ", quantised" : ""));
+            if (plugin == nullptr) return;
+            shapes(plugin.get(), runtime.logger, learned, embedding);
+            if (embedding != 0) {
+                const std::string identity = kept(*creator, plugin.get(), 2 + kLayers);
+                Node other(learned, embedding);
+                other.formats[3] = 1;
+                const std::unique_ptr<IPluginV3> different(other.create(*creator));
+                expect(different != nullptr && identity != test::build_of(different.get())->getTimingCacheID(),
+                    "step: another identity with other formats");
+            } else if (!learned) {
+                formats(plugin.get());
+                lifecycle(*creator, plugin.get(), runtime.logger);
+            }
     }
 }

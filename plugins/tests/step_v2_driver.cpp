@@ -36,12 +36,15 @@ struct Node {
         {"dtype", 1}, {"norm", 1}, {"activation", 2}, {"parallel_residual", 1}, {"table_rows", 0}, {"position_rows", 0},
         {"position_offset", 0}, {"rows", 8}, {"blocks", 4}};
     float epsilon = 1e-5f;
+    std::vector<int32_t> formats;  // none, or of quantised weights
 
     IPluginV2DynamicExt* create(nvinfer1::IPluginCreator& creator) {
         std::vector<PluginField> fields;
         for (const auto& it : integers) fields.emplace_back(it.first, &it.second, PluginFieldType::kINT32, 1);
         for (const char* name : {"norm_epsilon", "group_norm_epsilon"})
             fields.emplace_back(name, &epsilon, PluginFieldType::kFLOAT32, 1);
+        if (!formats.empty())
+            fields.emplace_back("weight_formats", formats.data(), PluginFieldType::kINT32, static_cast<int32_t>(formats.size()));
         const nvinfer1::PluginFieldCollection all{static_cast<int32_t>(fields.size()), fields.data()};
         return static_cast<IPluginV2DynamicExt*>(creator.createPlugin("step", &all));
     }
@@ -135,6 +138,20 @@ void hostile(nvinfer1::IPluginCreator& creator, const std::vector<char>& good) {
     }
 }
 
+// What a plan keeps, and reads.
+void plan(nvinfer1::IPluginCreator& creator, IPluginV2DynamicExt& plugin, size_t size) {
+    const std::vector<char> bytes = bytes_of(plugin);
+    expect(bytes.size() == size && std::memcmp(bytes.data(), "DJTS", 4) == 0,
+        "a plan keeps " + std::to_string(size) + " bytes");
+    IPluginV2DynamicExt* copy = plugin.clone();
+    expect(bytes_of(*copy) == bytes, "a clone is the same");
+    copy->destroy();
+    auto* read = static_cast<IPluginV2DynamicExt*>(creator.deserializePlugin("", bytes.data(), bytes.size()));
+    expect(read != nullptr && bytes_of(*read) == bytes, "read from a plan");
+    read->destroy();
+    hostile(creator, bytes);
+}
+
 void call(IPluginV2DynamicExt& plugin) {
     std::vector<nvinfer1::DynamicPluginTensorDesc> tensors(kInputs + kOutputs);  // no tensor has a shape
     plugin.configurePlugin(tensors.data(), kInputs, tensors.data() + kInputs, kOutputs);
@@ -174,15 +191,12 @@ int main(int count, char** arguments) {
     expect(plugin != nullptr && std::strcmp(plugin->getPluginType(), "DijiangStep") == 0, "created");
     types(*plugin);
     shapes(*plugin);
-    const std::vector<char> bytes = bytes_of(*plugin);
-    expect(bytes.size() == 88 && std::memcmp(bytes.data(), "DJTS", 4) == 0, "a plan keeps 88 bytes");
-    IPluginV2DynamicExt* copy = plugin->clone();
-    expect(bytes_of(*copy) == bytes, "a clone is the same");
-    copy->destroy();
-    auto* read = static_cast<IPluginV2DynamicExt*>(creator->deserializePlugin("", bytes.data(), bytes.size()));
-    expect(read != nullptr && bytes_of(*read) == bytes, "read from a plan");
-    read->destroy();
-    hostile(*creator, bytes);
+    plan(*creator, *plugin, 88);
+    node.formats = {1, 1, 0b10100, 0};  // of the head, the embedding, and each layer
+    IPluginV2DynamicExt* quantised = node.create(*creator);
+    expect(quantised != nullptr, "created, quantised");
+    plan(*creator, *quantised, 88 + 4 * (2 + kLayers));
+    quantised->destroy();
     call(*plugin);
     plugin->destroy();
     std::printf("all right\n");

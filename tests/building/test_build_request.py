@@ -12,6 +12,7 @@ from support.makers.toy_bundle import SPEC
 
 from dijiang_engines.building.request import BuildRequest, read_request
 from dijiang_engines.errors import RunnerError
+from dijiang_engines.weight_formats import matrices, matrix_shapes
 
 PROFILE = {"input_ids": [[1, 1], [2, 32], [4, 64]], "positions": [[1], [2], [4]]}
 REQUEST = BuildRequest(
@@ -19,12 +20,19 @@ REQUEST = BuildRequest(
     profiles=[PROFILE], workspace=256 << 20, optimization_level=3, timing_cache=None, device=0,
     plugin_products=True,
 )  # fmt: skip
+QUANTISED = dataclasses.replace(
+    SPEC, hidden_size=64, embedding_size=64, intermediate_size=32, num_heads=4, num_kv_heads=4, head_dim=16
+)
+MATRICES = dict.fromkeys(matrix_shapes(QUANTISED), "int8") | {"lm_head.weight": "int4"}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"timing_cache": Path("/c/t.cache"), "plugin_products": False}, {"step": "auto", "spec": SPEC}],
-)
+    [
+        {}, {"timing_cache": Path("/c/t.cache"), "plugin_products": False}, {"step": "auto", "spec": SPEC},
+        {"step": "one-launch", "spec": QUANTISED, "matrices": MATRICES},
+    ],
+)  # fmt: skip
 def test_it_arrives_as_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
     request = dataclasses.replace(REQUEST, **changes)
     request.write(tmp_path / "request.json")
@@ -61,6 +69,7 @@ WRONG: dict[str, list[Any]] = {
     "device": [-1, 0.0, False, "0"],
     "plugin_products": [0, 1, "yes", None],
     "step": ["both", None, 1, "auto", "one-launch"],  # the last two without a model
+    "matrices": [{}, MATRICES],  # without a model
     "spec": [{}, {"layers": 1}, 3, SPEC.to_json()],  # the last for a step that needs none
 }  # fmt: skip
 
@@ -70,6 +79,20 @@ def test_what_cannot_be_built_is_refused(name: str, value: Any) -> None:
     with pytest.raises(RunnerError, match="something odd") as caught:
         BuildRequest.from_json(REQUEST.to_json() | {name: value})
     assert len(str(caught.value.got)) <= 200
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {}, [], 3, "int8", {"lm_head.weight": "int8"}, MATRICES | {"lm_head.weight": "int2"},
+        MATRICES | {"lm_head.weight": 8}, MATRICES | {"more": "int8"},
+    ],
+)  # fmt: skip
+def test_matrices_that_are_not_the_model_s_are_refused(value: Any) -> None:
+    data = REQUEST.to_json() | {"step": "auto", "spec": QUANTISED.to_json(), "matrices": MATRICES}
+    assert BuildRequest.from_json(data).quantised == matrices(QUANTISED, MATRICES)
+    with pytest.raises(RunnerError, match="something odd: matrices"):
+        BuildRequest.from_json(data | {"matrices": value})
 
 
 @pytest.mark.parametrize(

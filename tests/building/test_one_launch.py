@@ -8,6 +8,7 @@ tests/building/test_rtx_builds.py's and the GPU's to show.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +22,17 @@ from support.fakes.step_network import OnAStream, computed, make, write_graph
 from support.fakes.tensorrt import FakeMachine
 from support.makers.engine_folders import build
 from support.makers.random_models import LLAMA, OPT_350M, random_call, random_model
+from support.oracles.packed_step import unpacked
+from support.quantised_models import STORED_KINDS, formats_of, quantise_model
 from support.step_emulator import compile_emulated, missing
 from support.step_models import EmulatedKernels, PackedStep, reference_step, torch_dtype
 from support.step_specs import MODELS, SMALL
 
 from dijiang_engines import io_names
+from dijiang_engines.building import build as build_module
 from dijiang_engines.building.plans import no_one_launch
 from dijiang_engines.building.recipes import Recipe, load_recipe, recipe_names
+from dijiang_engines.building.step.one_launch import fields
 from dijiang_engines.building.step.tensors import StepTensors
 from dijiang_engines.errors import KernelError, RunnerError, UsageError
 from dijiang_engines.formats.bundle import open_bundle
@@ -62,6 +67,11 @@ def test_the_network_is_the_models_step(
 ) -> None:
     spec = MODELS[name]
     network, model, _ = make(tmp_path, spec, dtype, rows, emulated, cuda, modern)
+    check_step(network, model, spec, dtype, rows, emulated)
+
+
+def check_step(network: Any, model: Any, spec: ModelSpec, dtype: str, rows: int, emulated: OnAStream) -> None:
+    """What the layer computes of what the network holds is what the model does."""
     _, positions, lens, states = random_call(spec, rows, 1, 3)
     ids = np.random.default_rng(2).integers(0, spec.vocab_size, (rows, 1))
     past = {io_names.past_state(i): state for i, state in enumerate(states)}
@@ -72,6 +82,20 @@ def test_the_network_is_the_models_step(
     assert relative_error(torch.from_numpy(logits[read, 0]), wanted[read]) <= ALLOWED[dtype]
     for mine, theirs in zip(new, expected, strict=True):
         assert relative_error(torch.from_numpy(mine), theirs) <= ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "modern", "rows"),
+    [("int8", "float16", False, 1), ("int4", "bfloat16", True, 3), ("mixed", "float16", True, 2)],
+)
+def test_the_network_is_the_models_step_with_quantised_weights(
+    name: str, kind: str, dtype: str, modern: bool, rows: int, emulated: OnAStream, cuda: Cuda, tmp_path: Path
+) -> None:
+    """The reference has the weights that are stored, q times scale, in float64."""
+    spec = MODELS[name]
+    network, model, _ = make(tmp_path, spec, dtype, rows, emulated, cuda, modern, kind)
+    check_step(network, model, spec, dtype, rows, emulated)
 
 
 @pytest.mark.parametrize("modern", [False, True])
@@ -112,6 +136,36 @@ def test_weights_keep_their_bits(
     assert len(learned) == ("embed_positions.weight" in state)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", STORED_KINDS)
+def test_quantised_weights_keep_their_bits(
+    name: str, kind: str, emulated: OnAStream, cuda: Cuda, tmp_path: Path
+) -> None:
+    """Packed from the file byte for byte as from the matrices in memory; all of them, as step.h says; the
+    embedding as it is stored, once."""
+    spec = MODELS[name]
+    quantised = quantise_model(spec, random_model(spec, 1, torch.float16), kind)
+    network, model, done = make(tmp_path, spec, "float16", 1, emulated, cuda, kind=kind)
+    packed, embedding, scales, *learned = (t.array for t in network.layers[0].inputs if t.array is not None)
+    step = PackedStep(emulated_now(emulated), spec, model, "float16", 1, "cpu", quantised)
+    assert done.packed_bytes == step.size.packed and packed.shape == (step.size.packed // 128, 32)
+    mine, theirs = packed.view(np.uint8).reshape(-1), step.packed.numpy()
+    written = theirs != 0xFF
+    assert np.array_equal(mine[written], theirs[written]) and not mine[~written & (mine != 0xFF)].any()
+    found, state = unpacked(StepModel.of(spec, "float16", quantised.parts), mine), model.state_dict()
+    assert relative_error(torch.from_numpy(found[0, "head"]), state["lm_head.weight"].double()) < 1e-3  # of float16
+    for layer in range(spec.num_layers):
+        down = state[f"layers.{layer}.mlp.down.weight"].double()
+        assert relative_error(torch.from_numpy(found[layer, "down"]), down) < 1e-3
+    values = quantised.values["embed_tokens.weight"].numpy()
+    stored = quantised.scales["embed_tokens.weight"].numpy().tobytes()
+    assert embedding.dtype == np.int32 and embedding.shape == (spec.vocab_size, spec.hidden_size // 4)
+    assert embedding.tobytes() == values.tobytes()
+    assert scales.shape == (-(-len(stored) // 128), 32)
+    assert scales.tobytes() == stored.ljust(scales.nbytes, b"\0")
+    assert len(learned) == ("embed_positions.weight" in state)
+
+
 def bits(tensor: torch.Tensor, dtype: str) -> Any:
     return tensor.to(torch_dtype(dtype)).view(torch.int16).numpy()
 
@@ -133,18 +187,17 @@ def test_a_layer_for_another_gpu_has_other_blocks(
 
 
 def test_the_fields_are_the_plugins() -> None:
-    """Those of plugins/tensorrt/step/fields.cpp, but for the one that need not be given."""
-    import re
-
-    from dijiang_engines.building.step.one_launch import fields
-
+    """Those of plugins/tensorrt/step/fields.cpp; one is of quantised weights alone."""
     text = (Path(__file__).parents[2] / "plugins/tensorrt/step/fields.cpp").read_text()
-    rules = dict(re.findall(r'\{"(\w+)", k(Integer|Real), 1\}', text))
+    rules = dict(re.findall(r'\{"(\w+)", k(Integer|Real), \w+\}', text))
     constants: Any = SimpleNamespace(size=SimpleNamespace(blocks=7))
-    made = fields(StepModel.of(SMALL, "float16"), 3, constants)
-    assert rules.pop("weight_formats") == "Integer"
+    parts = formats_of(SMALL, "int4")
+    made = fields(StepModel.of(SMALL, "float16", parts), 3, constants)
     assert {n: {"int32": "Integer", "float32": "Real"}[str(v.dtype)] for n, v in made.items()} == rules
     assert made["rows"].tolist() == [3] and made["blocks"].tolist() == [7]
+    # the head's and the embedding's formats, then v and dense of each layer
+    assert made.pop("weight_formats").tolist() == [1, 1, *[0b10100] * SMALL.num_layers]
+    assert made == fields(StepModel.of(SMALL, "float16"), 3, constants)
 
 
 # -- what is refused -----------------------------------------------------------------------------------
@@ -164,6 +217,35 @@ def test_a_graph_with_other_weights_is_refused(tmp_path: Path) -> None:
     tensors = StepTensors(path, SMALL, "bfloat16")
     with pytest.raises(RunnerError, match="another type"):
         tensors.layer(0)
+
+
+def test_a_graph_with_other_formats_is_refused(tmp_path: Path) -> None:
+    model = random_model(SMALL, 1, torch.float16)
+    path = write_graph(tmp_path, SMALL, model, "float16", "int4")
+    assert (
+        len(StepTensors(path, SMALL, "float16", formats_of(SMALL, "int4")).parts())
+        == 1 + 7 * SMALL.num_layers
+    )
+    for other, word in ((formats_of(SMALL, "int8"), "layers.0.attention"), (None, "embed_tokens.weight")):
+        with pytest.raises(RunnerError, match="is not what the model has") as caught:
+            StepTensors(path, SMALL, "float16", other)
+        assert word in caught.value.what
+    spec = dataclasses.replace(SMALL, intermediate_size=160)
+    with pytest.raises(RunnerError, match=r"mlp\.down\.weight"):
+        StepTensors(path, spec, "float16", formats_of(spec, "int4"))
+
+
+def test_a_real_quantised_bundle_is_read(exported: Export) -> None:
+    folder, _ = exported(dtype="float16", weight_format="int4")
+    bundle = open_bundle(folder)
+    assert bundle.quantised is not None
+    tensors = StepTensors(bundle.graph_path("step_trt"), bundle.spec, "float16", bundle.quantised)
+    stored = {part.stored.name for part in tensors.parts()} | {"embed_tokens.weight"}
+    assert stored == {matrix.name for matrices in bundle.quantised.values() for matrix in matrices}
+    for part in tensors.parts():
+        values, scales = tensors.part(part)
+        assert values.flags["C_CONTIGUOUS"] and len(values) == len(scales) == part.rows
+    assert "head" not in tensors.ends() and "qkv" not in tensors.layer(0)
 
 
 def test_a_real_bundle_is_read(exported: Export) -> None:
@@ -188,7 +270,8 @@ def test_what_the_kernel_does_not_have(emulated: OnAStream, cuda: Cuda, tmp_path
         (SMALL, "float32", {}, "weights in float32"),
         (OPT_350M, "float16", {}, "no step in one launch for this model"),
         (SMALL, "float16", {"max_batch": 9}, "up to 9 sequences; expected at most 8"),
-        (SMALL, "float16", {"quantised": {}}, "quantised"),
+        (SMALL, "float16", {"quantised": formats_of(SMALL, "int4")}, None),
+        (SMALL, "float32", {"quantised": formats_of(SMALL, "int8")}, "activations in float32"),
         (SMALL, "float16", {"ahead_of_time": True}, "multiprocessors"),
     ],
 )
@@ -223,6 +306,29 @@ def test_auto_says_why_it_fell_back(exported: Export, tmp_path: Path) -> None:
     build(FakeMachine(tmp_path / "b"), whole, tmp_path / "b.engine", recipe=recipe, validate=False)
     _, step = open_engine(tmp_path / "b.engine").manifest["made_with"]["plans"]
     assert "weights in float32" in step["plugin_step"]["left"]
+
+
+def test_quantised_weights_are_asked_for_too(
+    exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder's process is told the formats of all matrices."""
+    asked: list[Any] = []
+    run = build_module.run_worker
+    monkeypatch.setattr(build_module, "run_worker", lambda it, *rest: asked.append(it) or run(it, *rest))
+    folder = exported(dtype="float16", weight_format="int4")[0]
+    build(
+        FakeMachine(tmp_path / "a"),
+        folder,
+        tmp_path / "e",
+        recipe={"layout": "two", "step": "auto"},
+        validate=False,
+    )
+    prefill, step = asked
+    bundle = open_bundle(folder)
+    assert bundle.quantised is not None
+    assert prefill.matrices is None and step.step == "auto" and step.quantised == dict(bundle.quantised)
+    _, made = open_engine(tmp_path / "e").manifest["made_with"]["plans"]
+    assert "is not a library" in made["plugin_step"]["left"]
 
 
 def test_auto_is_for_gpus_that_copy_in_bulk(

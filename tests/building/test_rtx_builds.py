@@ -303,20 +303,24 @@ def test_quantised_weights_beside_the_plugin_s_attention(
         check_quantised(quantised, made)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("float16", None), ("bfloat16", None), ("float16", "int4"), ("bfloat16", "int8")]
+)
 @pytest.mark.parametrize("name", ["neox", "neox, tables", "llama", "opt"])
 def test_a_step_in_one_launch(
-    name: str, dtype: str, site: Path, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name: str, dtype: str, weights: str | None, site: Path, plugin: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """What TensorRT 8.6 to 11 are given is taken by this builder too, as a graph, for its bindings put no
-    plugin into a network. Packed for a GPU that is not here, and in the plan once."""
+    plugin into a network. Packed for a GPU that is not here, and in the plan once: float weights, or
+    quantised ones with the embedding's elements and scales."""
     if (reason := missing()) is not None:
         pytest.skip(reason)
     FakeMachine(tmp_path / "machine").enter(monkeypatch)
     kernels = OnAStream(compile_emulated(tmp_path).path)
     kernels.device = Device(89, 128, 99 << 10)
     spec = STEP_MODELS[name]
-    network, *_ = make(tmp_path, spec, dtype, BATCH, kernels, Cuda(), modern=True)
+    network, *_ = make(tmp_path, spec, dtype, BATCH, kernels, Cuda(), modern=True, kind=weights)
     ir.save(as_onnx(network), tmp_path / "one.onnx")
     made = BuildRequest(
         onnx=tmp_path / "one.onnx", plan=tmp_path / "step.plan", plugin=plugin, dtype=dtype,

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,6 +204,28 @@ def test_an_engine(
     assert main(["inspect", str(folder)]) == 0
     assert main(["inspect", "--verify", str(folder)]) == 1
     assert "step.plan" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"launches": 1, "blocks": 132, "packed_bytes": 9}, "one launch"),
+        ({"launches": 0, "left": "up to 16 \x1b sequences"}, r"layer by layer: up to 16 \x1b sequences"),
+        (None, None), ("odd", None),
+    ],
+)  # fmt: skip
+def test_how_an_engine_steps(
+    step: Any, said: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "250")
+    plans = [{"file": "prefill.plan", "plugin_step": None}, {"file": "step.plan", "plugin_step": step}]
+    folder = write_engine(tmp_path / "toy.engine", "two", made_with={"plans": plans})
+    assert main(["--json", "inspect", str(folder)]) == 0
+    assert json.loads(capfd.readouterr().out)["engine"]["step"] == said
+    assert main(["inspect", str(folder)]) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert said in shown if said is not None else "a step" not in shown
 
 
 def test_an_engine_for_several_gpus(

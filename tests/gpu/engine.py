@@ -147,9 +147,9 @@ class Checks(RunnerChecks):
     def stops(self) -> str:
         assert self.tokenizer is not None
         options = GenerateOptions(max_tokens=80, stop=("\n",), ignore_eos=True)
-        texts = []
+        texts, prompts = [], ["def main(", "x = 1  #"][: self.max_batch]
         for runner in (self.runner, OnHost(self.runner)):
-            generation = Generator(runner, self.tokenizer).start(["def main(", "x = 1  #"], options)  # type: ignore[arg-type]
+            generation = Generator(runner, self.tokenizer).start(prompts, options)  # type: ignore[arg-type]
             for _ in generation:
                 pass
             session = generation.session()

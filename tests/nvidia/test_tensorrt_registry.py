@@ -88,6 +88,7 @@ def test_plan_bytes_of_tensorrt_8(tmp_path: Path) -> None:
     """Write and read back, and refuse anything else; with sanitizers."""
     program = tmp_path / "blob_test"
     sources = [ROOT / "plugins/tests/blob_test.cpp", *(SHELLS / "v2").glob("*blob.cpp")]
+    sources.append(SHELLS / "step/formats.cpp")
     includes = [f"-I{p}" for p in (ROOT / "plugins/include", SHELLS, SHELLS / "common", SHELLS / "v2")]
     checks = ["-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     run("g++", "-std=c++17", "-g", *checks, *includes, *sources, "-o", program)

@@ -34,11 +34,11 @@ WRAPPER = """
 extern "C" size_t anywhere(const dijiang_geometry* geometry, int batch, int length, const char* architectures,
     char* wrong) {
     size_t bytes = 0;
-    using dijiang::trt::workspace_anywhere;
+    using dijiang::trt::attention::workspace_anywhere;
     std::strcpy(wrong, workspace_anywhere(*geometry, batch, length, architectures, bytes).c_str());
     return bytes;
 }
-extern "C" int ahead() { return dijiang::trt::builds_ahead(); }
+extern "C" int ahead() { return dijiang::trt::attention::builds_ahead(); }
 """
 Anywhere = Callable[[Geometry, int, int, str], int]
 

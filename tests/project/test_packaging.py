@@ -102,7 +102,7 @@ SOURCES = "dijiang_engines/plugin_sources/"
 def test_it_brings_the_sources_of_the_plugin_and_no_product_of_it(names: set[str]) -> None:
     shipped = {name.removeprefix(SOURCES) for name in names if name.startswith(SOURCES)}
     wanted = {path.relative_to(plugin_sources()).as_posix() for path in source_files()}
-    assert {"CMakeLists.txt", "kernels/attention/api.cpp", "tensorrt/v3/attention_plugin.cpp"} <= wanted
+    assert {"CMakeLists.txt", "kernels/attention/api.cpp", "tensorrt/v3/plugin.h"} <= wanted
     assert shipped == wanted
 
 

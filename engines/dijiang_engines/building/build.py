@@ -171,6 +171,7 @@ def _build(
         optimization_level=recipe.optimization_level, timing_cache=cache, device=device,
         plugin_products=is_step and not target.dialect.ahead_of_time and plugin_multiplies(bundle, recipe),
         step=step, spec=None if step == PRODUCTS else bundle.spec,
+        matrices=None if step == PRODUCTS or bundle.quantisation is None else bundle.quantisation.formats,
         runtime=target.product.name, capabilities=() if target.gpu else target.capabilities,
     )  # fmt: skip
     log(f"building {plan.file}; this takes minutes for a large model")

@@ -84,12 +84,10 @@ def no_one_launch(bundle: Bundle, recipe: Recipe, *, ahead_of_time: bool = False
         return (
             "weights are packed for the number of multiprocessors of the GPU that runs them, and none is here"
         )
-    if bundle.quantised is not None:
-        return "the bundle's weights are quantised"
     if recipe.max_batch > MAX_ROWS:
         return f"up to {recipe.max_batch} sequences; expected at most {MAX_ROWS}"
     try:
-        StepModel.of(bundle.spec, bundle.dtype)
+        StepModel.of(bundle.spec, bundle.dtype, bundle.quantised)
     except KernelError as error:
         return error.sentence()
     return None

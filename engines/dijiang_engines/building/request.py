@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dijiang_engines.io_names import INPUT_IDS
 from dijiang_engines.nvidia.tensorrt_versions import RUNTIMES, TENSORRT
 from dijiang_engines.op_contract import T_TYPES
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import Matrix, matrices
 
 Profile = dict[str, list[list[int]]]
 """Input -> its least, best and most shape."""
@@ -58,10 +59,19 @@ class BuildRequest:
     """One of `recipes.STEPS`: is the plan to be one launch of the plugin's?"""
     spec: ModelSpec | None = None
     """The model, if it may be."""
+    matrices: Mapping[str, str] | None = None
+    """Stored matrix -> int8 or int4 (`weight_formats`), if the weights of that model are quantised."""
     runtime: str = TENSORRT
     """Who builds: a key of `tensorrt_versions.RUNTIMES`."""
     capabilities: tuple[int, ...] = ()
     """Compute capabilities that the plan is for, as 10 * major + minor, where the builder needs no GPU."""
+
+    @property
+    def quantised(self) -> Mapping[str, Sequence[Matrix]] | None:
+        """Canonical name -> stored matrices, as of a bundle's manifest."""
+        if self.matrices is None or self.spec is None:
+            return None
+        return matrices(self.spec, self.matrices)
 
     @property
     def most_rows(self) -> int:
@@ -92,12 +102,29 @@ class BuildRequest:
             raise _wrong("step", self.step, " or ".join(STEPS))
         if (self.spec is None) != (self.step == PRODUCTS) or not isinstance(self.spec, ModelSpec | None):
             raise _wrong("spec", self.spec, "the model of a step in one launch, and of no other")
+        if self.matrices is not None:
+            self._check_matrices()
         if not isinstance(self.profiles, list) or not self.profiles:
             raise _wrong("profiles", self.profiles, "one or more")
         for profile in self.profiles:
             _check_profile(profile)
         if any(profile.keys() != self.profiles[0].keys() for profile in self.profiles):
             raise _wrong("profiles", [sorted(p) for p in self.profiles], "the same inputs in each")
+
+    def _check_matrices(self) -> None:
+        expected = "the formats of all matrices of the model of a step in one launch"
+        named = self.matrices
+        if (
+            self.spec is None
+            or not isinstance(named, Mapping)
+            or not all(map(_is_text, (*named, *named.values())))
+        ):
+            raise _wrong("matrices", named, expected)
+        assert named is not None
+        try:
+            matrices(self.spec, named)
+        except ValueError as error:
+            raise _wrong("matrices", error, expected) from error
 
     def to_json(self) -> dict[str, Any]:
         """For the request file."""
@@ -137,6 +164,10 @@ def read_request(path: Path) -> BuildRequest:
     """
     data = read_bounded(path, _MOST_BYTES, error=RunnerError)
     return BuildRequest.from_json(parse_json(data, str(path), error=RunnerError))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _check_profile(profile: object) -> None:

@@ -194,8 +194,9 @@ def _build_one_launch(
         kernels = StepKernels(request.plugin)
         network = poly.create_network(strongly_typed=dialect.strongly_typed)
         made = add_step(
-            trt, network[1], request.spec, request.dtype, request.most_rows, kernels, cuda, request.onnx
-        )
+            trt, network[1], request.spec, request.dtype, request.most_rows, kernels, cuda, request.onnx,
+            request.quantised,
+        )  # fmt: skip
         fix_sizes(network[1], request.profiles)
         config = _ready(trt, poly, network, request, dialect, "none", events)
         plan = poly.engine_bytes_from_network(network, config=config, save_timing_cache=_cache_of(request))

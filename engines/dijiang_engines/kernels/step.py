@@ -124,7 +124,9 @@ class StepModel:
             "no final norm": not spec.final_norm,
             "embeddings of another width": spec.embedding_size != spec.hidden_size,
             f"a gated MLP with {spec.activation}": spec.gated_mlp and spec.activation != "silu",
-            f"weights in {dtype}": dtype not in ("float16", "bfloat16"),
+            f"{'weights' if quantised is None else 'activations'} in {dtype}": (
+                dtype not in ("float16", "bfloat16")
+            ),
         }
         for what, found in refused.items():
             if found:

@@ -151,6 +151,8 @@ def _engine(details: Mapping[str, Any]) -> dict[str, str]:
         "takes": f"{profiles['max_batch']} sequences at once, {profiles['max_length']} tokens of each a call",
         "recorded cases": ", ".join(details["cases"]) if details["cases"] else "none",
     }
+    if details["step"] is not None:
+        rows["a step"] = details["step"]
     if checked is None:
         return rows | {"validated": "not as it was built: `dijiang-export validate` does"}
     return rows | {"validated": f"as it was built: {checked['checks']} checks passed"}

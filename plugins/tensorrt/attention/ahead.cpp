@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <sstream>
 
-namespace dijiang::trt {
+namespace dijiang::trt::attention {
 namespace {
 
 // The GPUs of TensorRT for RTX 1.7 by compute capability, with the multiprocessors of the largest die of each
@@ -63,4 +63,4 @@ std::string workspace_anywhere(const dijiang_geometry& geometry, int32_t batch, 
            "; expected some of sm_80, sm_86, sm_89, sm_120, sm_121, or compute_80";
 }
 
-}  // namespace dijiang::trt
+}  // namespace dijiang::trt::attention

@@ -7,7 +7,7 @@
 
 #include "dijiang/kernels.h"
 
-namespace dijiang::trt {
+namespace dijiang::trt::attention {
 
 // Has the process loaded a runtime whose plans are for GPUs other than the one that is here, if any is?
 bool builds_ahead();
@@ -18,4 +18,4 @@ bool builds_ahead();
 std::string workspace_anywhere(const dijiang_geometry& geometry, int32_t batch, int32_t length,
     const std::string& architectures, size_t& bytes);
 
-}  // namespace dijiang::trt
+}  // namespace dijiang::trt::attention

@@ -2,7 +2,7 @@
 
 #include <cstdio>
 
-namespace dijiang::trt {
+namespace dijiang::trt::attention {
 
 dijiang_geometry geometry_of(const Attributes& attributes, dijiang_dtype dtype, int32_t table_rows) {
     dijiang_geometry geometry{};
@@ -39,4 +39,4 @@ std::string describe(const Attributes& attributes) {
     return text;
 }
 
-}  // namespace dijiang::trt
+}  // namespace dijiang::trt::attention

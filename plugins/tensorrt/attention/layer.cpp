@@ -8,42 +8,33 @@
 #include "attention/ahead.h"
 #include "common/texts.h"
 
-namespace dijiang::trt {
+namespace dijiang::trt::attention {
 namespace {
 
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
-using Tensors = std::array<Tensor, kInputsWithTables + kOutputs>;
-
-// One list of inputs, then outputs; `view` makes a Tensor of a description. Empty where the counts are wrong.
-template <typename Description, typename View>
-Tensors list(const Description* in, int32_t inputs, const Description* out, int32_t outputs, View view) {
-    Tensors tensors{};
-    if (!right_count(inputs, outputs)) return tensors;
-    for (int32_t i = 0; i < inputs; ++i) tensors[i] = view(in[i]);
-    for (int32_t i = 0; i < outputs; ++i) tensors[inputs + i] = view(out[i]);
-    return tensors;
+// Checks the tensors that `look` finds.
+template <typename Look>
+std::string examine(
+    const Attributes& attributes, int32_t inputs, int32_t outputs, Look look, bool dynamic, Call& call) {
+    std::array<Tensor, kInputsWithTables + kOutputs> tensors{};
+    if (right_count(inputs, outputs))
+        for (int32_t at = 0; at < inputs + outputs; ++at) tensors[at] = look(at);
+    return examine(attributes, tensors.data(), inputs, outputs, dynamic, call);
 }
 
-std::string cuda_text(cudaError_t error, const char* what) {
-    return error == cudaSuccess ? std::string() : std::string(what) + ": " + cudaGetErrorString(error);
-}
-
-}  // namespace
-
+// A call's exact sizes.
 std::string examine(const Attributes& attributes, const PluginTensorDesc* in, int32_t inputs,
     const PluginTensorDesc* out, int32_t outputs, Call& call) {
-    const Tensors tensors = list(
-        in, inputs, out, outputs, [](const PluginTensorDesc& desc) { return Tensor{&desc.dims, desc.type}; });
-    return examine(attributes, tensors.data(), inputs, outputs, false, call);
+    return examine(attributes, inputs, outputs, tensors_of(in, inputs, out), false, call);
 }
 
+// Sizes that may be unknown; the call's batch and length are the largest that qkv may have (its `max`, or what is
+// there).
 std::string examine_largest(const Attributes& attributes, const DynamicPluginTensorDesc* in, int32_t inputs,
     const DynamicPluginTensorDesc* out, int32_t outputs, Call& call) {
-    const Tensors tensors = list(in, inputs, out, outputs,
-        [](const DynamicPluginTensorDesc& desc) { return Tensor{&desc.desc.dims, desc.desc.type}; });
-    const std::string wrong = examine(attributes, tensors.data(), inputs, outputs, true, call);
+    const std::string wrong = examine(attributes, inputs, outputs, tensors_of(in, inputs, out), true, call);
     if (!wrong.empty()) return wrong;
     const nvinfer1::Dims& largest = in[kQkv].max;
     if (largest.nbDims != 3) return {};
@@ -54,28 +45,44 @@ std::string examine_largest(const Attributes& attributes, const DynamicPluginTen
     return {};
 }
 
+std::string workspace_here(const Call& call, size_t& bytes) {
+    bytes = 0;
+    if (call.batch <= 0 || call.length <= 0) return {};
+    return status_text(
+        dijiang_attention_workspace_size(&call.geometry, call.batch, call.length, nullptr, &bytes));
+}
+
+std::string cuda_text(cudaError_t error, const char* what) {
+    return error == cudaSuccess ? std::string() : std::string(what) + ": " + cudaGetErrorString(error);
+}
+
+}  // namespace
+
 std::string Layer::configure(
     const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out, int32_t outputs) {
+    inputs_ = inputs;
     Call largest;
     const std::string wrong = examine_largest(attributes_, in, inputs, out, outputs, largest);
-    if (wrong.empty()) limits_.include(largest.batch, largest.length);
+    if (wrong.empty()) attributes_.limits.include(largest.batch, largest.length);
     return wrong;
 }
 
 std::string Layer::prepare(
     const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out, int32_t outputs) {
+    inputs_ = inputs;
     Call call;
     const std::string wrong = examine(attributes_, in, inputs, out, outputs, call);
     if (!wrong.empty()) return wrong;
-    limits_.include(call.batch, call.length);
+    attributes_.limits.include(call.batch, call.length);
     return reserve(call.geometry);
 }
 
 std::string Layer::reserve(const dijiang_geometry& geometry) {
-    if (limits_.max_batch <= 0 || limits_.max_length <= 0) return {};
+    const Limits& limits = attributes_.limits;
+    if (limits.max_batch <= 0 || limits.max_length <= 0) return {};
     size_t bytes = 0;
     const dijiang_status status =
-        dijiang_attention_sync_size(&geometry, limits_.max_batch, limits_.max_length, nullptr, &bytes);
+        dijiang_attention_sync_size(&geometry, limits.max_batch, limits.max_length, nullptr, &bytes);
     return status == DIJIANG_OK ? sync_.reserve(bytes) : status_text(status);
 }
 
@@ -87,24 +94,28 @@ std::string Layer::reserve() {
     return {};
 }
 
-std::string Layer::workspace(const Call& call, size_t& bytes) {
-    bytes = 0;
-    if (call.batch <= 0 || call.length <= 0) return {};
-    return status_text(
-        dijiang_attention_workspace_size(&call.geometry, call.batch, call.length, nullptr, &bytes));
+std::string Layer::workspace(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
+    int32_t outputs, size_t& bytes) const {
+    Call call;
+    const std::string wrong = examine(attributes_, in, inputs, out, outputs, call);
+    return wrong.empty() ? workspace_here(call, bytes) : wrong;
 }
 
-std::string Layer::workspace_of_plan(const Call& call, size_t& bytes) {
-    if (!builds_ahead()) return workspace(call, bytes);
+std::string Layer::workspace(const DynamicPluginTensorDesc* in, int32_t inputs,
+    const DynamicPluginTensorDesc* out, int32_t outputs, size_t& bytes) const {
+    Call call;
+    const std::string wrong = examine_largest(attributes_, in, inputs, out, outputs, call);
+    if (!wrong.empty()) return wrong;
+    if (!builds_ahead()) return workspace_here(call, bytes);
     bytes = 0;
     if (call.batch <= 0 || call.length <= 0) return {};
     return workspace_anywhere(call.geometry, call.batch, call.length, dijiang_architectures(), bytes);
 }
 
-std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, int32_t inputs,
-    const void* const* data, void* const* results, void* workspace, cudaStream_t stream) const {
+std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* data,
+    void* const* results, void* workspace, cudaStream_t stream) const {
     Call call;
-    std::string wrong = examine(attributes_, in, inputs, out, kOutputs, call);
+    std::string wrong = examine(attributes_, in, inputs_, out, kOutputs, call);
     if (!wrong.empty()) return wrong;
     if (call.batch == 0) return {};
     const auto* past = static_cast<const float*>(data[kPastState]);
@@ -128,7 +139,7 @@ std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, 
     buffers.norm_bias = numbers(kNormBias);
     buffers.inv_freq = numbers(kInvFreq);
     buffers.log_decay = numbers(kLogDecay);
-    if (inputs == kInputsWithTables) {
+    if (inputs_ == kInputsWithTables) {
         buffers.gain = numbers(kGain);
         buffers.read_scale = numbers(kReadScale);
     }
@@ -136,7 +147,7 @@ std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, 
     buffers.present_state = present;
     // TensorRT does not say how much workspace it brought: at least what was asked for a call of this size or
     // larger.
-    wrong = Layer::workspace(call, buffers.workspace_size);
+    wrong = workspace_here(call, buffers.workspace_size);
     if (!wrong.empty()) return wrong;
     buffers.workspace = buffers.workspace_size == 0 ? nullptr : workspace;
     buffers.sync = sync_.data();
@@ -144,4 +155,4 @@ std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, 
     return status_text(dijiang_attention(&call.geometry, call.batch, call.length, &buffers, stream));
 }
 
-}  // namespace dijiang::trt
+}  // namespace dijiang::trt::attention

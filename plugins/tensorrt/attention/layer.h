@@ -1,4 +1,4 @@
-// What both shells do the same way: check, size and run one layer.
+// DijiangAttention: check, size and run one layer.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -6,61 +6,57 @@
 #include <string>
 
 #include "attention/attributes.h"
+#include "attention/fields.h"
 #include "attention/tensors.h"
+#include "common/layer.h"
 #include "common/sync_memory.h"
 
-namespace dijiang::trt {
+namespace dijiang::trt::attention {
 
-// One plugin object's data. TensorRT clones plugins per execution context and runs each clone in one thread
-// at a time, so nothing here is locked. Every function returns "" or what is wrong.
-class Layer {
+class Layer : public LayerBase<Attributes, kAttributeFields, kSerializedFields> {
 public:
-    explicit Layer(const Attributes& attributes, const Limits& limits = {})
-        : attributes_(attributes), limits_(limits) {}
+    static constexpr const char* kName = attention::kName;
 
-    const Attributes& attributes() const { return attributes_; }
-    const Limits& limits() const { return limits_; }
+    using LayerBase::LayerBase;
 
-    // Checks a configuration whose sizes may be unknown (-1), and widens the limits by the largest call that
-    // it allows.
+    int32_t outputs() const { return kOutputs; }
+    std::string output_type(
+        int32_t output, const nvinfer1::DataType* input_types, int32_t inputs, nvinfer1::DataType& type) const {
+        return attention::output_type(output, input_types, inputs, type);
+    }
+    std::string output_shape(int32_t output, const nvinfer1::DimsExprs* inputs, int32_t input_count,
+        nvinfer1::IExprBuilder&, nvinfer1::DimsExprs& shape) const {
+        return attention::output_shape(output, inputs, input_count, shape);
+    }
+    bool supports(int32_t at, int32_t inputs, int32_t outputs, const nvinfer1::PluginTensorDesc& tensor,
+        const nvinfer1::PluginTensorDesc& first) const {
+        return attention::supports(at, inputs, outputs, tensor, first);
+    }
+
+    // Widens the limits by the largest call that the configuration allows.
     std::string configure(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
         const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs);
-
-    // Checks a call's exact sizes and reserves what it needs.
     std::string prepare(const nvinfer1::PluginTensorDesc* in, int32_t inputs,
         const nvinfer1::PluginTensorDesc* out, int32_t outputs);
 
-    // Reserves what the largest call that the plan allows needs, whatever its type; nothing if that is
-    // unknown.
+    // Whatever the type of the largest call; nothing if that is unknown.
     std::string reserve();
-    void release() { sync_.release(); }
+    void release() noexcept { sync_.release(); }
 
-    // Bytes of workspace for calls of up to `call`'s size on this GPU.
-    static std::string workspace(const Call& call, size_t& bytes);
+    // For calls of up to this size on the GPU at hand; and for a plan, on every GPU that it may run on.
+    std::string workspace(const nvinfer1::PluginTensorDesc* in, int32_t inputs,
+        const nvinfer1::PluginTensorDesc* out, int32_t outputs, size_t& bytes) const;
+    std::string workspace(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
+        const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs, size_t& bytes) const;
 
-    // The same for a plan: on every GPU that it may run on.
-    static std::string workspace_of_plan(const Call& call, size_t& bytes);
-
-    // Enqueues the call: no allocation, no synchronisation.
     std::string run(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
-        int32_t inputs, const void* const* data, void* const* results, void* workspace,
-        cudaStream_t stream) const;
+        const void* const* data, void* const* results, void* workspace, cudaStream_t stream) const;
 
 private:
     std::string reserve(const dijiang_geometry& geometry);
 
-    Attributes attributes_;
-    Limits limits_;
     SyncMemory sync_;
+    int32_t inputs_ = 0;  // of the latest sizes; a call is not told
 };
 
-// Checks a dynamic description; its batch and length are the largest that qkv may have (its `max`, or what is
-// there).
-std::string examine_largest(const Attributes& attributes, const nvinfer1::DynamicPluginTensorDesc* in,
-    int32_t inputs, const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs, Call& call);
-
-// Checks exact sizes.
-std::string examine(const Attributes& attributes, const nvinfer1::PluginTensorDesc* in, int32_t inputs,
-    const nvinfer1::PluginTensorDesc* out, int32_t outputs, Call& call);
-
-}  // namespace dijiang::trt
+}  // namespace dijiang::trt::attention

@@ -4,7 +4,7 @@
 
 #include "common/texts.h"
 
-namespace dijiang::trt {
+namespace dijiang::trt::attention {
 namespace {
 
 using nvinfer1::DataType;
@@ -91,17 +91,26 @@ bool supports(int32_t at, int32_t inputs, int32_t outputs, const nvinfer1::Plugi
     return to_dtype(first.type, dtype) && tensor.type == expected_type(at, inputs, first.type);
 }
 
-std::string output_types(const DataType* input_types, int32_t inputs, DataType* types, int32_t outputs) {
-    if (!right_count(inputs, outputs)) {
-        return "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) +
-               " outputs; expected 10 or 12 inputs and 2 outputs";
+std::string output_type(int32_t output, const DataType* input_types, int32_t inputs, DataType& type) {
+    type = output == kOutput && inputs > 0 ? input_types[kQkv] : DataType::kFLOAT;
+    if (!right_count(inputs, kOutputs)) {
+        return "got " + std::to_string(inputs) + " inputs; expected 10, or 12 with trained tables";
     }
     dijiang_dtype dtype;
-    if (!to_dtype(input_types[kQkv], dtype)) {
-        return tensor_name(kQkv, inputs) + " is " + type_name(input_types[kQkv]) + "; expected " + kTypesOfT;
+    if (to_dtype(input_types[kQkv], dtype)) return {};
+    return tensor_name(kQkv, inputs) + " is " + type_name(input_types[kQkv]) + "; expected " + kTypesOfT;
+}
+
+std::string output_shape(
+    int32_t output, const nvinfer1::DimsExprs* inputs, int32_t input_count, nvinfer1::DimsExprs& shape) {
+    if (!right_count(input_count, kOutputs) || output < 0 || output >= kOutputs) {
+        return "got " + std::to_string(input_count) + " inputs; expected 10, or 12 with trained tables";
     }
-    types[kOutput] = input_types[kQkv];
-    types[kPresentState] = DataType::kFLOAT;
+    if (inputs[kGate].nbDims != 3 || inputs[kPastState].nbDims != 4) {
+        return "gate has " + std::to_string(inputs[kGate].nbDims) + " dimensions and past_state " +
+               std::to_string(inputs[kPastState].nbDims) + "; expected 3 and 4";
+    }
+    shape = inputs[output == kOutput ? kGate : kPastState];
     return {};
 }
 
@@ -151,4 +160,4 @@ std::string examine(const Attributes& attributes, const Tensor* tensors, int32_t
     return {};
 }
 
-}  // namespace dijiang::trt
+}  // namespace dijiang::trt::attention

@@ -6,8 +6,9 @@
 #include <string>
 
 #include "attention/attributes.h"
+#include "common/tensors.h"
 
-namespace dijiang::trt {
+namespace dijiang::trt::attention {
 
 constexpr int32_t kInputs = 10;            // geometric decay
 constexpr int32_t kInputsWithTables = 12;  // and gain, read_scale
@@ -29,12 +30,6 @@ enum Input {
 };
 enum Output { kOutput, kPresentState };
 
-// A tensor's shape and type: what this project needs of PluginTensorDesc and DynamicPluginTensorDesc.
-struct Tensor {
-    const nvinfer1::Dims* dims;
-    nvinfer1::DataType type;
-};
-
 // The numbers of one call; a dimension that is not known yet is -1.
 struct Call {
     dijiang_geometry geometry{};
@@ -48,13 +43,15 @@ bool right_count(int32_t inputs, int32_t outputs) noexcept;
 bool supports(int32_t at, int32_t inputs, int32_t outputs, const nvinfer1::PluginTensorDesc& tensor,
     const nvinfer1::PluginTensorDesc& first) noexcept;
 
-// The types of both outputs; "" or what is wrong.
-std::string output_types(
-    const nvinfer1::DataType* input_types, int32_t inputs, nvinfer1::DataType* types, int32_t outputs);
+// The type of an output, and its shape. "" or what is wrong with the inputs.
+std::string output_type(
+    int32_t output, const nvinfer1::DataType* input_types, int32_t inputs, nvinfer1::DataType& type);
+std::string output_shape(
+    int32_t output, const nvinfer1::DimsExprs* inputs, int32_t input_count, nvinfer1::DimsExprs& shape);
 
 // Checks every shape and type against the attributes and each other; -1 fits any size if `dynamic`.
 // tensors: inputs, then outputs. "" or which tensor is wrong, what it is and what it should be.
 std::string examine(const Attributes& attributes, const Tensor* tensors, int32_t inputs, int32_t outputs,
     bool dynamic, Call& call);
 
-}  // namespace dijiang::trt
+}  // namespace dijiang::trt::attention

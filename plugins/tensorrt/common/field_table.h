@@ -42,15 +42,46 @@ private:
     nvinfer1::PluginFieldCollection collection_{};
 };
 
-// Names, types and most lengths of a node's fields, in the table's order. Static storage: one for each table.
-template <const FieldRule* Rules, int32_t Count>
-const nvinfer1::PluginFieldCollection* advertised() noexcept {
-    static FieldList<Count> list;
-    static const nvinfer1::PluginFieldCollection* const made = [] {
-        for (int32_t i = 0; i < Count; ++i) list.add(Rules[i], nullptr, Rules[i].most);
-        return list.get();
-    }();
-    return made;
-}
+// Where a field's value is.
+struct FieldPlace {
+    const FieldRule* rule;
+    void* data;
+    int32_t length;
+};
+
+// Those of a plugin. Attributes' namespace has a field_place(Attributes&, int32_t) for each: NodeFields that a node may
+// have, then what only a plan has.
+template <typename Attributes, int32_t NodeFields, int32_t AllFields>
+class Fields {
+public:
+    // Names, types and most lengths of a node's, in the table's order. Static storage.
+    static const nvinfer1::PluginFieldCollection* of_node() noexcept {
+        static FieldList<NodeFields> list;
+        static const nvinfer1::PluginFieldCollection* const made = [] {
+            Attributes none;
+            for (int32_t i = 0; i < NodeFields; ++i) {
+                const FieldRule& rule = *field_place(none, i).rule;
+                list.add(rule, nullptr, rule.most);
+            }
+            return list.get();
+        }();
+        return made;
+    }
+
+    // What a plan keeps. It points into this object, which therefore neither moves nor is copied.
+    const nvinfer1::PluginFieldCollection* of_plan(const Attributes& attributes) noexcept {
+        attributes_ = attributes;
+        list_.clear();
+        for (int32_t i = 0; i < AllFields; ++i) {
+            const FieldPlace it = field_place(attributes_, i);
+            list_.add(*it.rule, it.data, it.length);
+        }
+        return list_.get();
+    }
+
+private:
+    Attributes attributes_;
+    FieldList<AllFields> list_;
+};
 
 }  // namespace dijiang::trt

@@ -11,7 +11,7 @@ namespace dijiang::trt {
 class SyncMemory {
 public:
     SyncMemory() = default;
-    SyncMemory(const SyncMemory&) = delete;
+    SyncMemory(const SyncMemory&) noexcept {}
     SyncMemory& operator=(const SyncMemory&) = delete;
     ~SyncMemory() { release(); }
 

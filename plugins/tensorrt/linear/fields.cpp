@@ -23,15 +23,6 @@ constexpr FieldRule kRules[kFields] = {
 };
 enum Rule { kTermOutput, kTermBias, kOutputActivation, kDtype = 7, kTermWeightFormat, kWorkspace = 10 };
 
-// Where the values of each rule are.
-struct Addresses {
-    explicit Addresses(Attributes& a)
-        : at{a.term_output, a.term_bias, a.output_activation, a.output_norm, a.output_norm_bias, a.output_epsilon,
-              a.output_residual, &a.dtype, a.term_weight_format, a.output_width, &a.workspace} {}
-
-    void* at[kFields];
-};
-
 int32_t length_of(const Attributes& attributes, int32_t rule) {
     if (rule == kDtype || rule == kWorkspace) return 1;
     return rule <= kTermBias || rule == kTermWeightFormat ? attributes.terms : attributes.outputs;
@@ -39,7 +30,11 @@ int32_t length_of(const Attributes& attributes, int32_t rule) {
 
 }  // namespace
 
-const nvinfer1::PluginFieldCollection* field_names() noexcept { return advertised<kRules, kNodeFields>(); }
+FieldPlace field_place(Attributes& a, int32_t rule) {
+    void* const at[kFields] = {a.term_output, a.term_bias, a.output_activation, a.output_norm, a.output_norm_bias,
+        a.output_epsilon, a.output_residual, &a.dtype, a.term_weight_format, a.output_width, &a.workspace};
+    return {&kRules[rule], at[rule], length_of(a, rule)};
+}
 
 std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes, bool of_plan) {
     const PluginField* found[kFields] = {};
@@ -48,25 +43,16 @@ std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attribute
     attributes = {};
     attributes.terms = found[kTermOutput]->length;
     attributes.outputs = found[kOutputActivation]->length;
-    const Addresses addresses(attributes);
     for (int32_t i = 0; i < kFields; ++i) {
         if (found[i] == nullptr) continue;
-        const int32_t length = length_of(attributes, i);
-        if (found[i]->length != length)
-            return "field " + std::string(kRules[i].name) + " has " + std::to_string(found[i]->length) +
-                   " values; expected " + std::to_string(length);
-        std::memcpy(addresses.at[i], found[i]->data, 4 * static_cast<size_t>(length));
+        const FieldPlace it = field_place(attributes, i);
+        if (found[i]->length != it.length)
+            return "field " + std::string(it.rule->name) + " has " + std::to_string(found[i]->length) +
+                   " values; expected " + std::to_string(it.length);
+        std::memcpy(it.data, found[i]->data, 4 * static_cast<size_t>(it.length));
     }
     if (!of_plan) attributes.workspace = kReserved;
     return {};
-}
-
-const nvinfer1::PluginFieldCollection* SerializedFields::set(const Attributes& attributes) noexcept {
-    attributes_ = attributes;
-    const Addresses addresses(attributes_);
-    list_.clear();
-    for (int32_t i = 0; i < kFields; ++i) list_.add(kRules[i], addresses.at[i], length_of(attributes_, i));
-    return list_.get();
 }
 
 }  // namespace dijiang::trt::linear

@@ -13,20 +13,10 @@ namespace dijiang::trt::linear {
 // The others than the required are 0 where they are not given; the last is a plan's alone, and not advertised.
 constexpr int32_t kFields = 11, kNodeFields = 10, kRequiredFields = 8;
 
-const nvinfer1::PluginFieldCollection* field_names() noexcept;
+FieldPlace field_place(Attributes& attributes, int32_t rule);
 
 // "" on success, else what is wrong with which field. of_plan: the fields are those that a plan keeps; else of a node,
 // whose plan is yet to be built.
 std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes, bool of_plan);
-
-// The fields that a plan keeps. They point into this object, which therefore neither moves nor is copied.
-class SerializedFields {
-public:
-    const nvinfer1::PluginFieldCollection* set(const Attributes& attributes) noexcept;
-
-private:
-    Attributes attributes_;
-    FieldList<kFields> list_;
-};
 
 }  // namespace dijiang::trt::linear

@@ -10,11 +10,6 @@ using nvinfer1::Dims;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
-struct View {
-    const Dims* dims;
-    DataType type;
-};
-
 const char* const kKinds[] = {"input", "weight", "scale", "bias", "norm_weight", "norm_bias", "residual", "output"};
 
 bool of_term(Kind kind) {
@@ -31,7 +26,7 @@ bool agree(int64_t got, int64_t& size, bool dynamic) {
 
 }  // namespace
 
-Layer::Layer(const Attributes& attributes) : attributes_(attributes) {
+Layer::Layer(const Attributes& attributes) : LayerBase(attributes) {
     const auto add = [this](Kind kind, int32_t index) { places_[inputs_++] = {kind, index}; };
     for (int32_t t = 0; t < attributes.terms; ++t) {
         add(Kind::input, t);
@@ -73,7 +68,22 @@ DataType Layer::type_at(int32_t at) const {
     }
 }
 
-bool Layer::supports(int32_t at, int32_t inputs, int32_t outputs, const PluginTensorDesc& tensor) const {
+std::string Layer::output_shape(int32_t output, const nvinfer1::DimsExprs* inputs, int32_t input_count,
+    nvinfer1::IExprBuilder& builder, nvinfer1::DimsExprs& shape) const {
+    if (output < 0 || output >= attributes_.outputs || input_count != inputs_)
+        return "got " + std::to_string(input_count) + " inputs; expected " + std::to_string(inputs_);
+    const nvinfer1::DimsExprs &input = inputs[input_of(output)], &weight = inputs[weight_of(output)];
+    if (input.nbDims != 3 || weight.nbDims < 2)
+        return "the input of output " + std::to_string(output) + " has " + std::to_string(input.nbDims) +
+               " dimensions and its weight " + std::to_string(weight.nbDims) + "; expected 3 and 2 or 3";
+    shape = input;
+    const int32_t width = attributes_.output_width[output];
+    shape.d[2] = width > 0 ? builder.constant(width) : weight.d[0];
+    return {};
+}
+
+bool Layer::supports(int32_t at, int32_t inputs, int32_t outputs, const PluginTensorDesc& tensor,
+    const PluginTensorDesc&) const {
     return inputs == inputs_ && outputs == attributes_.outputs && at >= 0 && at < inputs + outputs &&
            tensor.format == nvinfer1::TensorFormat::kLINEAR && tensor.type == type_at(at);
 }
@@ -122,7 +132,7 @@ std::string Layer::examine(int32_t inputs, int32_t outputs, bool dynamic, Look l
     // Twice, since what comes first may only be known from what comes later.
     for (int32_t round = 0; round < 2; ++round)
         for (int32_t at = 0; at < inputs + outputs; ++at) {
-            const View tensor = look(at);
+            const Tensor tensor = look(at);
             const Place it = places_[at];
             int64_t& n = width[of_term(it.kind) ? attributes_.term_output[it.index] : it.index];
             int64_t& k = inner[of_term(it.kind) ? it.index : places_[input_of(it.index)].index];
@@ -177,13 +187,7 @@ std::string Layer::examine(int32_t inputs, int32_t outputs, bool dynamic, Look l
 std::string Layer::configure(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
     int32_t outputs) const {
     dijiang_linear_call call;
-    std::string wrong = examine(
-        inputs, outputs, true,
-        [&](int32_t at) {
-            const PluginTensorDesc& desc = at < inputs ? in[at].desc : out[at - inputs].desc;
-            return View{&desc.dims, desc.type};
-        },
-        call);
+    std::string wrong = examine(inputs, outputs, true, tensors_of(in, inputs, out), call);
     if (!wrong.empty()) return wrong;
     const dijiang_device device = reference_device();
     return status_text(dijiang_linear_plan(&call, &device, nullptr, 0));
@@ -192,19 +196,13 @@ std::string Layer::configure(const DynamicPluginTensorDesc* in, int32_t inputs, 
 std::string Layer::prepare(
     const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out, int32_t outputs) const {
     dijiang_linear_call call;
-    std::string wrong = examine(
-        inputs, outputs, false,
-        [&](int32_t at) {
-            const PluginTensorDesc& desc = at < inputs ? in[at] : out[at - inputs];
-            return View{&desc.dims, desc.type};
-        },
-        call);
+    std::string wrong = examine(inputs, outputs, false, tensors_of(in, inputs, out), call);
     if (!wrong.empty()) return wrong;
     return status_text(dijiang_linear_plan(&call, nullptr, nullptr, 0));
 }
 
 template <typename Look>
-std::string Layer::reserve(int32_t inputs, int32_t outputs, Look look, size_t& bytes) const {
+std::string Layer::workspace(int32_t inputs, int32_t outputs, Look look, size_t& bytes) const {
     bytes = 0;
     dijiang_linear_call call;
     std::string wrong = examine(inputs, outputs, false, look, call);
@@ -216,36 +214,18 @@ std::string Layer::reserve(int32_t inputs, int32_t outputs, Look look, size_t& b
 
 std::string Layer::workspace(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out, int32_t outputs,
     size_t& bytes) const {
-    return reserve(
-        inputs, outputs,
-        [&](int32_t at) {
-            const PluginTensorDesc& desc = at < inputs ? in[at] : out[at - inputs];
-            return View{&desc.dims, desc.type};
-        },
-        bytes);
+    return workspace(inputs, outputs, tensors_of(in, inputs, out), bytes);
 }
 
-std::string Layer::workspace_of_largest(const DynamicPluginTensorDesc* in, int32_t inputs,
-    const DynamicPluginTensorDesc* out, int32_t outputs, size_t& bytes) const {
-    return reserve(
-        inputs, outputs,
-        [&](int32_t at) {
-            const DynamicPluginTensorDesc& tensor = at < inputs ? in[at] : out[at - inputs];
-            return View{&tensor.max, tensor.desc.type};
-        },
-        bytes);
+std::string Layer::workspace(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
+    int32_t outputs, size_t& bytes) const {
+    return workspace(inputs, outputs, largest_of(in, inputs, out), bytes);
 }
 
 std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* data,
     void* const* results, void* workspace, cudaStream_t stream) const {
     dijiang_linear_call call;
-    std::string wrong = examine(
-        inputs_, attributes_.outputs, false,
-        [&](int32_t at) {
-            const PluginTensorDesc& desc = at < inputs_ ? in[at] : out[at - inputs_];
-            return View{&desc.dims, desc.type};
-        },
-        call);
+    std::string wrong = examine(inputs_, attributes_.outputs, false, tensors_of(in, inputs_, out), call);
     if (!wrong.empty()) return wrong;
     for (int32_t at = 0; at < inputs_; ++at) {
         const Place it = places_[at];

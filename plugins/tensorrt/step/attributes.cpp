@@ -37,6 +37,7 @@ std::string packed_bytes(const Attributes& attributes, size_t& bytes) {
 std::string describe(const Attributes& attributes) {
     std::string text;
     for (const int32_t* value : integers(attributes).at) text += std::to_string(*value) + " ";
+    for (int32_t i = 0; i < attributes.formats; ++i) text += std::to_string(attributes.weight_formats[i]) + " ";
     for (const float* value : reals(attributes).at) {
         char number[40];
         std::snprintf(number, sizeof number, "%a ", static_cast<double>(*value));

@@ -10,16 +10,22 @@ namespace dijiang::trt::step {
 
 constexpr char kName[] = "DijiangStep";
 
+// Formats of the weights of a quantised model: the head's, the embedding's, then of each layer which matrices are int8.
+constexpr int32_t kMostFormats = 2 + DIJIANG_STEP_MAX_LAYERS;
+
 // The fields of docs/tensorrt-plugin.md.
 struct Attributes {
     dijiang_step_model model{};
     int32_t rows = 0;    // of the largest call
     int32_t blocks = 0;  // that the weights are packed for, which the device's multiprocessors decide
+    // As nodes and plans have them, and the model too: 2 + layers, or where matrices are T a single 0.
+    int32_t formats = 1;
+    int32_t weight_formats[kMostFormats] = {};
 };
 
-constexpr int32_t kIntegers = 18, kReals = 2;
+constexpr int32_t kIntegers = 17, kReals = 2;
 
-// The attributes in the order of the fields and of the blob. `reserved` is where formats of weights have their place.
+// The attributes but for weight_formats, in the order of the fields and of the blob.
 template <typename A>
 auto integers(A& a) {
     auto& m = a.model;
@@ -27,7 +33,7 @@ auto integers(A& a) {
         decltype(&m.layers) at[kIntegers];
     } it{{&m.layers, &m.hidden, &m.inner, &m.vocabulary, &m.num_heads, &m.num_kv_heads, &m.head_dim, &m.rotary_dim,
         &m.dtype, &m.norm, &m.activation, &m.parallel_residual, &m.table_rows, &m.position_rows, &m.position_offset,
-        &a.rows, &a.blocks, &m.reserved}};
+        &a.rows, &a.blocks}};
     return it;
 }
 template <typename A>
@@ -37,6 +43,9 @@ auto reals(A& a) {
     } it{{&a.model.norm_epsilon, &a.model.group_norm_epsilon}};
     return it;
 }
+
+// Tells the model what weight_formats says. "" or why that cannot be.
+std::string take_formats(Attributes& attributes);
 
 // "" if the kernel can do such a model for so many rows on some GPU, else what is wrong with it. Asks no GPU.
 std::string why_unsupported(const Attributes& attributes);

@@ -31,41 +31,29 @@ constexpr FieldRule kRules[kFields] = {
     {"position_offset", kInteger, 1},
     {"rows", kInteger, 1},
     {"blocks", kInteger, 1},
-    {"weight_formats", kInteger, 1},
+    {"weight_formats", kInteger, kMostFormats},
 };
-constexpr int32_t kRequired = kFields - 1;
-
-// Where the value of each rule is.
-struct Addresses {
-    explicit Addresses(Attributes& attributes) {
-        int32_t next = 0;
-        for (float* value : reals(attributes).at) at[next++] = value;
-        for (int32_t* value : integers(attributes).at) at[next++] = value;
-    }
-    void* at[kFields];
-};
+constexpr int32_t kRequired = kFields - 1, kWeightFormats = kFields - 1;
 
 }  // namespace
 
-const nvinfer1::PluginFieldCollection* field_names() noexcept { return advertised<kRules, kFields>(); }
+FieldPlace field_place(Attributes& attributes, int32_t rule) {
+    if (rule < kReals) return {&kRules[rule], reals(attributes).at[rule], 1};
+    if (rule < kWeightFormats) return {&kRules[rule], integers(attributes).at[rule - kReals], 1};
+    return {&kRules[rule], attributes.weight_formats, attributes.formats};
+}
 
-std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes) {
+std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes, bool) {
     const PluginField* found[kFields] = {};
     const std::string wrong = find_fields(fields, kRules, kRequired, kFields, found);
     if (!wrong.empty()) return wrong;
     attributes = {};
-    const Addresses addresses(attributes);
-    for (int32_t i = 0; i < kFields; ++i)
-        if (found[i] != nullptr) std::memcpy(addresses.at[i], found[i]->data, 4);
-    return {};
-}
-
-const nvinfer1::PluginFieldCollection* SerializedFields::set(const Attributes& attributes) noexcept {
-    attributes_ = attributes;
-    const Addresses addresses(attributes_);
-    list_.clear();
-    for (int32_t i = 0; i < kFields; ++i) list_.add(kRules[i], addresses.at[i], 1);
-    return list_.get();
+    if (found[kWeightFormats] != nullptr) attributes.formats = found[kWeightFormats]->length;
+    for (int32_t i = 0; i < kFields; ++i) {
+        const FieldPlace it = field_place(attributes, i);
+        if (found[i] != nullptr) std::memcpy(it.data, found[i]->data, 4 * static_cast<size_t>(it.length));
+    }
+    return take_formats(attributes);
 }
 
 }  // namespace dijiang::trt::step

@@ -10,21 +10,12 @@
 
 namespace dijiang::trt::step {
 
-constexpr int32_t kFields = kIntegers + kReals;
+constexpr int32_t kFields = kReals + kIntegers + 1;  // and weight_formats
 
-const nvinfer1::PluginFieldCollection* field_names() noexcept;
+FieldPlace field_place(Attributes& attributes, int32_t rule);
 
-// "" on success, else what is wrong with which field. weight_formats alone need not be given: 0 then.
-std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes);
-
-// The fields that a plan keeps. They point into this object, which therefore neither moves nor is copied.
-class SerializedFields {
-public:
-    const nvinfer1::PluginFieldCollection* set(const Attributes& attributes) noexcept;
-
-private:
-    Attributes attributes_;
-    FieldList<kFields> list_;
-};
+// "" on success, else what is wrong with which field. weight_formats alone need not be given: a single 0 then. Nodes
+// and plans have the same fields.
+std::string read_fields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes, bool of_plan);
 
 }  // namespace dijiang::trt::step

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/tensors.h"
 #include "common/texts.h"
 
 namespace dijiang::trt::step {
@@ -16,12 +17,7 @@ using nvinfer1::Dims;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
-constexpr int64_t kLine = 128;  // bytes of a row of the tensor that holds the packed weights
-
-struct View {
-    const Dims* dims;
-    DataType type;
-};
+constexpr int64_t kLine = 128;  // bytes of a row of a tensor that holds packed weights, or scales
 
 Dims dims_of(std::initializer_list<int64_t> sizes) {
     Dims dims{};
@@ -56,7 +52,6 @@ bool Layer::is_state(int32_t at, int32_t inputs) const {
 
 std::string Layer::name(int32_t at) const {
     const int32_t inputs = this->inputs();
-    static const char* const kWeights[] = {"packed", "embedding", "position_embedding"};
     static const char* const kFirst[] = {"input_ids", "positions", "seq_lens"};
     if (at >= inputs) {
         const int32_t output = at - inputs;
@@ -66,7 +61,9 @@ std::string Layer::name(int32_t at) const {
     const std::string number = "input " + std::to_string(at);
     if (at < kPastStates) return number + " (" + kFirst[at] + ")";
     if (at < packed()) return number + " (past_state of layer " + std::to_string(at - kPastStates) + ")";
-    return number + " (" + kWeights[at - packed()] + ")";
+    if (at == packed()) return number + " (packed)";
+    if (at == packed() + 1) return number + " (embedding)";
+    return number + (at == scales() && has_scales() ? " (embedding_scales)" : " (position_embedding)");
 }
 
 DataType Layer::type_at(int32_t at, DataType ids) const {
@@ -83,14 +80,38 @@ Dims Layer::shape_at(int32_t at, int64_t batch, int64_t lines) const {
     if (at == kInputIds) return dims_of({batch, 1});
     if (at < kPastStates) return dims_of({batch});
     if (at == packed()) return dims_of({lines, kLine / 4});
-    return dims_of({at == packed() + 1 ? m.vocabulary : m.position_rows, m.hidden / 2});
+    if (at == packed() + 1) {
+        const int32_t per_word = m.embedding_format == DIJIANG_INT4 ? 8 : m.embedding_format == DIJIANG_INT8 ? 4 : 2;
+        return dims_of({m.vocabulary, m.hidden / per_word});
+    }
+    if (at == scales() && has_scales()) {
+        const int64_t bytes = int64_t{m.vocabulary} * (m.hidden / 32) * 2;
+        return dims_of({(bytes + kLine - 1) / kLine, kLine / 4});
+    }
+    return dims_of({m.position_rows, m.hidden / 2});
 }
 
-bool Layer::supports(
-    int32_t at, int32_t inputs, int32_t outputs, const PluginTensorDesc& tensor, DataType ids) const {
+std::string Layer::output_shape(int32_t output, const nvinfer1::DimsExprs* inputs, int32_t input_count,
+    nvinfer1::IExprBuilder& builder, nvinfer1::DimsExprs& shape) const {
+    if (output < 0 || output >= outputs() || input_count != this->inputs())
+        return "got " + std::to_string(input_count) + " inputs; expected " + std::to_string(this->inputs());
+    if (output != kLogits) {
+        shape = inputs[kPastStates + output - kPresentStates];
+        return {};
+    }
+    if (inputs[kInputIds].nbDims != 2)
+        return "input_ids has " + std::to_string(inputs[kInputIds].nbDims) + " dimensions; expected 2";
+    shape = inputs[kInputIds];
+    shape.nbDims = 3;
+    shape.d[2] = builder.constant(attributes_.model.vocabulary);
+    return {};
+}
+
+bool Layer::supports(int32_t at, int32_t inputs, int32_t outputs, const PluginTensorDesc& tensor,
+    const PluginTensorDesc& first) const {
     if (inputs != this->inputs() || outputs != this->outputs() || at < 0 || at >= inputs + outputs) return false;
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
-    return at == kInputIds ? is_integer(tensor.type) : tensor.type == type_at(at, ids);
+    return at == kInputIds ? is_integer(tensor.type) : tensor.type == type_at(at, first.type);
 }
 
 template <typename Look>
@@ -98,14 +119,14 @@ std::string Layer::check(int32_t inputs, int32_t outputs, bool dynamic, Look loo
     if (inputs != this->inputs() || outputs != this->outputs())
         return "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; expected " +
                std::to_string(this->inputs()) + " and " + std::to_string(this->outputs());
-    const View ids = look(kInputIds);
+    const Tensor ids = look(kInputIds);
     if (!is_integer(ids.type)) return name(kInputIds) + " is " + type_name(ids.type) + "; expected int32 or int64";
     size_t bytes = 0;
     std::string wrong = packed_bytes(attributes_, bytes);
     if (!wrong.empty()) return wrong;
     const int64_t batch = ids.dims->nbDims == 2 ? ids.dims->d[0] : -1;
     for (int32_t at = 0; at < inputs + outputs; ++at) {
-        const View tensor = look(at);
+        const Tensor tensor = look(at);
         const DataType type = type_at(at, ids.type);
         const Dims right = shape_at(at, batch, static_cast<int64_t>(bytes) / kLine);
         if (tensor.type != type || !fits(*tensor.dims, right, dynamic))
@@ -119,10 +140,7 @@ std::string Layer::check(int32_t inputs, int32_t outputs, bool dynamic, Look loo
 
 std::string Layer::configure(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc* out,
     int32_t outputs) const {
-    const std::string wrong = check(inputs, outputs, true, [&](int32_t at) {
-        const PluginTensorDesc& desc = at < inputs ? in[at].desc : out[at - inputs].desc;
-        return View{&desc.dims, desc.type};
-    });
+    const std::string wrong = check(inputs, outputs, true, tensors_of(in, inputs, out));
     if (!wrong.empty()) return wrong;
     const Dims& most = in[kInputIds].max;
     if (most.nbDims == 2 && most.d[0] > attributes_.rows)
@@ -131,12 +149,10 @@ std::string Layer::configure(const DynamicPluginTensorDesc* in, int32_t inputs, 
     return {};
 }
 
-std::string Layer::examine(
-    const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out, int32_t outputs) const {
-    return check(inputs, outputs, false, [&](int32_t at) {
-        const PluginTensorDesc& desc = at < inputs ? in[at] : out[at - inputs];
-        return View{&desc.dims, desc.type};
-    });
+std::string Layer::prepare(
+    const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out, int32_t outputs) {
+    const std::string wrong = check(inputs, outputs, false, tensors_of(in, inputs, out));
+    return wrong.empty() ? reserve() : wrong;
 }
 
 std::string Layer::reserve() {
@@ -151,9 +167,9 @@ std::string Layer::reserve() {
 }
 
 std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* data,
-    void* const* results, cudaStream_t stream) const {
+    void* const* results, void*, cudaStream_t stream) const {
     const dijiang_step_model& m = attributes_.model;
-    const std::string wrong = examine(in, inputs(), out, outputs());
+    const std::string wrong = check(inputs(), outputs(), false, tensors_of(in, inputs(), out));
     if (!wrong.empty()) return wrong;
     if (sync_.data() == nullptr) return "there is no memory for the step's blocks to meet through: see earlier errors";
     const int64_t rows = in[kInputIds].dims.d[0];
@@ -171,7 +187,8 @@ std::string Layer::run(const PluginTensorDesc* in, const PluginTensorDesc* out, 
     dijiang_step_buffers buffers{};  // strides 0: dense
     buffers.packed = data[packed()];
     buffers.embedding = data[packed() + 1];
-    if (m.position_rows > 0) buffers.position_embedding = data[packed() + 2];
+    if (has_scales()) buffers.embedding_scales = data[scales()];
+    if (m.position_rows > 0) buffers.position_embedding = data[learned()];
     buffers.input_ids = data[kInputIds];
     buffers.positions = data[kPositions];
     buffers.seq_lens = data[kSeqLens];

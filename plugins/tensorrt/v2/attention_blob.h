@@ -11,14 +11,15 @@
 
 #include "attention/attributes.h"
 
-namespace dijiang::trt {
+namespace dijiang::trt::attention {
 
 constexpr size_t kBlobSize = 36;
+constexpr size_t blob_size(const Attributes&) { return kBlobSize; }
 
 // Writes kBlobSize bytes.
-void write_blob(const Attributes& attributes, const Limits& limits, unsigned char* bytes);
+void write_blob(const Attributes& attributes, unsigned char* bytes);
 
 // "" or why these bytes are no such blob; reads nothing outside them.
-std::string read_blob(const void* bytes, size_t size, Attributes& attributes, Limits& limits);
+std::string read_blob(const void* bytes, size_t size, Attributes& attributes);
 
-}  // namespace dijiang::trt
+}  // namespace dijiang::trt::attention

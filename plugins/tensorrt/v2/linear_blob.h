@@ -15,6 +15,7 @@
 namespace dijiang::trt::linear {
 
 constexpr size_t kBlobSize = 168;
+constexpr size_t blob_size(const Attributes&) { return kBlobSize; }
 
 // Writes kBlobSize bytes.
 void write_blob(const Attributes& attributes, unsigned char* bytes);

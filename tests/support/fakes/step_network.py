@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from support.fakes import cuda as fake_cuda
 from support.makers.random_models import random_model, traced
+from support.quantised_models import formats_of, quantise_model
 from support.step_models import EmulatedKernels, torch_dtype
 
 from dijiang_engines.building.step.one_launch import add_step
@@ -27,6 +28,8 @@ from dijiang_engines.kernels.step import StepModel, StepSize
 from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.graph import lower, weights
+from dijiang_export.graph.quantised import Quantiser
+from dijiang_export.quantise.recipe import Recipe
 from dijiang_export.reference.model import ReferenceModel
 
 
@@ -46,16 +49,21 @@ class OnAStream(EmulatedKernels):
         fake_cuda.DEVICE.stream(stream).enqueue(lambda: super(OnAStream, self).call(name, *rest, 0))
 
 
-def write_graph(folder: Path, spec: ModelSpec, model: ReferenceModel, dtype: str) -> Path:
-    """step.trt.onnx and weights.data, as the exporter writes them."""
+def write_graph(
+    folder: Path, spec: ModelSpec, model: ReferenceModel, dtype: str, kind: str | None = None
+) -> Path:
+    """step.trt.onnx and weights.data, as the exporter writes them; `kind`: of `STORED_KINDS`."""
     graph = traced(spec, torch_dtype(dtype), "step")
+    recipe = None if kind is None else Recipe("int4", formats_of(spec, kind))
+    layout = places = weights.layout_of(spec, torch_dtype(dtype), recipe)
+    if recipe is not None:
+        places = Quantiser(graph, recipe, layout, "plugin", "float").run()
     lower.lower_to_tensorrt(graph)
-    layout = weights.layout_of(spec, torch_dtype(dtype))
     state = model.state_dict()
     source: Any = SimpleNamespace(row_blocks=lambda name, most=0: [(0, state[name])])
     extra = {"inv_freq": model.get_buffer("inv_freq")}
-    weights.write(folder / weights.FILE_NAME, layout, source, extra, on_bytes=lambda count: None)
-    weights.attach(graph.graph, layout, folder)
+    weights.write(folder / weights.FILE_NAME, layout, source, extra, recipe, on_bytes=lambda count: None)
+    weights.attach(graph.graph, places, folder)
     ir.save(graph, folder / "step.trt.onnx")
     return folder / "step.trt.onnx"
 
@@ -117,7 +125,7 @@ def trt(modern: bool) -> Any:
         return Creator()
 
     def field(name: str, value: Any, kind: str) -> tuple[str, Any]:
-        assert kind == str(value.dtype) and value.shape == (1,)
+        assert kind == str(value.dtype) and (value.shape == (1,) or name == "weight_formats")
         return name, value
 
     integers = {"INT32": "int32"} | ({"INT64": "int64"} if modern else {})
@@ -130,13 +138,16 @@ def trt(modern: bool) -> Any:
 
 
 def make(
-    folder: Path, spec: ModelSpec, dtype: str, rows: int, kernels: OnAStream, cuda: Cuda, modern: bool = False
-) -> tuple[Network, ReferenceModel, Any]:
-    """The network of a random model, that model, and what became of it."""
+    folder: Path, spec: ModelSpec, dtype: str, rows: int, kernels: OnAStream, cuda: Cuda,
+    modern: bool = False, kind: str | None = None,
+) -> tuple[Network, ReferenceModel, Any]:  # fmt: skip
+    """The network of a random model, that model, and what became of it; `kind`: of `STORED_KINDS`, then the
+    model has the weights as they are stored."""
     model = random_model(spec, 1, torch_dtype(dtype))
-    graph = write_graph(folder, spec, model, dtype)
+    graph = write_graph(folder, spec, model, dtype, kind)
+    parts = None if kind is None else quantise_model(spec, model, kind).parts
     network = ModernNetwork() if modern else Network()
-    done = add_step(trt(modern), network, spec, dtype, rows, kernels, cuda, graph)
+    done = add_step(trt(modern), network, spec, dtype, rows, kernels, cuda, graph, parts)
     return network, model, done
 
 
@@ -152,9 +163,13 @@ def at_a_line(array: Any) -> Any:
 def computed(network: Network, given: dict[str, Any], kernels: OnAStream) -> list[Any]:
     """The network's outputs as the plugin computes them: from its fields, its tensors and nothing else."""
     (layer,) = network.layers
-    fields = {name: value[0].item() for name, value in layer.fields.items()}
+    fields = {name: value[0].item() for name, value in layer.fields.items() if name != "weight_formats"}
     blocks, most = fields.pop("blocks"), fields.pop("rows")
     struct = abi.StepModelStruct(**fields)
+    formats = layer.fields.get("weight_formats", np.zeros(1, np.int32)).tolist()
+    if len(formats) > 1:
+        struct.quantised, struct.head_format, struct.embedding_format = 1, *formats[:2]
+        struct.int8_matrices[: fields["layers"]] = formats[2:]
     size = abi.StepSizeStruct()
     kernels.call("dijiang_step_sizes", ctypes.byref(struct), most, None, ctypes.byref(size))
     assert blocks == size.blocks
@@ -163,13 +178,15 @@ def computed(network: Network, given: dict[str, Any], kernels: OnAStream) -> lis
     ]
     layers = fields["layers"]
     ids, positions, lens, *states = arrays[: 3 + layers]
-    packed, embedding, *learned = arrays[3 + layers :]
+    packed, embedding, *others = arrays[3 + layers :]
+    scales, learned = (others[:1], others[1:]) if struct.embedding_format else ([], others)
     sync = at_a_line(np.zeros(size.sync, np.uint8))
     logits = np.full((len(ids), 1, fields["vocabulary"]), np.nan, np.float32)
     assert packed.nbytes == size.packed and bool(learned) == bool(fields["position_rows"])
     pointers = (ctypes.c_void_p * layers)(*(state.ctypes.data for state in states))
     buffers = abi.StepBuffersStruct(
         packed=packed.ctypes.data, embedding=embedding.ctypes.data,
+        embedding_scales=scales[0].ctypes.data if scales else 0,
         position_embedding=learned[0].ctypes.data if learned else 0, input_ids=ids.ctypes.data,
         positions=positions.ctypes.data, seq_lens=lens.ctypes.data, states=pointers,
         logits=logits.ctypes.data, sync=sync.ctypes.data, sync_size=size.sync, rows=len(ids),
@@ -201,7 +218,7 @@ def as_onnx(network: Network) -> ir.Model:
             continue
         constants.append(ir.Value(name=f"constant.{index}", const_value=ir.tensor(tensor.array)))
         values.append(constants[-1])
-    attributes = {name: value[0].item() for name, value in layer.fields.items()}
+    attributes = {n: v[0].item() if v.size == 1 else v.tolist() for n, v in layer.fields.items()}
     node = ir.node(
         "DijiangStep", values, attributes | {"plugin_namespace": "dijiang", "plugin_version": "1"},
         domain="dijiang", num_outputs=len(network.outputs), name="step",

@@ -8,6 +8,7 @@ builder was asked for, and what failed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -40,13 +41,19 @@ from dijiang_engines.nvidia import tensorrt_library  # noqa: E402
 from dijiang_engines.nvidia import tensorrt_versions as versions  # noqa: E402
 from dijiang_engines.runners.tensorrt import checks as tensorrt_checks  # noqa: E402
 from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu, integers_of  # noqa: E402
+from dijiang_engines.weight_formats import matrix_shapes  # noqa: E402
 
 SPEC: Any = SimpleNamespace(num_layers=2, state_shape=(2, 16, 16), vocab_size=100)
 PROFILES = profiles()
+ONE = dataclasses.replace(
+    TOY, hidden_size=64, embedding_size=64, intermediate_size=64, num_heads=4, num_kv_heads=4, head_dim=16
+)
+"""Of the step in one launch, whose weights are quantised."""
 PACKED = StepConstants(
     StepSize(256, 128, 7, 288, 4096, 1024),
     np.zeros((2, 32), np.int32),
-    np.zeros((TOY.vocab_size, 32), np.int32),
+    np.zeros((ONE.vocab_size, 16), np.int32),
+    np.zeros((9, 32), np.int32),
     None,
 )
 CALLS = Calls()
@@ -219,7 +226,8 @@ def builder(request: dict[str, Any], dtype: str, products: bool, one: bool = Fal
         asked = BuildRequest(
             onnx=Path(request["onnx"]), plan=plan, plugin=Path(request["plugin"]), dtype=dtype,
             profiles=PROFILES, workspace=256 << 20, optimization_level=3, timing_cache=cache, device=0,
-            plugin_products=products, step="one-launch" if one else "products", spec=TOY if one else None,
+            plugin_products=products, step="one-launch" if one else "products", spec=ONE if one else None,
+            matrices=dict.fromkeys(matrix_shapes(ONE), "int8") if one else None,
         )  # fmt: skip
         asked.write(Path(request["folder"]) / "request.json")
         build_worker.build(read_request(Path(request["folder"]) / "request.json"), events)

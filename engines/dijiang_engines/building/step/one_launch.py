@@ -3,11 +3,12 @@
 Inputs and outputs are those of the bundle's step graph (`io_names`), so nothing that runs a plan can tell.
 TensorRT is not given the graph to parse: all that would remain of it is their names, and its parser would
 hold, and in 8.6 widen, weights that are then thrown away. What the layer reads besides is constant: weights
-packed for this GPU, the embedding, and learned positions.
+packed for this GPU, the embedding, with its scales if it is quantised, and learned positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,11 @@ from dijiang_engines.io_names import INPUT_IDS, LOGITS, POSITIONS, SEQ_LENS, pas
 from dijiang_engines.kernels.step import StepKernels, StepModel
 from dijiang_engines.nvidia.cuda import Cuda
 from dijiang_engines.spec import ModelSpec
+from dijiang_engines.weight_formats import Matrix
 
 NAME = "DijiangStep"
 _NOT_FIELDS = ("reserved", "quantised", "head_format", "embedding_format", "int8_matrices")
-"""Of dijiang_step_model: where formats of weights will be, which the plugin takes for 0."""
+"""Of dijiang_step_model: the formats of quantised weights are one field, `weight_formats`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def add_step(
     kernels: StepKernels,
     cuda: Cuda,
     graph: Any,
+    quantised: Mapping[str, Sequence[Matrix]] | None = None,
 ) -> OneLaunch:
     """Make an empty network a step's.
 
@@ -56,21 +59,24 @@ def add_step(
         trt: the tensorrt module, with the plugin registered.
         network: TensorRT's INetworkDefinition, with nothing in it.
         spec: the model.
-        dtype: of its weights.
+        dtype: of its weights, or of what is not quantised.
         rows: sequences of the largest step.
         kernels: the plugin's library.
         cuda: the GPU that is built for.
         graph: step.trt.onnx, weights.data beside it.
+        quantised: None, or canonical name -> stored matrices (`Quantisation.parts` of the bundle's manifest).
 
     Raises:
         KernelError: the kernel has no step for this model, so many rows or this GPU.
         RunnerError, BundleError: the weights are not the model's, do not fit, or the plugin refuses them.
     """
-    model = StepModel.of(spec, dtype)
-    constants = pack_step(kernels, cuda, model, StepTensors(graph, spec, dtype), rows)
+    model = StepModel.of(spec, dtype, quantised)
+    constants = pack_step(kernels, cuda, model, StepTensors(graph, spec, dtype, quantised), rows)
     kept: list[Any] = []
     inputs = _inputs(trt, network, spec)
-    for array in (constants.packed, constants.embedding, constants.position_embedding):
+    for array in (
+        constants.packed, constants.embedding, constants.embedding_scales, constants.position_embedding,
+    ):  # fmt: skip
         if array is not None:
             inputs.append(add_constant(trt, network, array, kept))
     layer = add_plugin(trt, network, NAME, inputs, fields(model, rows, constants), kept)
@@ -88,7 +94,11 @@ def fields(model: StepModel, rows: int, constants: StepConstants) -> dict[str, A
     struct = model.struct()
     values = {name: getattr(struct, name) for name, *_ in struct._fields_ if name not in _NOT_FIELDS}
     values |= {"rows": rows, "blocks": constants.size.blocks}
-    return {n: np.array([v], np.float32 if isinstance(v, float) else np.int32) for n, v in values.items()}
+    made = {n: np.array([v], np.float32 if isinstance(v, float) else np.int32) for n, v in values.items()}
+    if model.quantised:
+        formats = [struct.head_format, struct.embedding_format, *model.int8_matrices]
+        made["weight_formats"] = np.array(formats, np.int32)
+    return made
 
 
 def _inputs(trt: Any, network: Any, spec: ModelSpec) -> list[Any]:

@@ -30,7 +30,9 @@ class StepConstants:
     packed: Words
     """[size.packed / 128, 32]."""
     embedding: Words
-    """[V, h/2]."""
+    """[V, h/2]; quantised, [V, h/4] or [V, h/8]."""
+    embedding_scales: Words | None
+    """float16 [V, h/32] in lines, [.., 32], zeros behind them; None: the embedding is not quantised."""
     position_embedding: Words | None
     """[rows, h/2]."""
 
@@ -44,7 +46,7 @@ def pack_step(
         kernels: the plugin's library.
         cuda: the GPU that the plan is built for: how many multiprocessors it has decides the order.
         model: the geometry.
-        tensors: its weights.
+        tensors: its weights, quantised if the model's are.
         rows: of the largest step.
 
     Raises:
@@ -65,6 +67,13 @@ def pack_step(
         buffers = {name: _upload(cuda, stream, array) for name, array in arrays.items()}
         kernels.pack_step_layer(model, layer, _addresses(buffers), packed.address, size.packed, stream.handle)
         stream.synchronize()
+    for part in tensors.parts():
+        stored = tensors.part(part)  # lives until it was copied
+        values, block_scales = (_upload(cuda, stream, array) for array in stored)
+        kernels.pack_step_matrix(
+            model, part, values.address, block_scales.address, packed.address, size.packed, stream.handle
+        )
+        stream.synchronize()
     arrays = tensors.ends()
     buffers = {name: _upload(cuda, stream, array) for name, array in arrays.items()}
     kernels.pack_step_ends(model, _addresses(buffers), packed.address, size.packed, stream.handle)
@@ -72,13 +81,21 @@ def pack_step(
     host = np.empty((size.packed // (4 * LINE), LINE), np.int32)
     stream.download(host.ctypes.data, packed.address, size.packed)
     stream.synchronize()
-    positions = tensors.position_embedding()
+    positions, scales = tensors.position_embedding(), tensors.embedding_scales()
     return StepConstants(
         size,
         host,
         tensors.embedding().view(np.int32),
+        None if scales is None else _lines(scales),
         None if positions is None else positions.view(np.int32),
     )
+
+
+def _lines(array: npt.NDArray[Any]) -> Words:
+    """Its bytes as int32 [.., LINE], zeros behind them."""
+    lines = np.zeros((-(-array.nbytes // (4 * LINE)), LINE), np.int32)
+    lines.reshape(-1).view(np.uint8)[: array.nbytes] = array.reshape(-1).view(np.uint8)
+    return lines
 
 
 def _upload(cuda: Cuda, stream: Stream, array: npt.NDArray[Any]) -> Buffer:

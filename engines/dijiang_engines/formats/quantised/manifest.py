@@ -76,6 +76,11 @@ class Quantisation:
         return [part for parts in self.parts.values() for part in parts]
 
     @property
+    def formats(self) -> dict[str, str]:
+        """Name of each stored matrix -> int8 or int4, as `weight_formats.matrices` takes them."""
+        return {part.name: part.format for part in self.stored}
+
+    @property
     def multiplied_with(self) -> str:
         """`activations` in words."""
         return ", ".join(f"{kind} in a {graph}" for graph, kind in self.activations.items())
