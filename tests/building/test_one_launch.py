@@ -153,7 +153,8 @@ def test_quantised_weights_keep_their_bits(
     written = theirs != 0xFF
     assert np.array_equal(mine[written], theirs[written]) and not mine[~written & (mine != 0xFF)].any()
     found, state = unpacked(StepModel.of(spec, "float16", quantised.parts), mine), model.state_dict()
-    assert relative_error(torch.from_numpy(found[0, "head"]), state["lm_head.weight"].double()) < 1e-3  # of float16
+    head = torch.from_numpy(found[0, "head"])
+    assert relative_error(head, state["lm_head.weight"].double()) < 1e-3  # of float16
     for layer in range(spec.num_layers):
         down = state[f"layers.{layer}.mlp.down.weight"].double()
         assert relative_error(torch.from_numpy(found[layer, "down"]), down) < 1e-3
