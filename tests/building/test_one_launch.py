@@ -330,27 +330,6 @@ def test_quantised_weights_are_asked_for_too(
     assert "is not a library" in made["plugin_step"]["left"]
 
 
-def test_auto_takes_products_for_many_sequences_of_quantised_weights(
-    exported: Export, tmp_path: Path
-) -> None:
-    """By the number that kernels are chosen for; float weights are one launch whatever it is."""
-    float16, int4 = exported(dtype="float16")[0], exported(dtype="float16", weight_format="int4")[0]
-    many = {"layout": "two", "step": "auto", "max_batch": 8, "opt_batch": 5}
-    why = "products of quantised weights are faster with more than 4 sequences"
-    for name, bundle, recipe, left in (
-        ("a", int4, many, why), ("b", int4, many | {"opt_batch": 4}, "is not a library"),
-        ("c", float16, many, "is not a library"),
-    ):  # fmt: skip
-        build(FakeMachine(tmp_path / name), bundle, tmp_path / f"{name}.e", recipe=recipe, validate=False)
-        _, step = open_engine(tmp_path / f"{name}.e").manifest["made_with"]["plans"]
-        assert step["plugin_step"]["launches"] == 0 and left in step["plugin_step"]["left"]
-    with pytest.raises(RunnerError, match="is not a library of these kernels"):  # who insists gets it
-        build(
-            FakeMachine(tmp_path / "d"), int4, tmp_path / "d.e", recipe=many | {"step": "one-launch"},
-            validate=False,
-        )  # fmt: skip
-
-
 def test_auto_is_for_gpus_that_copy_in_bulk(
     exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

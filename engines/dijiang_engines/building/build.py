@@ -44,10 +44,6 @@ FAST_STEP = 90
 """The compute capability from which a GPU copies in bulk. On an H100 that copies as those before it must, a
 step in one launch takes longer than three launches a layer (docs/performance.md)."""
 
-FEW_QUANTISED = 4
-"""Sequences up to which a step in one launch of int8 or int4 weights is faster than products: on an H100, at
-the 410M shape, with eight it is not (docs/performance.md)."""
-
 
 @dataclass(frozen=True)
 class BuildResult:
@@ -197,22 +193,13 @@ def _step(bundle: Bundle, recipe: Recipe, target: Target) -> tuple[str, str | No
     if recipe.step == PRODUCTS:
         return PRODUCTS, None
     left = no_one_launch(bundle, recipe, ahead_of_time=target.dialect.ahead_of_time)
-    if left is None and recipe.step == AUTO:
-        left = _slower(bundle, recipe, target)
+    if left is None and recipe.step == AUTO and min(target.capabilities) < FAST_STEP:
+        left = "before compute capability 9.0 products are expected to be faster"
     if left is None:
         return recipe.step, None
     if recipe.step == ONE_LAUNCH:
         raise UsageError("a step in one launch is not possible", got=left, hint="--step auto takes what is")
     return PRODUCTS, left
-
-
-def _slower(bundle: Bundle, recipe: Recipe, target: Target) -> str | None:
-    """Why one launch would be slower than products; None: it is faster, as far as was measured."""
-    if min(target.capabilities) < FAST_STEP:
-        return "before compute capability 9.0 products are expected to be faster"
-    if bundle.quantised is not None and recipe.opt_batch > FEW_QUANTISED:
-        return f"products of quantised weights are faster with more than {FEW_QUANTISED} sequences"
-    return None
 
 
 def _timing_cache(target: Target, given: Path | None, use: bool) -> Path | None:
