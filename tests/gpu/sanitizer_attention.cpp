@@ -90,8 +90,10 @@ bool run(const Case& c) {
 }  // namespace
 
 int main(int count, char** words) {
-    // With "quick": few small cases, for racecheck, which takes 1000 times longer.
-    const bool quick = count > 1 && std::strcmp(words[1], "quick") == 0;
+    // With "quick": few small cases, for racecheck, which takes 1000 times longer. With "prefill": those alone that
+    // compute capability 9.0 has a kernel of its own for.
+    const bool prefill = count > 1 && std::strcmp(words[1], "prefill") == 0;
+    const bool quick = prefill || (count > 1 && std::strcmp(words[1], "quick") == 0);
     std::vector<Case> cases;
     const int shapes[][4] = {{16, 16, 64, 16}, {12, 4, 64, 64},  {32, 32, 80, 20}, {4, 2, 128, 32}, {8, 8, 256, 64},
                              {13, 13, 16, 6},  {5, 5, 48, 0},    {1, 1, 64, 10},   {3, 1, 96, 96},  {2, 2, 112, 0},
@@ -110,9 +112,17 @@ int main(int count, char** words) {
     const int small[][5] = {{3, 1, 64, 16, 1}, {8, 4, 64, 16, 1}, {2, 2, 80, 20, 2}, {1, 1, 128, 32, 1},
                             {1, 1, 256, 64, 1}, {3, 3, 48, 0, 2},  {3, 1, 64, 16, 0}, {1, 1, 208, 14, 0}};
     for (const auto& s : small) {
-        if (!quick) break;
+        if (!quick || prefill) break;
         cases.push_back({s[0], s[1], s[2], s[3], s[4], 40, 1, {1, 0}, true});
         cases.push_back({s[0], s[1], s[2], s[3], s[4], 0, 70, {66}, false});
+    }
+    // Prefill on compute capability 9.0: one row in segments; rows that no block shares, of more chunks than stages.
+    for (const int dtype : {DIJIANG_FLOAT16, DIJIANG_BFLOAT16}) {
+        cases.push_back({8, 4, 64, 16, dtype, 0, 390, {390}, true});
+        cases.push_back({8, 8, 128, 32, dtype, 0, 390, {390}, false});
+        cases.push_back({16, 16, 64, 16, dtype, 0, 260, {260, 0, 130, 64, 1, 200, 70, 260}, false});
+        cases.push_back({32, 32, 80, 20, dtype, 0, 260, {260, 0, 130, 64, 1}, true});
+        cases.push_back({16, 16, 128, 128, dtype, 0, 260, {260, 0, 130, 64, 1, 200, 70, 260}, true});
     }
     // Enough rows for the plans that a full GPU gets, and a long text.
     if (!quick) {
