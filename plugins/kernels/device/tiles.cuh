@@ -33,10 +33,10 @@ template <int W> struct Tiles {
     static __device__ __forceinline__ uint64_t across(uint32_t tile, int rows, int k) {
         return describe(tile + 16 * k / W * (rows * kRow) + 16 * k % W * 2, 16);
     }
-    // The operand whose outer elements, columns from `first` on, are neighbours; its 16 inner ones are rows from 16 k
+    // The operand whose outer elements, columns from `first` on (of one block, or from a block's first on), are neighbours; its 16 inner ones are rows from 16 k
     // on.
     static __device__ __forceinline__ uint64_t down(uint32_t tile, int rows, int first, int k) {
-        return describe(tile + first / W * (rows * kRow) + 16 * k * kRow, rows * kRow);
+        return describe(tile + first / W * (rows * kRow) + first % W * 2 + 16 * k * kRow, rows * kRow);
     }
 
 private:

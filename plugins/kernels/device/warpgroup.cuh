@@ -17,6 +17,32 @@ template <typename T, int N> struct Wgmma;
 // 15 of c, and of a in registers, as mma.cuh's fragments. Operands in shared memory are named by descriptors
 // (tiles.cuh); kTransA, kTransB: 0 if its 16 inner elements are neighbours in a row of the tile, 1 if the 64 or N
 // outer ones are.
+#define DIJIANG_WGMMA_16(TYPE) \
+    template <> struct Wgmma<TYPE, 16> { \
+        template <int kTransA, int kTransB> \
+        static __device__ __forceinline__ void shared(float (&c)[2][4], uint64_t a, uint64_t b, int add) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n" \
+                "wgmma.mma_async.sync.aligned.m64n16k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7" \
+                "}, %8, %9, p, 1, 1, %11, %12;\n}" \
+                : DIJIANG_ACC1(0), DIJIANG_ACC1(1) \
+                : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
+        } \
+    };
+#define DIJIANG_WGMMA_32(TYPE) \
+    template <> struct Wgmma<TYPE, 32> { \
+        template <int kTransB> \
+        static __device__ __forceinline__ void registers( \
+                float (&c)[4][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
+                uint64_t b, int add) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n" \
+                "wgmma.mma_async.sync.aligned.m64n32k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+                "}, {%16, %17, %18, %19}, %20, p, 1, 1, %22;\n}" \
+                : DIJIANG_ACC4(0) \
+                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add), "n"(kTransB)); \
+        } \
+    };
 #define DIJIANG_WGMMA_64(TYPE) \
     template <> struct Wgmma<TYPE, 64> { \
         template <int kTransA, int kTransB> \
@@ -99,10 +125,12 @@ template <typename T, int N> struct Wgmma;
         } \
     };
 
-#define DIJIANG_EACH_WGMMA(TYPE) DIJIANG_WGMMA_64(TYPE) DIJIANG_WGMMA_80(TYPE) DIJIANG_WGMMA_128(TYPE)
+#define DIJIANG_EACH_WGMMA(TYPE) DIJIANG_WGMMA_16(TYPE) DIJIANG_WGMMA_32(TYPE) DIJIANG_WGMMA_64(TYPE) DIJIANG_WGMMA_80(TYPE) DIJIANG_WGMMA_128(TYPE)
 DIJIANG_EACH_WGMMA(__half)
 DIJIANG_EACH_WGMMA(__nv_bfloat16)
 #undef DIJIANG_EACH_WGMMA
+#undef DIJIANG_WGMMA_16
+#undef DIJIANG_WGMMA_32
 #undef DIJIANG_WGMMA_64
 #undef DIJIANG_WGMMA_80
 #undef DIJIANG_WGMMA_128

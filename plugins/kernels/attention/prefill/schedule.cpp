@@ -36,6 +36,7 @@ constexpr bool kHopperCode = true;
 #else
 constexpr bool kHopperCode = false;  // this library was not compiled for it
 #endif
+constexpr int kSpan = 4;  // chunks that a block takes at a time; each has its flags (hopper/spans/)
 constexpr size_t kStaticShared = 2304;  // at most, of any kernel here
 constexpr size_t kReserved = 2304;      // of a fused block: static variables and the runtime's 1 KB
 
@@ -83,18 +84,21 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
     schedule.segment_chunks = (length + kChunk - 1) / kChunk;
     if (hopper_takes(geometry, device) && hopper_pays(geometry, batch, device)) {
         const HopperShape hopper = hopper_shape(d);
-        schedule.path = Path::hopper;
+        const bool spans = d == 64;
+        schedule.path = spans ? Path::spans : Path::hopper;
         schedule.set = hopper.heads;
-        schedule.threads = d == 64 ? 640 : 512;
+        schedule.threads = 512;
         const int64_t jobs = batch * (heads / schedule.set);
         // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.
         const int chunks = schedule.segment_chunks, segments = most_segments(jobs, chunks, device.multiprocessors);
         schedule.segment_chunks = (chunks + segments - 1) / segments;
+        if (spans && schedule.segment_chunks > kSpan)
+            schedule.segment_chunks = (schedule.segment_chunks + kSpan - 1) / kSpan * kSpan;
         schedule.segments = (chunks + schedule.segment_chunks - 1) / schedule.segment_chunks;
         schedule.blocks = static_cast<int>(jobs * schedule.segments);
         const size_t states = segments > 1 ? jobs * segments : 0;
         schedule.workspace = aligned(states * hopper.heads * hopper.state_floats * sizeof(float));
-        schedule.sync = segments > 1 ? sizeof(uint32_t) * (2 + states) : 0;
+        schedule.sync = segments > 1 ? sizeof(uint32_t) * (2 + (spans ? kSpan : 1) * states) : 0;
         return schedule;
     }
     const FusedShape shape = fused_shape(static_cast<int>(d));

@@ -9,7 +9,8 @@ enum class Path {
     generic,  // float32 arithmetic, any size: features, scan, norm
     fused,    // tensor cores, d = 64, 80, 128: one kernel (and norm, if a block does not own whole groups)
     wide,     // tensor cores, d = 256: features first, then the same kernel over blocks of 64 value columns
-    hopper    // compute capability 9.0, geometric decay, d = 64, 80, 128: products of four warps
+    hopper,   // compute capability 9.0, geometric decay, d = 80, 128: products of four warps
+    spans     // the same for d = 64, four chunks at a time
 };
 
 struct Schedule {

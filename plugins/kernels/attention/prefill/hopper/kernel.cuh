@@ -17,10 +17,11 @@
 namespace dijiang::prefill::hopper {
 
 // All threads: P, rounded to T.
-template <typename T, int D> __device__ __forceinline__ void load_proj(const AttentionParams& p, char* proj) {
+template <typename T, int D, int kThreads = Shape<D>::kThreads>
+__device__ __forceinline__ void load_proj(const AttentionParams& p, char* proj) {
     using S = Shape<D>;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < D * D / 8; i += S::kThreads) {
+    for (int i = threadIdx.x; i < D * D / 8; i += kThreads) {
         const int row = i / (D / 8), column = i % (D / 8) * 8;
         const float4 x = *reinterpret_cast<const float4*>(p.proj + row * D + column);
         const float4 y = *reinterpret_cast<const float4*>(p.proj + row * D + column + 4);
@@ -58,20 +59,21 @@ template <int D> __device__ __forceinline__ void make_barriers(uint32_t memory_a
 }
 
 // A row without tokens: its states go over as they are.
-template <int D> __device__ __forceinline__ void carry_over(const AttentionParams& p, const Place& at) {
+template <int D, int kThreads = Shape<D>::kThreads>
+__device__ __forceinline__ void carry_over(const AttentionParams& p, const Place& at) {
     const int64_t first = static_cast<int64_t>(at.first_head) * D * D;
     const float4* past = reinterpret_cast<const float4*>(p.past_state + at.row * p.past_batch_stride + first);
     float4* present = reinterpret_cast<float4*>(p.present_state + at.row * p.present_batch_stride + first);
     if (past == present || at.segment > 0) return;
-    for (int i = threadIdx.x; i < Shape<D>::kHeads * D * D / 4; i += Shape<D>::kThreads) present[i] = past[i];
+    for (int i = threadIdx.x; i < Shape<D>::kHeads * D * D / 4; i += kThreads) present[i] = past[i];
 }
 
 // Zero output from token `first` on.
-template <typename T, int D>
+template <typename T, int D, int kThreads = Shape<D>::kThreads>
 __device__ __forceinline__ void clear_padding(const AttentionParams& p, const Place& at, int first) {
     constexpr int kPieces = Shape<D>::kHeads * D / 8;
     T* out = static_cast<T*>(p.output) + at.row * p.output_batch_stride + at.first_head * D;
-    for (int i = threadIdx.x; i < (at.last_token - first) * kPieces; i += Shape<D>::kThreads)
+    for (int i = threadIdx.x; i < (at.last_token - first) * kPieces; i += kThreads)
         *reinterpret_cast<uint4*>(out + (first + i / kPieces) * p.output_token_stride + 8 * (i % kPieces)) =
             make_uint4(0, 0, 0, 0);
 }
@@ -129,18 +131,16 @@ hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
 }
 
 #ifdef __CUDACC__
-template <typename T, int D>
-cudaError_t launch_hopper(const AttentionParams& p, const Schedule& schedule, cudaStream_t stream) {
-    const auto kernel = hopper_kernel<T, D>;
-    static SharedMemoryGrant grant;
-    const cudaError_t status = grant(reinterpret_cast<const void*>(kernel), Shape<D>::kShared);
-    if (status != cudaSuccess) return status;
+// Launches `kernel` over the schedule's blocks.
+template <typename Kernel>
+cudaError_t launch_over(Kernel kernel, int threads, size_t shared, const AttentionParams& p, const Schedule& schedule,
+                        cudaStream_t stream) {
     const Cut cut = {schedule.segments, schedule.segment_chunks,
                      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + schedule.states)};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(schedule.blocks));
-    config.blockDim = dim3(Shape<D>::kThreads);
-    config.dynamicSmemBytes = Shape<D>::kShared;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared;
     config.stream = stream;
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -148,6 +148,15 @@ cudaError_t launch_hopper(const AttentionParams& p, const Schedule& schedule, cu
     config.attrs = &overlap;
     config.numAttrs = schedule.overlap ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, p, cut);
+}
+
+template <typename T, int D>
+cudaError_t launch_hopper(const AttentionParams& p, const Schedule& schedule, cudaStream_t stream) {
+    const auto kernel = hopper_kernel<T, D>;
+    static SharedMemoryGrant grant;
+    const cudaError_t status = grant(reinterpret_cast<const void*>(kernel), Shape<D>::kShared);
+    if (status != cudaSuccess) return status;
+    return launch_over(kernel, Shape<D>::kThreads, Shape<D>::kShared, p, schedule, stream);
 }
 #endif
 

@@ -62,7 +62,7 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Pl
     uint32_t packed[S::kTiles][2];
     int weighted = 0;  // tiles so far
     if (at.segment + 1 < at.segments) {
-        maker.load(group, true);
+        if (group < items) maker.load(group, true);
         for (int item = group; item < items; item += 2, ++weighted) {
             maker.make(item, item + 2, items, true, packed);
             maker.weigh(item, true, decay_of(item), packed);

@@ -1,0 +1,206 @@
+// A block's walk over its spans.
+//
+// Each group of four warps takes one chunk of a span: its features of keys and queries, its outputs. What chunks of a
+// span are to each other goes through products of weighted features, as with the state; the state is there once per
+// span, and each group keeps some of its columns. All groups do the same at about the same time.
+#pragma once
+
+#include "attention/prefill/hopper/norm.cuh"
+#include "attention/prefill/hopper/scores.cuh"
+#include "attention/prefill/hopper/spans/state.cuh"
+
+namespace dijiang::prefill::hopper::spans {
+
+template <typename T, int D> struct Walker {
+    using S = Span<D>;
+    using Features = uint32_t[S::kTiles][2];
+    static constexpr int kHalf = kChunk / 2;
+    const AttentionParams& p;
+    const Place& at;
+    char* memory;
+    uint32_t memory_at;
+    int group;
+    RotaryLane rotary;
+
+    // Read anew where they are needed: few registers are left.
+    __device__ __forceinline__ int chunks() const { return at.last_chunk - at.first_chunk; }
+    __device__ __forceinline__ float decay() const { return at.decay[0]; }
+
+    __device__ __forceinline__ bool has(int span) const { return span * kGroups + group < chunks(); }
+    __device__ __forceinline__ int first_token(int span) const {
+        return (at.first_chunk + span * kGroups + group) * kChunk;
+    }
+    // Opaque, or what follows from them would be kept in registers from span to span.
+    __device__ __forceinline__ int keys() const { return opaque(S::kKeys + group * S::kTile); }
+    __device__ __forceinline__ int queries() const { return opaque(S::kQueries + group * S::kTile); }
+    __device__ __forceinline__ int gates() const { return opaque(S::kGates + group * S::kTile); }
+    __device__ __forceinline__ int weighted(int chunk) const { return opaque(S::kWeighted + chunk * S::kTile); }
+    __device__ __forceinline__ int values(int span, int chunk) const {
+        return opaque(S::kValues + (span % 2 * kGroups + chunk) * S::kTile);
+    }
+
+    // This group's chunk of a span, if there is one, to a tile. One batch of copies either way.
+    __device__ __forceinline__ void load(int tile, int span, const void* tensor, int64_t batch_stride,
+                                         int64_t token_stride, int column) const {
+        if (has(span))
+            load_rows<D>(memory_at + tile, tensor, at.row * batch_stride + first_token(span) * token_stride + column,
+                         token_stride, at.length - first_token(span));
+        else
+            commit_copies();
+    }
+    __device__ __forceinline__ void load_keys(int span) const {
+        load(keys(), span, p.qkv, p.qkv_batch_stride, p.qkv_token_stride, (p.num_heads + at.kv_head[0]) * D);
+    }
+    __device__ __forceinline__ void load_values(int span) const {
+        load(values(span, group), span, p.qkv, p.qkv_batch_stride, p.qkv_token_stride,
+             (p.num_heads + p.num_kv_heads + at.kv_head[0]) * D);
+    }
+    __device__ __forceinline__ void load_queries(int span) const {
+        load(queries(), span, p.qkv, p.qkv_batch_stride, p.qkv_token_stride, at.first_head * D);
+    }
+    __device__ __forceinline__ void load_gates(int span) const {
+        load(gates(), span, p.gate, p.gate_batch_stride, p.gate_token_stride, at.first_head * D);
+    }
+
+    // Rows that this warp has loaded -> the group's features. then(): as soon as nobody reads the rows.
+    template <typename F>
+    __device__ __forceinline__ void find_features(int tile, int span, Features& packed, F&& then) const {
+        float logits[S::kTiles][4];
+        __syncwarp();
+        rotate_rows<T, D>(rotary, p.rotary_dim / 2, reinterpret_cast<const float4*>(memory + S::kTurns), memory + tile,
+                          at.position + first_token(span));
+        show_to_products();
+        barrier_sync(meeting_of(group), kGroup);
+        const uint32_t rows = static_cast<uint32_t>(opaque(static_cast<int>(memory_at))) + tile;
+        const uint32_t proj = static_cast<uint32_t>(opaque(static_cast<int>(memory_at))) + S::kProj;
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k)
+            Wgmma<T, D>::template shared<0, 1>(logits, S::Tile::across(rows, kChunk, k), S::Tile::down(proj, D, 0, k),
+                                               k > 0);
+        end_products();
+        await_products<0>();
+        barrier_sync(meeting_of(group), kGroup);
+        then();
+        softmax_rows<T, S::kTiles>(logits, packed);
+    }
+
+    // Features of a chunk times what is left of a key at its end, of the state at a query.
+    __device__ __forceinline__ void weigh(int span, bool of_keys, Features& packed) const {
+        const int end = min(kChunk, at.length - first_token(span));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int t = opaque(fragment_row()) + 8 * i, steps = of_keys ? end - 1 - t : t + 1;
+            const float left = steps >= 0 ? fast_exp2(decay() * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
+            const uint32_t weight = pack<T>(left, left);
+#pragma unroll
+            for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
+        }
+    }
+
+    __device__ __forceinline__ void store_keys(const Features& packed) const {
+        store_fragment<typename S::Tile>(memory_at + keys(), packed);
+    }
+    __device__ __forceinline__ void store_weighted(const Features& packed) const {
+        store_fragment<typename S::Tile>(memory_at + weighted(group), packed);
+    }
+
+    // What a span leaves of the state.
+    __device__ __forceinline__ float keep(int span, int chunk) const {
+        const int first = (at.first_chunk + span * kGroups + chunk) * kChunk;
+        return fast_exp2(decay() * min(kChunk, at.length - first));
+    }
+    __device__ __forceinline__ int chunks_of(int span) const { return min(kGroups, chunks() - span * kGroups); }
+
+    // part: also what the span's chunks from `first` on add. Done when this returns.
+    __device__ __forceinline__ void add_chunks(int span, int first, Part<D>& part) const {
+#pragma unroll 1
+        for (int j = first; j < chunks_of(span); ++j) {
+            fade_part<D>(part, keep(span, j));
+            begin_products();
+            add_rows<T, D, kChunk>(part, memory_at + weighted(j), memory_at + values(span, j), group);
+            end_products();
+            await_products<0>();
+        }
+    }
+
+    // Outputs of this group's chunk from its faded queries and scores. part: also what the chunks before it add.
+    __device__ __forceinline__ void read_span(int span, const Features& faded, const uint32_t (&scores)[kChunk / 8][2],
+                                              Part<D>& part, float (&out)[S::kTiles][4]) const {
+        const uint32_t state = static_cast<uint32_t>(opaque(static_cast<int>(memory_at))) + S::kState;
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k)
+            Wgmma<T, D>::template registers<1>(out, faded[2 * k][0], faded[2 * k][1], faded[2 * k + 1][0],
+                                               faded[2 * k + 1][1], S::Tile::down(state, D, 0, k),
+                                               k > 0);
+        end_products();
+        await_products<0>();
+        const float left = fast_exp2(decay() * (kChunk * group));  // of the span's first state
+        const float4 scales = *reinterpret_cast<const float4*>(memory + S::kScales);
+        const float scale[kGroups] = {left * reciprocal(scales.x), left * reciprocal(scales.y),
+                                       left * reciprocal(scales.z), left * reciprocal(scales.w)};
+#pragma unroll
+        for (int n = 0; n < S::kTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][i] *= scale[n / S::kPieces];
+        begin_products();
+        add_values(scores, memory_at + values(span, group), out);
+        end_products();
+        await_products<0>();  // few registers are left: nothing else while these are read, here and below
+#pragma unroll 1
+        for (int half = 0; half < 2 * group; ++half) {  // of a chunk before: more would not fit in registers
+            const int j = half / 2;
+            const uint32_t rows = half % 2 * (kHalf * S::Tile::kRow);
+            uint32_t packed[kHalf / 8][2];
+            float sum[kHalf / 8][4];
+            const uint32_t from = memory_at + weighted(j) + rows, value = memory_at + values(span, j) + rows;
+            if (half % 2 == 0) fade_part<D>(part, keep(span, j));
+            begin_products();
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k)
+                Wgmma<T, kHalf>::template registers<0>(sum, faded[2 * k][0], faded[2 * k][1], faded[2 * k + 1][0],
+                                                       faded[2 * k + 1][1], S::Tile::across(from, kChunk, k), k > 0);
+            add_rows<T, D, kHalf>(part, from, value, group);
+            end_products();
+            await_products<0>();
+            const float further = fast_exp2(decay() * (kChunk * (group - 1 - j)));
+#pragma unroll
+            for (int n = 0; n < kHalf / 8; ++n) {
+                packed[n][0] = pack<T>(sum[n][0] * further, sum[n][1] * further);
+                packed[n][1] = pack<T>(sum[n][2] * further, sum[n][3] * further);
+            }
+            begin_products();
+            add_values(packed, value, out);
+            end_products();
+            await_products<0>();
+        }
+    }
+
+    // out += scores of kTokens / 8 tiles of columns with as many values.
+    template <int N>
+    __device__ __forceinline__ void add_values(const uint32_t (&scores)[N][2], uint32_t values,
+                                               float (&out)[S::kTiles][4]) const {
+#pragma unroll
+        for (int k = 0; k < N / 2; ++k)
+            Wgmma<T, D>::template registers<1>(out, scores[2 * k][0], scores[2 * k][1], scores[2 * k + 1][0],
+                                               scores[2 * k + 1][1], S::Tile::down(values, kChunk, 0, k), 1);
+    }
+
+    // GroupNorm, gate and out.
+    __device__ __forceinline__ void write(int span, const float (&out)[S::kTiles][4]) const {
+        normalise<T, D>(p, out, at.first_head, memory + gates());
+        __syncwarp();
+        const int count = at.length - first_token(span);
+        T* to = static_cast<T*>(p.output) + at.row * p.output_batch_stride
+                + static_cast<int64_t>(first_token(span)) * p.output_token_stride + at.first_head * D;
+        each_piece<D>([&](uint32_t from, int row, int piece) {
+            if (row < count)
+                *reinterpret_cast<uint4*>(to + row * p.output_token_stride + 8 * piece) =
+                    *reinterpret_cast<const uint4*>(memory + gates() + from);
+        });
+        __syncwarp();
+    }
+};
+
+}  // namespace dijiang::prefill::hopper::spans
