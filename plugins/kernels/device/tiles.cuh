@@ -31,19 +31,20 @@ template <int W> struct Tiles {
     // The operand whose 16 inner elements, the tile's columns 16 k to 16 k + 15, are neighbours; its outer ones are
     // rows.
     static __device__ __forceinline__ uint64_t across(uint32_t tile, int rows, int k) {
-        return describe(tile + 16 * k / W * (rows * kRow) + 16 * k % W * 2, 16);
+        return describe(tile, 16 * k / W * (rows * kRow) + 16 * k % W * 2, 16);
     }
     // The operand whose outer elements, columns from `first` on (of one block, or from a block's first on), are neighbours; its 16 inner ones are rows from 16 k
     // on.
     static __device__ __forceinline__ uint64_t down(uint32_t tile, int rows, int first, int k) {
-        return describe(tile + first / W * (rows * kRow) + first % W * 2 + 16 * k * kRow, rows * kRow);
+        return describe(tile + first / W * (rows * kRow) + first % W * 2, 16 * k * kRow, rows * kRow);
     }
 
 private:
-    // Fields: start, bytes from block to block, bytes from eight rows to the next eight, kind of swizzle.
-    static __device__ __forceinline__ uint64_t describe(uint32_t start, uint32_t block) {
-        return static_cast<uint64_t>((start & 0x3ffff) >> 4) | static_cast<uint64_t>(block >> 4) << 16 |
-               static_cast<uint64_t>(8 * kRow >> 4) << 32 | kCode << 62;
+    // Fields: start, bytes from block to block, bytes from eight rows to the next eight, kind of swizzle. Shared memory
+    // ends below what the first field holds: operands of one tile differ by a constant.
+    static __device__ __forceinline__ uint64_t describe(uint32_t start, uint32_t more, uint32_t block) {
+        const uint32_t low = (start >> 4) + ((more >> 4) | (block >> 4) << 16);
+        return static_cast<uint64_t>(low) | static_cast<uint64_t>(8 * kRow >> 4) << 32 | kCode << 62;
     }
 };
 

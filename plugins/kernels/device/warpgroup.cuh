@@ -169,8 +169,8 @@ __device__ __forceinline__ void arrive_at(uint32_t barrier) {
 __device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
-        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 10000000;\n@!done bra again;\n}" ::"r"(barrier),
+        "r"(parity)  // at most 10 ms asleep, rather than ask again and again
         : "memory");
 }
 // Whether any of `threads` at this barrier says so.

@@ -30,27 +30,43 @@ __device__ __forceinline__ void load_proj(const AttentionParams& p, char* proj) 
     }
 }
 
-// One thread.
+// A warp. What any of a few rows and heads may need is asked for while the ticket is drawn.
 template <int D> __device__ __forceinline__ void find_place(const AttentionParams& p, const Cut& cut, Place& at) {
     constexpr int H = Shape<D>::kHeads;
-    const int work = cut.segments > 1 ? static_cast<int>(atomicAdd(p.sync, 1u)) : blockIdx.x;
+    const int lane = lane_of();
+    int length = p.seq_lens[min(lane, p.batch - 1)], position = p.positions[min(lane, p.batch - 1)];
+    const float log_decay = p.log_decay[min(lane, p.num_heads - 1)];
+    uint32_t work = blockIdx.x;
+    if (cut.segments > 1) {
+        if (lane == 0) work = atomicAdd(p.sync, 1u);
+        work = __shfl_sync(~0u, work, 0);
+    }
     const int sets = p.num_heads / H, jobs = p.batch * sets, tokens = cut.segment_chunks * kChunk;
-    at.segment = work / jobs;
-    at.job = work - at.segment * jobs;
-    at.row = at.job / sets;
-    at.first_head = (at.job - at.row * sets) * H;
-    const int shared_by = p.num_heads / p.num_kv_heads;
-    at.kv_head[0] = at.first_head / shared_by;
-    at.kv_head[1] = (at.first_head + 1) / shared_by;
+    const int segment = static_cast<int>(work) / jobs, job = static_cast<int>(work) - segment * jobs;
+    const int row = job / sets, first_head = (job - row * sets) * H;
 #pragma unroll
-    for (int h = 0; h < H; ++h) at.decay[h] = fmaxf(p.log_decay[at.first_head + h], kLeastLogDecay) * kLog2E;
-    at.length = min(max(p.seq_lens[at.row], 0), p.length);
-    at.position = p.positions[at.row];
-    at.segments = max(1, (at.length + tokens - 1) / tokens);
-    at.first_token = at.segment * tokens;
+    for (int h = 0; h < H; ++h)
+        if (lane == first_head + h) at.decay[h] = fmaxf(log_decay, kLeastLogDecay) * kLog2E;
+    if (lane != row % 32) return;
+    if (row >= 32) length = p.seq_lens[row], position = p.positions[row];
+    const int shared_by = p.num_heads / p.num_kv_heads;
+    length = min(max(length, 0), p.length);
+    at.segment = segment;
+    at.job = job;
+    at.row = row;
+    at.first_head = first_head;
+    at.kv_head[0] = first_head / shared_by;
+    at.kv_head[1] = (first_head + 1) / shared_by;
+    at.length = length;
+    at.position = position;
+    at.segments = max(1, (length + tokens - 1) / tokens);
+    at.qkv = static_cast<const uint16_t*>(p.qkv) + row * p.qkv_batch_stride;
+    at.gate = static_cast<const uint16_t*>(p.gate) + row * p.gate_batch_stride + first_head * D;
+    at.output = static_cast<uint16_t*>(p.output) + row * p.output_batch_stride + first_head * D;
+    at.first_token = segment * tokens;
     at.last_token = min(at.first_token + tokens, p.length);
     at.first_chunk = at.first_token / kChunk;
-    at.last_chunk = (min(at.last_token, at.length) + kChunk - 1) / kChunk;
+    at.last_chunk = (min(at.last_token, length) + kChunk - 1) / kChunk;
 }
 
 template <int D> __device__ __forceinline__ void make_barriers(uint32_t memory_at) {
@@ -72,9 +88,8 @@ __device__ __forceinline__ void carry_over(const AttentionParams& p, const Place
 template <typename T, int D, int kThreads = Shape<D>::kThreads>
 __device__ __forceinline__ void clear_padding(const AttentionParams& p, const Place& at, int first) {
     constexpr int kPieces = Shape<D>::kHeads * D / 8;
-    T* out = static_cast<T*>(p.output) + at.row * p.output_batch_stride + at.first_head * D;
     for (int i = threadIdx.x; i < (at.last_token - first) * kPieces; i += kThreads)
-        *reinterpret_cast<uint4*>(out + (first + i / kPieces) * p.output_token_stride + 8 * (i % kPieces)) =
+        *reinterpret_cast<uint4*>(at.output + (first + i / kPieces) * p.output_token_stride + 8 * (i % kPieces)) =
             make_uint4(0, 0, 0, 0);
 }
 
@@ -107,7 +122,7 @@ hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     let_next_kernel_start();
     if (threadIdx.x == 0) make_barriers<D>(memory_at);
     wait_for_previous_kernel();
-    if (threadIdx.x == 0) find_place<D>(p, cut, at);
+    if (threadIdx.x < 32) find_place<D>(p, cut, at);
     prepare_rotation(p, reinterpret_cast<float4*>(memory + S::kTurns));
     load_proj<T, D>(p, memory + S::kProj);
     show_to_products();

@@ -21,9 +21,9 @@ template <typename T, int D> struct FeatureMaker {
 
     __device__ __forceinline__ void load(int item, bool keys) const {
         const int head = item % S::kHeads;
-        const int64_t first = at.row * p.qkv_batch_stride + first_token(item) * p.qkv_token_stride
-                              + (keys ? p.num_heads + at.kv_head[head] : at.first_head + head) * D;
-        load_rows<D>(memory_at + raw(), p.qkv, first, p.qkv_token_stride, at.length - first_token(item));
+        const int column = (keys ? p.num_heads + at.kv_head[head] : at.first_head + head) * D;
+        load_rows<D>(memory_at + raw(), at.qkv + first_token(item) * p.qkv_token_stride + column, p.qkv_token_stride,
+                     at.length - first_token(item));
     }
 
     // Features of an item that was loaded; then loads the `next` one.

@@ -16,9 +16,9 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
         const int first_token = (at.first_chunk + chunk) * kChunk;
 #pragma unroll
         for (int h = 0; h < H; ++h)
-            load_rows<D>(memory_at + S::kGates + (group * H + h) * S::kTile, p.gate,
-                         at.row * p.gate_batch_stride + first_token * p.gate_token_stride + (at.first_head + h) * D,
-                         p.gate_token_stride, at.length - first_token);
+            load_rows<D>(memory_at + S::kGates + (group * H + h) * S::kTile,
+                         at.gate + first_token * p.gate_token_stride + h * D, p.gate_token_stride,
+                         at.length - first_token);
     };
     if (group < chunks) load_gates(group);
     for (int chunk = group; chunk < chunks; chunk += S::kOutputGroups) {
@@ -64,8 +64,7 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
         __syncwarp();
         // The warp's finished rows: 16 bytes a lane.
         const int count = at.length - (at.first_chunk + chunk) * kChunk;
-        T* to = static_cast<T*>(p.output) + at.row * p.output_batch_stride
-                + static_cast<int64_t>(at.first_chunk + chunk) * kChunk * p.output_token_stride + at.first_head * D;
+        uint16_t* to = at.output + static_cast<int64_t>(at.first_chunk + chunk) * kChunk * p.output_token_stride;
 #pragma unroll
         for (int h = 0; h < H; ++h)
             each_piece<D>([&](uint32_t from, int row, int piece) {

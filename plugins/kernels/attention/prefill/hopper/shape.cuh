@@ -57,7 +57,7 @@ template <int D> struct Shape {
     static constexpr int kScales = kBarriers + 128;  // what a copy of a state is multiplied by
     static constexpr int kPlace = kScales + 16;
     // Of a pair of dimensions: turns per token (hi, lo), cos, sin of a step.
-    static constexpr int kTurns = kPlace + 64;
+    static constexpr int kTurns = kPlace + 96;
     static constexpr int kShared = kTurns + 16 * (D / 2);
 };
 
@@ -93,6 +93,9 @@ struct Place {
     int segment, segments;  // of those that hold tokens of this row
     int length, position;
     int first_token, last_token, first_chunk, last_chunk;
+    const uint16_t* qkv;  // of the row
+    const uint16_t* gate;
+    uint16_t* output;
 };
 
 // Token of a chunk and channels of a fragment's register: row(0), row(1) = row(0) + 8; column 8 n + column().
@@ -127,23 +130,33 @@ template <int D, typename F> __device__ __forceinline__ void each_piece(F&& f) {
     }
 }
 
-// A warp's 16 rows of a chunk's tile; zeros from row `count` of the chunk on.
+// A warp's 16 rows of a chunk's tile; zeros from row `count` of the chunk on. `from`: its first row, whose next ones are
+// `stride` elements further on.
 template <int D>
-__device__ __forceinline__ void load_rows(uint32_t tile, const void* tensor, int64_t first, int64_t stride,
-                                          int count) {
+__device__ __forceinline__ void load_rows(uint32_t tile, const void* from, int64_t stride, int count) {
     using Tile = typename Shape<D>::Tile;
-    const uint16_t* from = static_cast<const uint16_t*>(tensor) + first;
+    constexpr int kPieces = D / 8, kRows = 32 / kPieces;
     if (count >= kChunk) {
-        each_piece<D>([&](uint32_t at, int row, int piece) {
-            copy_async(tile + at, from + row * stride + 8 * piece, true);
-        });
+        if constexpr (32 % kPieces == 0) {  // each next row of a lane is as far on
+            const int lane = opaque(lane_of());
+            const char* at = static_cast<const char*>(from) + 2 * ((16 * warp_of() + lane / kPieces) * stride)
+                             + lane % kPieces * 16;
+            each_piece<D>([&](uint32_t to, int, int) {
+                copy_async(tile + to, at);
+                at += 2 * kRows * stride;
+            });
+        } else {
+            each_piece<D>([&](uint32_t to, int row, int piece) {
+                copy_async(tile + to, static_cast<const uint16_t*>(from) + row * stride + 8 * piece);
+            });
+        }
     } else {
 #pragma unroll 1
         for (int i = lane_of(); i < 2 * D; i += 32) {  // the last chunk: little code is better than few instructions
             const int row = 16 * warp_of() + i / (D / 8), piece = i % (D / 8);
             const bool there = row < count;
-            copy_async(tile + Tile::offset(kChunk, row, 8 * piece), there ? from + row * stride + 8 * piece : from,
-                       there);
+            copy_async(tile + Tile::offset(kChunk, row, 8 * piece),
+                       static_cast<const uint16_t*>(from) + (there ? row * stride + 8 * piece : 0), there);
         }
     }
     commit_copies();

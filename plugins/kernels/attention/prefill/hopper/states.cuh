@@ -178,9 +178,9 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     const int walks = at.segment + 1 < at.segments ? 2 : 1;
     const auto load_values = [&](int item) {
         const int chunk = at.first_chunk + item / H;
-        const int64_t first = at.row * p.qkv_batch_stride + static_cast<int64_t>(chunk) * kChunk * p.qkv_token_stride
-                              + (p.num_heads + p.num_kv_heads + at.kv_head[item % H]) * D;
-        load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile, p.qkv, first, p.qkv_token_stride,
+        const int column = (p.num_heads + p.num_kv_heads + at.kv_head[item % H]) * D;
+        load_rows<D>(memory_at + S::kValues + item % S::kValueStages * S::kTile,
+                     at.qkv + static_cast<int64_t>(chunk) * kChunk * p.qkv_token_stride + column, p.qkv_token_stride,
                      at.length - chunk * kChunk);
     };
     StateTile<D> state[H];  // times kStateUnit
@@ -257,8 +257,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
         if (!full) {
 #pragma unroll
             for (int h = 0; h < H; ++h) store_slot<D>(exchange.slot(at.segment + 1, h), state[h]);
-            __threadfence();
-            barrier_sync(kStateGroup, kGroup);
+            barrier_sync(kStateGroup, kGroup);  // the release is of all that came before, by whomever
             if (threadIdx.x % kGroup == 0) store_release(exchange.flags + at.segment, 1);
         }
     }

@@ -29,10 +29,14 @@ template <typename T, int D>
 __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& cut, const Place& at, char* memory,
                                            uint32_t memory_at) {
     using S = Span<D>;
-    const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);  // the same in all lanes, and known to be
-    const Walker<T, D> walker{p, at, memory, memory_at, group, RotaryLane(p.rotary_dim / 2)};
-    const int spans = (walker.chunks() + kGroups - 1) / kGroups;
-    const bool followed = at.segment + 1 < at.segments, single = spans == 1;
+    // The same in all lanes, and known to be: what follows is for the uniform units.
+    const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const int chunks = __shfl_sync(~0u, at.last_chunk - at.first_chunk, 0);
+    const int segment = __shfl_sync(~0u, at.segment, 0);
+    const bool followed = __shfl_sync(~0u, at.segment + 1 < at.segments, 0), single = chunks <= kGroups;
+    const int spans = (chunks + kGroups - 1) / kGroups;
+    const Walker<T, D> walker{p, at, memory, memory_at, group, chunks, at.decay[0], RotaryLane(p.rotary_dim / 2)};
     const uint32_t finished = memory_at + S::kBarrier;  // a span's products, by all warps
     const int64_t states = static_cast<int64_t>(at.first_head) * D * D;
     int turn = 0;  // spans so far, of both walks
@@ -44,7 +48,7 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
     Part<D> part;  // times kStateUnit
 #pragma unroll
     for (int n = 0; n < S::kPieces; ++n) part[n][0] = part[n][1] = part[n][2] = part[n][3] = 0.0f;
-    if (at.segment == 0) {
+    if (segment == 0) {
         const float* past = p.past_state + at.row * p.past_batch_stride + states;
         each_pair<D>(part, group, [&](int i, float& x, float& y) {
             const float2 both = *reinterpret_cast<const float2*>(past + i);
@@ -83,7 +87,7 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
             walker.add_chunks(span, 0, sum);
             warp_arrives(finished);
         }
-        Exchange<D>(p, cut, at, group).publish(at.segment, sum);
+        Exchange<D>(p, cut, at, group).publish(segment, sum);
         if (!single) {
             await_phase(finished, turn & 1 ^ 1);
             walker.load_keys(0);
@@ -95,13 +99,13 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
     float scale = 1.0f;  // of the state's copy
     // Before anybody reads a span: the state's copy is there, and what all have made.
     const auto meet = [&](int span) {
-        if (span == 0 && at.segment > 0)
-            Exchange<D>(p, cut, at, group).collect(at.segment, fast_exp2(walker.decay() * (cut.segment_chunks * kChunk)),
+        if (span == 0 && segment > 0)
+            Exchange<D>(p, cut, at, group).collect(segment, fast_exp2(walker.decay * (cut.segment_chunks * kChunk)),
                                                    part);
         show_part<T, D>(part, scale, memory, memory_at, group);
         show_to_products();
         barrier_sync(kAll, kThreads);
-        if (span == 0 && cut.segments > 1 && threadIdx.x < 32) leave(p);
+        if (span == 0 && cut.segments > 1 && warp == 0) leave(p);
     };
 #pragma unroll 1
     for (int span = 0; span < spans; ++span, ++turn) {
@@ -112,18 +116,25 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
                 wait_copies<3>();
             else
                 wait_copies<1>();
-            if (!(single && followed)) {  // else they are there
-                walker.find_features(walker.keys(), span, packed, [] {});
-                walker.store_keys(packed);
-                walker.weigh(span, true, packed);
-                await_phase(finished, turn & 1 ^ 1);
-                walker.store_weighted(packed);
+            const bool known = single && followed;  // the keys: from the first walk
+            if (known) walker.load_values(span + 1), wait_copies<2>();
+#pragma unroll 1
+            for (int queries = known; queries < 2; ++queries) {  // keys, then queries: the same code
+                const int tile = queries ? walker.queries() : walker.keys();
+                walker.find_features(tile, span, packed, [&] {
+                    if (queries) walker.load_queries(span + 1);
+                });
+                if (!queries) {
+                    walker.store_keys(packed);
+                    walker.weigh(span, true, packed);
+                    await_phase(finished, turn & 1 ^ 1);
+                    walker.store_weighted(packed);
+                    walker.load_values(span + 1);
+                    wait_copies<2>();
+                }
             }
-            walker.load_values(span + 1);
-            wait_copies<2>();
-            walker.find_features(walker.queries(), span, packed, [&] { walker.load_queries(span + 1); });
             uint32_t scores[kChunk / 8][2];
-            find_scores<T, D>(packed, memory_at + walker.keys(), walker.decay(), scores);
+            find_scores<T, D>(packed, memory_at + walker.keys(), walker.decay, scores);
             barrier_sync(meeting_of(group), kGroup);
             walker.load_keys(span + 1);
             walker.weigh(span, false, packed);
@@ -164,12 +175,12 @@ spans_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
     let_next_kernel_start();
     if (threadIdx.x == 0) make_barrier(memory_at + S::kBarrier, kThreads / 32);
     wait_for_previous_kernel();
-    if (threadIdx.x == 0) find_place<D>(p, cut, at);
+    if (threadIdx.x < 32) find_place<D>(p, cut, at);
     prepare_rotation(p, reinterpret_cast<float4*>(memory + S::kTurns));
     load_proj<T, D, kThreads>(p, memory + S::kProj);
     show_to_products();
     __syncthreads();
-    const bool walks = at.segment < at.segments && at.length > 0;
+    const bool walks = __shfl_sync(~0u, at.segment < at.segments && at.length > 0, 0);
     if (walks) walk_spans<T, D>(p, cut, at, memory, memory_at);
     if (at.length == 0) carry_over<D, kThreads>(p, at);
     const int padding = max(at.first_token, at.length);

@@ -26,7 +26,7 @@ template <int D> struct Span {
     static constexpr int kBarrier = kState + kMatrix;
     static constexpr int kScales = kBarrier + 16;  // what each group's part of the state's copy is multiplied by
     static constexpr int kPlace = kScales + 16;
-    static constexpr int kTurns = kPlace + 64;
+    static constexpr int kTurns = kPlace + 96;
     static constexpr int kShared = kTurns + 16 * (D / 2);
     static_assert(sizeof(Place) <= kTurns - kPlace && kShared <= 227 << 10);
 };

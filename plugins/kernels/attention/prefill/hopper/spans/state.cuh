@@ -101,7 +101,9 @@ __device__ __forceinline__ void show_part(const Part<D>& part, float& scale, cha
         while (true) {  // rare: float16 could not hold the state
             const float2 largest = unpack<T>(most);
             const bool over = !(fmaxf(largest.x, largest.y) <= 65504.0f);
-            if (!any_of(meeting_of(group), kGroup, over) || scale < 1e-30f) break;
+            // All know the same, and the compiler that they do.
+            const bool again = any_of(meeting_of(group), kGroup, over) && scale > 1e-30f;
+            if (!__shfl_sync(~0u, again, 0)) break;
             scale *= 0.0625f;
             most = copy_part<T, D>(part, scale, memory_at + S::kState, group);
         }

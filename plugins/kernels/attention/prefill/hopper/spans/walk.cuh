@@ -19,48 +19,40 @@ template <typename T, int D> struct Walker {
     const Place& at;
     char* memory;
     uint32_t memory_at;
-    int group;
+    int group, chunks;  // of the segment
+    float decay;
     RotaryLane rotary;
 
-    // Read anew where they are needed: few registers are left.
-    __device__ __forceinline__ int chunks() const { return at.last_chunk - at.first_chunk; }
-    __device__ __forceinline__ float decay() const { return at.decay[0]; }
-
-    __device__ __forceinline__ bool has(int span) const { return span * kGroups + group < chunks(); }
+    __device__ __forceinline__ bool has(int span) const { return span * kGroups + group < chunks; }
     __device__ __forceinline__ int first_token(int span) const {
         return (at.first_chunk + span * kGroups + group) * kChunk;
     }
-    // Opaque, or what follows from them would be kept in registers from span to span.
-    __device__ __forceinline__ int keys() const { return opaque(S::kKeys + group * S::kTile); }
-    __device__ __forceinline__ int queries() const { return opaque(S::kQueries + group * S::kTile); }
-    __device__ __forceinline__ int gates() const { return opaque(S::kGates + group * S::kTile); }
-    __device__ __forceinline__ int weighted(int chunk) const { return opaque(S::kWeighted + chunk * S::kTile); }
+    __device__ __forceinline__ int keys() const { return S::kKeys + group * S::kTile; }
+    __device__ __forceinline__ int queries() const { return S::kQueries + group * S::kTile; }
+    __device__ __forceinline__ int gates() const { return S::kGates + group * S::kTile; }
+    __device__ __forceinline__ int weighted(int chunk) const { return S::kWeighted + chunk * S::kTile; }
     __device__ __forceinline__ int values(int span, int chunk) const {
-        return opaque(S::kValues + (span % 2 * kGroups + chunk) * S::kTile);
+        return S::kValues + (span % 2 * kGroups + chunk) * S::kTile;
     }
 
     // This group's chunk of a span, if there is one, to a tile. One batch of copies either way.
-    __device__ __forceinline__ void load(int tile, int span, const void* tensor, int64_t batch_stride,
-                                         int64_t token_stride, int column) const {
+    __device__ __forceinline__ void load(int tile, int span, const uint16_t* row, int64_t stride) const {
         if (has(span))
-            load_rows<D>(memory_at + tile, tensor, at.row * batch_stride + first_token(span) * token_stride + column,
-                         token_stride, at.length - first_token(span));
+            load_rows<D>(memory_at + tile, row + first_token(span) * stride, stride, at.length - first_token(span));
         else
             commit_copies();
     }
     __device__ __forceinline__ void load_keys(int span) const {
-        load(keys(), span, p.qkv, p.qkv_batch_stride, p.qkv_token_stride, (p.num_heads + at.kv_head[0]) * D);
+        load(keys(), span, at.qkv + (p.num_heads + at.kv_head[0]) * D, p.qkv_token_stride);
     }
     __device__ __forceinline__ void load_values(int span) const {
-        load(values(span, group), span, p.qkv, p.qkv_batch_stride, p.qkv_token_stride,
-             (p.num_heads + p.num_kv_heads + at.kv_head[0]) * D);
+        load(values(span, group), span, at.qkv + (p.num_heads + p.num_kv_heads + at.kv_head[0]) * D,
+             p.qkv_token_stride);
     }
     __device__ __forceinline__ void load_queries(int span) const {
-        load(queries(), span, p.qkv, p.qkv_batch_stride, p.qkv_token_stride, at.first_head * D);
+        load(queries(), span, at.qkv + at.first_head * D, p.qkv_token_stride);
     }
-    __device__ __forceinline__ void load_gates(int span) const {
-        load(gates(), span, p.gate, p.gate_batch_stride, p.gate_token_stride, at.first_head * D);
-    }
+    __device__ __forceinline__ void load_gates(int span) const { load(gates(), span, at.gate, p.gate_token_stride); }
 
     // Rows that this warp has loaded -> the group's features. then(): as soon as nobody reads the rows.
     template <typename F>
@@ -71,8 +63,7 @@ template <typename T, int D> struct Walker {
                           at.position + first_token(span));
         show_to_products();
         barrier_sync(meeting_of(group), kGroup);
-        const uint32_t rows = static_cast<uint32_t>(opaque(static_cast<int>(memory_at))) + tile;
-        const uint32_t proj = static_cast<uint32_t>(opaque(static_cast<int>(memory_at))) + S::kProj;
+        const uint32_t rows = memory_at + tile, proj = memory_at + S::kProj;
         begin_products();
 #pragma unroll
         for (int k = 0; k < D / 16; ++k)
@@ -91,7 +82,7 @@ template <typename T, int D> struct Walker {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int t = opaque(fragment_row()) + 8 * i, steps = of_keys ? end - 1 - t : t + 1;
-            const float left = steps >= 0 ? fast_exp2(decay() * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
+            const float left = steps >= 0 ? fast_exp2(decay * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
             const uint32_t weight = pack<T>(left, left);
 #pragma unroll
             for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
@@ -108,9 +99,9 @@ template <typename T, int D> struct Walker {
     // What a span leaves of the state.
     __device__ __forceinline__ float keep(int span, int chunk) const {
         const int first = (at.first_chunk + span * kGroups + chunk) * kChunk;
-        return fast_exp2(decay() * min(kChunk, at.length - first));
+        return fast_exp2(decay * min(kChunk, at.length - first));
     }
-    __device__ __forceinline__ int chunks_of(int span) const { return min(kGroups, chunks() - span * kGroups); }
+    __device__ __forceinline__ int chunks_of(int span) const { return min(kGroups, chunks - span * kGroups); }
 
     // part: also what the span's chunks from `first` on add. Done when this returns.
     __device__ __forceinline__ void add_chunks(int span, int first, Part<D>& part) const {
@@ -127,7 +118,7 @@ template <typename T, int D> struct Walker {
     // Outputs of this group's chunk from its faded queries and scores. part: also what the chunks before it add.
     __device__ __forceinline__ void read_span(int span, const Features& faded, const uint32_t (&scores)[kChunk / 8][2],
                                               Part<D>& part, float (&out)[S::kTiles][4]) const {
-        const uint32_t state = static_cast<uint32_t>(opaque(static_cast<int>(memory_at))) + S::kState;
+        const uint32_t state = memory_at + S::kState;
         begin_products();
 #pragma unroll
         for (int k = 0; k < D / 16; ++k)
@@ -136,7 +127,7 @@ template <typename T, int D> struct Walker {
                                                k > 0);
         end_products();
         await_products<0>();
-        const float left = fast_exp2(decay() * (kChunk * group));  // of the span's first state
+        const float left = fast_exp2(decay * (kChunk * group));  // of the span's first state
         const float4 scales = *reinterpret_cast<const float4*>(memory + S::kScales);
         const float scale[kGroups] = {left * reciprocal(scales.x), left * reciprocal(scales.y),
                                        left * reciprocal(scales.z), left * reciprocal(scales.w)};
@@ -164,7 +155,7 @@ template <typename T, int D> struct Walker {
             add_rows<T, D, kHalf>(part, from, value, group);
             end_products();
             await_products<0>();
-            const float further = fast_exp2(decay() * (kChunk * (group - 1 - j)));
+            const float further = fast_exp2(decay * (kChunk * (group - 1 - j)));
 #pragma unroll
             for (int n = 0; n < kHalf / 8; ++n) {
                 packed[n][0] = pack<T>(sum[n][0] * further, sum[n][1] * further);
@@ -192,12 +183,12 @@ template <typename T, int D> struct Walker {
         normalise<T, D>(p, out, at.first_head, memory + gates());
         __syncwarp();
         const int count = at.length - first_token(span);
-        T* to = static_cast<T*>(p.output) + at.row * p.output_batch_stride
-                + static_cast<int64_t>(first_token(span)) * p.output_token_stride + at.first_head * D;
-        each_piece<D>([&](uint32_t from, int row, int piece) {
-            if (row < count)
-                *reinterpret_cast<uint4*>(to + row * p.output_token_stride + 8 * piece) =
-                    *reinterpret_cast<const uint4*>(memory + gates() + from);
+        const int lane = opaque(lane_of());
+        uint16_t* to = at.output + (first_token(span) + 16 * warp_of() + lane / S::kTiles) * p.output_token_stride
+                       + lane % S::kTiles * 8;
+        each_piece<D>([&](uint32_t from, int row, int) {
+            if (row < count) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(memory + gates() + from);
+            to += 32 / S::kTiles * p.output_token_stride;
         });
         __syncwarp();
     }
