@@ -31,6 +31,15 @@ template <typename T, int N> struct Wgmma;
     };
 #define DIJIANG_WGMMA_32(TYPE) \
     template <> struct Wgmma<TYPE, 32> { \
+        template <int kTransA, int kTransB> \
+        static __device__ __forceinline__ void shared(float (&c)[4][4], uint64_t a, uint64_t b, int add) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n" \
+                "wgmma.mma_async.sync.aligned.m64n32k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+                "}, %16, %17, p, 1, 1, %19, %20;\n}" \
+                : DIJIANG_ACC4(0) \
+                : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
+        } \
         template <int kTransB> \
         static __device__ __forceinline__ void registers( \
                 float (&c)[4][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \

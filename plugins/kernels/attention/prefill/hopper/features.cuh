@@ -16,6 +16,12 @@ struct RotaryLane {
         group = opaque(lane_of() / units);
         i = 2 * (lane_of() - group * units);
     }
+    // Kept in memory, where registers are short.
+    __device__ __forceinline__ explicit RotaryLane(const uint32_t* kept) {
+        const uint32_t word = kept[lane_of()];
+        i = word & 0xff, group = word >> 8 & 0xff, groups = word >> 16;
+    }
+    __device__ __forceinline__ void keep(uint32_t* kept) const { kept[lane_of()] = i | group << 8 | groups << 16; }
 };
 
 __device__ __forceinline__ float2 rotation_by(float turn) {

@@ -48,24 +48,25 @@ __device__ __forceinline__ void measure(const float (&out)[N][4], Moments<kUnits
             for (int i = 0; i < 2; ++i) m.squares[u][i] += __shfl_xor_sync(~0u, m.squares[u][i], s);
 }
 
-// Normalises the groups, of kTiles tiles each, and gates them into the gates' tiles, one per head.
+// Normalises the groups, of kTiles tiles each from channel `first` on, and gates them into the gates' tiles, one per
+// head.
 template <typename T, int D, int kTiles, int N>
-__device__ __forceinline__ void normalise_groups(const AttentionParams& p, const float (&out)[N][4], int first_head,
+__device__ __forceinline__ void normalise_groups(const AttentionParams& p, const float (&out)[N][4], int first,
                                                  char* gates) {
     using S = Shape<D>;
     constexpr int kGroups = N / kTiles;
     Moments<kGroups> m;
     measure<kTiles, kGroups>(out, m);
     const float floor = kUnit<T> * kUnit<T> * fmaxf(p.epsilon, kLeastEpsilon);
-    const int channel = first_head * D + fragment_column();
+    const int channel = first + fragment_column();
     const uint32_t start = S::Tile::start(fragment_row());  // eight rows further on pieces are turned as much
 #pragma unroll
     for (int u = 0; u < kGroups; ++u) {
-        float first[2], second[2];  // x -> x first + second normalises
+        float by[2], more[2];  // x -> x by + more normalises
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            first[i] = fast_rsqrt(fmaf(m.squares[u][i], 1.0f / (8 * kTiles), floor));
-            second[i] = -m.mean[u][i] * first[i];
+            by[i] = fast_rsqrt(fmaf(m.squares[u][i], 1.0f / (8 * kTiles), floor));
+            more[i] = -m.mean[u][i] * by[i];
         }
 #pragma unroll
         for (int n = u * kTiles; n < (u + 1) * kTiles; ++n) {
@@ -77,8 +78,8 @@ __device__ __forceinline__ void normalise_groups(const AttentionParams& p, const
                     gates + S::Tile::piece(start, kChunk, n % S::kTiles) + n / S::kTiles * S::kTile
                     + 8 * i * S::Tile::kRow + 2 * fragment_column());
                 const float2 z = unpack<T>(*gate);
-                const float x = fmaf(out[n][2 * i], first[i], second[i]);
-                const float y = fmaf(out[n][2 * i + 1], first[i], second[i]);
+                const float x = fmaf(out[n][2 * i], by[i], more[i]);
+                const float y = fmaf(out[n][2 * i + 1], by[i], more[i]);
                 *gate = pack<T>(fmaf(x, w.x, b.x) * fast_silu(z.x), fmaf(y, w.y, b.y) * fast_silu(z.y));
             }
         }
@@ -87,20 +88,20 @@ __device__ __forceinline__ void normalise_groups(const AttentionParams& p, const
 
 // H is a whole number of tiles, and divides the columns: see schedule.cpp.
 template <typename T, int D, int N>
-__device__ __forceinline__ void normalise(const AttentionParams& p, const float (&out)[N][4], int first_head,
+__device__ __forceinline__ void normalise(const AttentionParams& p, const float (&out)[N][4], int first,
                                           char* gates) {
     if constexpr (Shape<D>::kHeads > 1) {
         if (p.num_heads == 16)
-            normalise_groups<T, D, 2>(p, out, first_head, gates);
+            normalise_groups<T, D, 2>(p, out, first, gates);
         else
-            normalise_groups<T, D, 4>(p, out, first_head, gates);
+            normalise_groups<T, D, 4>(p, out, first, gates);
     } else {
         if (p.num_heads == 8)
-            normalise_groups<T, D, 1>(p, out, first_head, gates);
+            normalise_groups<T, D, 1>(p, out, first, gates);
         else if (p.num_heads == 16)
-            normalise_groups<T, D, 2>(p, out, first_head, gates);
+            normalise_groups<T, D, 2>(p, out, first, gates);
         else
-            normalise_groups<T, D, 4>(p, out, first_head, gates);
+            normalise_groups<T, D, 4>(p, out, first, gates);
     }
 }
 

@@ -60,7 +60,7 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
         wait_copies<0>();
         __syncwarp();
         char* const gates = memory + S::kGates + group * (H * S::kTile);
-        normalise<T, D>(p, out, at.first_head, gates);
+        normalise<T, D>(p, out, at.first_head * D, gates);
         __syncwarp();
         // The warp's finished rows: 16 bytes a lane.
         const int count = at.length - (at.first_chunk + chunk) * kChunk;

@@ -7,12 +7,19 @@ namespace dijiang::prefill::hopper::spans {
 
 // Calls f(index of [feature, value], two registers) for what this lane holds.
 template <int D, typename F> __device__ __forceinline__ void each_pair(Part<D>& part, int group, F&& f) {
-    const int first = opaque(fragment_row()) * D + group * Span<D>::kColumns + fragment_column();
+    using S = Span<D>;
+    const int first = opaque(fragment_row()) * D + group * S::kColumns + fragment_column();
 #pragma unroll
-    for (int n = 0; n < Span<D>::kPieces; ++n) {
-        f(first + 8 * n, part[n][0], part[n][1]);
-        f(first + 8 * D + 8 * n, part[n][2], part[n][3]);
+    for (int i = 0; i < S::kPieces; ++i) {
+        const int at = first + i / S::kColumnTiles * (64 * D) + i % S::kColumnTiles * 8;
+        f(at, part[i][0], part[i][1]);
+        f(at + 8 * D, part[i][2], part[i][3]);
     }
+}
+
+template <int D> __device__ __forceinline__ void clear_part(Part<D>& part) {
+#pragma unroll
+    for (int i = 0; i < Span<D>::kPieces; ++i) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.0f;
 }
 
 // Where the segments of a job meet. Slot 0 holds the state after the first segment, slot i what segment i adds. Each
@@ -41,12 +48,11 @@ template <int D> struct Exchange {
     // part = what the `count` segments before have left, `keep` of it per segment. Several slots are under way at a
     // time.
     __device__ __forceinline__ void collect(int count, float keep, Part<D>& part) const {
-        constexpr int kAtOnce = 4;
+        constexpr int kAtOnce = 8 / Span<D>::kPieces;
         if (lane_of() < count)
             while (!load_acquire(flags + lane_of() * kGroups)) __nanosleep(20);
         __syncwarp();
-#pragma unroll
-        for (int n = 0; n < Span<D>::kPieces; ++n) part[n][0] = part[n][1] = part[n][2] = part[n][3] = 0.0f;
+        clear_part<D>(part);
 #pragma unroll 1
         for (int first = 0; first < count; first += kAtOnce) {
             float4 found[kAtOnce][Span<D>::kPieces];
@@ -79,15 +85,19 @@ __device__ __forceinline__ uint32_t copy_part(const Part<D>& part, float scale, 
     const uint32_t start = tile + (S::Tile::start(16 * warp_of() + lane % 16) ^ lane / 16 * 16);
     uint32_t most = 0;
 #pragma unroll
-    for (int n = 0; n < S::kPieces; n += 2) {
-        uint32_t packed[4];
+    for (int m = 0; m < S::kBlocks; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            packed[i] = pack<T>(part[n + i / 2][i % 2 * 2] * scale, part[n + i / 2][i % 2 * 2 + 1] * scale);
-            if (kUnit<T> != 1.0f) most = larger(most, packed[i]);
+        for (int n = 0; n < S::kColumnTiles; n += 2) {
+            uint32_t packed[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&from)[4] = part[m * S::kColumnTiles + n + i / 2];
+                packed[i] = pack<T>(from[i % 2 * 2] * scale, from[i % 2 * 2 + 1] * scale);
+                if (kUnit<T> != 1.0f) most = larger(most, packed[i]);
+            }
+            stmatrix(S::Tile::piece(start, D, group * S::kColumnTiles + n) + 64 * m * S::Tile::kRow, packed[0],
+                     packed[1], packed[2], packed[3]);
         }
-        stmatrix(S::Tile::piece(start, D, group * S::kPieces + n), packed[0], packed[1], packed[2], packed[3]);
-    }
     return most;
 }
 
@@ -116,8 +126,11 @@ __device__ __forceinline__ void add_rows(Part<D>& part, uint32_t weighted, uint3
     using S = Span<D>;
 #pragma unroll
     for (int k = 0; k < kRows / 16; ++k)
-        Wgmma<T, S::kColumns>::template shared<1, 1>(part, S::Tile::down(weighted, kChunk, 0, k),
-                                                     S::Tile::down(values, kChunk, group * S::kColumns, k), 1);
+#pragma unroll
+        for (int m = 0; m < S::kBlocks; ++m)
+            Wgmma<T, S::kColumns>::template shared<1, 1>(
+                reinterpret_cast<float(&)[S::kColumnTiles][4]>(part[m * S::kColumnTiles]),
+                S::Tile::down(weighted, kChunk, 64 * m, k), S::Tile::down(values, kChunk, group * S::kColumns, k), 1);
 }
 
 template <int D> __device__ __forceinline__ void fade_part(Part<D>& part, float keep) {
@@ -125,6 +138,36 @@ template <int D> __device__ __forceinline__ void fade_part(Part<D>& part, float 
     for (int n = 0; n < Span<D>::kPieces; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) part[n][i] *= keep;
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void read_past(const AttentionParams& p, const Place& at, int group, Part<D>& part) {
+    const float* past = p.past_state + at.row * p.past_batch_stride + static_cast<int64_t>(at.first_head) * D * D;
+    each_pair<D>(part, group, [&](int i, float& x, float& y) {
+        const float2 both = *reinterpret_cast<const float2*>(past + i);
+        x = both.x * kStateUnit<T>, y = both.y * kStateUnit<T>;
+    });
+}
+template <typename T, int D>
+__device__ __forceinline__ void write_present(const AttentionParams& p, const Place& at, int group, Part<D>& part) {
+    float* present = p.present_state + at.row * p.present_batch_stride + static_cast<int64_t>(at.first_head) * D * D;
+    each_pair<D>(part, group, [&](int i, float& x, float& y) {
+        *reinterpret_cast<float2*>(present + i) = make_float2(x * (1.0f / kStateUnit<T>), y * (1.0f / kStateUnit<T>));
+    });
+}
+
+// A warp of each block, when the block has read what it waited for: the last one leaves the sync memory as it was
+// found.
+__device__ __forceinline__ void leave(const AttentionParams& p) {
+    unsigned before = 0;
+    __syncwarp();
+    if (lane_of() == 0) {
+        __threadfence();
+        before = atomicAdd(p.sync + 1, 1u);
+        __threadfence();
+    }
+    if (__shfl_sync(~0u, before, 0) == gridDim.x - 1)
+        for (int i = lane_of(); i < 2 + kGroups * static_cast<int>(gridDim.x); i += 32) p.sync[i] = 0;
 }
 
 }  // namespace dijiang::prefill::hopper::spans

@@ -7,6 +7,7 @@
 
 #include "attention/prefill/hopper/norm.cuh"
 #include "attention/prefill/hopper/scores.cuh"
+#include "attention/prefill/hopper/spans/features.cuh"
 #include "attention/prefill/hopper/spans/state.cuh"
 
 namespace dijiang::prefill::hopper::spans {
@@ -21,7 +22,6 @@ template <typename T, int D> struct Walker {
     uint32_t memory_at;
     int group, chunks;  // of the segment
     float decay;
-    RotaryLane rotary;
 
     __device__ __forceinline__ bool has(int span) const { return span * kGroups + group < chunks; }
     __device__ __forceinline__ int first_token(int span) const {
@@ -53,41 +53,6 @@ template <typename T, int D> struct Walker {
         load(queries(), span, at.qkv + at.first_head * D, p.qkv_token_stride);
     }
     __device__ __forceinline__ void load_gates(int span) const { load(gates(), span, at.gate, p.gate_token_stride); }
-
-    // Rows that this warp has loaded -> the group's features. then(): as soon as nobody reads the rows.
-    template <typename F>
-    __device__ __forceinline__ void find_features(int tile, int span, Features& packed, F&& then) const {
-        float logits[S::kTiles][4];
-        __syncwarp();
-        rotate_rows<T, D>(rotary, p.rotary_dim / 2, reinterpret_cast<const float4*>(memory + S::kTurns), memory + tile,
-                          at.position + first_token(span));
-        show_to_products();
-        barrier_sync(meeting_of(group), kGroup);
-        const uint32_t rows = memory_at + tile, proj = memory_at + S::kProj;
-        begin_products();
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k)
-            Wgmma<T, D>::template shared<0, 1>(logits, S::Tile::across(rows, kChunk, k), S::Tile::down(proj, D, 0, k),
-                                               k > 0);
-        end_products();
-        await_products<0>();
-        barrier_sync(meeting_of(group), kGroup);
-        then();
-        softmax_rows<T, S::kTiles>(logits, packed);
-    }
-
-    // Features of a chunk times what is left of a key at its end, of the state at a query.
-    __device__ __forceinline__ void weigh(int span, bool of_keys, Features& packed) const {
-        const int end = min(kChunk, at.length - first_token(span));
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int t = opaque(fragment_row()) + 8 * i, steps = of_keys ? end - 1 - t : t + 1;
-            const float left = steps >= 0 ? fast_exp2(decay * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
-            const uint32_t weight = pack<T>(left, left);
-#pragma unroll
-            for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
-        }
-    }
 
     __device__ __forceinline__ void store_keys(const Features& packed) const {
         store_fragment<typename S::Tile>(memory_at + keys(), packed);
@@ -134,7 +99,7 @@ template <typename T, int D> struct Walker {
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out[n][i] *= scale[n / S::kPieces];
+            for (int i = 0; i < 4; ++i) out[n][i] *= scale[n / S::kColumnTiles];
         begin_products();
         add_values(scores, memory_at + values(span, group), out);
         end_products();
@@ -180,7 +145,7 @@ template <typename T, int D> struct Walker {
 
     // GroupNorm, gate and out.
     __device__ __forceinline__ void write(int span, const float (&out)[S::kTiles][4]) const {
-        normalise<T, D>(p, out, at.first_head, memory + gates());
+        normalise<T, D>(p, out, at.first_head * D, memory + gates());
         __syncwarp();
         const int count = at.length - first_token(span);
         const int lane = opaque(lane_of());
@@ -193,5 +158,131 @@ template <typename T, int D> struct Walker {
         __syncwarp();
     }
 };
+
+template <typename T, int D>
+__device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& cut, const Place& at, char* memory,
+                                           uint32_t memory_at) {
+    using S = Span<D>;
+    // The same in all lanes, and known to be: what follows is for the uniform units.
+    const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const int chunks = __shfl_sync(~0u, at.last_chunk - at.first_chunk, 0);
+    const int segment = __shfl_sync(~0u, at.segment, 0);
+    const bool followed = __shfl_sync(~0u, at.segment + 1 < at.segments, 0), single = chunks <= kGroups;
+    const int spans = (chunks + kGroups - 1) / kGroups;
+    const Walker<T, D> walker{p, at, memory, memory_at, group, chunks, at.decay[0]};
+    const FeatureFinder<T, D> finder{p, at, memory, memory_at, group, at.decay[0]};
+    const uint32_t finished = memory_at + S::kBarrier;  // a span's products, by all warps
+    int turn = 0;  // spans so far, of both walks
+
+    // Batches of copies in this order: keys, values, queries, gates.
+    walker.load_keys(0);
+    walker.load_values(0);
+    if (single || !followed) walker.load_queries(0), walker.load_gates(0);
+    Part<D> part;  // times kStateUnit
+    clear_part<D>(part);
+    if (segment == 0) read_past<T, D>(p, at, group, part);
+    if (followed) {
+        Part<D> sum;
+#pragma unroll
+        for (int n = 0; n < S::kPieces; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[n][i] = part[n][i];
+#pragma unroll 1
+        for (int span = 0; span < spans; ++span, ++turn) {
+            if (single)
+                wait_copies<3>();
+            else
+                wait_copies<1>();
+            if (walker.has(span)) {
+                typename Walker<T, D>::Features packed;
+                finder.find(walker.keys(), walker.first_token(span), packed, [&] {
+                    if (!single) walker.load_keys(span + 1);
+                });
+                if (single) walker.store_keys(packed);
+                finder.weigh(walker.first_token(span), true, packed);
+                await_phase(finished, turn & 1 ^ 1);
+                walker.store_weighted(packed);
+            } else {
+                if (!single) commit_copies();
+                await_phase(finished, turn & 1 ^ 1);
+            }
+            if (!single) walker.load_values(span + 1);
+            wait_copies<2>();  // this span's values are there
+            show_to_products();
+            barrier_sync(kAll, kThreads);
+            walker.add_chunks(span, 0, sum);
+            warp_arrives(finished);
+        }
+        Exchange<D>(p, cut, at, group).publish(segment, sum);
+        if (!single) {
+            await_phase(finished, turn & 1 ^ 1);
+            walker.load_keys(0);
+            walker.load_values(0);
+            walker.load_queries(0);
+            walker.load_gates(0);
+        }
+    }
+    float scale = 1.0f;  // of the state's copy
+    // Before anybody reads a span: the state's copy is there, and what all have made.
+    const auto meet = [&](int span) {
+        if (span == 0 && segment > 0)
+            Exchange<D>(p, cut, at, group).collect(segment, fast_exp2(walker.decay * (cut.segment_chunks * kChunk)),
+                                                   part);
+        show_part<T, D>(part, scale, memory, memory_at, group);
+        show_to_products();
+        barrier_sync(kAll, kThreads);
+        if (span == 0 && cut.segments > 1 && warp == 0) leave(p);
+    };
+#pragma unroll 1
+    for (int span = 0; span < spans; ++span, ++turn) {
+        // What a branch makes ends with it, or the compiler would keep room for it in the other one.
+        if (walker.has(span)) {
+            typename Walker<T, D>::Features packed;
+            if (span == 0)
+                wait_copies<3>();
+            else
+                wait_copies<1>();
+            const bool known = single && followed;  // the keys: from the first walk
+            if (known) walker.load_values(span + 1), wait_copies<2>();
+#pragma unroll 1
+            for (int queries = known; queries < 2; ++queries) {  // keys, then queries: the same code
+                const int tile = queries ? walker.queries() : walker.keys();
+                finder.find(tile, walker.first_token(span), packed, [&] {
+                    if (queries) walker.load_queries(span + 1);
+                });
+                if (!queries) {
+                    walker.store_keys(packed);
+                    finder.weigh(walker.first_token(span), true, packed);
+                    await_phase(finished, turn & 1 ^ 1);
+                    walker.store_weighted(packed);
+                    walker.load_values(span + 1);
+                    wait_copies<2>();
+                }
+            }
+            uint32_t scores[kChunk / 8][2];
+            find_scores<T, D>(packed, memory_at + walker.keys(), walker.decay, scores);
+            barrier_sync(meeting_of(group), kGroup);
+            walker.load_keys(span + 1);
+            finder.weigh(walker.first_token(span), false, packed);
+            meet(span);
+            float out[S::kTiles][4];
+            walker.read_span(span, packed, scores, part, out);
+            walker.add_chunks(span, group, part);
+            warp_arrives(finished);
+            wait_copies<3>();  // gates
+            __syncwarp();
+            walker.write(span, out);
+            walker.load_gates(span + 1);
+        } else {  // the last span
+            wait_copies<0>();
+            await_phase(finished, turn & 1 ^ 1);
+            meet(span);
+            walker.add_chunks(span, 0, part);
+            warp_arrives(finished);
+        }
+    }
+    if (!followed) write_present<T, D>(p, at, group, part);
+}
 
 }  // namespace dijiang::prefill::hopper::spans
