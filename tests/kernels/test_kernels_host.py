@@ -403,13 +403,14 @@ def test_hopper_s_own_prefill(kernels: Kernels) -> None:
         geometry = Geometry(heads, heads, d, **({"rotary_dim": 16, "dtype": "bfloat16"} | more))
         return kernels.plan(geometry, batch, 2048, device).split()[1]
 
-    assert family(16, 64) == family(32, 128) == family(8, 64, 300) == family(32, 80, 8) == "hopper"
+    assert family(16, 64) == family(8, 64, 300) == "spans"
+    assert family(32, 128) == family(32, 80, 8) == "hopper"
     assert family(32, 80) == family(32, 80, 4) == family(12, 64) == family(16, 96) == "fused"
     assert (
         family(16, 64, device=ORIN) == family(16, 64, table_rows=9) == family(16, 64, rotary_dim=6) == "fused"
     )
     assert family(16, 64, device=replace(H200, compute_capability=100)) == "fused"
-    assert family(16, 64, device=replace(H200, shared_memory=99 << 10)) != "hopper"
+    assert family(16, 64, device=replace(H200, shared_memory=99 << 10)) == "fused"
     assert family(8, 256) == "wide"
     assert family(16, 64, dtype="float32") == "generic"
 

@@ -93,6 +93,17 @@ def test_every_shape_and_length(emulated: Any, heads: int, d: int, dtype: str) -
         assert run(emulated, case, 4 * heads, backwards=True) == 3 * heads  # segments of one chunk
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_spans_of_four_chunks(emulated: Any, dtype: str) -> None:
+    """Heads of 64: the last span in part; segments of two spans; a span that its segment's first walk has read."""
+    base = Case(heads=8, d=64, dtype=dtype, rotary=16, decay="mixed")
+    assert run(emulated, replace(base, length=330, lens=(330,)), 8, eager=True) == 8
+    case = replace(base, length=700, lens=(700,), magnitude="peaked", kv_heads=2)
+    assert run(emulated, case, 16, backwards=True) == 16
+    assert run(emulated, replace(base, length=500, batch=2, decay="official"), 40, in_place=False) == 32
+
+
 def test_groups_of_channels_in_two_heads(emulated: Any) -> None:
     run(emulated, Case(heads=32, d=80, dtype="float16", rotary=20, length=70, lens=(70,)), 16)
 

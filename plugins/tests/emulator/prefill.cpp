@@ -44,6 +44,6 @@ extern "C" int32_t emulate_prefill(const dijiang::AttentionParams* p, int32_t dt
     const int d = p->head_dim;
     (d == 64   ? (half ? run<__half, 64, true> : run<__nv_bfloat16, 64, true>)
      : d == 80 ? (half ? run<__half, 80> : run<__nv_bfloat16, 80>)
-               : (half ? run<__half, 128, true> : run<__nv_bfloat16, 128, true>))(*p, schedule, backwards != 0);
+               : (half ? run<__half, 128> : run<__nv_bfloat16, 128>))(*p, schedule, backwards != 0);
     return schedule.blocks;
 }

@@ -43,12 +43,10 @@ cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device
     const int d = p.head_dim;
 #ifdef DIJIANG_SM90A
     if (schedule.path == Path::spans)
-        return (d == 64 ? (half ? launch_spans_64_f16 : launch_spans_64_bf16)
-                        : (half ? launch_spans_128_f16 : launch_spans_128_bf16))(p, schedule, stream);
+        return (half ? launch_spans_64_f16 : launch_spans_64_bf16)(p, schedule, stream);
     if (schedule.path == Path::hopper)
-        return (d == 64   ? (half ? launch_hopper_64_f16 : launch_hopper_64_bf16)
-                : d == 80 ? (half ? launch_hopper_80_f16 : launch_hopper_80_bf16)
-                          : (half ? launch_hopper_128_f16 : launch_hopper_128_bf16))(p, schedule, stream);
+        return (d == 80 ? (half ? launch_hopper_80_f16 : launch_hopper_80_bf16)
+                        : (half ? launch_hopper_128_f16 : launch_hopper_128_bf16))(p, schedule, stream);
 #endif
     const auto fused = d <= 64   ? (half ? launch_fused_64_f16 : launch_fused_64_bf16)
                        : d <= 80 ? (half ? launch_fused_80_f16 : launch_fused_80_bf16)

@@ -36,7 +36,7 @@ constexpr bool kHopperCode = true;
 #else
 constexpr bool kHopperCode = false;  // this library was not compiled for it
 #endif
-constexpr int kSpan = 4;  // groups of warps, each with flags: a span is a chunk for each, or for each two (hopper/spans/)
+constexpr int kSpan = 4;  // chunks that a block takes at a time, each by warps with flags of their own (hopper/spans/)
 constexpr size_t kStaticShared = 2304;  // at most, of any kernel here
 constexpr size_t kReserved = 2304;      // of a fused block: static variables and the runtime's 1 KB
 
@@ -84,7 +84,7 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
     schedule.segment_chunks = (length + kChunk - 1) / kChunk;
     if (hopper_takes(geometry, device) && hopper_pays(geometry, batch, device)) {
         const HopperShape hopper = hopper_shape(d);
-        const bool spans = d != 80;
+        const bool spans = d == 64;
         schedule.path = spans ? Path::spans : Path::hopper;
         schedule.set = hopper.heads;
         schedule.threads = 512;
@@ -92,8 +92,8 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
         // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.
         const int chunks = schedule.segment_chunks, segments = most_segments(jobs, chunks, device.multiprocessors);
         schedule.segment_chunks = (chunks + segments - 1) / segments;
-        if (spans) {  // whole spans
-            const int span = std::min(schedule.segment_chunks, d == 64 ? kSpan : kSpan / 2);
+        if (spans) {  // whole ones
+            const int span = std::min(schedule.segment_chunks, kSpan);
             schedule.segment_chunks = (schedule.segment_chunks + span - 1) / span * span;
         }
         schedule.segments = (chunks + schedule.segment_chunks - 1) / schedule.segment_chunks;

@@ -31,9 +31,11 @@ __device__ __forceinline__ float2 rotation_by(float turn) {
     return r;
 }
 
-// All threads: per pair of dimensions, turns per token and the rotation from one of a lane's tokens to its next.
-__device__ __forceinline__ void prepare_rotation(const AttentionParams& p, float4* turns) {
+// All threads: per pair of dimensions, turns per token and the rotation from one of a lane's tokens to its next; what
+// each lane of a warp does.
+__device__ __forceinline__ void prepare_rotation(const AttentionParams& p, float4* turns, uint32_t* lanes) {
     const RotaryLane mine(p.rotary_dim / 2);
+    if (threadIdx.x < 32) mine.keep(lanes);
     for (int i = threadIdx.x; i < p.rotary_dim / 2; i += blockDim.x) {
         const Turns t = turns_per_token(p.inv_freq[i]);
         const float2 step = rotation_by(rotary_turn(t, static_cast<float>(mine.groups)));

@@ -47,26 +47,28 @@ template <int D> __device__ __forceinline__ void find_place(const AttentionParam
 #pragma unroll
     for (int h = 0; h < H; ++h)
         if (lane == first_head + h) at.decay[h] = fmaxf(log_decay, kLeastLogDecay) * kLog2E;
-    if (lane != row % 32) return;
     if (row >= 32) length = p.seq_lens[row], position = p.positions[row];
-    const int shared_by = p.num_heads / p.num_kv_heads;
-    length = min(max(length, 0), p.length);
-    at.segment = segment;
-    at.job = job;
-    at.row = row;
-    at.first_head = first_head;
-    at.kv_head[0] = first_head / shared_by;
-    at.kv_head[1] = (first_head + 1) / shared_by;
-    at.length = length;
-    at.position = position;
-    at.segments = max(1, (length + tokens - 1) / tokens);
-    at.qkv = static_cast<const uint16_t*>(p.qkv) + row * p.qkv_batch_stride;
-    at.gate = static_cast<const uint16_t*>(p.gate) + row * p.gate_batch_stride + first_head * D;
-    at.output = static_cast<uint16_t*>(p.output) + row * p.output_batch_stride + first_head * D;
-    at.first_token = segment * tokens;
-    at.last_token = min(at.first_token + tokens, p.length);
-    at.first_chunk = at.first_token / kChunk;
-    at.last_chunk = (min(at.last_token, length) + kChunk - 1) / kChunk;
+    if (lane == row % 32) {
+        const int shared_by = p.num_heads / p.num_kv_heads;
+        length = min(max(length, 0), p.length);
+        at.segment = segment;
+        at.job = job;
+        at.row = row;
+        at.first_head = first_head;
+        at.kv_head[0] = first_head / shared_by;
+        at.kv_head[1] = (first_head + 1) / shared_by;
+        at.length = length;
+        at.position = position;
+        at.segments = max(1, (length + tokens - 1) / tokens);
+        at.qkv = static_cast<const uint16_t*>(p.qkv) + row * p.qkv_batch_stride;
+        at.gate = static_cast<const uint16_t*>(p.gate) + row * p.gate_batch_stride + first_head * D;
+        at.output = static_cast<uint16_t*>(p.output) + row * p.output_batch_stride + first_head * D;
+        at.first_token = segment * tokens;
+        at.last_token = min(at.first_token + tokens, p.length);
+        at.first_chunk = at.first_token / kChunk;
+        at.last_chunk = (min(at.last_token, length) + kChunk - 1) / kChunk;
+    }
+    __syncwarp();  // or this warp would go on in two parts
 }
 
 template <int D> __device__ __forceinline__ void make_barriers(uint32_t memory_at) {
@@ -102,6 +104,7 @@ __device__ __forceinline__ void walk(const AttentionParams& p, const Cut& cut, c
     if (group == 0) {
         if constexpr (S::kTrade) take_registers<S::kStateRegisters>();
         keep_states<T, D>(p, cut, at, memory, memory_at);
+        if (cut.segments > 1 && threadIdx.x < 32) leave(p, 1);
     } else if (group <= 2) {
         if constexpr (S::kTrade) give_registers<S::kFeatureRegisters>();
         make_features<T, D>(p, at, memory, memory_at, group - 1);
@@ -123,25 +126,17 @@ hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     if (threadIdx.x == 0) make_barriers<D>(memory_at);
     wait_for_previous_kernel();
     if (threadIdx.x < 32) find_place<D>(p, cut, at);
-    prepare_rotation(p, reinterpret_cast<float4*>(memory + S::kTurns));
+    prepare_rotation(p, reinterpret_cast<float4*>(memory + S::kTurns),
+                     reinterpret_cast<uint32_t*>(memory + S::kLanes));
     load_proj<T, D>(p, memory + S::kProj);
     show_to_products();
     __syncthreads();
-    if (at.segment < at.segments && at.length > 0) walk<T, D>(p, cut, at, memory, memory_at);
+    const bool walks = at.segment < at.segments && at.length > 0;
+    if (walks) walk<T, D>(p, cut, at, memory, memory_at);
     if (at.length == 0) carry_over<D>(p, at);
     const int padding = max(at.first_token, at.length);
     if (padding < at.last_token) clear_padding<T, D>(p, at, padding);
-    if (cut.segments > 1) {
-        // The last block to finish leaves the sync memory as it was found.
-        __syncthreads();
-        bool last = false;
-        if (threadIdx.x == 0) {
-            __threadfence();
-            last = atomicAdd(p.sync + 1, 1u) == gridDim.x - 1;
-        }
-        if (__syncthreads_or(last))
-            for (int i = threadIdx.x; i < 2 + static_cast<int>(gridDim.x); i += S::kThreads) p.sync[i] = 0;
-    }
+    if (!walks && cut.segments > 1 && threadIdx.x < 32) leave(p, 1);
 #endif
 }
 

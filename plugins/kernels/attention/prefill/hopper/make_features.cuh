@@ -14,7 +14,6 @@ template <typename T, int D> struct FeatureMaker {
     char* memory;
     uint32_t memory_at;
     int group;  // 0: keys in the second walk
-    RotaryLane rotary;
 
     __device__ __forceinline__ uint32_t raw() const { return S::kRaw + group * S::kTile; }
     __device__ __forceinline__ int first_token(int item) const { return (at.first_chunk + item / S::kHeads) * kChunk; }
@@ -32,6 +31,7 @@ template <typename T, int D> struct FeatureMaker {
         wait_copies<0>();
         __syncwarp();
         float logits[S::kTiles][4];
+        const RotaryLane rotary(reinterpret_cast<const uint32_t*>(memory + S::kLanes));
         project<T, D>(p, rotary, memory, memory_at, raw(), at.position + first_token(item), kKeyGroup + group, logits);
         if (next < items) load(next, keys);
         softmax_rows<T, S::kTiles>(logits, packed);
@@ -56,7 +56,7 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Pl
                                               uint32_t memory_at, int group) {
     using S = Shape<D>;
     const Barriers<D> barriers{memory_at + S::kBarriers};
-    const FeatureMaker<T, D> maker{p, at, memory, memory_at, group, RotaryLane(p.rotary_dim / 2)};
+    const FeatureMaker<T, D> maker{p, at, memory, memory_at, group};
     const int items = (at.last_chunk - at.first_chunk) * S::kHeads;
     const auto decay_of = [&](int item) { return at.decay[item % S::kHeads]; };
     uint32_t packed[S::kTiles][2];

@@ -58,7 +58,8 @@ template <int D> struct Shape {
     static constexpr int kPlace = kScales + 16;
     // Of a pair of dimensions: turns per token (hi, lo), cos, sin of a step.
     static constexpr int kTurns = kPlace + 96;
-    static constexpr int kShared = kTurns + 16 * (D / 2);
+    static constexpr int kLanes = kTurns + 16 * (D / 2);  // each lane's part of rotations
+    static constexpr int kShared = kLanes + 4 * 32;
 };
 
 // Barriers in shared memory, and those of the groups.
@@ -160,6 +161,22 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const void* from, int64
         }
     }
     commit_copies();
+}
+
+// A warp of each block, when the block has read what it waited for: the last one leaves the sync memory, of `flags`
+// words a block and two, as it was found.
+__device__ __forceinline__ void leave(const AttentionParams& p, int flags) {
+    uint32_t before = 0;
+    __syncwarp();
+    if (lane_of() == 0) {
+        __threadfence();
+        before = atomicAdd(p.sync + 1, 1u);
+    }
+    if (__shfl_sync(~0u, before, 0) == gridDim.x - 1) {
+        __threadfence();
+        for (int i = lane_of(); i < 2 + flags * static_cast<int>(gridDim.x); i += 32) p.sync[i] = 0;
+    }
+    __syncwarp();
 }
 
 }  // namespace dijiang::prefill::hopper

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention/prefill/hopper/kernel.cuh"
-#include "attention/prefill/hopper/spans/pairs.cuh"
+#include "attention/prefill/hopper/spans/walk.cuh"
 
 namespace dijiang::prefill::hopper::spans {
 
@@ -20,25 +20,23 @@ spans_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
     const uint32_t memory_at = shared_address(memory);
     Place& at = *reinterpret_cast<Place*>(memory + S::kPlace);
     let_next_kernel_start();
-    if (threadIdx.x == 0) make_barrier(memory_at + S::kBarrier, kThreads / 32);
+    if (threadIdx.x == 0) {
+        make_barrier(memory_at + S::kShown, kThreads / 32);
+        make_barrier(memory_at + S::kFinished, kThreads / 32);
+    }
     wait_for_previous_kernel();
     if (threadIdx.x < 32) find_place<D>(p, cut, at);
-    if (threadIdx.x < 32) RotaryLane(p.rotary_dim / 2).keep(reinterpret_cast<uint32_t*>(memory + S::kLanes));
-    prepare_rotation(p, reinterpret_cast<float4*>(memory + S::kTurns));
+    prepare_rotation(p, reinterpret_cast<float4*>(memory + S::kTurns),
+                     reinterpret_cast<uint32_t*>(memory + S::kLanes));
     load_proj<T, D, kThreads>(p, memory + S::kProj);
     show_to_products();
     __syncthreads();
     const bool walks = __shfl_sync(~0u, at.segment < at.segments && at.length > 0, 0);
-    if (walks) {
-        if constexpr (D == 128)
-            walk_pairs<T, D>(p, cut, at, memory, memory_at);
-        else
-            walk_spans<T, D>(p, cut, at, memory, memory_at);
-    }
+    if (walks) walk_spans<T, D>(p, cut, at, memory, memory_at);
     if (at.length == 0) carry_over<D, kThreads>(p, at);
     const int padding = max(at.first_token, at.length);
     if (padding < at.last_token) clear_padding<T, D, kThreads>(p, at, padding);
-    if (!walks && cut.segments > 1 && threadIdx.x < 32) leave(p);
+    if (!walks && cut.segments > 1 && threadIdx.x < 32) leave(p, kGroups);
 #endif
 }
 

@@ -11,9 +11,8 @@ template <int D, typename F> __device__ __forceinline__ void each_pair(Part<D>& 
     const int first = opaque(fragment_row()) * D + group * S::kColumns + fragment_column();
 #pragma unroll
     for (int i = 0; i < S::kPieces; ++i) {
-        const int at = first + i / S::kColumnTiles * (64 * D) + i % S::kColumnTiles * 8;
-        f(at, part[i][0], part[i][1]);
-        f(at + 8 * D, part[i][2], part[i][3]);
+        f(first + 8 * i, part[i][0], part[i][1]);
+        f(first + 8 * D + 8 * i, part[i][2], part[i][3]);
     }
 }
 
@@ -85,19 +84,16 @@ __device__ __forceinline__ uint32_t copy_part(const Part<D>& part, float scale, 
     const uint32_t start = tile + (S::Tile::start(16 * warp_of() + lane % 16) ^ lane / 16 * 16);
     uint32_t most = 0;
 #pragma unroll
-    for (int m = 0; m < S::kBlocks; ++m)
+    for (int n = 0; n < S::kPieces; n += 2) {
+        uint32_t packed[4];
 #pragma unroll
-        for (int n = 0; n < S::kColumnTiles; n += 2) {
-            uint32_t packed[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&from)[4] = part[m * S::kColumnTiles + n + i / 2];
-                packed[i] = pack<T>(from[i % 2 * 2] * scale, from[i % 2 * 2 + 1] * scale);
-                if (kUnit<T> != 1.0f) most = larger(most, packed[i]);
-            }
-            stmatrix(S::Tile::piece(start, D, group * S::kColumnTiles + n) + 64 * m * S::Tile::kRow, packed[0],
-                     packed[1], packed[2], packed[3]);
+        for (int i = 0; i < 4; ++i) {
+            const float(&from)[4] = part[n + i / 2];
+            packed[i] = pack<T>(from[i % 2 * 2] * scale, from[i % 2 * 2 + 1] * scale);
+            if (kUnit<T> != 1.0f) most = larger(most, packed[i]);
         }
+        stmatrix(S::Tile::piece(start, D, group * S::kPieces + n), packed[0], packed[1], packed[2], packed[3]);
+    }
     return most;
 }
 
@@ -126,11 +122,8 @@ __device__ __forceinline__ void add_rows(Part<D>& part, uint32_t weighted, uint3
     using S = Span<D>;
 #pragma unroll
     for (int k = 0; k < kRows / 16; ++k)
-#pragma unroll
-        for (int m = 0; m < S::kBlocks; ++m)
-            Wgmma<T, S::kColumns>::template shared<1, 1>(
-                reinterpret_cast<float(&)[S::kColumnTiles][4]>(part[m * S::kColumnTiles]),
-                S::Tile::down(weighted, kChunk, 64 * m, k), S::Tile::down(values, kChunk, group * S::kColumns, k), 1);
+        Wgmma<T, S::kColumns>::template shared<1, 1>(part, S::Tile::down(weighted, kChunk, 0, k),
+                                                     S::Tile::down(values, kChunk, group * S::kColumns, k), 1);
 }
 
 template <int D> __device__ __forceinline__ void fade_part(Part<D>& part, float keep) {
@@ -154,20 +147,6 @@ __device__ __forceinline__ void write_present(const AttentionParams& p, const Pl
     each_pair<D>(part, group, [&](int i, float& x, float& y) {
         *reinterpret_cast<float2*>(present + i) = make_float2(x * (1.0f / kStateUnit<T>), y * (1.0f / kStateUnit<T>));
     });
-}
-
-// A warp of each block, when the block has read what it waited for: the last one leaves the sync memory as it was
-// found.
-__device__ __forceinline__ void leave(const AttentionParams& p) {
-    unsigned before = 0;
-    __syncwarp();
-    if (lane_of() == 0) {
-        __threadfence();
-        before = atomicAdd(p.sync + 1, 1u);
-        __threadfence();
-    }
-    if (__shfl_sync(~0u, before, 0) == gridDim.x - 1)
-        for (int i = lane_of(); i < 2 + kGroups * static_cast<int>(gridDim.x); i += 32) p.sync[i] = 0;
 }
 
 }  // namespace dijiang::prefill::hopper::spans

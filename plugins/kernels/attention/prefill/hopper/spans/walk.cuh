@@ -99,7 +99,7 @@ template <typename T, int D> struct Walker {
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out[n][i] *= scale[n / S::kColumnTiles];
+            for (int i = 0; i < 4; ++i) out[n][i] *= scale[n / S::kPieces];
         begin_products();
         add_values(scores, memory_at + values(span, group), out);
         end_products();
@@ -170,9 +170,10 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
     const int segment = __shfl_sync(~0u, at.segment, 0);
     const bool followed = __shfl_sync(~0u, at.segment + 1 < at.segments, 0), single = chunks <= kGroups;
     const int spans = (chunks + kGroups - 1) / kGroups;
+    const int leaving = chunks < kGroups ? kThreads / 32 - 1 : 0;  // a warp that has little to do
     const Walker<T, D> walker{p, at, memory, memory_at, group, chunks, at.decay[0]};
     const FeatureFinder<T, D> finder{p, at, memory, memory_at, group, at.decay[0]};
-    const uint32_t finished = memory_at + S::kBarrier;  // a span's products, by all warps
+    const uint32_t shown = memory_at + S::kShown, finished = memory_at + S::kFinished;
     int turn = 0;  // spans so far, of both walks
 
     // Batches of copies in this order: keys, values, queries, gates.
@@ -210,7 +211,8 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
             if (!single) walker.load_values(span + 1);
             wait_copies<2>();  // this span's values are there
             show_to_products();
-            barrier_sync(kAll, kThreads);
+            warp_arrives(shown);
+            await_phase(shown, turn & 1);
             walker.add_chunks(span, 0, sum);
             warp_arrives(finished);
         }
@@ -231,8 +233,9 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
                                                    part);
         show_part<T, D>(part, scale, memory, memory_at, group);
         show_to_products();
-        barrier_sync(kAll, kThreads);
-        if (span == 0 && cut.segments > 1 && warp == 0) leave(p);
+        warp_arrives(shown);
+        await_phase(shown, turn & 1);
+        if (span == 0 && cut.segments > 1 && warp == leaving) leave(p, kGroups);
     };
 #pragma unroll 1
     for (int span = 0; span < spans; ++span, ++turn) {

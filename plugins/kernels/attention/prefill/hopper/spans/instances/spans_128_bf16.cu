@@ -1,9 +1,0 @@
-#include "attention/prefill/hopper/spans/kernel.cuh"
-
-namespace dijiang::prefill {
-
-cudaError_t launch_spans_128_bf16(const AttentionParams& p, const Schedule& schedule, cudaStream_t stream) {
-    return hopper::spans::launch_spans<__nv_bfloat16, 128>(p, schedule, stream);
-}
-
-}  // namespace dijiang::prefill
