@@ -163,20 +163,18 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const void* from, int64
     commit_copies();
 }
 
-// A warp of each block, when the block has read what it waited for: the last one leaves the sync memory, of `flags`
-// words a block and two, as it was found.
+// A warp of each block that has read what it waited for. Each flag has been read by a block that has left, so the last
+// one to leave, `before` whom all others did, leaves the sync memory as it was found: `flags` words a block, and two.
+__device__ __forceinline__ void clear_if_last(const AttentionParams& p, uint32_t before, int flags) {
+    if (__shfl_sync(~0u, before, 0) != gridDim.x - 1) return;
+    __threadfence();
+    for (int i = lane_of(); i < 2 + flags * static_cast<int>(gridDim.x); i += 32) p.sync[i] = 0;
+}
 __device__ __forceinline__ void leave(const AttentionParams& p, int flags) {
     uint32_t before = 0;
     __syncwarp();
-    if (lane_of() == 0) {
-        __threadfence();
-        before = atomicAdd(p.sync + 1, 1u);
-    }
-    if (__shfl_sync(~0u, before, 0) == gridDim.x - 1) {
-        __threadfence();
-        for (int i = lane_of(); i < 2 + flags * static_cast<int>(gridDim.x); i += 32) p.sync[i] = 0;
-    }
-    __syncwarp();
+    if (lane_of() == 0) before = atomicAdd(p.sync + 1, 1u);
+    clear_if_last(p, before, flags);
 }
 
 }  // namespace dijiang::prefill::hopper

@@ -89,7 +89,8 @@ __device__ __forceinline__ uint32_t copy_part(const Part<D>& part, float scale, 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float(&from)[4] = part[n + i / 2];
-            packed[i] = pack<T>(from[i % 2 * 2] * scale, from[i % 2 * 2 + 1] * scale);
+            const float by = kUnit<T> != 1.0f ? scale : 1.0f;
+            packed[i] = pack<T>(from[i % 2 * 2] * by, from[i % 2 * 2 + 1] * by);
             if (kUnit<T> != 1.0f) most = larger(most, packed[i]);
         }
         stmatrix(S::Tile::piece(start, D, group * S::kPieces + n), packed[0], packed[1], packed[2], packed[3]);
@@ -97,13 +98,13 @@ __device__ __forceinline__ uint32_t copy_part(const Part<D>& part, float scale, 
     return most;
 }
 
-// The same with a scale that float16 can hold, which `scales` is told.
+// The same, in float16 with a scale that it can hold, which the others are told.
 template <typename T, int D>
 __device__ __forceinline__ void show_part(const Part<D>& part, float& scale, char* memory, uint32_t memory_at,
                                           int group) {
     using S = Span<D>;
     uint32_t most = copy_part<T, D>(part, scale, memory_at + S::kState, group);
-    if (kUnit<T> != 1.0f)
+    if constexpr (kUnit<T> != 1.0f) {
         while (true) {  // rare: float16 could not hold the state
             const float2 largest = unpack<T>(most);
             const bool over = !(fmaxf(largest.x, largest.y) <= 65504.0f);
@@ -113,7 +114,8 @@ __device__ __forceinline__ void show_part(const Part<D>& part, float& scale, cha
             scale *= 0.0625f;
             most = copy_part<T, D>(part, scale, memory_at + S::kState, group);
         }
-    if (threadIdx.x % kGroup == 0) reinterpret_cast<float*>(memory + S::kScales)[group] = scale;
+        if (threadIdx.x % kGroup == 0) reinterpret_cast<float*>(memory + S::kScales)[group] = scale;
+    }
 }
 
 // part += (weighted keys)^T values of kRows tokens of a chunk: issues the products.

@@ -93,9 +93,12 @@ template <typename T, int D> struct Walker {
         end_products();
         await_products<0>();
         const float left = fast_exp2(decay * (kChunk * group));  // of the span's first state
-        const float4 scales = *reinterpret_cast<const float4*>(memory + S::kScales);
-        const float scale[kGroups] = {left * reciprocal(scales.x), left * reciprocal(scales.y),
-                                       left * reciprocal(scales.z), left * reciprocal(scales.w)};
+        float scale[kGroups] = {left, left, left, left};
+        if constexpr (kUnit<T> != 1.0f) {
+            const float4 of_copy = *reinterpret_cast<const float4*>(memory + S::kScales);
+            scale[0] *= reciprocal(of_copy.x), scale[1] *= reciprocal(of_copy.y);
+            scale[2] *= reciprocal(of_copy.z), scale[3] *= reciprocal(of_copy.w);
+        }
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
@@ -160,12 +163,16 @@ template <typename T, int D> struct Walker {
 };
 
 template <typename T, int D>
-__device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& cut, const Place& at, char* memory,
+__device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& cut, const Place& shared_place, char* memory,
                                            uint32_t memory_at) {
     using S = Span<D>;
     // The same in all lanes, and known to be: what follows is for the uniform units.
     const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    Place at = shared_place;
+    at.first_chunk = __shfl_sync(~0u, at.first_chunk, 0);
+    at.length = __shfl_sync(~0u, at.length, 0);
+    at.position = __shfl_sync(~0u, at.position, 0);
     const int chunks = __shfl_sync(~0u, at.last_chunk - at.first_chunk, 0);
     const int segment = __shfl_sync(~0u, at.segment, 0);
     const bool followed = __shfl_sync(~0u, at.segment + 1 < at.segments, 0), single = chunks <= kGroups;
@@ -226,6 +233,7 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
         }
     }
     float scale = 1.0f;  // of the state's copy
+    uint32_t before = 0;  // how many blocks have left
     // Before anybody reads a span: the state's copy is there, and what all have made.
     const auto meet = [&](int span) {
         if (span == 0 && segment > 0)
@@ -235,7 +243,7 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
         show_to_products();
         warp_arrives(shown);
         await_phase(shown, turn & 1);
-        if (span == 0 && cut.segments > 1 && warp == leaving) leave(p, kGroups);
+        if (span == 0 && cut.segments > 1 && warp == leaving && lane_of() == 0) before = atomicAdd(p.sync + 1, 1u);
     };
 #pragma unroll 1
     for (int span = 0; span < spans; ++span, ++turn) {
@@ -286,6 +294,7 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
         }
     }
     if (!followed) write_present<T, D>(p, at, group, part);
+    if (cut.segments > 1 && warp == leaving) clear_if_last(p, before, kGroups);
 }
 
 }  // namespace dijiang::prefill::hopper::spans
