@@ -1,6 +1,6 @@
-"""Prefill's kernel for compute capability 9.0 on a CPU, thread by thread, against float64.
+"""Prefill's kernels for compute capability 9.0 on a CPU, thread by thread, against float64.
 
-Its own sources, compiled by a C++ compiler against plugins/tests/emulator, which has what PTX does there:
+Their own sources, compiled by a C++ compiler against plugins/tests/emulator, which has what PTX does there:
 products of four warps read the very bytes that their descriptors name. It shows that the kernel computes the
 right thing wherever a sequence is cut; what a GPU makes of it is test_kernels_gpu.py's to show.
 """
@@ -96,7 +96,7 @@ def test_every_shape_and_length(emulated: Any, heads: int, d: int, dtype: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_spans_of_four_chunks(emulated: Any, dtype: str) -> None:
-    """Heads of 64: the last span in part; segments of two spans; a span that its segment's first walk has read."""
+    """Heads of 64: the last span in part; segments of two spans; one whose first walk has read its span."""
     base = Case(heads=8, d=64, dtype=dtype, rotary=16, decay="mixed")
     assert run(emulated, replace(base, length=330, lens=(330,)), 8, eager=True) == 8
     case = replace(base, length=700, lens=(700,), magnitude="peaked", kv_heads=2)

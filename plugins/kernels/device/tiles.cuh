@@ -33,15 +33,15 @@ template <int W> struct Tiles {
     static __device__ __forceinline__ uint64_t across(uint32_t tile, int rows, int k) {
         return describe(tile, 16 * k / W * (rows * kRow) + 16 * k % W * 2, 16);
     }
-    // The operand whose outer elements, columns from `first` on (of one block, or from a block's first on), are neighbours; its 16 inner ones are rows from 16 k
-    // on.
+    // The operand whose outer elements, columns from `first` on, are neighbours; its 16 inner ones are rows from 16 k
+    // on. The columns lie in one block, or begin with one.
     static __device__ __forceinline__ uint64_t down(uint32_t tile, int rows, int first, int k) {
         return describe(tile + first / W * (rows * kRow) + first % W * 2, 16 * k * kRow, rows * kRow);
     }
 
 private:
-    // Fields: start, bytes from block to block, bytes from eight rows to the next eight, kind of swizzle. Shared memory
-    // ends below what the first field holds: operands of one tile differ by a constant.
+    // Fields: start, bytes from block to block, bytes from eight rows to the next eight, kind of swizzle. Shared
+    // memory ends below what the first field holds: operands of one tile differ by a constant.
     static __device__ __forceinline__ uint64_t describe(uint32_t start, uint32_t more, uint32_t block) {
         const uint32_t low = (start >> 4) + ((more >> 4) | (block >> 4) << 16);
         return static_cast<uint64_t>(low) | static_cast<uint64_t>(8 * kRow >> 4) << 32 | kCode << 62;

@@ -31,15 +31,6 @@ template <typename T, int N> struct Wgmma;
     };
 #define DIJIANG_WGMMA_32(TYPE) \
     template <> struct Wgmma<TYPE, 32> { \
-        template <int kTransA, int kTransB> \
-        static __device__ __forceinline__ void shared(float (&c)[4][4], uint64_t a, uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n32k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-                "}, %16, %17, p, 1, 1, %19, %20;\n}" \
-                : DIJIANG_ACC4(0) \
-                : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
-        } \
         template <int kTransB> \
         static __device__ __forceinline__ void registers( \
                 float (&c)[4][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
@@ -134,7 +125,8 @@ template <typename T, int N> struct Wgmma;
         } \
     };
 
-#define DIJIANG_EACH_WGMMA(TYPE) DIJIANG_WGMMA_16(TYPE) DIJIANG_WGMMA_32(TYPE) DIJIANG_WGMMA_64(TYPE) DIJIANG_WGMMA_80(TYPE) DIJIANG_WGMMA_128(TYPE)
+#define DIJIANG_EACH_WGMMA(TYPE) \
+    DIJIANG_WGMMA_16(TYPE) DIJIANG_WGMMA_32(TYPE) DIJIANG_WGMMA_64(TYPE) DIJIANG_WGMMA_80(TYPE) DIJIANG_WGMMA_128(TYPE)
 DIJIANG_EACH_WGMMA(__half)
 DIJIANG_EACH_WGMMA(__nv_bfloat16)
 #undef DIJIANG_EACH_WGMMA
@@ -178,8 +170,10 @@ __device__ __forceinline__ void arrive_at(uint32_t barrier) {
 __device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
-        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 10000000;\n@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)  // at most 10 ms asleep, rather than ask again and again
+        // At most 10 ms asleep, rather than ask again and again.
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 10000000;\n@!done bra again;\n}" ::"r"(
+            barrier),
+        "r"(parity)
         : "memory");
 }
 // Whether any of `threads` at this barrier says so.

@@ -27,8 +27,7 @@ template <int D> struct Shape {
     static constexpr int kWidth = D % 64 == 0 ? 64 : 16;  // columns of a tile's block
     using Tile = Tiles<kWidth>;
     using ScoreTile = Tile;
-    static constexpr int kOutputGroups = D == 64 ? 2 : 1;  // they take chunks in turn
-    static constexpr int kThreads = (3 + kOutputGroups) * kGroup;
+    static constexpr int kThreads = 4 * kGroup;
     static constexpr int kStateTiles = (D + 63) / 64;  // of 64 features, the last perhaps in part
     static constexpr int kTiles = D / 8;               // of 8 columns
     // Registers a thread: features of keys, of queries, states, outputs. 128 on average.
@@ -51,8 +50,8 @@ template <int D> struct Shape {
     static constexpr int kFaded = kKeys + kStages * kTile;  // queries as they meet the state
     static constexpr int kScores = kFaded + kQueryStages * kTile;
     static constexpr int kValues = kScores + kQueryStages * kScoreTile;
-    static constexpr int kGates = kValues + kValueStages * kTile;  // then outputs; one per head and group
-    static constexpr int kStates = kGates + kOutputGroups * kHeads * kTile;
+    static constexpr int kGates = kValues + kValueStages * kTile;  // then outputs; one per head
+    static constexpr int kStates = kGates + kHeads * kTile;
     static constexpr int kBarriers = kStates + kStateStages * kMatrix;
     static constexpr int kScales = kBarriers + 128;  // what a copy of a state is multiplied by
     static constexpr int kPlace = kScales + 16;
@@ -131,8 +130,8 @@ template <int D, typename F> __device__ __forceinline__ void each_piece(F&& f) {
     }
 }
 
-// A warp's 16 rows of a chunk's tile; zeros from row `count` of the chunk on. `from`: its first row, whose next ones are
-// `stride` elements further on.
+// A warp's 16 rows of a chunk's tile; zeros from row `count` of the chunk on. `from`: its first row, whose next ones
+// are `stride` elements further on.
 template <int D>
 __device__ __forceinline__ void load_rows(uint32_t tile, const void* from, int64_t stride, int count) {
     using Tile = typename Shape<D>::Tile;

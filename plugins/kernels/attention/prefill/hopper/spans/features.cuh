@@ -20,7 +20,8 @@ template <typename T, int D> struct FeatureFinder {
     __device__ __forceinline__ void find(int tile, int first_token, Features& packed, F&& then) const {
         float logits[S::kTiles][4];
         __syncwarp();
-        rotate_rows<T, D>(RotaryLane(reinterpret_cast<const uint32_t*>(memory + S::kLanes)), p.rotary_dim / 2, reinterpret_cast<const float4*>(memory + S::kTurns), memory + tile,
+        rotate_rows<T, D>(RotaryLane(reinterpret_cast<const uint32_t*>(memory + S::kLanes)), p.rotary_dim / 2,
+                          reinterpret_cast<const float4*>(memory + S::kTurns), memory + tile,
                           at.position + first_token);
         show_to_products();
         barrier_sync(meeting_of(group), kGroup);

@@ -1,7 +1,7 @@
 // Prefill for compute capability 9.0 and small heads: spans of four chunks, whose groups of four warps do the same at
 // about the same time.
 //
-// With the roles of kernel.cuh above a block's warps walk four long loops at once and hand every tile on. Here features
+// With the tasks of hopper/kernel.cuh a block's warps walk four long loops at once and hand every tile on. Here features
 // of queries, scores and outputs stay in the registers of who needs them, and the state is met once per span.
 // Sequences are cut in segments of whole spans; each adds up its own keys and values first, if others follow.
 #pragma once

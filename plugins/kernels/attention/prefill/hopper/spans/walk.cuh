@@ -163,8 +163,8 @@ template <typename T, int D> struct Walker {
 };
 
 template <typename T, int D>
-__device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& cut, const Place& shared_place, char* memory,
-                                           uint32_t memory_at) {
+__device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& cut, const Place& shared_place,
+                                           char* memory, uint32_t memory_at) {
     using S = Span<D>;
     // The same in all lanes, and known to be: what follows is for the uniform units.
     const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);
