@@ -18,7 +18,7 @@ struct Schedule {
     int set;             // heads per block (fused)
     int stages;          // of features and scores (fused, wide)
     int multiprocessors;
-    bool overlap;        // may begin before the kernel ahead of it has ended (hopper)
+    bool overlap;        // may begin before the kernel ahead of it has ended (hopper, spans)
     bool raw;            // outputs go through the workspace in float32 and are normalised by a last kernel
     int segments;        // pieces of the sequence that run at the same time
     int segment_chunks;  // chunks of 64 tokens per piece

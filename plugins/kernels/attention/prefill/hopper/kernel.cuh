@@ -110,7 +110,7 @@ __device__ __forceinline__ void walk(const AttentionParams& p, const Cut& cut, c
         make_features<T, D>(p, at, memory, memory_at, group - 1);
     } else {
         if constexpr (S::kTrade && S::kOutputRegisters < 128) give_registers<S::kOutputRegisters>();
-        make_outputs<T, D>(p, at, memory, memory_at);
+        make_outputs<T, D>(p, at, memory, memory_at, group - 3);
     }
 }
 

@@ -1,4 +1,4 @@
-// The group that makes outputs: read-out, GroupNorm and gate.
+// The groups that make outputs: read-out, GroupNorm and gate.
 #pragma once
 
 #include "attention/prefill/hopper/norm.cuh"
@@ -7,7 +7,7 @@ namespace dijiang::prefill::hopper {
 
 template <typename T, int D>
 __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Place& at, char* memory,
-                                             uint32_t memory_at) {
+                                             uint32_t memory_at, int group) {
     using S = Shape<D>;
     constexpr int H = S::kHeads;
     const Barriers<D> barriers{memory_at + S::kBarriers};
@@ -16,12 +16,12 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
         const int first_token = (at.first_chunk + chunk) * kChunk;
 #pragma unroll
         for (int h = 0; h < H; ++h)
-            load_rows<D>(memory_at + S::kGates + h * S::kTile,
+            load_rows<D>(memory_at + S::kGates + (group * H + h) * S::kTile,
                          at.gate + first_token * p.gate_token_stride + h * D, p.gate_token_stride,
                          at.length - first_token);
     };
-    if (chunks > 0) load_gates(0);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    if (group < chunks) load_gates(group);
+    for (int chunk = group; chunk < chunks; chunk += S::kOutputGroups) {
         float out[H * S::kTiles][4];
 #pragma unroll
         for (int h = 0; h < H; ++h) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
         }
         wait_copies<0>();
         __syncwarp();
-        char* const gates = memory + S::kGates;
+        char* const gates = memory + S::kGates + group * (H * S::kTile);
         normalise<T, D>(p, out, at.first_head * D, gates);
         __syncwarp();
         // The warp's finished rows: 16 bytes a lane.
@@ -73,7 +73,7 @@ __device__ __forceinline__ void make_outputs(const AttentionParams& p, const Pla
                         *reinterpret_cast<const uint4*>(gates + h * S::kTile + from);
             });
         __syncwarp();
-        if (chunk + 1 < chunks) load_gates(chunk + 1);
+        if (chunk + S::kOutputGroups < chunks) load_gates(chunk + S::kOutputGroups);
     }
 }
 

@@ -27,7 +27,8 @@ template <int D> struct Shape {
     static constexpr int kWidth = D % 64 == 0 ? 64 : 16;  // columns of a tile's block
     using Tile = Tiles<kWidth>;
     using ScoreTile = Tile;
-    static constexpr int kThreads = 4 * kGroup;
+    static constexpr int kOutputGroups = 1;  // more would take chunks in turn
+    static constexpr int kThreads = (3 + kOutputGroups) * kGroup;
     static constexpr int kStateTiles = (D + 63) / 64;  // of 64 features, the last perhaps in part
     static constexpr int kTiles = D / 8;               // of 8 columns
     // Registers a thread: features of keys, of queries, states, outputs. 128 on average.
@@ -50,8 +51,8 @@ template <int D> struct Shape {
     static constexpr int kFaded = kKeys + kStages * kTile;  // queries as they meet the state
     static constexpr int kScores = kFaded + kQueryStages * kTile;
     static constexpr int kValues = kScores + kQueryStages * kScoreTile;
-    static constexpr int kGates = kValues + kValueStages * kTile;  // then outputs; one per head
-    static constexpr int kStates = kGates + kHeads * kTile;
+    static constexpr int kGates = kValues + kValueStages * kTile;  // then outputs; one per head and group
+    static constexpr int kStates = kGates + kOutputGroups * kHeads * kTile;
     static constexpr int kBarriers = kStates + kStateStages * kMatrix;
     static constexpr int kScales = kBarriers + 128;  // what a copy of a state is multiplied by
     static constexpr int kPlace = kScales + 16;
