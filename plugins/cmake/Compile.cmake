@@ -20,32 +20,38 @@ function(dijiang_compile_options target)
     endif()
 endfunction()
 
-# A table of the registers, stack and spills of every kernel of `target`, made after each build of it:
+# A table of the registers, stack and spills of every kernel of the targets, made after each build of them:
 # resource-report.txt for people, .json for tests. ptxas says them while it compiles; a launcher keeps what it said.
-function(dijiang_resource_report target)
+function(dijiang_resource_report)
     if(NOT Python3_FOUND)
         message(STATUS "No Python 3: no resource report")
         return()
     endif()
     set(launcher "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/keep_ptxas_output.sh")
     set(script "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/resource_report.py")
-    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
-    set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER "/bin/sh;${launcher}")
+    set(objects "")
+    foreach(target IN LISTS ARGN)
+        target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
+        set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER "/bin/sh;${launcher}")
+        list(APPEND objects "$<TARGET_OBJECTS:${target}>")
+    endforeach()
     set(report "${CMAKE_BINARY_DIR}/resource-report")
     add_custom_command(OUTPUT "${report}.txt" "${report}.json"
-        COMMAND "${Python3_EXECUTABLE}" "${script}" --text "${report}.txt" --json "${report}.json"
-                "$<TARGET_OBJECTS:${target}>"
-        DEPENDS ${target} $<TARGET_OBJECTS:${target}> "${script}"
+        COMMAND "${Python3_EXECUTABLE}" "${script}" --text "${report}.txt" --json "${report}.json" ${objects}
+        DEPENDS ${ARGN} ${objects} "${script}"
         COMMENT "Registers and spills: ${report}.txt"
         COMMAND_EXPAND_LISTS VERBATIM)
     add_custom_target(resource-report ALL DEPENDS "${report}.txt" "${report}.json")
 endfunction()
 
-# lib<target>.so out of the kernels' objects, exporting what `map` lists and nothing else. Calls inside it stay
+# lib<target>.so out of the kernels' objects (DIJIANG_OBJECTS), exporting what `map` lists and nothing else. Calls inside it stay
 # inside it, whatever else of this project the process has loaded.
 function(dijiang_shared_library target map)
     set(map "${CMAKE_CURRENT_SOURCE_DIR}/${map}")
-    add_library(${target} SHARED $<TARGET_OBJECTS:dijiang_objects> ${ARGN})
+    add_library(${target} SHARED ${ARGN})
+    foreach(objects IN LISTS DIJIANG_OBJECTS)
+        target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+    endforeach()
     dijiang_compile_options(${target})
     target_link_libraries(${target} PRIVATE dijiang_cudart)
     target_link_options(${target} PRIVATE

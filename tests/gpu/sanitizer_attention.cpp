@@ -90,8 +90,10 @@ bool run(const Case& c) {
 }  // namespace
 
 int main(int count, char** words) {
-    // With "quick": few small cases, for racecheck, which takes 1000 times longer.
-    const bool quick = count > 1 && std::strcmp(words[1], "quick") == 0;
+    // With "quick": few small cases, for racecheck, which takes 1000 times longer. With "prefill": those alone that
+    // compute capability 9.0 has a kernel of its own for.
+    const bool prefill = count > 1 && std::strcmp(words[1], "prefill") == 0;
+    const bool quick = prefill || (count > 1 && std::strcmp(words[1], "quick") == 0);
     std::vector<Case> cases;
     const int shapes[][4] = {{16, 16, 64, 16}, {12, 4, 64, 64},  {32, 32, 80, 20}, {4, 2, 128, 32}, {8, 8, 256, 64},
                              {13, 13, 16, 6},  {5, 5, 48, 0},    {1, 1, 64, 10},   {3, 1, 96, 96},  {2, 2, 112, 0},
@@ -110,9 +112,24 @@ int main(int count, char** words) {
     const int small[][5] = {{3, 1, 64, 16, 1}, {8, 4, 64, 16, 1}, {2, 2, 80, 20, 2}, {1, 1, 128, 32, 1},
                             {1, 1, 256, 64, 1}, {3, 3, 48, 0, 2},  {3, 1, 64, 16, 0}, {1, 1, 208, 14, 0}};
     for (const auto& s : small) {
-        if (!quick) break;
+        if (!quick || prefill) break;
         cases.push_back({s[0], s[1], s[2], s[3], s[4], 40, 1, {1, 0}, true});
         cases.push_back({s[0], s[1], s[2], s[3], s[4], 0, 70, {66}, false});
+    }
+    // Prefill on compute capability 9.0: one row in segments of a chunk; a row that none cuts, of more chunks than there
+    // are stages or groups; segments of several spans. Rows without tokens fill the GPU at no cost.
+    const auto one_of = [](int rows, int length) {
+        std::vector<int32_t> lens(rows, 0);
+        lens[rows / 2] = length;
+        return lens;
+    };
+    for (const int dtype : {DIJIANG_FLOAT16, DIJIANG_BFLOAT16}) {
+        cases.push_back({8, 4, 64, 16, dtype, 0, 130, {130}, true});
+        cases.push_back({8, 8, 64, 64, dtype, 0, 330, one_of(17, 330), false});
+        cases.push_back({8, 8, 64, 16, dtype, 0, 600, one_of(8, 600), true});
+        cases.push_back({8, 8, 128, 32, dtype, 0, 130, {130}, false});
+        cases.push_back({8, 8, 128, 128, dtype, 0, 330, one_of(17, 330), true});
+        cases.push_back({16, 16, 80, 20, dtype, 0, 270, one_of(9, 270), false});
     }
     // Enough rows for the plans that a full GPU gets, and a long text.
     if (!quick) {
@@ -121,6 +138,8 @@ int main(int count, char** words) {
         cases.push_back({16, 16, 64, 16, DIJIANG_FLOAT16, 0, 2048, {2048}, true});
         cases.push_back({8, 8, 256, 64, DIJIANG_FLOAT16, 0, 700, {700, 333}, true});
     }
+    // A number: this case alone.
+    if (count > 2) cases = {cases.at(std::strtoul(words[2], nullptr, 10))};
     int bad = 0;
     for (const Case& c : cases) bad += !run(c);
     std::printf("%zu calls, %d bad\n", cases.size(), bad);

@@ -38,7 +38,7 @@ def current_stream() -> int:
 
 SHAPES = [
     (16, 64, "float16"), (12, 64, "bfloat16"), (32, 80, "float16"), (4, 128, "float32"), (8, 256, "float16"),
-    (5, 48, "float16"),
+    (5, 48, "float16"), (16, 128, "bfloat16"), (8, 64, "float16"),
 ]  # fmt: skip
 
 

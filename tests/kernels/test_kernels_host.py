@@ -394,6 +394,38 @@ def test_sizes_suffice_for_every_smaller_call(
         assert plan.startswith(family) and "\n" not in plan
 
 
+def test_hopper_s_own_prefill(kernels: Kernels) -> None:
+    """Where its code is in the library: compute capability 9.0, geometric decay, whole groups in a block."""
+    if "sm_90" not in kernels.architectures:
+        pytest.skip(f"this library is for {kernels.architectures}")
+
+    def family(heads: int, d: int, batch: int = 1, device: Device = H200, **more: Any) -> str:
+        geometry = Geometry(heads, heads, d, **({"rotary_dim": 16, "dtype": "bfloat16"} | more))
+        return kernels.plan(geometry, batch, 2048, device).split()[1]
+
+    assert family(16, 64) == family(8, 64, 300) == "spans"
+    assert family(32, 128) == family(32, 80, 8) == "hopper"
+    assert family(32, 80) == family(32, 80, 4) == family(12, 64) == family(16, 96) == "fused"
+    assert (
+        family(16, 64, device=ORIN) == family(16, 64, table_rows=9) == family(16, 64, rotary_dim=6) == "fused"
+    )
+    assert family(16, 64, device=replace(H200, compute_capability=100)) == "fused"
+    assert family(16, 64, device=replace(H200, shared_memory=99 << 10)) == "fused"
+    assert family(8, 256) == "wide"
+    assert family(16, 64, dtype="float32") == "generic"
+
+
+@pytest.mark.parametrize(("heads", "d"), [(16, 64), (32, 80), (32, 128)])
+def test_sizes_of_hopper_s_prefill_never_shrink(kernels: Kernels, heads: int, d: int) -> None:
+    geometry = Geometry(heads, heads, d, rotary_dim=16, dtype="float16")
+    for size in (kernels.workspace_size, kernels.sync_size):
+        found = [
+            [size(geometry, b, length, H200) for length in (2, 64, 65, 300, 2048, 9000)] for b in range(1, 12)
+        ]
+        assert all(row == sorted(row) for row in found)
+        assert all(list(column) == sorted(column) for column in zip(*found, strict=True))
+
+
 def test_plans_are_cut_to_what_there_is(kernels: Kernels) -> None:
     text = ctypes.create_string_buffer(b"x" * 20)
     geometry = abi.GeometryStruct(4, 4, 64, 0, 1, 0, 1e-5, 0)

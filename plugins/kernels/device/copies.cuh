@@ -9,10 +9,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from device to shared memory, past L1 and the registers; zeros if not `there`.
+// 16 bytes from device to shared memory, past L1 and the registers; zeros if told that they are not `there`.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
     const int bytes = there ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 // The same where all 256 bytes around them will be read: L2 may fetch them at once.
 __device__ __forceinline__ void copy_async_256(void* shared, const void* global) {

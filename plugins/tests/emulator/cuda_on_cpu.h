@@ -20,12 +20,13 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
 namespace emulator {
 
-constexpr size_t kStack = 32 << 10;
+constexpr size_t kStack = 64 << 10;
 constexpr size_t kSharedMemory = 228 << 10;
 inline unsigned char* shared_memory = nullptr;  // kSharedMemory bytes
 
@@ -53,12 +54,14 @@ struct Block {
     std::vector<Fiber> fibers;
     Meeting all;
     std::vector<Meeting> warps;
+    std::map<int, Meeting> named;  // barriers of some of the threads
     std::vector<uint32_t> words;  // of each thread, 8: what it shows its warp
     ucontext_t main;
     int current = 0;
     dim3 index, size;
 };
 inline Block* block = nullptr;
+inline dim3 grid;  // of the blocks that run one after the other
 
 inline void yield() {
     Fiber& it = block->fibers[static_cast<size_t>(block->current)];
@@ -137,11 +140,30 @@ inline void run_block(dim3 index, dim3 size, std::function<void()> kernel, bool 
 #define threadIdx (::emulator::thread_index())
 #define blockIdx (::emulator::block->index)
 #define blockDim (::emulator::block->size)
+#define gridDim (::emulator::grid)
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
 inline void __syncthreads() { emulator::meet(emulator::block->all); }
+inline int __syncthreads_or(int mine) {
+    static bool any = false;
+    if (mine) any = true;
+    __syncthreads();
+    const bool said = any;
+    __syncthreads();
+    any = false;
+    __syncthreads();
+    return said;
+}
 inline void __syncwarp() { emulator::meet_warp(); }
+#define __sincosf(x, s, c) ((void)(*(s) = std::sin(x), *(c) = std::cos(x)))
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { emulator::yield(); }
+inline unsigned atomicAdd(unsigned* at, unsigned more) {
+    const unsigned before = *at;
+    *at += more;
+    return before;
+}
 template <typename T> T __ldg(const T* at) { return *at; }
 template <typename T> T __ldcg(const T* at) { return *at; }
 inline float __shfl_xor_sync(unsigned, float x, int offset) {

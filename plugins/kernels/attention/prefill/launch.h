@@ -21,6 +21,14 @@ cudaError_t launch_fused_128_bf16(const AttentionParams&, const Schedule&, cudaS
 cudaError_t launch_wide_256_f16(const AttentionParams&, const Schedule&, cudaStream_t);
 cudaError_t launch_wide_256_bf16(const AttentionParams&, const Schedule&, cudaStream_t);
 
+// The same for compute capability 9.0 alone, geometric decay and heads of exactly that size.
+cudaError_t launch_spans_64_f16(const AttentionParams&, const Schedule&, cudaStream_t);
+cudaError_t launch_spans_64_bf16(const AttentionParams&, const Schedule&, cudaStream_t);
+cudaError_t launch_hopper_80_f16(const AttentionParams&, const Schedule&, cudaStream_t);
+cudaError_t launch_hopper_128_f16(const AttentionParams&, const Schedule&, cudaStream_t);
+cudaError_t launch_hopper_80_bf16(const AttentionParams&, const Schedule&, cudaStream_t);
+cudaError_t launch_hopper_128_bf16(const AttentionParams&, const Schedule&, cudaStream_t);
+
 // Lets `kernel` use as much shared memory as the device has, once per device.
 class SharedMemoryGrant {
 public:

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention/prefill/launch.h"
+#include "host/device.h"
 
 namespace dijiang::prefill {
 
@@ -19,7 +20,8 @@ Needs needs(const dijiang_geometry& geometry, int32_t max_batch, int32_t max_len
 std::string describe(const dijiang_geometry& geometry, int32_t batch, int32_t length, const dijiang_device& device) {
     const Schedule schedule = make_schedule(geometry, batch, length, device);
     if (schedule.path == Path::generic) return "prefill generic float32: features, scan, norm";
-    return std::string("prefill ") + (schedule.path == Path::wide ? "wide" : "fused") + " heads=" + std::to_string(schedule.set) + " segments=" + std::to_string(schedule.segments) + "x"
+    const char* name = schedule.path == Path::spans ? "spans" : schedule.path == Path::hopper ? "hopper" : schedule.path == Path::wide ? "wide" : "fused";
+    return std::string("prefill ") + name + " heads=" + std::to_string(schedule.set) + " segments=" + std::to_string(schedule.segments) + "x"
            + std::to_string(schedule.segment_chunks * kChunk) + " ctas=" + std::to_string(schedule.blocks)
            + " threads=" + std::to_string(schedule.threads) + " shared=" + std::to_string(schedule.shared)
            + (schedule.raw ? ", norm" : "");
@@ -34,10 +36,18 @@ cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device
     geometry.dtype = dtype;
     geometry.table_rows = p.table_rows;
     geometry.epsilon = p.epsilon;
-    const Schedule schedule = make_schedule(geometry, p.batch, p.length, device);
+    Schedule schedule = make_schedule(geometry, p.batch, p.length, device);
+    schedule.overlap = can_overlap(device);
     if (schedule.path == Path::generic) return launch_generic(dtype, p, schedule, stream);
     const bool half = dtype == DIJIANG_FLOAT16;
     const int d = p.head_dim;
+#ifdef DIJIANG_SM90A
+    if (schedule.path == Path::spans)
+        return (half ? launch_spans_64_f16 : launch_spans_64_bf16)(p, schedule, stream);
+    if (schedule.path == Path::hopper)
+        return (d == 80 ? (half ? launch_hopper_80_f16 : launch_hopper_80_bf16)
+                        : (half ? launch_hopper_128_f16 : launch_hopper_128_bf16))(p, schedule, stream);
+#endif
     const auto fused = d <= 64   ? (half ? launch_fused_64_f16 : launch_fused_64_bf16)
                        : d <= 80 ? (half ? launch_fused_80_f16 : launch_fused_80_bf16)
                        : d <= 128 ? (half ? launch_fused_128_f16 : launch_fused_128_bf16)

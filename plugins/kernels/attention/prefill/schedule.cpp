@@ -31,6 +31,12 @@ FusedShape fused_shape(int d) {
     return {256, 16, 4, 4, 1};
 }
 
+#ifdef DIJIANG_SM90A
+constexpr bool kHopperCode = true;
+#else
+constexpr bool kHopperCode = false;  // this library was not compiled for it
+#endif
+constexpr int kSpan = 4;  // chunks that a block takes at a time, each by warps with flags of their own (hopper/spans/)
 constexpr size_t kStaticShared = 2304;  // at most, of any kernel here
 constexpr size_t kReserved = 2304;      // of a fused block: static variables and the runtime's 1 KB
 
@@ -44,6 +50,30 @@ int most_segments(int64_t jobs, int chunks, int64_t room) {
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
+// The kernel's hopper::Shape<D> (hopper/shape.cuh), as far as the host needs it.
+struct HopperShape {
+    int heads;            // per block
+    size_t state_floats;  // of a head, as a group's registers
+};
+HopperShape hopper_shape(int64_t d) {
+    return {d == 80 ? 2 : 1, static_cast<size_t>((d + 63) / 64 * (d / 8) * 4 * 128)};
+}
+
+// Two heads of 80 in a block pay only where blocks fill the GPU and no sequence is cut (docs/performance.md).
+bool hopper_pays(const dijiang_geometry& geometry, int batch, const dijiang_device& device) {
+    return geometry.head_dim != 80 || int64_t{batch} * geometry.num_heads > device.multiprocessors;
+}
+
+// Are there products of four warps for it, and whole groups of GroupNorm in a block, of whole tiles of 8 columns?
+bool hopper_takes(const dijiang_geometry& geometry, const dijiang_device& device) {
+    constexpr int kShared = 227 << 10;
+    const int64_t heads = geometry.num_heads, d = geometry.head_dim;
+    const bool sizes = d == 64 || d == 80 || d == 128;
+    const bool groups = heads == 16 || heads == 32 || (heads == 8 && d != 80);
+    return kHopperCode && device.compute_capability == 90 && device.shared_memory >= kShared && sizes && groups
+           && geometry.dtype != DIJIANG_FLOAT32 && geometry.table_rows == 0 && geometry.rotary_dim % 4 == 0;
+}
+
 }  // namespace
 
 Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, const dijiang_device& device) {
@@ -52,6 +82,27 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
     schedule.set = 1;
     schedule.segments = 1;
     schedule.segment_chunks = (length + kChunk - 1) / kChunk;
+    if (hopper_takes(geometry, device) && hopper_pays(geometry, batch, device)) {
+        const HopperShape hopper = hopper_shape(d);
+        const bool spans = d == 64;
+        schedule.path = spans ? Path::spans : Path::hopper;
+        schedule.set = hopper.heads;
+        schedule.threads = 512;
+        const int64_t jobs = batch * (heads / schedule.set);
+        // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.
+        const int chunks = schedule.segment_chunks, segments = most_segments(jobs, chunks, device.multiprocessors);
+        schedule.segment_chunks = (chunks + segments - 1) / segments;
+        if (spans) {  // whole ones
+            const int span = std::min(schedule.segment_chunks, kSpan);
+            schedule.segment_chunks = (schedule.segment_chunks + span - 1) / span * span;
+        }
+        schedule.segments = (chunks + schedule.segment_chunks - 1) / schedule.segment_chunks;
+        schedule.blocks = static_cast<int>(jobs * schedule.segments);
+        const size_t states = segments > 1 ? jobs * segments : 0;
+        schedule.workspace = aligned(states * hopper.heads * hopper.state_floats * sizeof(float));
+        schedule.sync = segments > 1 ? sizeof(uint32_t) * (2 + (spans ? kSpan : 1) * states) : 0;
+        return schedule;
+    }
     const FusedShape shape = fused_shape(static_cast<int>(d));
     schedule.multiprocessors = device.multiprocessors;
     const size_t room_left = static_cast<size_t>(device.shared_memory) - kStaticShared;

@@ -8,7 +8,9 @@ namespace dijiang::prefill {
 enum class Path {
     generic,  // float32 arithmetic, any size: features, scan, norm
     fused,    // tensor cores, d = 64, 80, 128: one kernel (and norm, if a block does not own whole groups)
-    wide      // tensor cores, d = 256: features first, then the same kernel over blocks of 64 value columns
+    wide,     // tensor cores, d = 256: features first, then the same kernel over blocks of 64 value columns
+    hopper,   // compute capability 9.0, geometric decay, d = 80, 128: products of four warps
+    spans     // the same for d = 64, four chunks at a time
 };
 
 struct Schedule {
@@ -16,6 +18,7 @@ struct Schedule {
     int set;             // heads per block (fused)
     int stages;          // of features and scores (fused, wide)
     int multiprocessors;
+    bool overlap;        // may begin before the kernel ahead of it has ended (hopper, spans)
     bool raw;            // outputs go through the workspace in float32 and are normalised by a last kernel
     int segments;        // pieces of the sequence that run at the same time
     int segment_chunks;  // chunks of 64 tokens per piece

@@ -9,7 +9,7 @@ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emulator::shared_memory);
 }
 inline emulator::Fiber& mine() { return emulator::block->fibers[static_cast<size_t>(emulator::block->current)]; }
-inline void copy_async(uint32_t to, const void* from, bool there) {
+inline void copy_async(uint32_t to, const void* from, bool there = true) {
     if (to % 16 != 0 || to + 16 > emulator::kSharedMemory || reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
     mine().open.push_back({to, from, there});
 }

@@ -1,0 +1,160 @@
+// Groups of four warps: wgmma by the definitions of PTX's documentation, on the bytes that its descriptors name.
+// Products are done when they are waited for, not before, or all at once (emulator::eager).
+#pragma once
+
+#include "device/tiles.cuh"
+
+namespace emulator {
+inline bool eager = false;
+struct Phases {
+    int members = 0, left = 0;
+    uint32_t turn = 0;
+};
+inline std::map<uint32_t, Phases> phases;
+struct Batch {
+    std::vector<std::function<void()>> products;
+};
+inline std::map<int, Batch> open_batch;                 // per thread
+inline std::map<int, std::deque<Batch>> batches;        // likewise
+
+// The element of a descriptor's operand; `outer` along the 64 or N, `inner` along the 16.
+template <typename T> float element(uint64_t descriptor, bool trans, int outer, int inner) {
+    const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+    const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
+    const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+    const int kind = static_cast<int>(descriptor >> 62);
+    if (kind == 0) std::abort();
+    const uint32_t bits = kind == 1 ? 3 : kind == 2 ? 2 : 1, width = 8u << bits;  // elements of a row
+    uint32_t at = start;
+    const auto o = static_cast<uint32_t>(outer), i = static_cast<uint32_t>(inner);
+    if (trans) at += o / width * leading + o % width * 2 + i / 8 * stride + i % 8 * 2 * width;
+    else at += o / 8 * stride + o % 8 * 2 * width + i * 2;
+    at ^= (at >> 7 & ((1u << bits) - 1)) << 4;
+    if (at + 2 > kSharedMemory) std::abort();
+    uint16_t raw;
+    std::memcpy(&raw, shared_memory + at, 2);
+    return dijiang::unpack<T>(raw).x;
+}
+inline void product(std::function<void()> f) {
+    if (eager) f();
+    else open_batch[block->current].products.push_back(std::move(f));
+}
+}  // namespace emulator
+
+namespace dijiang {
+
+template <typename T, int N> struct Wgmma {
+    template <int kTransA, int kTransB>
+    static void shared(float (&c)[N / 8][4], uint64_t a, uint64_t b, int add) {
+        float(*to)[4] = c;
+        const int thread = emulator::block->current;
+        meet();
+        emulator::product([=] {
+            multiply_add(to, thread, add, b, kTransB,
+                         [&](int row, int k) { return emulator::element<T>(a, kTransA, row, k); });
+        });
+        meet();
+    }
+    template <int kTransB>
+    static void registers(float (&c)[N / 8][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
+                          int add) {
+        float(*to)[4] = c;
+        const int thread = emulator::block->current, g = thread % 32 / 4;
+        const uint32_t words[4] = {a0, a1, a2, a3};
+        std::vector<float> rows(32);  // rows g and g + 8, 16 each
+        meet();
+        emulator::exchange(words, 4, [&](auto of) {
+            for (int i = 0; i < 2; ++i)
+                for (int k = 0; k < 16; ++k) {
+                    const float2 both = unpack<T>(of(4 * g + k % 8 / 2, i + 2 * (k / 8)));
+                    rows[static_cast<size_t>(16 * i + k)] = k % 2 == 0 ? both.x : both.y;
+                }
+        });
+        emulator::product([=] {
+            multiply_add(to, thread, add, b, kTransB,
+                         [&](int row, int k) { return rows[static_cast<size_t>(row % 16 / 8 * 16 + k)]; });
+        });
+        meet();
+    }
+
+private:
+    static void meet() {
+        emulator::Meeting& all = emulator::block->named[64 + emulator::block->current / 128];
+        all.members = 128;
+        emulator::meet(all);
+    }
+    template <typename A> static void multiply_add(float (*c)[4], int thread, int add, uint64_t b, bool trans, A&& a) {
+        const int row = thread % 128 / 32 * 16 + thread % 32 / 4, column = 2 * (thread % 4);
+        float left[2][16];
+        for (int i = 0; i < 2; ++i)
+            for (int k = 0; k < 16; ++k) left[i][k] = a(row + 8 * i, k);
+        for (int n = 0; n < N / 8; ++n)
+            for (int j = 0; j < 2; ++j) {
+                float sum[2] = {add ? c[n][j] : 0.0f, add ? c[n][2 + j] : 0.0f};
+                for (int k = 0; k < 16; ++k) {
+                    const float right = emulator::element<T>(b, trans, 8 * n + column + j, k);
+                    sum[0] += left[0][k] * right, sum[1] += left[1][k] * right;
+                }
+                c[n][j] = sum[0], c[n][2 + j] = sum[1];
+            }
+    }
+};
+
+inline void begin_products() {}
+inline void end_products() {
+    emulator::Batch& open = emulator::open_batch[emulator::block->current];
+    emulator::batches[emulator::block->current].push_back(std::move(open));
+    open = {};
+}
+template <int kPending> void await_products() {
+    std::deque<emulator::Batch>& mine = emulator::batches[emulator::block->current];
+    while (mine.size() > kPending) {
+        for (const auto& f : mine.front().products) f();
+        mine.pop_front();
+    }
+}
+inline void show_to_products() {}
+
+inline void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const uint32_t words[5] = {address, a, b, c, d};
+    const int lane = emulator::block->current % 32;
+    if (address % 16 != 0) std::abort();
+    emulator::exchange(words, 5, [&](auto of) {
+        const uint32_t to = of(lane, 0);  // the row of matrix lane / 8
+        for (int piece = 0; piece < 4; ++piece) {
+            const uint32_t word = of(lane % 8 * 4 + piece, 1 + lane / 8);
+            std::memcpy(emulator::shared_memory + to + 4 * piece, &word, 4);
+        }
+    });
+}
+
+inline void make_barrier(uint32_t barrier, int arrivals) { emulator::phases[barrier] = {arrivals, arrivals, 0}; }
+inline void arrive_at(uint32_t barrier) {
+    emulator::Phases& it = emulator::phases.at(barrier);
+    if (--it.left == 0) it.left = it.members, ++it.turn;
+}
+inline void await_phase(uint32_t barrier, uint32_t parity) {
+    while ((emulator::phases.at(barrier).turn & 1) == parity) emulator::yield();
+}
+inline bool any_of(int id, int threads, bool mine) {
+    static bool any[16];
+    const auto meet = [&] {
+        emulator::Meeting& all = emulator::block->named[id];
+        all.members = threads;
+        emulator::meet(all);
+    };
+    if (mine) any[id] = true;
+    meet();
+    const bool said = any[id];
+    meet();
+    any[id] = false;
+    meet();
+    return said;
+}
+template <int kMost> void give_registers() {}
+template <int kMost> void take_registers() {}
+inline void store_release(unsigned* to, unsigned value) { *to = value; }
+inline unsigned load_acquire(const unsigned* from) { return *from; }
+inline char* block_memory() { return reinterpret_cast<char*>(emulator::shared_memory); }
+
+}  // namespace dijiang
