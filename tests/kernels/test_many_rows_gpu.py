@@ -85,6 +85,23 @@ def test_activations(kernels: LinearKernels, dtype: Any, form: str, activation: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("rows", [150, 2048])
+def test_biases_of_the_types_numbers(kernels: LinearKernels, dtype: Any, form: str, rows: int) -> None:
+    """cuBLASLt adds them, before it rounds."""
+    kinds: dict[str, Any] = {"bias": "rounded", "weight_format": form}
+    for width in (1, 7, 8, 9, 515, 640, 3072):
+        for residual in (False, True):
+            run(kernels, [many(dtype, rows, [1024], width, residual=residual, seed=width, **kinds)], workspace=True)
+    run(kernels, [
+        many(dtype, rows, [1024], 3072, **kinds), many(dtype, rows, [1024], 1024, norm="layer_norm", seed=1, **kinds),
+        many(dtype, rows, [1024], 1000, weight_format=form, seed=2),
+        many(dtype, rows, [1024], 4096, activation="gelu", seed=3, **kinds),
+    ], constant=True, workspace=True)  # fmt: skip
+    run(kernels, [many(dtype, rows, [1024, 4096], 1024, residual=True, **kinds)], workspace=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("forms", [["same", "same"], ["int4", "int4"], ["int4", "int8"]])
 def test_two_terms_are_added(kernels: LinearKernels, dtype: Any, forms: list[str]) -> None:
     for inner in ([1024, 4096], [32, 4096], [96, 64], [288, 288]):

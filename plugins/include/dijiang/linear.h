@@ -79,6 +79,9 @@ typedef struct {
     int32_t constant_weights; /* 1: no work on the stream writes weights, biases or norms, so that they may
                                  be read while the work before still runs */
     uint32_t weight_formats;  /* a dijiang_weight_format of each term, term t's in bits 8 t to 8 t + 7 */
+    uint32_t rounded_biases;  /* bit t: every number of term t's bias is one of T's, or it has none. Saves a pass over
+                                 products of many rows; changes no result by more than the order of a sum does */
+    uint32_t reserved;        /* 0 */
     dijiang_linear_term terms[DIJIANG_LINEAR_MAX_TERMS];
     dijiang_linear_output outputs[DIJIANG_LINEAR_MAX_OUTPUTS];
 } dijiang_linear_call;
