@@ -170,7 +170,7 @@ dijiang_status sample(const dijiang_sampling_options* options, const dijiang_sam
     DIJIANG_TRY(current_device(device));
     const bool greedy = !params.options_per_row && params.options.temperature == 0;
     const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, greedy);
-    const cudaError_t error = launch_sample(params, cut, device, stream);
+    const cudaError_t error = launch_sample(params, cut, device, can_overlap(device), stream);
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the sampling kernel");
 }
 

@@ -4,7 +4,6 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "sampling/sampling.h"
 #include "sampling/team.cuh"
 
 namespace dijiang {
@@ -21,34 +20,38 @@ __device__ __forceinline__ float score_of(uint32_t key) {
     return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }
 
-// A token's place in the order of all: greater is better, and of equal scores the lower id is. No two are
-// equal.
+// A token's place in the order of all: greater is better, and of equal scores the lower id is. No two are equal, and
+// none is 0.
 __device__ __forceinline__ uint64_t place_of(float score, int id) {
     return uint64_t{key_of(score)} << 32 | ~static_cast<uint32_t>(id);
 }
 
-// exp((score - best) / temperature) as an integer, 2^shift for the best. Sums of integers do not depend on
-// their order; a whole vocabulary's stays below 2^63.
+// exp((score - best) / temperature) as an integer, 2^shift for the best. Sums of integers do not depend on their
+// order; a whole vocabulary's stays below 2^63.
 struct Softmax {
-    float best, rate, scale;
-    int shift;
+    float best, rate, scale, least_exponent;  // below that nothing has weight
 
-    // Double precision is slow on most GPUs: for one thread to call.
-    __device__ static Softmax make(float best, double temperature, int vocabulary) {
+    static __device__ int shift(int vocabulary) { return 62 - (32 - __clz(vocabulary - 1)); }
+
+    // Double precision is slow on most GPUs: for one thread to call. Within float32's normal range even for absurd
+    // temperatures: 0 and -inf times it are 0 and -inf.
+    static __device__ float rate_of(double temperature) {
         constexpr double kLog2e = 1.4426950408889634;
-        const int shift = 62 - (32 - __clz(vocabulary - 1));
-        // Within float32's normal range even for absurd temperatures: 0 and -inf times it are 0 and -inf.
-        const double rate = fmin(fmax(kLog2e / temperature, double{FLT_MIN}), double{FLT_MAX});
-        return {best, static_cast<float>(rate), ldexpf(1.0f, shift), shift};
+        return static_cast<float>(fmin(fmax(kLog2e / temperature, double{FLT_MIN}), double{FLT_MAX}));
+    }
+    static __device__ Softmax make(float best, float rate, int vocabulary) {
+        const int bits = shift(vocabulary);
+        return {best, rate, __uint_as_float(static_cast<uint32_t>(127 + bits) << 23), -static_cast<float>(bits + 1)};
     }
 
-    // log2 of the weight relative to the best, <= 0. Rounded step by step, so that it is the same wherever it
-    // is asked.
+    // log2 of the weight relative to the best, <= 0. Rounded step by step, so that it is the same wherever it is asked.
     __device__ float exponent(float score) const { return __fmul_rn(__fsub_rn(score, best), rate); }
-
+    __device__ bool has_weight(float exponent) const { return exponent >= least_exponent; }
+    // Of an exponent that has weight; may be 0 for the least.
+    __device__ uint64_t weight_at(float exponent) const { return __float2ull_rn(__fmul_rn(exp2f(exponent), scale)); }
     __device__ uint64_t weight(float score) const {
         const float e = exponent(score);
-        return e < -static_cast<float>(shift + 1) ? 0 : __float2ull_rn(__fmul_rn(exp2f(e), scale));
+        return has_weight(e) ? weight_at(e) : 0;
     }
 };
 
@@ -63,7 +66,7 @@ struct Part {
     const float* logits;
     const uint32_t* allowed;  // or null
     const uint32_t* seen;     // null where there is no penalty
-    const double* penalty;    // in shared memory: registers are scarce
+    double penalty;
     float* staged;            // this part's scores in shared memory, or null: computed anew each time
     int begin, end, per_warp;
 
@@ -72,14 +75,12 @@ struct Part {
         const uint32_t bit = 1u << (id % 32);
         if (allowed != nullptr && !(__ldg(allowed + id / 32) & bit)) return -INFINITY;
         if (seen == nullptr || !(__ldg(seen + id / 32) & bit) || !(fabsf(logit) < INFINITY)) return logit;
-        return penalised(logit, *penalty);
+        return penalised(logit, penalty);
     }
 
-    // Calls visit(id, score) for first <= id < last, in all lanes together and in the ids' order within each;
-    // ids from `last` on come with -inf.
-    // kAhead: loads on their way per lane.
-    template <int kAhead = 4, typename Visit>
-    __device__ void each(int first, int last, Visit&& visit) const {
+    // Calls visit(id, score) for first <= id < last, in all lanes together and in the ids' order within each; ids from
+    // `last` on come with -inf. kAhead: loads on their way per lane.
+    template <int kAhead, typename Visit> __device__ void each(int first, int last, Visit&& visit) const {
 #pragma unroll 1  // the code is long, and a launch that fetches less of it is faster
         for (int base = first; base < last; base += 32 * kAhead) {
             float scores[kAhead];
@@ -99,8 +100,7 @@ struct Part {
     }
 
     // The same for this warp's share of the part.
-    template <int kAhead = 4, typename Visit>
-    __device__ void each(Visit&& visit) const {
+    template <int kAhead, typename Visit> __device__ void each(Visit&& visit) const {
         const int first = begin + static_cast<int>(threadIdx.x / 32) * per_warp;
         each<kAhead>(first, min(first + per_warp, end), visit);
     }

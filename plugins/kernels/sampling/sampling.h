@@ -21,7 +21,8 @@ struct SampleCut {
 };
 
 SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device&, bool greedy);
-cudaError_t launch_sample(const SampleParams&, const SampleCut&, const dijiang_device&, cudaStream_t);
+// overlap: programmatic dependent launch.
+cudaError_t launch_sample(const SampleParams&, const SampleCut&, const dijiang_device&, bool overlap, cudaStream_t);
 cudaError_t launch_advance(const dijiang_advance_buffers&, cudaStream_t);  // strides are filled in
 
 }  // namespace dijiang
