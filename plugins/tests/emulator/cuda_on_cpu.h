@@ -179,6 +179,9 @@ inline void __syncthreads() { emulator::meet(emulator::block->all); }
 inline void __syncwarp() { emulator::meet_warp(); }
 template <typename T> T __ldg(const T* at) { return *at; }
 template <typename T> T __ldcg(const T* at) { return *at; }
+template <typename T> void __stcg(T* at, T x) { *at = x; }
+inline float __fdividef(float x, float y) { return x / y; }
+inline void __threadfence() {}
 inline float __shfl_xor_sync(unsigned, float x, int offset) {
     uint32_t word;
     std::memcpy(&word, &x, 4);
@@ -226,6 +229,11 @@ inline uint32_t __ballot_sync(unsigned, bool x) {
 inline uint32_t atomicAdd(uint32_t* at, uint32_t more) {
     const uint32_t before = *at;
     *at += more;
+    return before;
+}
+inline uint32_t atomicInc(uint32_t* at, uint32_t most) {
+    const uint32_t before = *at;
+    *at = before >= most ? 0 : before + 1;
     return before;
 }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }

@@ -1,6 +1,8 @@
 #pragma once
 #include "cuda_on_cpu.h"
 namespace dijiang {
+constexpr float kLog2E = 1.4426950408889634f;
+inline float fast_exp2(float x) { return std::exp2(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
 inline float warp_sum(float x) {

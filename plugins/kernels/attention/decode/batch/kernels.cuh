@@ -1,0 +1,35 @@
+// The instances of the two kernels of one element type.
+#pragma once
+
+#include "attention/decode/batch/features.cuh"
+#include "attention/decode/batch/states.cuh"
+
+namespace dijiang {
+namespace decode {
+
+template <typename T, typename F, typename S> BatchKernels batch_instance() {
+    BatchKernels it;
+    it.features = reinterpret_cast<const void*>(features_kernel<T, F>);
+    it.states = reinterpret_cast<const void*>(states_kernel<T, S>);
+    it.vectors = F::kVectors;
+    it.feature_threads = F::kThreads;
+    it.feature_memory = F::kMemory;
+    it.width = S::W;
+    it.head_threads = S::kThreads;
+    it.most_heads = S::kMostHeads;
+    it.head_memory = S::kMemory;
+    return it;
+}
+
+template <typename T> BatchKernels batch_kernels(int32_t head_dim) {
+    switch (head_dim) {
+        case 64: return batch_instance<T, FeatureShape<64, 4>, StateShape<64, 64, 128, 8>>();
+        case 80: return batch_instance<T, FeatureShape<80, 5>, StateShape<80, 80, 160, 10>>();
+        case 128: return batch_instance<T, FeatureShape<128, 8>, StateShape<128, 128, 256, 16>>();
+        case 256: return batch_instance<T, FeatureShape<256, 16>, StateShape<256, 64, 256, 16>>();
+        default: return {};
+    }
+}
+
+}  // namespace decode
+}  // namespace dijiang
