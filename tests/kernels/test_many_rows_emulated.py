@@ -106,6 +106,9 @@ def test_biases_of_the_types_numbers(emulated: Any, dtype: Any, form: str) -> No
         many(dtype, 18, [96], 9, weight_format=form, seed=3),
     ])  # fmt: skip
     run(emulated, [many(dtype, 18, [96, 64], 40, residual=True, **kinds)])
+    run(emulated, [many(dtype, 18, [96], 40, activation="relu", **kinds)])
+    run(emulated, [many(dtype, 18, [96], 40, activation="relu", residual=True, **kinds)])
+    run(emulated, [many(dtype, 18, [96], 43, **kinds)])
 
 
 @pytest.mark.parametrize("forms", [["same", "same"], ["int4", "int8"]])

@@ -32,6 +32,7 @@ def choose(
     first_draw: int = 0,
     allowed: Any = None,
     seen: Any = None,
+    of_row: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Tokens and row status; row r draws number first_draw + r of stream r."""
     batch, vocabulary = logits.shape
@@ -45,7 +46,7 @@ def choose(
         logits=logits.ctypes.data, logits_row_stride=vocabulary, draws=draws.ctypes.data,
         allowed=None if allowed is None else allowed.ctypes.data,
         seen=None if seen is None else seen.ctypes.data, seen_row_stride=words,
-        tokens=tokens.ctypes.data, row_status=status.ctypes.data, batch=batch, vocabulary=vocabulary, integers=1,
+        row_options=ctypes.addressof(given) if of_row else None, tokens=tokens.ctypes.data, row_status=status.ctypes.data, batch=batch, vocabulary=vocabulary, integers=1,
     )  # fmt: skip
     emulated.emulate_sample(ctypes.byref(given), ctypes.byref(buffers), team, int(staged), int(backwards))
     return tokens.tolist(), status.tolist()
@@ -141,4 +142,6 @@ def test_rows_without_a_token_say_why(emulated: Any, team: int) -> None:
         assert status == [2, 1, 1, 0] and tokens[:3] == [-1] * 3 and tokens[3] >= 0
     impossible = SamplingOptions(1.0)
     object.__setattr__(impossible, "top_p", 1.5)  # the host would refuse it
-    assert choose(emulated, logits[3:], impossible, team=team) == ([-1], [3])
+    for options, expected in ((impossible, 3), (OPTIONS["top-k"], 0)):
+        _, status = choose(emulated, logits[3:], options, team=team, of_row=True)
+        assert status == [expected]

@@ -13,14 +13,13 @@ namespace dijiang {
 
 __device__ __forceinline__ int cluster_block() {
     uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return static_cast<int>(rank);
 }
 
-// The first half of a barrier that only says that the blocks run, and what their first threads wrote before it.
+// The first half of a barrier that only says that the blocks run, and that what their threads made can be sent to.
 __device__ __forceinline__ void appear_in_cluster() {
-    if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
-    __syncwarp();
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 // The two halves of a barrier for all threads of all blocks: what was written before the first half, to any block's

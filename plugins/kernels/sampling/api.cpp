@@ -85,6 +85,7 @@ dijiang_status check_sample(const dijiang_sampling_options* options, SampleParam
                         "options is missing; got NULL; expected options or row_options");
         DIJIANG_TRY(check_options(*options));
         params.options = *options;
+        params.numbers = numbers_of(*options, b.vocabulary);
     }
     if (b.batch == 0) return DIJIANG_OK;
     const int64_t integer = integer_size(b.integers), words_of_row = words(b.vocabulary), batch = b.batch;

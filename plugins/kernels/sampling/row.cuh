@@ -26,21 +26,13 @@ __device__ __forceinline__ uint64_t place_of(float score, int id) {
     return uint64_t{key_of(score)} << 32 | ~static_cast<uint32_t>(id);
 }
 
-// exp((score - best) / temperature) as an integer, 2^shift for the best. Sums of integers do not depend on their
+// exp((score - best) / temperature) as an integer, 2^weight_bits for the best. Sums of integers do not depend on their
 // order; a whole vocabulary's stays below 2^63.
 struct Softmax {
     float best, rate, scale, least_exponent;  // below that nothing has weight
 
-    static __device__ int shift(int vocabulary) { return 62 - (32 - __clz(vocabulary - 1)); }
-
-    // Double precision is slow on most GPUs: for one thread to call. Within float32's normal range even for absurd
-    // temperatures: 0 and -inf times it are 0 and -inf.
-    static __device__ float rate_of(double temperature) {
-        constexpr double kLog2e = 1.4426950408889634;
-        return static_cast<float>(fmin(fmax(kLog2e / temperature, double{FLT_MIN}), double{FLT_MAX}));
-    }
     static __device__ Softmax make(float best, float rate, int vocabulary) {
-        const int bits = shift(vocabulary);
+        const int bits = weight_bits(vocabulary);
         return {best, rate, __uint_as_float(static_cast<uint32_t>(127 + bits) << 23), -static_cast<float>(bits + 1)};
     }
 
@@ -79,30 +71,47 @@ struct Part {
     }
 
     // Calls visit(id, score) for first <= id < last, in all lanes together and in the ids' order within each; ids from
-    // `last` on come with -inf. kAhead: loads on their way per lane.
-    template <int kAhead, typename Visit> __device__ void each(int first, int last, Visit&& visit) const {
-#pragma unroll 1  // the code is long, and a launch that fetches less of it is faster
-        for (int base = first; base < last; base += 32 * kAhead) {
-            float scores[kAhead];
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const int id = base + 32 * i + static_cast<int>(threadIdx.x % 32);
-                scores[i] = -INFINITY;
-                if (id < last) scores[i] = staged != nullptr ? staged[id - begin] : __ldg(logits + id);
-            }
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const int id = base + 32 * i + static_cast<int>(threadIdx.x % 32);
-                if (base + 32 * i >= last) break;
-                visit(id, staged != nullptr || id >= last ? scores[i] : prepare(scores[i], id));
-            }
+    // `last` on come with -inf. Rolled up, with one score ahead: the code is long, and a launch that fetches less of it is
+    // faster.
+    template <typename Visit> __device__ void each(int first, int last, Visit&& visit) const {
+        int id = first + static_cast<int>(threadIdx.x % 32);
+        float next = score_at(id, last);
+#pragma unroll 1
+        for (int base = first; base < last; base += 32, id += 32) {
+            const float read = next;
+            next = score_at(id + 32, last);
+            visit(id, staged != nullptr || id >= last ? read : prepare(read, id));
         }
+    }
+    // As it is kept, or in memory.
+    __device__ __forceinline__ float score_at(int id, int last) const {
+        if (id >= last) return -INFINITY;
+        return staged != nullptr ? staged[id - begin] : __ldg(logits + id);
     }
 
     // The same for this warp's share of the part.
-    template <int kAhead, typename Visit> __device__ void each(Visit&& visit) const {
+    template <typename Visit> __device__ void each(Visit&& visit) const {
         const int first = begin + static_cast<int>(threadIdx.x / 32) * per_warp;
-        each<kAhead>(first, min(first + per_warp, end), visit);
+        each(first, min(first + per_warp, end), visit);
+    }
+
+    // Logits as they are in memory, with several of a lane on their way.
+    template <typename Visit> __device__ void each_read(int first, int last, Visit&& visit) const {
+        constexpr int kAhead = 8;
+#pragma unroll 1
+        for (int base = first; base < last; base += 32 * kAhead) {
+            float read[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int id = base + 32 * i + static_cast<int>(threadIdx.x % 32);
+                read[i] = id < last ? __ldg(logits + id) : -INFINITY;
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                if (base + 32 * i >= last) break;
+                visit(base + 32 * i + static_cast<int>(threadIdx.x % 32), read[i]);
+            }
+        }
     }
 };
 

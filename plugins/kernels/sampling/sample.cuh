@@ -35,34 +35,59 @@ struct SampleMemory {
     Arrivals arrivals;
     uint4 warps[kWarps], blocks[kMostTeam];  // reports
     DrawMemory draw;
-    uint64_t least_weight, target;
-    float rate;  // of the softmax
+    SampleNumbers numbers;
     SelectMemory select;
 };
 
-// Reads the logits, keeps the scores where there is room for them, and tells all threads of the team. A greedy choice
-// needs neither them nor the lowest score.
-template <bool kGreedy> __device__ Report survey(const Team& team, const Part& part, SampleMemory& memory) {
+// What a thread has found so far.
+struct Found {
     float best = -INFINITY, least = INFINITY;
     int best_id = -1;
     uint32_t wrong = 0;
-    Part read = part;
-    read.staged = nullptr;
-    read.each<8>([&](int id, float score) {
-        if (!kGreedy && part.staged != nullptr && id < part.end) part.staged[id - part.begin] = score;
+
+    __device__ void see(int id, float score) {
         wrong |= score < INFINITY ? 0u : 1u;
         if (score > best) {
             best = score;
             best_id = id;
         }
-        if (!kGreedy && score > -INFINITY) least = fminf(least, score);
-    });
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const Report mine = warp_report({key_of(best), static_cast<uint32_t>(best_id), key_of(least), wrong});
+        least = fminf(least, score > -INFINITY ? score : INFINITY);
+    }
+    __device__ Report report() const {
+        return Report({key_of(best), static_cast<uint32_t>(best_id), key_of(least), wrong});
+    }
+};
+
+// Reads the logits, keeps the scores where there is room for them, and tells all threads of the team. A greedy choice
+// does not need them again.
+__device__ Report survey(const Team& team, const Part& part, bool greedy, const SampleParams& params, int row,
+                         SampleMemory& memory) {
+    const int lane = static_cast<int>(threadIdx.x % 32), first = part.begin + static_cast<int>(threadIdx.x / 32) * part.per_warp;
+    const int last = min(first + part.per_warp, part.end);
+    const bool masked = part.allowed != nullptr || part.seen != nullptr;
+    Found found;
+    if (part.staged != nullptr || !masked)
+        part.each_read(first, last, [&](int id, float logit) {
+            if (part.staged != nullptr && id < last) part.staged[id - part.begin] = logit;
+            if (!masked) found.see(id, logit);
+        });
+    if (masked) {
+        part.each(first, last, [&](int id, float read) {
+            const float score = part.staged != nullptr && id < last ? part.prepare(read, id) : read;
+            if (part.staged != nullptr && id < last) part.staged[id - part.begin] = score;
+            found.see(id, score);
+        });
+    }
+    const Report mine = warp_report(found.report().words());
     if (lane == 0) memory.warps[threadIdx.x / 32] = mine.words();
     team.have_appeared();
     __syncthreads();
     if (threadIdx.x < 32) team.tell(memory.blocks, warp_report(memory.warps[lane]).words(), &memory.arrivals.reports);
+    if (!greedy && threadIdx.x == kThreads - 1) {  // it takes a while, as the reports do
+        const dijiang_sample_buffers& b = params.buffers;
+        const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(row) : b.streams[row];
+        memory.draw.random = philox_first(memory.options.seed, stream, static_cast<uint64_t>(b.draws[row]));
+    }
     team.await(&memory.arrivals.reports);
     return warp_report(lane < team.size ? memory.blocks[lane] : Report::none());
 }
@@ -78,22 +103,6 @@ __device__ __forceinline__ void write_token(const dijiang_sample_buffers& b, int
 __device__ __forceinline__ bool possible(const dijiang_sampling_options& o) {
     return o.temperature >= 0 && o.temperature <= DBL_MAX && o.top_p > 0 && o.top_p <= 1 && o.min_p >= 0 &&
            o.min_p <= 1 && o.repetition_penalty > 0 && o.repetition_penalty <= DBL_MAX && o.top_k >= 0;
-}
-
-// Numbers that take a while and need no logits: each by a thread of a warp of its own, among those with the fewest
-// logits to read.
-__device__ __forceinline__ void prepare(const dijiang_sample_buffers& b, int row, SampleMemory& memory) {
-    const dijiang_sampling_options& options = memory.options;
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread == kThreads - 1) {
-        const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(row) : b.streams[row];
-        memory.draw.random = philox_first(options.seed, stream, static_cast<uint64_t>(b.draws[row]));
-    } else if (thread == kThreads - 33) {
-        memory.rate = Softmax::rate_of(options.temperature);
-    } else if (thread == kThreads - 65) {
-        const double least = ceil(options.min_p * static_cast<double>(uint64_t{1} << Softmax::shift(b.vocabulary)));
-        memory.least_weight = max(static_cast<uint64_t>(least), uint64_t{1});
-    }
 }
 
 // top-k, and then top-p of what that left: memory.select.place is where the tokens begin that are kept.
@@ -114,18 +123,18 @@ __device__ __forceinline__ void filter(const Team& team, const Part& part, const
             const uint64_t total = select_memory.kept;
             const double share = ceil(options.top_p * static_cast<double>(total));
             const uint64_t weight = min(max(static_cast<uint64_t>(share), uint64_t{1}), total);
-            memory.target = by_count ? static_cast<uint64_t>(options.top_k) : weight;
+            select_memory.target = by_count ? static_cast<uint64_t>(options.top_k) : weight;
         }
         __syncthreads();
-        select(row, select_memory, number, memory.target, by_count);
+        select(select_memory, number, by_count);
     }
 }
 
 __device__ __forceinline__ void sample_row(const SampleParams& params, const SampleCut& cut, SampleMemory& memory,
                                            float* staging) {
     const dijiang_sample_buffers& b = params.buffers;
-    const Team team = Team::mine(cut.team);
-    const int row = static_cast<int>(blockIdx.x) / cut.team;
+    const Team team{cut.team};
+    const int row = static_cast<int>(blockIdx.x) >> team.bits();
     if (threadIdx.x == 0) {
         memory.select.listed[0] = memory.select.listed[1] = 0;
         memory.select.place = 0;
@@ -137,7 +146,8 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
     wait_for_previous_kernel();
     if (threadIdx.x == 0) {
         memory.options = params.options_per_row ? b.row_options[row] : params.options;
-        const int begin = min(team.rank * kWarps * cut.per_warp, b.vocabulary);
+        memory.numbers = params.options_per_row ? numbers_of(memory.options, b.vocabulary) : params.numbers;
+        const int begin = min(team.rank() * kWarps * cut.per_warp, b.vocabulary);
         memory.part = {b.logits + row * b.logits_row_stride,
                        b.allowed == nullptr ? nullptr : b.allowed + row * b.allowed_row_stride,
                        b.seen == nullptr || memory.options.repetition_penalty == 1 ? nullptr
@@ -148,21 +158,20 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
     }
     __syncthreads();
     const dijiang_sampling_options& options = memory.options;
-    const bool reports = team.rank == 0 && threadIdx.x == 0;
+    const bool reports = team.rank() == 0 && threadIdx.x == 0;
     const bool greedy = options.temperature == 0;
     const auto refuse = [&](int status) {
         if (!reports) return;
         b.row_status[row] = status;
         write_token(b, row, -1);
     };
-    if (!possible(options) || (!greedy && b.draws == nullptr)) {
+    if (params.options_per_row && (!possible(options) || (!greedy && b.draws == nullptr))) {  // else the host has seen to it
         team.have_appeared();
         return refuse(DIJIANG_ROW_BAD_OPTIONS);
     }
 
     const Part& part = memory.part;
-    if (!greedy) prepare(b, row, memory);
-    const Report found = greedy ? survey<true>(team, part, memory) : survey<false>(team, part, memory);
+    const Report found = survey(team, part, greedy, params, row, memory);
     if (found.wrong != 0) return refuse(DIJIANG_ROW_NOT_FINITE);
     if (found.nothing()) return refuse(DIJIANG_ROW_NOTHING_ALLOWED);
     if (greedy) {
@@ -170,10 +179,13 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
         b.row_status[row] = DIJIANG_ROW_OK;
         return write_token(b, row, static_cast<int>(found.best_id));
     }
-    const Softmax softmax = Softmax::make(score_of(found.best_key), memory.rate, b.vocabulary);
+    Softmax softmax = Softmax::make(score_of(found.best_key), memory.numbers.rate, b.vocabulary);
     const bool filters = (options.top_k > 0 && options.top_k < b.vocabulary) || options.top_p < 1;
-    if (filters) filter(team, part, softmax, memory, found, b.vocabulary);
-    const uint64_t least_weight = memory.least_weight;
+    if (filters) {
+        filter(team, part, softmax, memory, found, b.vocabulary);
+        softmax = memory.select.selected.softmax;  // not kept in registers meanwhile
+    }
+    const uint64_t least_weight = memory.numbers.least_weight;
     const int token = draw(team, part, memory.draw, &memory.arrivals.weights, [&](int id, float score) -> uint64_t {
         if (place_of(score, id) < memory.select.place) return 0;
         const uint64_t weight = softmax.weight(score);

@@ -5,8 +5,10 @@
 
 namespace dijiang {
 
-constexpr int kBins = kThreads;    // one of a thread
-constexpr int kListed = kThreads;  // tokens that can be sorted at once
+constexpr int kBinBits = 10;
+constexpr int kBins = 1 << kBinBits;  // one of a thread
+static_assert(kBins == kThreads);
+constexpr int kListed = 512;       // tokens that are compared with each other
 constexpr int kFilters = 2;        // top-k, top-p
 
 // A row that tokens are selected from. What all threads know alike is in shared memory, and read there where it is
@@ -22,17 +24,15 @@ struct SelectedRow {
 
 struct SelectMemory {
     uint32_t counts[kBins], low[kBins], high[kBins];  // this block's bins; weights in two halves
-    union {
-        Tally parts[kBins];  // all blocks' tallies of this block's share of the bins
-        uint64_t sorted[kListed];
-    };
+    Tally parts[kBins];    // all blocks' tallies of this block's share of the bins
     Tally totals[kBins];   // of the whole row
     Tally running[kBins];  // of its tokens up to each bin, of the first histogram
-    uint64_t lists[kFilters][kListed];
+    uint64_t lists[kFilters][kListed], weights[kListed];
     uint32_t listed[kFilters];  // how many of them have a place; the first block's count
     Tally scratch[kWarps];
     Tally before, inside;         // what was found: the tally before it and of it
     int bin;
+    uint64_t target;                // of a filter
     uint64_t place, kept;           // tokens from this place on are kept, and what they weigh together
     uint64_t low_place, high_place;
     SelectedRow selected;           // for `narrow`
@@ -57,41 +57,15 @@ __device__ __forceinline__ void accumulate(Tally* running, const Tally& start, c
 }
 
 // The first bin up to which the target is reached, which some is.
-__device__ __forceinline__ void reach(SelectMemory& memory, const Tally* running, const Tally& start, uint64_t target,
+__device__ __forceinline__ void reach(SelectMemory& memory, const Tally* running, const Tally& start,
                                       bool by_count) {
     const Tally end = running[threadIdx.x], begin = threadIdx.x == 0 ? start : running[threadIdx.x - 1];
-    if (amount(begin, by_count) < target && target <= amount(end, by_count)) {
+    if (amount(begin, by_count) < memory.target && memory.target <= amount(end, by_count)) {
         memory.bin = static_cast<int>(threadIdx.x);
         memory.before = begin;
         memory.inside = end - begin;
     }
     __syncthreads();
-}
-
-// Bitonic, descending, one of a thread. Only the first `count` threads have something; the others bring 0.
-__device__ __noinline__ uint64_t sort(uint64_t* scratch, uint64_t own, int count) {
-    const int thread = static_cast<int>(threadIdx.x);
-    int padded = 32;  // to whole warps and a power of two
-    while (padded < count) padded *= 2;
-    const bool active = thread < padded;
-#pragma unroll 1
-    for (int size = 2; size <= padded; size *= 2) {
-#pragma unroll 1
-        for (int apart = size / 2; apart > 0; apart /= 2) {
-            uint64_t other = 0;
-            if (apart >= 32) {
-                if (active) scratch[thread] = own;
-                __syncthreads();
-                if (active) other = scratch[thread ^ apart];
-                __syncthreads();
-            } else if (active) {
-                other = shuffle_xor(own, apart);
-            }
-            const bool descending = (thread & size) == 0, lower = (thread & apart) == 0;
-            if (active) own = descending == lower ? max(own, other) : min(own, other);
-        }
-    }
-    return own;
 }
 
 struct Selection : SelectedRow {
@@ -108,11 +82,11 @@ struct Selection : SelectedRow {
 
     // The tally of this thread's bin over all blocks. Each block adds up its share of the bins and tells all. Once.
     __device__ Tally add_up(SelectMemory& memory) const {
-        const int share = kBins / team.size, thread = static_cast<int>(threadIdx.x);
+        const int share = kBins >> team.bits(), thread = static_cast<int>(threadIdx.x), block = thread >> (kBinBits - team.bits());
         __syncthreads();
         const Tally own = tally_of(memory, thread);
         if (team.size == 1) return own;
-        send(reinterpret_cast<uint4*>(memory.parts + team.rank * share + thread % share), own.words(), thread / share,
+        send(reinterpret_cast<uint4*>(memory.parts + team.rank() * share + (thread & (share - 1))), own.words(), block,
              &arrivals->parts);
         if (thread < share) {
             await_arrival(&arrivals->parts);
@@ -120,7 +94,7 @@ struct Selection : SelectedRow {
 #pragma unroll
             for (int rank = 0; rank < kMostTeam; ++rank)
                 if (rank < team.size) sum = sum + memory.parts[rank * share + thread];
-            uint4* const to = reinterpret_cast<uint4*>(memory.totals + team.rank * share + thread);
+            uint4* const to = reinterpret_cast<uint4*>(memory.totals + team.rank() * share + thread);
 #pragma unroll
             for (int rank = 0; rank < kMostTeam; ++rank)
                 if (rank < team.size) send(to, sum.words(), rank, &arrivals->totals);
@@ -142,7 +116,7 @@ struct Selection : SelectedRow {
 
     // Counts and weighs the tokens that have weight: bin(exponent, place) says where; negative: nowhere.
     template <typename Bin> __device__ void histogram(SelectMemory& memory, Bin&& bin_of) const {
-        part->each<1>([&](int id, float score) {
+        part->each([&](int id, float score) {
             const float exponent = softmax.exponent(score);
             if (!softmax.has_weight(exponent)) return;
             const int bin = bin_of(exponent, place_of(score, id));
@@ -173,14 +147,13 @@ struct Selection : SelectedRow {
         return low;
     }
 
-    // The `count` places of all blocks that are chosen, best first, one per thread; 0 behind the last. At most kListed.
-    template <typename Choose>
-    __device__ uint64_t sorted_places(SelectMemory& memory, int filter, int count, Choose&& chosen) const {
+    // The places of all blocks that are chosen, memory.inside.count <= kListed of them, in no order: memory.lists[filter].
+    template <typename Choose> __device__ void list_places(SelectMemory& memory, int filter, Choose&& chosen) const {
         uint64_t* const list = memory.lists[filter];
         uint64_t* const arrival = &arrivals->lists[filter];
         uint32_t* const listed = team.of(&memory.listed[filter], 0);
-        if (threadIdx.x == 0 && team.size > 1) expect_arrival(arrival, 8 * static_cast<uint32_t>(count));
-        part->each<1>([&](int id, float score) {
+        if (threadIdx.x == 0 && team.size > 1) expect_arrival(arrival, 8 * memory.inside.count);
+        part->each([&](int id, float score) {
             const float exponent = softmax.exponent(score);
             if (!softmax.has_weight(exponent)) return;
             const uint64_t place = place_of(score, id);
@@ -190,15 +163,13 @@ struct Selection : SelectedRow {
             for (int rank = 0; rank < team.size; ++rank) team.give(to, place, rank, arrival);
         });
         team.await(arrival);
-        const int thread = static_cast<int>(threadIdx.x);
-        return sort(memory.sorted, thread < count ? list[thread] : 0, count);
     }
 };
 
 // A bin with more tokens than can be sorted: bins of places, until one has few enough. Rare: out of line, and what it
 // needs is handed over in shared memory, so that it takes no registers from the others. Leaves the range of places in
 // memory.low_place and .high_place, and .before.
-__device__ __noinline__ void narrow(SelectMemory& memory, uint64_t target, bool by_count) {
+__device__ __noinline__ void narrow(SelectMemory& memory, bool by_count) {
     const Selection it(memory.selected);
     uint64_t low = uint64_t{it.lowest_key(memory.bin)} << 32;
     uint64_t high = memory.bin == 0 ? it.best : (uint64_t{it.lowest_key(memory.bin - 1)} << 32) - 1;
@@ -213,7 +184,7 @@ __device__ __noinline__ void narrow(SelectMemory& memory, uint64_t target, bool 
             return place >= low && place <= high ? static_cast<int>((high - place) >> shift) : -1;
         });
         accumulate(memory.totals, before, it.add_up_again(memory), memory.scratch);
-        reach(memory, memory.totals, before, target, by_count);
+        reach(memory, memory.totals, before, by_count);
         before = memory.before;
         high -= static_cast<uint64_t>(memory.bin) << shift;
         const uint64_t width = uint64_t{1} << shift;
@@ -223,26 +194,47 @@ __device__ __noinline__ void narrow(SelectMemory& memory, uint64_t target, bool 
     __syncthreads();
 }
 
-// Keeps the best tokens until their number, or their weight, reaches `target` >= 1; all if that is not to be reached.
-// At most once for each filter, 0 first; the second keeps no more than the first.
-__device__ __forceinline__ void select(const Selection it, SelectMemory& memory, int filter, uint64_t target,
-                                      bool by_count) {
-    if (amount(memory.running[kBins - 1], by_count) < target) return;
-    reach(memory, memory.running, {}, target, by_count);
-    const int bin = memory.bin;
-    const bool many = memory.inside.count > kListed;
-    if (many) narrow(memory, target, by_count);
-    const int count = static_cast<int>(memory.inside.count);
-    const uint64_t place = it.sorted_places(memory, filter, count, [&](float exponent, uint64_t place) {
-        return many ? place >= memory.low_place && place <= memory.high_place : it.bin_at(exponent) == bin;
-    });
-    const Tally one = place == 0 ? Tally{} : Tally{1, 0, it.softmax.weight(score_of(static_cast<uint32_t>(place >> 32)))};
-    const Tally running = memory.before + block_running(one, memory.scratch);
-    if (amount(running - one, by_count) < target && target <= amount(running, by_count)) {
-        memory.place = place;
-        memory.kept = running.weight;
+// Of memory.inside.count places, behind others that are better: the one that reaches the target becomes memory.place.
+// Each is compared with all, by as many threads as there are for it.
+__device__ __forceinline__ void cut_list(SelectMemory& memory, const uint64_t* list, bool by_count) {
+    const int thread = static_cast<int>(threadIdx.x), count = static_cast<int>(memory.inside.count);
+    if (thread < count) memory.weights[thread] = memory.selected.softmax.weight(score_of(static_cast<uint32_t>(list[thread] >> 32)));
+    const int bits = min(__clz(max(count - 1, 1)) - 22, 5), each = 1 << bits, candidate = thread >> bits;  // 2 to 32 lanes
+    __syncthreads();
+    const uint64_t place = candidate < count ? list[candidate] : ~uint64_t{0};
+    uint32_t better = 0;
+    uint64_t weight = 0;
+#pragma unroll 2
+    for (int i = thread & (each - 1); i < count; i += each)
+        if (list[i] > place) ++better, weight += memory.weights[i];
+#pragma unroll 1
+    for (int by = each / 2; by > 0; by /= 2) {
+        better += __shfl_xor_sync(~0u, better, by);
+        weight += shuffle_xor(weight, by);
+    }
+    if (candidate < count && (thread & (each - 1)) == 0) {
+        const Tally begin = memory.before + Tally{better, 0, weight}, end = begin + Tally{1, 0, memory.weights[candidate]};
+        if (amount(begin, by_count) < memory.target && memory.target <= amount(end, by_count)) {
+            memory.place = place;
+            memory.kept = end.weight;
+        }
     }
     __syncthreads();
+}
+
+// Keeps the best tokens until their number, or their weight, reaches `target` >= 1; all if that is not to be reached.
+// At most once for each filter, 0 first; the second keeps no more than the first.
+__device__ __forceinline__ void select(SelectMemory& memory, int filter, bool by_count) {
+    if (amount(memory.running[kBins - 1], by_count) < memory.target) return;
+    reach(memory, memory.running, {}, by_count);
+    const bool many = memory.inside.count > kListed;
+    if (many) narrow(memory, by_count);
+    const int bin = memory.bin;
+    const Selection it(memory.selected);
+    it.list_places(memory, filter, [&](float exponent, uint64_t place) {
+        return many ? place >= memory.low_place && place <= memory.high_place : it.bin_at(exponent) == bin;
+    });
+    cut_list(memory, memory.lists[filter], by_count);
 }
 
 }  // namespace dijiang

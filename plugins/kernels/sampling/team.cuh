@@ -14,9 +14,11 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMostTeam = 8;  // the largest cluster that every such GPU takes
 
 struct Team {
-    int rank, size;
+    int size;
 
-    static __device__ Team mine(int size) { return {size > 1 ? cluster_block() : 0, size}; }
+    // Asked anew each time: registers are scarce.
+    __device__ int rank() const { return size > 1 ? cluster_block() : 0; }
+    __device__ int bits() const { return 31 - __clz(size); }  // size is a power of two
 
     // Before anything is sent, blocks must know of each other that they run: the first half of that. The first thread has
     // made the arrivals.
@@ -46,7 +48,7 @@ struct Team {
     // that.
     template <typename T> __device__ void tell(T* places, const T& mine, uint64_t* arrival) const {
         const int lane = static_cast<int>(threadIdx.x % 32);
-        if (lane < size) give(places + rank, mine, lane, arrival);
+        if (lane < size) give(places + rank(), mine, lane, arrival);
     }
     template <typename T> __device__ void give(T* to, const T& value, int block, uint64_t* arrival) const {
         if (size > 1) send(to, value, block, arrival);
@@ -121,10 +123,13 @@ __device__ __forceinline__ uint32_t warp_running_count(uint32_t x) {
 __device__ __forceinline__ Tally warp_running(const Tally& tally) {
     return {warp_running_count(tally.count), 0, warp_running(tally.weight)};
 }
+// Of numbers below 2^62, whose sum is too: in parts of 21 bits, which 32 of fit a word.
 __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
-#pragma unroll
-    for (int by = 16; by > 0; by /= 2) x += shuffle_xor(x, by);
-    return x;
+    constexpr uint32_t kPart = (1u << 21) - 1;
+    const uint32_t low = __reduce_add_sync(~0u, static_cast<uint32_t>(x) & kPart);
+    const uint32_t middle = __reduce_add_sync(~0u, static_cast<uint32_t>(x >> 21) & kPart);
+    const uint32_t high = __reduce_add_sync(~0u, static_cast<uint32_t>(x >> 42));
+    return low + (uint64_t{middle} << 21) + (uint64_t{high} << 42);
 }
 
 // The sum over the threads up to this one. `scratch`: one per warp; free again after the next __syncthreads().

@@ -121,8 +121,9 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, const Product* product, const M
     if (handle != &handles || wanted < 1 || product->compute != 68 || product->scale != 0 || product->transpose_a != 1)
         return kInvalidValue;
     if (a->rows != b->rows || d->rows != a->columns || d->columns != b->columns || c->type != d->type) return kInvalidValue;
-    if (product->epilogue != 1 && (product->epilogue != 4 || product->bias == nullptr || d->type == kFloat32))
-        return kInvalidValue;
+    const bool biased = (product->epilogue & 4) != 0;
+    if (product->epilogue != 1 && ((product->epilogue & ~6u) != 0 || d->type == kFloat32 || d->rows % 8 != 0)) return kInvalidValue;
+    if (biased != (product->bias != nullptr)) return kInvalidValue;
     if (preference->reductions != 2) return kInvalidValue;  // parts of sums in another type, or in any order
     for (const uint32_t alignment : preference->alignment)
         if (alignment != 16) return kInvalidValue;  // 256 is more than callers promise
@@ -142,15 +143,15 @@ int cublasLtMatmul(void* handle, const Product* product, const float* alpha, con
     if (handle != &handles || algorithm[0] != 42 || !aligned(workspace, 256)) return kInvalidValue;
     for (const void* address : {a, b, c, static_cast<const void*>(d)})
         if (!aligned(address, 16)) return kInvalidValue;
-    if (product->epilogue == 4 && !aligned(product->bias, 16)) return kInvalidValue;
+    if ((product->epilogue & 4) != 0 && !aligned(product->bias, 16)) return kInvalidValue;
     std::memset(workspace, 0xff, workspace_size);
     for (uint64_t column = 0; column < d_is->columns; ++column)
         for (uint64_t row = 0; row < d_is->rows; ++row) {
             double sum = 0;
             for (uint64_t k = 0; k < a_is->rows; ++k) sum += a_is->get(a, k, row) * b_is->get(b, k, column);
-            const double bias = product->epilogue == 4 ? d_is->get(product->bias, row, 0) : 0;
-            const double added = bias + (*beta == 0 ? 0 : *beta * c_is->get(c, row, column));
-            d_is->set(d, row, column, *alpha * sum + added);
+            const double bias = (product->epilogue & 4) != 0 ? d_is->get(product->bias, row, 0) : 0;
+            const double all = *alpha * sum + bias + (*beta == 0 ? 0 : *beta * c_is->get(c, row, column));
+            d_is->set(d, row, column, (product->epilogue & 2) != 0 && all < 0 ? 0 : all);
         }
     return 0;
 }

@@ -223,6 +223,9 @@ inline uint32_t __reduce_min_sync(unsigned, uint32_t x) {
 inline uint32_t __reduce_or_sync(unsigned, uint32_t x) {
     return __emulated_reduce(x, [](uint32_t a, uint32_t b) { return a | b; });
 }
+inline uint32_t __reduce_add_sync(unsigned, uint32_t x) {
+    return __emulated_reduce(x, [](uint32_t a, uint32_t b) { return a + b; });
+}
 inline uint32_t __ballot_sync(unsigned, bool x) {
     return __reduce_or_sync(~0u, (x ? 1u : 0u) << (emulator::block->current % 32));
 }

@@ -10,7 +10,7 @@ extern "C" void emulate_sample(const dijiang_sampling_options* options, const di
     SampleParams params{};
     params.buffers = *buffers;
     params.options_per_row = buffers->row_options != nullptr;
-    if (!params.options_per_row) params.options = *options;
+    if (!params.options_per_row) params.options = *options, params.numbers = numbers_of(*options, buffers->vocabulary);
     const int per_warp = 32 * ((buffers->vocabulary - 1) / (kThreads * team) + 1);
     const SampleCut cut = {team, per_warp, staged != 0 ? 4 * kWarps * per_warp : 0};
     if (sizeof(SampleMemory) + static_cast<size_t>(cut.staged_bytes) > emulator::kSharedMemory) std::abort();

@@ -122,8 +122,10 @@ Plan plan(const dijiang_linear_call& call, bool any_bias) {
             bias = bias || call.terms[term].bias != nullptr;
             rounded = rounded && (call.rounded_biases >> term & 1) != 0;
         }
-        output.direct = output.terms == 1 && !any_bias && (!bias || rounded) &&
-                        call.outputs[o].activation == DIJIANG_IDENTITY;
+        const dijiang_linear_output& out = call.outputs[o];
+        const bool plain = out.activation == DIJIANG_IDENTITY, relu = out.activation == DIJIANG_RELU && out.residual == nullptr;
+        const bool added = rounded && out.width % kEpilogueColumns == 0;
+        output.direct = output.terms == 1 && !any_bias && ((plain && (!bias || added)) || (relu && added));
         output.bias = output.direct && bias ? it.biases : -1;
         if (output.bias >= 0 || any_bias) it.biases += whole(2 * int64_t{call.outputs[o].width});
         if (call.outputs[o].norm != DIJIANG_NORM_NONE)

@@ -14,6 +14,7 @@ namespace many {
 constexpr int32_t kLeastRows = 17;       // from here on, with a workspace
 constexpr int32_t kRowsAtOnce = 8192;
 constexpr int32_t kColumns = 128;        // pieces are multiples of it
+constexpr int32_t kEpilogueColumns = 8;  // of other widths the library rounds before it adds a bias
 constexpr int32_t kMostJobs = 8;         // weights that are widened in one launch
 constexpr int64_t kMostWeights = int64_t{32} << 20, kMostSums = int64_t{32} << 20;  // bytes, unless one piece has more
 
@@ -25,7 +26,7 @@ struct Piece {
 
 struct Output {
     int32_t term, terms;
-    bool direct;   // the library's result is the output: one term, no activation, no bias but one of T's numbers
+    bool direct;   // the library's result is the output: one term, no activation but ReLU, no bias but one of T's numbers
     int64_t bias;  // where that bias is, made T, in bytes; -1: there is none
 };
 

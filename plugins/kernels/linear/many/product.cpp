@@ -23,7 +23,7 @@ dijiang_status fail_library(int status, const char* what) {
 
 bool Shape::operator<(const Shape& other) const {
     const auto all = [](const Shape& s) {
-        return std::make_tuple(s.dtype, s.wide, s.adds, s.biased, s.rows, s.width, s.inner, s.result_stride);
+        return std::make_tuple(s.dtype, s.wide, s.adds, s.biased, s.relu, s.rows, s.width, s.inner, s.result_stride);
     };
     return all(*this) < all(other);
 }
@@ -43,6 +43,7 @@ public:
         const int type = shape.dtype == DIJIANG_FLOAT16 ? cublaslt::kFloat16 : cublaslt::kBfloat16;
         adds_ = shape.adds != 0;
         biased_ = shape.biased != 0;
+        epilogue_ = (biased_ ? cublaslt::kAddBias : 0) | (shape.relu != 0 ? cublaslt::kRelu : 0);
         int status = 0;
         const auto matrix = [&](cublaslt::Description& made, int kind, int32_t rows, int32_t columns, int32_t stride) {
             if (status == 0)
@@ -86,10 +87,8 @@ private:
             if (status == 0) status = library_.product_set(product.it, attribute, &value, sizeof value);
         };
         set(cublaslt::kTransposeA, int32_t{cublaslt::kTranspose});
-        if (biased_) {
-            set(cublaslt::kEpilogue, uint32_t{cublaslt::kAddBias});
-            set(cublaslt::kBiasPointer, bias);
-        }
+        if (epilogue_ != 0) set(cublaslt::kEpilogue, epilogue_);
+        if (biased_) set(cublaslt::kBiasPointer, bias);
         return status;
     }
 
@@ -120,6 +119,7 @@ private:
     cublaslt::Description weight_ = nullptr, input_ = nullptr, result_ = nullptr;
     cublaslt::Algorithm algorithm_ = {};
     bool adds_ = false, biased_ = false;
+    uint32_t epilogue_ = 0;
 };
 
 namespace {

@@ -1,4 +1,4 @@
-// A product by cuBLASLt: result = input weight^T [+ bias] [+ added], with sums in float32, rounded once.
+// A product by cuBLASLt: result = input weight^T [+ bias] [+ added], or ReLU of it, with sums in float32, rounded once.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,7 +17,7 @@ struct Shape {
     int32_t dtype;         // T: of input and weight, of result and added too unless `wide`
     int32_t wide;          // 1: they are float32
     int32_t adds;          // 1: added, of the result's stride, is there; with `wide` it is the result itself
-    int32_t biased;        // 1: a bias is there; not with `wide`
+    int32_t biased, relu;  // 1: a bias is there, ReLU is last; not with `wide`
     int32_t rows, width, inner;
     int32_t result_stride;  // elements
 

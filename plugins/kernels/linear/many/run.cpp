@@ -75,6 +75,7 @@ private:
         shape.dtype = call_.dtype;
         shape.wide = direct ? 0 : 1;
         shape.biased = plan_.outputs[piece.output].bias >= 0;
+        shape.relu = direct && out.activation == DIJIANG_RELU;
         shape.adds = direct ? out.residual != nullptr : t == 1 && !gated(piece);
         shape.rows = rows, shape.width = piece.columns, shape.inner = term(piece, t).inner;
         shape.result_stride = direct ? out.width : static_cast<int32_t>(sums_stride(piece.columns));
