@@ -1,4 +1,4 @@
-"""Decode of many states on a CPU: its two kernels' own sources, on emulated threads, against the float64 reference."""
+"""Decode of many states on a CPU: its own kernels, on emulated threads, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ CASES: dict[str, tuple[Case, Layout]] = {
     "the same in place": (Case(heads=4, dtype="float16", batch=2, lens=(0, 1)), Layout(in_place=True)),
     "groups that leave their heads": (Case(heads=6, d=80, rotary=20, dtype="float16", kv_heads=3), GAPS),
     "sets of three heads": (Case(heads=12, rotary=64, dtype="bfloat16", decay="trained", position=290), GAPS),
-    "parts of a head": (Case(heads=4, d=256, rotary=0, dtype="float16", decay="mixed"), Layout(in_place=True)),
+    "parts of a head": (
+        Case(heads=4, d=256, rotary=0, dtype="float16", decay="mixed"),
+        Layout(in_place=True),
+    ),
     "an odd half": (Case(heads=2, d=80, rotary=6, dtype="bfloat16", position=999_990), Layout()),
     "numbers of many sizes": (Case(heads=8, dtype="float16", magnitude="large-v", past=False), Layout()),
     "peaks": (Case(heads=8, dtype="float16", magnitude="peaked", decay="trained", position=11), Layout()),

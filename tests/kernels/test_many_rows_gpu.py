@@ -89,7 +89,9 @@ def test_activations(kernels: LinearKernels, dtype: Any, form: str, activation: 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("rows", [150, 2048])
 @pytest.mark.parametrize("width", [1, 9, 8, 520, 640, 3072])
-@pytest.mark.parametrize(("activation", "residual"), [("identity", False), ("identity", True), ("relu", False)])
+@pytest.mark.parametrize(
+    ("activation", "residual"), [("identity", False), ("identity", True), ("relu", False)]
+)
 def test_biases_of_the_types_numbers(
     kernels: LinearKernels, dtype: Any, form: str, rows: int, width: int, activation: str, residual: bool
 ) -> None:
@@ -106,7 +108,8 @@ def test_biases_of_the_types_numbers(
 def test_biases_of_several_kinds(kernels: LinearKernels, dtype: Any, form: str) -> None:
     kinds: dict[str, Any] = {"bias": "rounded", "weight_format": form}
     run(kernels, [
-        many(dtype, 300, [1024], 3072, **kinds), many(dtype, 300, [1024], 1024, norm="layer_norm", seed=1, **kinds),
+        many(dtype, 300, [1024], 3072, **kinds),
+        many(dtype, 300, [1024], 1024, norm="layer_norm", seed=1, **kinds),
         many(dtype, 300, [1024], 1000, weight_format=form, seed=2),
         many(dtype, 300, [1024], 4096, activation="gelu", seed=3, **kinds),
     ], constant=True, workspace=True)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sampling kernel on a CPU: its own source, on emulated threads of blocks and of clusters, against sampling.py."""
+"""The sampling kernel on a CPU, on emulated threads of blocks and of clusters, against sampling.py."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def choose(
         logits=logits.ctypes.data, logits_row_stride=vocabulary, draws=draws.ctypes.data,
         allowed=None if allowed is None else allowed.ctypes.data,
         seen=None if seen is None else seen.ctypes.data, seen_row_stride=words,
-        row_options=ctypes.addressof(given) if of_row else None, tokens=tokens.ctypes.data, row_status=status.ctypes.data, batch=batch, vocabulary=vocabulary, integers=1,
+        row_options=ctypes.addressof(given) if of_row else None, tokens=tokens.ctypes.data,
+        row_status=status.ctypes.data, batch=batch, vocabulary=vocabulary, integers=1,
     )  # fmt: skip
     emulated.emulate_sample(ctypes.byref(given), ctypes.byref(buffers), team, int(staged), int(backwards))
     return tokens.tolist(), status.tolist()
@@ -59,8 +60,10 @@ FEW = ["greedy", "plain", "top-k", "top-p", "all"]
     ("vocabulary", "team", "staged", "backwards", "kinds", "names"),
     [
         (7, 1, True, False, ["normal"], OPTIONS), (2049, 1, True, True, KINDS, FEW),
-        (3001, 1, False, False, ["ties", "zeros"], FEW), (2500, 2, True, False, ["wide", "sparse", "equal"], FEW),
-        (4100, 2, False, True, ["normal"], ["large top-k", "min-p", "all"]), (9001, 8, True, True, ["ties"], ["all"]),
+        (3001, 1, False, False, ["ties", "zeros"], FEW),
+        (2500, 2, True, False, ["wide", "sparse", "equal"], FEW),
+        (4100, 2, False, True, ["normal"], ["large top-k", "min-p", "all"]),
+        (9001, 8, True, True, ["ties"], ["all"]),
     ],
 )  # fmt: skip
 def test_same_tokens_as_on_the_host(

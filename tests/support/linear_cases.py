@@ -120,7 +120,8 @@ def make(
         weights.append(weight)
         stored.append(packed)
     biases = [
-        draw(width, kind=dtype if bias == "rounded" else torch.float32).float() if bias else None for _ in inner
+        draw(width, kind=dtype if bias == "rounded" else torch.float32).float() if bias else None
+        for _ in inner
     ]
     norm_weight = norm_bias = None
     epsilon = 1e-5

@@ -62,8 +62,8 @@ struct Found {
 // does not need them again.
 __device__ Report survey(const Team& team, const Part& part, bool greedy, const SampleParams& params, int row,
                          SampleMemory& memory) {
-    const int lane = static_cast<int>(threadIdx.x % 32), first = part.begin + static_cast<int>(threadIdx.x / 32) * part.per_warp;
-    const int last = min(first + part.per_warp, part.end);
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const int first = part.begin + warp * part.per_warp, last = min(first + part.per_warp, part.end);
     const bool masked = part.allowed != nullptr || part.seen != nullptr;
     Found found;
     if (part.staged != nullptr || !masked)
@@ -79,7 +79,7 @@ __device__ Report survey(const Team& team, const Part& part, bool greedy, const 
         });
     }
     const Report mine = warp_report(found.report().words());
-    if (lane == 0) memory.warps[threadIdx.x / 32] = mine.words();
+    if (lane == 0) memory.warps[warp] = mine.words();
     team.have_appeared();
     __syncthreads();
     if (threadIdx.x < 32) team.tell(memory.blocks, warp_report(memory.warps[lane]).words(), &memory.arrivals.reports);
@@ -106,8 +106,8 @@ __device__ __forceinline__ bool possible(const dijiang_sampling_options& o) {
 }
 
 // top-k, and then top-p of what that left: memory.select.place is where the tokens begin that are kept.
-__device__ __forceinline__ void filter(const Team& team, const Part& part, const Softmax& softmax,
-                                             SampleMemory& memory, const Report& found, int vocabulary) {
+__device__ __forceinline__ void filter(const Team& team, const Part& part, const Softmax& softmax, SampleMemory& memory,
+                                       const Report& found, int vocabulary) {
     SelectMemory& select_memory = memory.select;
     const Selection row(team, memory.arrivals, part, softmax, found.best(), score_of(found.least_key));
     row.histogram(select_memory, [&](float exponent, uint64_t) { return row.bin_at(exponent); });
@@ -152,8 +152,7 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
                        b.allowed == nullptr ? nullptr : b.allowed + row * b.allowed_row_stride,
                        b.seen == nullptr || memory.options.repetition_penalty == 1 ? nullptr
                                                                                    : b.seen + row * b.seen_row_stride,
-                       memory.options.repetition_penalty,
-                       cut.staged_bytes > 0 ? staging : nullptr, begin,
+                       memory.options.repetition_penalty, cut.staged_bytes > 0 ? staging : nullptr, begin,
                        min(begin + kWarps * cut.per_warp, b.vocabulary), cut.per_warp};
     }
     __syncthreads();
@@ -165,7 +164,8 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
         b.row_status[row] = status;
         write_token(b, row, -1);
     };
-    if (params.options_per_row && (!possible(options) || (!greedy && b.draws == nullptr))) {  // else the host has seen to it
+    // Others the host has looked at.
+    if (params.options_per_row && (!possible(options) || (!greedy && b.draws == nullptr))) {
         team.have_appeared();
         return refuse(DIJIANG_ROW_BAD_OPTIONS);
     }
@@ -185,9 +185,9 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
         filter(team, part, softmax, memory, found, b.vocabulary);
         softmax = memory.select.selected.softmax;  // not kept in registers meanwhile
     }
-    const uint64_t least_weight = memory.numbers.least_weight;
+    const uint64_t least_weight = memory.numbers.least_weight, kept_from = memory.select.place;
     const int token = draw(team, part, memory.draw, &memory.arrivals.weights, [&](int id, float score) -> uint64_t {
-        if (place_of(score, id) < memory.select.place) return 0;
+        if (place_of(score, id) < kept_from) return 0;
         const uint64_t weight = softmax.weight(score);
         return weight >= least_weight ? weight : 0;
     });

@@ -225,7 +225,10 @@ __device__ __forceinline__ void cut_list(SelectMemory& memory, const uint64_t* l
 // Keeps the best tokens until their number, or their weight, reaches `target` >= 1; all if that is not to be reached.
 // At most once for each filter, 0 first; the second keeps no more than the first.
 __device__ __forceinline__ void select(SelectMemory& memory, int filter, bool by_count) {
-    if (amount(memory.running[kBins - 1], by_count) < memory.target) return;
+    if (amount(memory.running[kBins - 1], by_count) < memory.target) {
+        __syncthreads();  // the next filter has another target
+        return;
+    }
     reach(memory, memory.running, {}, by_count);
     const bool many = memory.inside.count > kListed;
     if (many) narrow(memory, by_count);
