@@ -26,7 +26,8 @@ class Emulated(CudaEngine):
 
     def workspace_size(self, call: Call) -> int:
         g = call.geometry
-        return 4 * call.batch * (g.num_heads + g.num_kv_heads) * g.head_dim
+        slices = 4 if g.head_dim == 256 else 0
+        return 4 * call.batch * (g.num_heads + g.num_kv_heads) * (g.head_dim + 2 * slices)
 
     def sync_size(self, call: Call) -> int:
         return 0

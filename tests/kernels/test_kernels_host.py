@@ -400,10 +400,10 @@ def test_many_states_take_two_launches(kernels: Kernels) -> None:
     def plan(heads: int, d: int, batch: int, dtype: Any = "float16") -> str:
         return kernels.plan(Geometry(heads, heads, d, dtype=dtype), batch, 1, H200)
 
-    assert plan(16, 64, 64) == "decode batch splits=1 heads=1 ctas=64+1024 threads=128+128"
-    assert plan(32, 80, 64) == "decode batch splits=1 heads=2 ctas=128+1024 threads=160+320"
-    assert plan(32, 128, 64).endswith("ctas=128+2048 threads=256+256")
-    assert plan(8, 256, 64) == "decode batch splits=4 heads=1 ctas=32+2048 threads=512+256"
+    assert plan(16, 64, 64) == "decode batch splits=1 heads=1 ctas=64+1024 threads=256+128"
+    assert plan(32, 80, 64) == "decode batch splits=1 heads=2 ctas=128+1024 threads=320+320"
+    assert plan(32, 128, 64).endswith("ctas=128+2048 threads=512+256")
+    assert plan(8, 256, 64) == "decode batch splits=4 heads=1 ctas=128+2048 threads=256+256"
     others = (plan(16, 64, 8), plan(16, 64, 64, "float32"), plan(16, 96, 64), plan(40, 128, 64))
     assert not any(other.startswith("decode batch") for other in (*others, plan(12, 256, 64)))
     geometry = Geometry(32, 4, 64, dtype="bfloat16")

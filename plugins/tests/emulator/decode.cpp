@@ -15,7 +15,7 @@ template <typename T, typename F, typename S> void run(const AttentionParams& p,
     const StateCut states = {S::D / S::W, set, p.num_heads / set, p.num_heads / p.num_kv_heads, per_row,
                              1.0f / static_cast<float>(p.num_heads)};
     if (set > S::kMostHeads || F::kMemory > static_cast<int>(emulator::kSharedMemory)) std::abort();
-    const int feature_blocks = (features.vectors + F::kVectors - 1) / F::kVectors;
+    const int feature_blocks = (features.vectors + F::kVectors - 1) / F::kVectors * F::kSlices;
     for (int i = 0; i < feature_blocks; ++i)
         emulator::run_block({static_cast<unsigned>(i), 1, 1}, dim3(F::kThreads),
                             [&] { make_features<T, F>(p, features, emulator::shared_memory); }, backwards);
@@ -27,9 +27,9 @@ template <typename T, typename F, typename S> void run(const AttentionParams& p,
 
 template <typename T> void run(const AttentionParams& p, bool backwards) {
     switch (p.head_dim) {
-        case 64: return run<T, FeatureShape<64, 4>, StateShape<64, 64, 128, 8>>(p, backwards);
-        case 80: return run<T, FeatureShape<80, 5>, StateShape<80, 80, 160, 10>>(p, backwards);
-        case 256: return run<T, FeatureShape<256, 16>, StateShape<256, 64, 256, 16>>(p, backwards);
+        case 64: return run<T, FeatureShape<64, 64>, StateShape<64, 64, 128, 8, 1>>(p, backwards);
+        case 80: return run<T, FeatureShape<80, 80>, StateShape<80, 80, 160, 10, 1>>(p, backwards);
+        case 256: return run<T, FeatureShape<256, 64>, StateShape<256, 64, 256, 16, 4>>(p, backwards);
         default: std::abort();
     }
 }

@@ -62,11 +62,11 @@ BatchPlan plan_batch(const dijiang_geometry& g, int32_t batch, const dijiang_dev
     plan.features = {static_cast<int32_t>(vectors), g.num_heads + g.num_kv_heads};
     plan.states = {splits, set, g.num_heads / set, g.num_heads / g.num_kv_heads, g.num_heads + g.num_kv_heads,
                    1.0f / static_cast<float>(g.num_heads)};
-    plan.feature_blocks = static_cast<int32_t>((vectors + kernels.vectors - 1) / kernels.vectors);
+    plan.feature_blocks = static_cast<int32_t>((vectors + kernels.vectors - 1) / kernels.vectors) * kernels.slices;
     plan.state_blocks = static_cast<int32_t>(heads / set * splits);
     plan.state_threads = set * kernels.head_threads;
     plan.state_memory = set * kernels.head_memory;
-    plan.workspace = 4 * vectors * g.head_dim;
+    plan.workspace = 4 * vectors * (g.head_dim + (kernels.slices > 1 ? 2 * kernels.slices : 0));
     return plan;
 }
 

@@ -23,7 +23,7 @@ struct StateCut {
 // The two kernels of an element type and a head size. Null if there are none.
 struct BatchKernels {
     const void *features = nullptr, *states = nullptr;
-    int32_t vectors = 0, feature_threads = 0, feature_memory = 0;  // of a block of the first
+    int32_t vectors = 0, slices = 0, feature_threads = 0, feature_memory = 0;  // of a block of the first; that share a vector
     int32_t width = 0, head_threads = 0, most_heads = 0, head_memory = 0;  // columns; of each head of a block of the second
 };
 BatchKernels batch_kernels_f16(int32_t head_dim);
@@ -35,7 +35,7 @@ struct BatchPlan {
     FeatureCut features;
     StateCut states;
     int32_t feature_blocks, state_blocks, state_threads, state_memory;
-    int64_t workspace;  // bytes of the features: float32 [vectors, d]
+    int64_t workspace;  // bytes of the features: float32 [vectors, d], and [vectors, slices, 2] if there are several
 };
 BatchPlan plan_batch(const dijiang_geometry&, int32_t batch, const dijiang_device&);
 cudaError_t launch_batch(const BatchPlan&, const AttentionParams&, bool overlap, cudaStream_t);

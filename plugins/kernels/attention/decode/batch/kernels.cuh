@@ -11,7 +11,9 @@ template <typename T, typename F, typename S> BatchKernels batch_instance() {
     BatchKernels it;
     it.features = reinterpret_cast<const void*>(features_kernel<T, F>);
     it.states = reinterpret_cast<const void*>(states_kernel<T, S>);
+    static_assert(F::kSlices == S::kSlices && F::D == S::D, "one reads what the other writes");
     it.vectors = F::kVectors;
+    it.slices = F::kSlices;
     it.feature_threads = F::kThreads;
     it.feature_memory = F::kMemory;
     it.width = S::W;
@@ -23,10 +25,10 @@ template <typename T, typename F, typename S> BatchKernels batch_instance() {
 
 template <typename T> BatchKernels batch_kernels(int32_t head_dim) {
     switch (head_dim) {
-        case 64: return batch_instance<T, FeatureShape<64, 4>, StateShape<64, 64, 128, 8>>();
-        case 80: return batch_instance<T, FeatureShape<80, 5>, StateShape<80, 80, 160, 10>>();
-        case 128: return batch_instance<T, FeatureShape<128, 8>, StateShape<128, 128, 256, 16>>();
-        case 256: return batch_instance<T, FeatureShape<256, 16>, StateShape<256, 64, 256, 16>>();
+        case 64: return batch_instance<T, FeatureShape<64, 64>, StateShape<64, 64, 128, 8, 1>>();
+        case 80: return batch_instance<T, FeatureShape<80, 80>, StateShape<80, 80, 160, 10, 1>>();
+        case 128: return batch_instance<T, FeatureShape<128, 128>, StateShape<128, 128, 256, 16, 1>>();
+        case 256: return batch_instance<T, FeatureShape<256, 64>, StateShape<256, 64, 256, 16, 4>>();
         default: return {};
     }
 }

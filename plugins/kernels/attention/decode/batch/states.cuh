@@ -15,14 +15,33 @@
 namespace dijiang {
 namespace decode {
 
-template <int D_, int W_, int Threads, int Ahead> struct StateShape {
+template <int D_, int W_, int Threads, int Ahead, int Slices> struct StateShape {
     static constexpr int D = D_, W = W_, kThreads = Threads;  // of a head, or its part of W columns
     static constexpr int kQuads = W / 4, kSubs = Threads / kQuads, kRows = D / kSubs;  // rows of a thread
     static constexpr int kAhead = Ahead;                                               // of which it has asked for
+    static constexpr int kSlices = Slices;                                             // of features: features.cuh
     static constexpr int kMostHeads = 512 / Threads;                                   // of a block
     static constexpr int kMemory = 8 * D + 4 * kSubs * W + 4 * W;                      // bytes, of each head
     static_assert(kQuads * kSubs == Threads && kRows * kSubs == D && kRows % Ahead == 0 && Threads % 32 == 0, "untried");
 };
+
+// What a vector's features of one slice are to be multiplied by, given each slice's maximum and sum.
+template <int Slices> __device__ __forceinline__ float slice_scale(const float2* slices, int own) {
+    float2 each[Slices];
+    float most = -INFINITY, total = 0.0f, mine = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Slices; ++i) {
+        each[i] = __ldcg(slices + i);
+        most = fmaxf(most, each[i].x);
+    }
+#pragma unroll
+    for (int i = 0; i < Slices; ++i) {
+        const float power = fast_exp2(each[i].x - most);
+        total += power * each[i].y;
+        if (i == own) mine = power;
+    }
+    return __fdividef(mine, total);
+}
 
 template <typename T, typename S>
 __device__ __forceinline__ void stream_states(const AttentionParams& p, const StateCut& cut, unsigned char* shared) {
@@ -62,8 +81,18 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
         return;
     }
     const float* const of_row = static_cast<const float*>(p.workspace) + int64_t{row} * cut.vectors_per_row * D;
-    for (int i = own; i < D; i += S::kThreads)
-        features[unit * D + i] = {__ldcg(of_row + head * D + i), __ldcg(of_row + (p.num_heads + kv_head) * D + i)};
+    for (int i = own; i < D; i += S::kThreads) {
+        float2 x = {__ldcg(of_row + head * D + i), __ldcg(of_row + (p.num_heads + kv_head) * D + i)};
+        if constexpr (S::kSlices > 1) {
+            const float2* const slices = reinterpret_cast<const float2*>(static_cast<const float*>(p.workspace) +
+                                                                         int64_t{p.batch} * cut.vectors_per_row * D) +
+                                         int64_t{row} * cut.vectors_per_row * S::kSlices;
+            const int slice = i / (D / S::kSlices);
+            x.x *= slice_scale<S::kSlices>(slices + head * S::kSlices, slice);
+            x.y *= slice_scale<S::kSlices>(slices + (p.num_heads + kv_head) * S::kSlices, slice);
+        }
+        features[unit * D + i] = x;
+    }
     __syncthreads();
 
     float o[4] = {};
