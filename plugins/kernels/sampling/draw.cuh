@@ -11,27 +11,28 @@ struct DrawMemory {
     uint64_t random;
 };
 
-// -1 in threads that did not find it; the others are of one warp and agree. All sum what their own ids weigh; the warp
-// with the place then looks for it, 32 ids at a time.
+// -1 in threads that did not find it; one has. All sum what their own ids weigh; the warp with the place then looks for
+// it, 32 ids at a time.
 template <typename Weight>
-__device__ int draw(const Team& team, const Part& part, DrawMemory& memory, uint64_t* arrival, Weight&& weight_of) {
+__device__ __forceinline__ int draw(const Team& team, const Part& part, DrawMemory& memory, uint64_t* arrival,
+                                    Weight&& weight_of) {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     uint64_t sum = 0;
     part.each([&](int id, float score) { sum += weight_of(id, score); });
     sum = warp_sum(sum);
     if (lane == 0) memory.warps[warp] = sum;
     __syncthreads();
-    const uint64_t own = memory.warps[lane], running = warp_running(own), block = shuffle(running, 31);
+    const uint64_t own = memory.warps[lane], block = warp_sum(own);
     if (warp == 0) team.tell(memory.blocks, block, arrival);
     team.await(arrival);  // from here on blocks may leave
-    const uint64_t blocks = warp_running(lane < team.size ? memory.blocks[lane] : 0);
-    const uint64_t before = shuffle(blocks, team.rank()) - block;
-    uint64_t place = place_below(shuffle(blocks, 31), memory.random);
+    const uint64_t other = lane < team.size ? memory.blocks[lane] : 0;
+    const uint64_t before = warp_sum(lane < team.rank() ? other : 0);
+    uint64_t place = place_below(warp_sum(other), memory.random);
     if (place < before || place - before >= block) return -1;
     place -= before;
-    const int owner = __ffs(static_cast<int>(__ballot_sync(~0u, running > place))) - 1;
-    place -= shuffle(running - own, owner);
-    if (warp != owner) return -1;
+    const uint64_t earlier = warp_sum(lane < warp ? own : 0), mine = shuffle(own, warp);
+    if (place < earlier || place - earlier >= mine) return -1;
+    place -= earlier;
     int chosen = -1;
     part.each([&](int id, float score) {
         if (chosen >= 0) return;  // of all lanes alike

@@ -4,6 +4,8 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "device/registers.cuh"
+#include "device/shared.cuh"
 #include "sampling/team.cuh"
 
 namespace dijiang {
@@ -25,6 +27,7 @@ __device__ __forceinline__ float score_of(uint32_t key) {
 __device__ __forceinline__ uint64_t place_of(float score, int id) {
     return uint64_t{key_of(score)} << 32 | ~static_cast<uint32_t>(id);
 }
+__device__ __forceinline__ float score_of_place(uint64_t place) { return score_of(static_cast<uint32_t>(place >> 32)); }
 
 // exp((score - best) / temperature) as an integer, 2^weight_bits for the best. Sums of integers do not depend on their
 // order; a whole vocabulary's stays below 2^63.
@@ -53,14 +56,50 @@ __device__ __noinline__ float penalised(float logit, double penalty) {
     return static_cast<float>(fmin(fmax(wide, -double{FLT_MAX}), double{FLT_MAX}));
 }
 
-// This block's part of a row: `per_warp` ids for each of its warps, one after another.
+// This block's part of a row: `per_warp` ids for each of its warps, one after another. Made anew for each pass, from what
+// the compiler cannot know to be the same, since registers are scarce between them.
 struct Part {
     const float* logits;
     const uint32_t* allowed;  // or null
     const uint32_t* seen;     // null where there is no penalty
     double penalty;
-    float* staged;            // this part's scores in shared memory, or null: computed anew each time
-    int begin, end, per_warp;
+    int kept;  // where this lane's scores are in shared memory, in bytes, -inf behind the last; 0: computed anew each time
+    int first, last, count;  // this warp's ids, and how many times 32 they are
+    int vocabulary;
+
+    // staging: where the block's scores are, if they are kept.
+    static __device__ Part make(const SampleParams& params, const SampleCut& cut, double penalty, int staging) {
+        const dijiang_sample_buffers& b = params.buffers;
+        const Team team{cut.team};
+        const int thread = fresh_thread();
+        const int64_t row = opaque(static_cast<int>(blockIdx.x)) >> team.bits();
+        const int64_t place = int64_t{team.rank() * kWarps + thread / 32} * cut.per_warp;
+        Part it;
+        it.logits = b.logits + row * b.logits_row_stride;
+        it.allowed = b.allowed == nullptr ? nullptr : b.allowed + row * b.allowed_row_stride;
+        it.seen = b.seen == nullptr || penalty == 1 ? nullptr : b.seen + row * b.seen_row_stride;
+        it.penalty = penalty;
+        it.first = static_cast<int>(min(place, int64_t{b.vocabulary}));
+        it.last = static_cast<int>(min(place + cut.per_warp, int64_t{b.vocabulary}));
+        it.count = (it.last - it.first + 31) / 32;
+        it.vocabulary = b.vocabulary;
+        it.kept = cut.staged_bytes > 0 ? staging + 4 * (thread / 32 * cut.per_warp + thread % 32) : 0;
+        return it;
+    }
+
+    // Of the first thread's part.
+    __device__ Part of_this_warp(int per_warp) const {
+        const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+        Part it = *this;
+        it.first = min(first + warp * per_warp, vocabulary);
+        it.last = min(first + (warp + 1) * per_warp, vocabulary);
+        it.count = (it.last - it.first + 31) / 32;
+        if (kept != 0) it.kept += 4 * (warp * per_warp + lane);
+        return it;
+    }
+
+    __device__ float* scores() const { return reinterpret_cast<float*>(shared_bytes() + kept); }
+    __device__ bool masked() const { return allowed != nullptr || seen != nullptr; }
 
     // What the filters see of a logit; -inf if it may not be chosen.
     __device__ float prepare(float logit, int id) const {
@@ -70,47 +109,38 @@ struct Part {
         return penalised(logit, penalty);
     }
 
-    // Calls visit(id, score) for first <= id < last, in all lanes together and in the ids' order within each; ids from
-    // `last` on come with -inf. Rolled up, with one score ahead: the code is long, and a launch that fetches less of it is
-    // faster.
-    template <typename Visit> __device__ void each(int first, int last, Visit&& visit) const {
+    // Calls visit(id, score) for this warp's ids, in all lanes together and in the ids' order within each; ids that are
+    // not there come with -inf. Rolled up: the code is long, and a launch that fetches less of it is faster.
+    template <typename Visit> __device__ void each(Visit&& visit) const {
         int id = first + static_cast<int>(threadIdx.x % 32);
-        float next = score_at(id, last);
+        if (kept != 0) {
+            const float* from = scores();
 #pragma unroll 1
-        for (int base = first; base < last; base += 32, id += 32) {
-            const float read = next;
-            next = score_at(id + 32, last);
-            visit(id, staged != nullptr || id >= last ? read : prepare(read, id));
+            for (int i = 0; i < count; ++i, id += 32, from += 32) visit(id, *from);
+        } else {
+            float next = read(id);
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, id += 32) {
+                const float logit = next;
+                next = read(id + 32);
+                visit(id, id < last ? prepare(logit, id) : -INFINITY);
+            }
         }
     }
-    // As it is kept, or in memory.
-    __device__ __forceinline__ float score_at(int id, int last) const {
-        if (id >= last) return -INFINITY;
-        return staged != nullptr ? staged[id - begin] : __ldg(logits + id);
-    }
+    __device__ float read(int id) const { return id < last ? __ldg(logits + id) : -INFINITY; }
 
-    // The same for this warp's share of the part.
-    template <typename Visit> __device__ void each(Visit&& visit) const {
-        const int first = begin + static_cast<int>(threadIdx.x / 32) * per_warp;
-        each(first, min(first + per_warp, end), visit);
-    }
-
-    // Logits as they are in memory, with several of a lane on their way.
-    template <typename Visit> __device__ void each_read(int first, int last, Visit&& visit) const {
+    // Logits as they are in memory, with several of a lane on their way: visit(i, id, logit), i from 0 to count - 1.
+    template <typename Visit> __device__ void each_read(Visit&& visit) const {
         constexpr int kAhead = 8;
+        int id = first + static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
-        for (int base = first; base < last; base += 32 * kAhead) {
-            float read[kAhead];
+        for (int i = 0; i < count; i += kAhead) {
+            float logits_[kAhead];
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const int id = base + 32 * i + static_cast<int>(threadIdx.x % 32);
-                read[i] = id < last ? __ldg(logits + id) : -INFINITY;
-            }
+            for (int j = 0; j < kAhead; ++j) logits_[j] = read(id + 32 * j);
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                if (base + 32 * i >= last) break;
-                visit(base + 32 * i + static_cast<int>(threadIdx.x % 32), read[i]);
-            }
+            for (int j = 0; j < kAhead; ++j, id += 32)
+                if (i + j < count) visit(i + j, id, logits_[j]);
         }
     }
 };

@@ -8,9 +8,7 @@ namespace {
 
 __global__ void __launch_bounds__(kThreads, 1)
     sample_kernel(const __grid_constant__ SampleParams params, const __grid_constant__ SampleCut cut) {
-    extern __shared__ uint4 shared[];
-    auto* const memory = reinterpret_cast<SampleMemory*>(shared);
-    sample_row(params, cut, *memory, reinterpret_cast<float*>(memory + 1));
+    sample_row(params, cut);
 }
 
 constexpr int kMemory = sizeof(SampleMemory);

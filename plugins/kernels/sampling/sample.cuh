@@ -30,14 +30,62 @@ __device__ __forceinline__ Report warp_report(const uint4& words) {
 }
 
 struct SampleMemory {
-    dijiang_sampling_options options;
-    Part part;
+    dijiang_sampling_options options;  // of the row, where each has its own
+    SampleNumbers numbers;
     Arrivals arrivals;
     uint4 warps[kWarps], blocks[kMostTeam];  // reports
     DrawMemory draw;
-    SampleNumbers numbers;
     SelectMemory select;
 };
+
+// One launch's arguments, and where this block's memory is. Options of all rows are read where they lie.
+struct Sampler {
+    const SampleParams& params;
+    const SampleCut& cut;
+    SampleMemory& memory;
+
+    __device__ Team team() const { return {cut.team}; }
+    __device__ int row() const { return static_cast<int>(blockIdx.x) >> team().bits(); }
+    template <typename Field> __device__ Field option(Field dijiang_sampling_options::*field) const {
+        return params.options_per_row ? memory.options.*field : params.options.*field;
+    }
+    __device__ SampleNumbers numbers() const { return params.options_per_row ? memory.numbers : params.numbers; }
+    __device__ bool greedy() const { return option(&dijiang_sampling_options::temperature) == 0; }
+    __device__ Part part() const {
+        constexpr int kStaging = sizeof(SampleMemory);
+        return Part::make(params, cut, option(&dijiang_sampling_options::repetition_penalty), kStaging);
+    }
+    __device__ bool has_top_k() const {
+        const int top_k = option(&dijiang_sampling_options::top_k);
+        return top_k > 0 && top_k < params.buffers.vocabulary;
+    }
+    __device__ bool has_top_p() const { return option(&dijiang_sampling_options::top_p) < 1; }
+    __device__ void write(int status, int token) const {
+        const dijiang_sample_buffers& b = params.buffers;
+        b.row_status[row()] = status;
+        if (b.integers == DIJIANG_INT64) {
+            static_cast<int64_t*>(b.tokens)[row()] = token;
+        } else {
+            static_cast<int32_t*>(b.tokens)[row()] = token;
+        }
+    }
+};
+
+__device__ __forceinline__ bool possible(const dijiang_sampling_options& o) {
+    return o.temperature >= 0 && o.temperature <= DBL_MAX && o.top_p > 0 && o.top_p <= 1 && o.min_p >= 0 &&
+           o.min_p <= 1 && o.repetition_penalty > 0 && o.repetition_penalty <= DBL_MAX && o.top_k >= 0;
+}
+
+// A row's own options; false if they cannot be. Those of all rows the host has looked at.
+__device__ __forceinline__ bool read_options(const Sampler& it) {
+    SampleMemory& memory = it.memory;
+    if (threadIdx.x == 0) {
+        memory.options = it.params.buffers.row_options[it.row()];
+        memory.numbers = numbers_of(memory.options, it.params.buffers.vocabulary);
+    }
+    __syncthreads();
+    return possible(memory.options) && (it.greedy() || it.params.buffers.draws != nullptr);
+}
 
 // What a thread has found so far.
 struct Found {
@@ -53,88 +101,109 @@ struct Found {
         }
         least = fminf(least, score > -INFINITY ? score : INFINITY);
     }
-    __device__ Report report() const {
-        return Report({key_of(best), static_cast<uint32_t>(best_id), key_of(least), wrong});
-    }
+    __device__ uint4 words() const { return {key_of(best), static_cast<uint32_t>(best_id), key_of(least), wrong}; }
 };
 
-// Reads the logits, keeps the scores where there is room for them, and tells all threads of the team. A greedy choice
-// does not need them again.
-__device__ Report survey(const Team& team, const Part& part, bool greedy, const SampleParams& params, int row,
-                         SampleMemory& memory) {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const int first = part.begin + warp * part.per_warp, last = min(first + part.per_warp, part.end);
-    const bool masked = part.allowed != nullptr || part.seen != nullptr;
+// Reads the logits, keeps the scores where there is room for them, and tells all threads of the team.
+__device__ __forceinline__ Report survey(const Sampler& it) {
+    SampleMemory& memory = it.memory;
+    const Team team = it.team();
+    const int lane = static_cast<int>(threadIdx.x % 32);
     Found found;
-    if (part.staged != nullptr || !masked)
-        part.each_read(first, last, [&](int id, float logit) {
-            if (part.staged != nullptr && id < last) part.staged[id - part.begin] = logit;
-            if (!masked) found.see(id, logit);
-        });
-    if (masked) {
-        part.each(first, last, [&](int id, float read) {
-            const float score = part.staged != nullptr && id < last ? part.prepare(read, id) : read;
-            if (part.staged != nullptr && id < last) part.staged[id - part.begin] = score;
-            found.see(id, score);
-        });
+    {
+        const Part part = it.part();
+        float* const scores = part.scores();
+        const bool kept = part.kept != 0, masked = part.masked();
+        if (kept || !masked)
+            part.each_read([&](int i, int id, float logit) {
+                if (kept) scores[32 * i] = logit;
+                if (!masked) found.see(id, logit);
+            });
+        if (masked) {
+            float* to = scores;
+            part.each([&](int id, float read) {
+                float score = read;
+                if (kept) {
+                    if (id < part.last) *to = score = part.prepare(read, id);
+                    to += 32;
+                }
+                found.see(id, score);
+            });
+        }
     }
-    const Report mine = warp_report(found.report().words());
-    if (lane == 0) memory.warps[warp] = mine.words();
+    const Report mine = warp_report(found.words());
+    if (lane == 0) memory.warps[threadIdx.x / 32] = mine.words();
     team.have_appeared();
     __syncthreads();
     if (threadIdx.x < 32) team.tell(memory.blocks, warp_report(memory.warps[lane]).words(), &memory.arrivals.reports);
-    if (!greedy && threadIdx.x == kThreads - 1) {  // it takes a while, as the reports do
-        const dijiang_sample_buffers& b = params.buffers;
-        const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(row) : b.streams[row];
-        memory.draw.random = philox_first(memory.options.seed, stream, static_cast<uint64_t>(b.draws[row]));
+    if (threadIdx.x == kThreads - 1 && !it.greedy()) {  // it takes a while, as the reports do
+        const dijiang_sample_buffers& b = it.params.buffers;
+        const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(it.row()) : b.streams[it.row()];
+        memory.draw.random =
+            philox_first(it.option(&dijiang_sampling_options::seed), stream, static_cast<uint64_t>(b.draws[it.row()]));
     }
     team.await(&memory.arrivals.reports);
     return warp_report(lane < team.size ? memory.blocks[lane] : Report::none());
 }
 
-__device__ __forceinline__ void write_token(const dijiang_sample_buffers& b, int row, int token) {
-    if (b.integers == DIJIANG_INT64) {
-        static_cast<int64_t*>(b.tokens)[row] = token;
-    } else {
-        static_cast<int32_t*>(b.tokens)[row] = token;
+// Keeps the best tokens until their number, or their weight, reaches memory.target >= 1; all if that is not to be reached.
+// At most once for each filter, 0 first; the second keeps no more than the first.
+__device__ __forceinline__ void select(const Sampler& it, int filter, bool by_count) {
+    SelectMemory& memory = it.memory.select;
+    if (amount(memory.all, by_count) < memory.target) {
+        __syncthreads();  // the next filter has another target
+        return;
     }
-}
-
-__device__ __forceinline__ bool possible(const dijiang_sampling_options& o) {
-    return o.temperature >= 0 && o.temperature <= DBL_MAX && o.top_p > 0 && o.top_p <= 1 && o.min_p >= 0 &&
-           o.min_p <= 1 && o.repetition_penalty > 0 && o.repetition_penalty <= DBL_MAX && o.top_k >= 0;
+    reach(memory, memory.running, {}, by_count);
+    const bool many = memory.inside.count > kListed;
+    if (many) {
+        if (threadIdx.x == 0) memory.part = it.part();
+        __syncthreads();
+        narrow(memory, it.cut.per_warp, it.cut.team, by_count);
+    }
+    const int bin = memory.bin;
+    list_places(it.part(), it.team(), it.memory.arrivals, memory, filter, [&](float exponent, float score, int id) {
+        if (!many) return memory.row.bin_at(exponent) == bin;
+        const uint64_t place = place_of(score, id);
+        return place >= memory.low_place && place <= memory.high_place;
+    });
+    cut_list(memory, memory.lists[filter], by_count);
 }
 
 // top-k, and then top-p of what that left: memory.select.place is where the tokens begin that are kept.
-__device__ __forceinline__ void filter(const Team& team, const Part& part, const Softmax& softmax, SampleMemory& memory,
-                                       const Report& found, int vocabulary) {
-    SelectMemory& select_memory = memory.select;
-    const Selection row(team, memory.arrivals, part, softmax, found.best(), score_of(found.least_key));
-    row.histogram(select_memory, [&](float exponent, uint64_t) { return row.bin_at(exponent); });
-    if (threadIdx.x == 0) select_memory.selected = row;
-    accumulate(select_memory.running, {}, row.add_up(select_memory), select_memory.scratch);
-    if (threadIdx.x == 0) select_memory.kept = select_memory.running[kBins - 1].weight;
+__device__ __forceinline__ void filter(const Sampler& it, const Softmax& softmax, const Report& found) {
+    SelectMemory& memory = it.memory.select;
+    {
+        const float range = fminf(-softmax.exponent(score_of(found.least_key)), -softmax.least_exponent);
+        const SelectedRow row = {softmax, found.best(), range > 0 ? fminf(kBins / range, FLT_MAX) : 0.0f};
+        if (threadIdx.x == 0) memory.row = row;
+        histogram(it.part(), softmax, memory, [&](float exponent, float, int) { return row.bin_at(exponent); });
+    }
+    add_up(it.team(), it.memory.arrivals, memory);
+    if (threadIdx.x < 32) {
+        const Tally all = warp_sum(memory.running[32 * threadIdx.x + 31]);
+        if (threadIdx.x == 0) memory.all = all, memory.kept = all.weight;
+    }
 #pragma unroll 1
     for (int number = 0; number < kFilters; ++number) {
         const bool by_count = number == 0;
-        const dijiang_sampling_options& options = memory.options;
-        if (by_count ? options.top_k == 0 || options.top_k >= vocabulary : options.top_p >= 1) continue;
+        if (by_count ? !it.has_top_k() : !it.has_top_p()) continue;
         if (threadIdx.x == 0) {
-            const uint64_t total = select_memory.kept;
-            const double share = ceil(options.top_p * static_cast<double>(total));
+            const uint64_t total = memory.kept;
+            const double share = ceil(it.option(&dijiang_sampling_options::top_p) * static_cast<double>(total));
             const uint64_t weight = min(max(static_cast<uint64_t>(share), uint64_t{1}), total);
-            select_memory.target = by_count ? static_cast<uint64_t>(options.top_k) : weight;
+            memory.target =
+                by_count ? static_cast<uint64_t>(it.option(&dijiang_sampling_options::top_k)) : weight;
         }
         __syncthreads();
-        select(select_memory, number, by_count);
+        select(it, number, by_count);
     }
 }
 
-__device__ __forceinline__ void sample_row(const SampleParams& params, const SampleCut& cut, SampleMemory& memory,
-                                           float* staging) {
-    const dijiang_sample_buffers& b = params.buffers;
-    const Team team{cut.team};
-    const int row = static_cast<int>(blockIdx.x) >> team.bits();
+__device__ __forceinline__ void sample_row(const SampleParams& params, const SampleCut& cut) {
+    SampleMemory& memory = *reinterpret_cast<SampleMemory*>(shared_bytes());
+    const Sampler it = {params, cut, memory};
+    const Team team = it.team();
     if (threadIdx.x == 0) {
         memory.select.listed[0] = memory.select.listed[1] = 0;
         memory.select.place = 0;
@@ -144,56 +213,32 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
     let_next_kernel_start();
     clear(memory.select);
     wait_for_previous_kernel();
-    if (threadIdx.x == 0) {
-        memory.options = params.options_per_row ? b.row_options[row] : params.options;
-        memory.numbers = params.options_per_row ? numbers_of(memory.options, b.vocabulary) : params.numbers;
-        const int begin = min(team.rank() * kWarps * cut.per_warp, b.vocabulary);
-        memory.part = {b.logits + row * b.logits_row_stride,
-                       b.allowed == nullptr ? nullptr : b.allowed + row * b.allowed_row_stride,
-                       b.seen == nullptr || memory.options.repetition_penalty == 1 ? nullptr
-                                                                                   : b.seen + row * b.seen_row_stride,
-                       memory.options.repetition_penalty, cut.staged_bytes > 0 ? staging : nullptr, begin,
-                       min(begin + kWarps * cut.per_warp, b.vocabulary), cut.per_warp};
-    }
-    __syncthreads();
-    const dijiang_sampling_options& options = memory.options;
     const bool reports = team.rank() == 0 && threadIdx.x == 0;
-    const bool greedy = options.temperature == 0;
-    const auto refuse = [&](int status) {
-        if (!reports) return;
-        b.row_status[row] = status;
-        write_token(b, row, -1);
-    };
-    // Others the host has looked at.
-    if (params.options_per_row && (!possible(options) || (!greedy && b.draws == nullptr))) {
+    if (params.options_per_row && !read_options(it)) {
         team.have_appeared();
-        return refuse(DIJIANG_ROW_BAD_OPTIONS);
+        if (reports) it.write(DIJIANG_ROW_BAD_OPTIONS, -1);
+        return;
     }
-
-    const Part& part = memory.part;
-    const Report found = survey(team, part, greedy, params, row, memory);
-    if (found.wrong != 0) return refuse(DIJIANG_ROW_NOT_FINITE);
-    if (found.nothing()) return refuse(DIJIANG_ROW_NOTHING_ALLOWED);
-    if (greedy) {
-        if (!reports) return;
-        b.row_status[row] = DIJIANG_ROW_OK;
-        return write_token(b, row, static_cast<int>(found.best_id));
+    const Report found = survey(it);
+    if (found.wrong != 0 || found.nothing() || it.greedy()) {
+        const int status = found.wrong != 0    ? DIJIANG_ROW_NOT_FINITE
+                           : found.nothing() ? DIJIANG_ROW_NOTHING_ALLOWED
+                                             : DIJIANG_ROW_OK;
+        if (reports) it.write(status, status == DIJIANG_ROW_OK ? static_cast<int>(found.best_id) : -1);
+        return;
     }
-    Softmax softmax = Softmax::make(score_of(found.best_key), memory.numbers.rate, b.vocabulary);
-    const bool filters = (options.top_k > 0 && options.top_k < b.vocabulary) || options.top_p < 1;
-    if (filters) {
-        filter(team, part, softmax, memory, found, b.vocabulary);
-        softmax = memory.select.selected.softmax;  // not kept in registers meanwhile
+    Softmax softmax = Softmax::make(score_of(found.best_key), it.numbers().rate, params.buffers.vocabulary);
+    if (it.has_top_k() || it.has_top_p()) {
+        filter(it, softmax, found);
+        softmax = memory.select.row.softmax;  // not kept in registers meanwhile
     }
-    const uint64_t least_weight = memory.numbers.least_weight, kept_from = memory.select.place;
-    const int token = draw(team, part, memory.draw, &memory.arrivals.weights, [&](int id, float score) -> uint64_t {
+    const uint64_t least_weight = it.numbers().least_weight, kept_from = memory.select.place;
+    const int token = draw(team, it.part(), memory.draw, &memory.arrivals.weights, [&](int id, float score) -> uint64_t {
         if (place_of(score, id) < kept_from) return 0;
         const uint64_t weight = softmax.weight(score);
         return weight >= least_weight ? weight : 0;
     });
-    if (token < 0) return;
-    b.row_status[row] = DIJIANG_ROW_OK;
-    write_token(b, row, token);
+    if (token >= 0) it.write(DIJIANG_ROW_OK, token);
 }
 
 }  // namespace dijiang

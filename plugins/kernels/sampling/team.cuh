@@ -100,8 +100,7 @@ __device__ __forceinline__ uint64_t shuffle_up(uint64_t x, int by) {
     return uint64_t{__shfl_up_sync(~0u, static_cast<uint32_t>(x >> 32), by)} << 32 | low;
 }
 
-// Sums over the lanes up to this one. Out of line where they are called from several places: this code runs once per
-// launch, and fetching it takes longer than calling.
+// Sums over the lanes up to this one.
 __device__ __forceinline__ uint64_t warp_running(uint64_t x) {
     const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
@@ -111,17 +110,14 @@ __device__ __forceinline__ uint64_t warp_running(uint64_t x) {
     }
     return x;
 }
-__device__ __forceinline__ uint32_t warp_running_count(uint32_t x) {
+__device__ __forceinline__ Tally warp_running(Tally x) {
     const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
     for (int by = 1; by < 32; by *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, x, by);
-        if (lane >= by) x += other;
+        const Tally other = {__shfl_up_sync(~0u, x.count, by), 0, shuffle_up(x.weight, by)};
+        if (lane >= by) x = x + other;
     }
     return x;
-}
-__device__ __forceinline__ Tally warp_running(const Tally& tally) {
-    return {warp_running_count(tally.count), 0, warp_running(tally.weight)};
 }
 // Of numbers below 2^62, whose sum is too: in parts of 21 bits, which 32 of fit a word.
 __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
@@ -132,14 +128,6 @@ __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
     return low + (uint64_t{middle} << 21) + (uint64_t{high} << 42);
 }
 
-// The sum over the threads up to this one. `scratch`: one per warp; free again after the next __syncthreads().
-__device__ __noinline__ Tally block_running(Tally mine, Tally* scratch) {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const Tally inside = warp_running(mine);
-    if (lane == 31) scratch[warp] = inside;
-    __syncthreads();
-    const Tally own = scratch[lane], before = warp_running(own) - own;  // lane w: all warps before w
-    return inside + Tally{__shfl_sync(~0u, before.count, warp), 0, shuffle(before.weight, warp)};
-}
+__device__ __forceinline__ Tally warp_sum(const Tally& x) { return {__reduce_add_sync(~0u, x.count), 0, warp_sum(x.weight)}; }
 
 }  // namespace dijiang

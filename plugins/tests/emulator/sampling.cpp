@@ -18,9 +18,5 @@ extern "C" void emulate_sample(const dijiang_sampling_options* options, const di
     for (int row = 0; row < buffers->batch; ++row)
         emulator::run_cluster(
             static_cast<unsigned>(row * team), team, dim3(kThreads), shared.get(),
-            [&] {
-                auto* const memory = reinterpret_cast<SampleMemory*>(emulator::block->shared);
-                sample_row(params, cut, *memory, reinterpret_cast<float*>(memory + 1));
-            },
-            backwards != 0);
+            [&] { sample_row(params, cut); }, backwards != 0);
 }
