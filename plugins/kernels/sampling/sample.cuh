@@ -30,12 +30,12 @@ __device__ __forceinline__ Report warp_report(const uint4& words) {
 }
 
 struct SampleMemory {
+    SelectMemory select;               // first, so that it has the block's address
     dijiang_sampling_options options;  // of the row, where each has its own
     SampleNumbers numbers;
     Arrivals arrivals;
     uint4 warps[kWarps], blocks[kMostTeam];  // reports
     DrawMemory draw;
-    SelectMemory select;
 };
 
 // One launch's arguments, and where this block's memory is. Options of all rows are read where they lie.
@@ -167,7 +167,7 @@ __device__ __forceinline__ void select(const Sampler& it, int filter, bool by_co
         const uint64_t place = place_of(score, id);
         return place >= memory.low_place && place <= memory.high_place;
     });
-    cut_list(memory, memory.lists[filter], by_count);
+    cut_list(memory, by_count);
 }
 
 // top-k, and then top-p of what that left: memory.select.place is where the tokens begin that are kept.

@@ -8,7 +8,7 @@ namespace dijiang {
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;  // one of a thread
 static_assert(kBins == kThreads);
-constexpr int kListed = 512;  // tokens that are compared with each other
+constexpr int kListed = 256;  // tokens that are compared with each other
 constexpr int kFilters = 2;   // top-k, top-p
 
 // What all threads know alike of a row that tokens are selected from: in shared memory, since registers are scarce.
@@ -40,8 +40,10 @@ struct SelectMemory {
     uint32_t counts[kBins], low[kBins], high[kBins];  // this block's bins; weights in two halves
     Tally parts[kBins];    // all blocks' tallies of this block's share of the bins
     Tally running[kBins];  // of the whole row: of the bins up to each, of the 32 that a warp has
-    uint64_t lists[kFilters][kListed], weights[kListed];
-    uint32_t listed[kFilters];  // how many of them have a place; the first block's count
+    uint64_t lists[kFilters][kMostTeam][kListed];  // of each block
+    uint64_t lengths[kFilters][kMostTeam];
+    uint64_t places[kListed], weights[kListed];  // all of them
+    uint32_t listed[kFilters];                   // how many of this block's have a place
     SelectedRow row;
     Part part;               // for `narrow`
     Tally all;               // tokens that have weight
@@ -160,37 +162,47 @@ __device__ __noinline__ void narrow(SelectMemory& memory, int per_warp, int team
     __syncthreads();
 }
 
-// The places of all blocks that are chosen, memory.inside.count <= kListed of them, in no order: memory.lists[filter].
+// The places of all blocks that are chosen, memory.inside.count <= kListed of them, in no order: memory.places, and what
+// they weigh.
 template <typename Choose>
 __device__ __forceinline__ void list_places(const Part& part, const Team& team, Arrivals& arrivals, SelectMemory& memory,
                                             int filter, Choose&& chosen) {
-    uint64_t* const list = memory.lists[filter];
     uint64_t* const arrival = &arrivals.lists[filter];
     const Softmax softmax = memory.row.softmax;
-    if (threadIdx.x == 0 && team.size > 1) expect_arrival(arrival, 8 * memory.inside.count);
+    if (threadIdx.x == 0 && team.size > 1) expect_arrival(arrival, 8 * (memory.inside.count + team.size));
     part.each([&](int id, float score) {
         const float exponent = softmax.exponent(score);
         if (!softmax.has_weight(exponent) || !chosen(exponent, score, id)) return;
-        uint64_t* const to = list + atomicAdd(team.of(&memory.listed[filter], 0), 1u);
+        uint64_t* const to = memory.lists[filter][team.rank()] + atomicAdd(&memory.listed[filter], 1u);
 #pragma unroll 1
         for (int rank = 0; rank < team.size; ++rank) team.give(to, place_of(score, id), rank, arrival);
     });
+    __syncthreads();
+    if (threadIdx.x < 32) team.tell(memory.lengths[filter], uint64_t{memory.listed[filter]}, arrival);
     team.await(arrival);
+    const int thread = fresh_thread();
+    int at = thread;
+    if (at < static_cast<int>(memory.inside.count)) {
+        int rank = 0;
+        for (; at >= static_cast<int>(memory.lengths[filter][rank]); ++rank) at -= memory.lengths[filter][rank];
+        const uint64_t place = memory.lists[filter][rank][at];
+        memory.places[thread] = place;
+        memory.weights[thread] = memory.row.softmax.weight(score_of_place(place));
+    }
+    __syncthreads();
 }
 
-// Of memory.inside.count places, behind others that are better: the one that reaches the target becomes memory.place.
-// Each is compared with all, by as many threads as there are for it.
-__device__ __forceinline__ void cut_list(SelectMemory& memory, const uint64_t* list, bool by_count) {
+// Of those places, behind others that are better: the one that reaches the target becomes memory.place. Each is compared
+// with all, by as many threads as there are for it.
+__device__ __forceinline__ void cut_list(SelectMemory& memory, bool by_count) {
     const int thread = fresh_thread(), count = static_cast<int>(memory.inside.count);
-    if (thread < count) memory.weights[thread] = memory.row.softmax.weight(score_of_place(list[thread]));
-    const int bits = min(__clz(max(count - 1, 1)) - 22, 5), each = 1 << bits, candidate = thread >> bits;  // 2 to 32 lanes
-    __syncthreads();
-    const uint64_t place = candidate < count ? list[candidate] : ~uint64_t{0};
+    const int bits = min(__clz(max(count - 1, 1)) - 22, 5), each = 1 << bits, candidate = thread >> bits;  // 4 to 32 lanes
+    const uint64_t place = candidate < count ? memory.places[candidate] : ~uint64_t{0};
     uint32_t better = 0;
     uint64_t weight = 0;
 #pragma unroll 2
     for (int i = thread & (each - 1); i < count; i += each)
-        if (list[i] > place) ++better, weight += memory.weights[i];
+        if (memory.places[i] > place) ++better, weight += memory.weights[i];
 #pragma unroll 1
     for (int by = each / 2; by > 0; by /= 2) {
         better += __shfl_xor_sync(~0u, better, by);

@@ -10,8 +10,6 @@ namespace dijiang {
 namespace decode {
 namespace {
 
-constexpr int64_t kLeastBytes = 64 * 1024;  // of state a multiprocessor, from where two launches are faster than one
-
 // More shared memory than 48 KB must be asked for, once for a kernel and device.
 cudaError_t allow(const void* function, int32_t bytes) {
     static std::mutex mutex;
@@ -52,9 +50,10 @@ BatchPlan plan_batch(const dijiang_geometry& g, int32_t batch, const dijiang_dev
     if (g.dtype != DIJIANG_FLOAT16 && g.dtype != DIJIANG_BFLOAT16) return plan;  // float32 stays off tensor cores
     const int64_t heads = int64_t{batch} * g.num_heads, bytes = 4 * heads * g.head_dim * g.head_dim;
     const int64_t vectors = int64_t{batch} * (g.num_heads + g.num_kv_heads);
-    if (bytes <= device.multiprocessors * kLeastBytes || heads > INT32_MAX / 8 || vectors > INT32_MAX / 2) return plan;
+    if (heads > INT32_MAX / 8 || vectors > INT32_MAX / 8) return plan;
     const BatchKernels kernels = g.dtype == DIJIANG_FLOAT16 ? batch_kernels_f16(g.head_dim) : batch_kernels_bf16(g.head_dim);
     if (kernels.features == nullptr || kernels.feature_memory > device.shared_memory) return plan;
+    if (bytes <= device.multiprocessors * kernels.least_bytes) return plan;
     // A block's channels must be whole groups.
     const int32_t set = set_heads(g.num_heads, g.head_dim), splits = g.head_dim / kernels.width;
     if (set > kernels.most_heads || (set > 1 && splits > 1) || (splits > 1 && kernels.width % g.num_heads != 0)) return plan;

@@ -25,6 +25,7 @@ struct BatchKernels {
     const void *features = nullptr, *states = nullptr;
     int32_t vectors = 0, slices = 0, feature_threads = 0, feature_memory = 0;  // of a block of the first; that share a vector
     int32_t width = 0, head_threads = 0, most_heads = 0, head_memory = 0;  // columns; of each head of a block of the second
+    int64_t least_bytes = 0;  // of states a multiprocessor, from where two launches were faster than one on an H100
 };
 BatchKernels batch_kernels_f16(int32_t head_dim);
 BatchKernels batch_kernels_bf16(int32_t head_dim);

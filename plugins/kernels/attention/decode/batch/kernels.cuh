@@ -7,7 +7,7 @@
 namespace dijiang {
 namespace decode {
 
-template <typename T, typename F, typename S> BatchKernels batch_instance() {
+template <typename T, typename F, typename S> BatchKernels batch_instance(int64_t least_bytes) {
     BatchKernels it;
     it.features = reinterpret_cast<const void*>(features_kernel<T, F>);
     it.states = reinterpret_cast<const void*>(states_kernel<T, S>);
@@ -20,15 +20,17 @@ template <typename T, typename F, typename S> BatchKernels batch_instance() {
     it.head_threads = S::kThreads;
     it.most_heads = S::kMostHeads;
     it.head_memory = S::kMemory;
+    it.least_bytes = least_bytes;
     return it;
 }
 
 template <typename T> BatchKernels batch_kernels(int32_t head_dim) {
+    constexpr int64_t kKib = 1024;
     switch (head_dim) {
-        case 64: return batch_instance<T, FeatureShape<64, 64>, StateShape<64, 64, 128, 8, 1>>();
-        case 80: return batch_instance<T, FeatureShape<80, 80>, StateShape<80, 80, 160, 10, 1>>();
-        case 128: return batch_instance<T, FeatureShape<128, 128>, StateShape<128, 128, 256, 16, 1>>();
-        case 256: return batch_instance<T, FeatureShape<256, 64>, StateShape<256, 64, 256, 16, 4>>();
+        case 64: return batch_instance<T, FeatureShape<64, 64>, StateShape<64, 64, 128, 8, 1, 4, 1>>(384 * kKib);
+        case 80: return batch_instance<T, FeatureShape<80, 80>, StateShape<80, 80, 160, 10, 1, 3, 1>>(128 * kKib);
+        case 128: return batch_instance<T, FeatureShape<128, 128>, StateShape<128, 128, 256, 8, 1, 1, 3>>(384 * kKib);
+        case 256: return batch_instance<T, FeatureShape<256, 64>, StateShape<256, 64, 256, 8, 4, 1, 3>>(768 * kKib);
         default: return {};
     }
 }

@@ -15,14 +15,16 @@
 namespace dijiang {
 namespace decode {
 
-template <int D_, int W_, int Threads, int Ahead, int Slices> struct StateShape {
+template <int D_, int W_, int Threads, int Ahead, int Slices, int MostHeads, int Blocks> struct StateShape {
     static constexpr int D = D_, W = W_, kThreads = Threads;  // of a head, or its part of W columns
     static constexpr int kQuads = W / 4, kSubs = Threads / kQuads, kRows = D / kSubs;  // rows of a thread
     static constexpr int kAhead = Ahead;                                               // of which it has asked for
     static constexpr int kSlices = Slices;                                             // of features: features.cuh
-    static constexpr int kMostHeads = 512 / Threads;                                   // of a block
-    static constexpr int kMemory = 8 * D + 4 * kSubs * W + 4 * W;                      // bytes, of each head
+    static constexpr int kMostHeads = MostHeads;                                       // of a block
+    static constexpr int kBlocks = Blocks;                                             // with as many heads, at once
+    static constexpr int kMemory = 8 * D + 4 * kSubs * W + 12 * W;                     // bytes, of each head
     static_assert(kQuads * kSubs == Threads && kRows * kSubs == D && kRows % Ahead == 0 && Threads % 32 == 0, "untried");
+    static_assert(W <= Threads, "a thread has a channel");
 };
 
 // What a vector's features of one slice are to be multiplied by, given each slice's maximum and sum.
@@ -48,7 +50,8 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
     constexpr int D = S::D, W = S::W;
     float2* const features = reinterpret_cast<float2*>(shared);                        // [head][D]: of q, of k
     float* const parts = reinterpret_cast<float*>(features + cut.set_heads * D);       // [head][sub][W]
-    float* const raw = parts + cut.set_heads * S::kSubs * W;                           // [head][W]
+    float2* const affine = reinterpret_cast<float2*>(parts + cut.set_heads * S::kSubs * W);  // [head][W]
+    float* const raw = reinterpret_cast<float*>(affine + cut.set_heads * W);                 // likewise
     const int thread = static_cast<int>(threadIdx.x), unit = thread / S::kThreads, own = thread - unit * S::kThreads;
     const int quad = own % S::kQuads, sub = own / S::kQuads;
     const int block = static_cast<int>(blockIdx.x), part = block / cut.splits, split = block - part * cut.splits;
@@ -69,6 +72,14 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = terms.gain * to_float(value[i]);
     const float fade = expf(terms.log_decay);
+    // A channel of GroupNorm and the gate.
+    const int channel = head * D + split * W + own;
+    float weight = 0.0f, bias = 0.0f, gate = 0.0f;
+    if (own < W) {
+        weight = __ldg(p.norm_weight + channel);
+        bias = __ldg(p.norm_bias + channel);
+        gate = silu(to_float(static_cast<const T*>(p.gate)[row * p.gate_batch_stride + channel]));
+    }
     T* const output = static_cast<T*>(p.output) + row * p.output_batch_stride + first_head * D + split * W;
     wait_for_previous_kernel();
 
@@ -77,7 +88,7 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
         for (int j = 0; p.present_state != p.past_state && j < S::kRows; ++j)
             __stcg(reinterpret_cast<float4*>(present + j * S::kSubs * D),
                    __ldcg(reinterpret_cast<const float4*>(past + j * S::kSubs * D)));
-        for (int x = own; x < W; x += S::kThreads) output[unit * D + x] = from_float<T>(0.0f);
+        if (own < W) output[unit * D + own] = from_float<T>(0.0f);
         return;
     }
     const float* const of_row = static_cast<const float*>(p.workspace) + int64_t{row} * cut.vectors_per_row * D;
@@ -93,6 +104,7 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
         }
         features[unit * D + i] = x;
     }
+    if (own < W) affine[unit * W + own] = {weight * gate, bias * gate};
     __syncthreads();
 
     float o[4] = {};
@@ -114,18 +126,15 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
     }
     *reinterpret_cast<float4*>(parts + (unit * S::kSubs + sub) * W + 4 * quad) = {o[0], o[1], o[2], o[3]};
     __syncthreads();
-    for (int x = own; x < W; x += S::kThreads) {
+    if (own < W) {
         float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < S::kSubs; ++i) sum += parts[(unit * S::kSubs + i) * W + x];
-        raw[unit * W + x] = sum * terms.read_scale;
+        for (int i = 0; i < S::kSubs; ++i) sum += parts[(unit * S::kSubs + i) * W + own];
+        raw[unit * W + own] = sum * terms.read_scale;
     }
     __syncthreads();
 
     // A warp a group. The block's channels are whole groups: of one head's part, or of all heads of the set.
-    const T* const gate = static_cast<const T*>(p.gate) + row * p.gate_batch_stride + first_head * D + split * W;
-    const float* const weight = p.norm_weight + first_head * D + split * W;
-    const float* const bias = p.norm_bias + first_head * D + split * W;
     const int groups = cut.set_heads * W / p.num_heads;
 #pragma unroll 1
     for (int group = thread / 32; group < groups; group += static_cast<int>(blockDim.x / 32)) {
@@ -134,13 +143,13 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
             p.num_heads, cut.inverse_channels, p.epsilon, [&](int c) { return raw[base + c]; },
             [&](int c, float y) {
                 const int x = base + c;
-                output[x] = from_float<T>((y * __ldg(weight + x) + __ldg(bias + x)) * silu(to_float(gate[x])));
+                output[x] = from_float<T>(fmaf(y, affine[x].x, affine[x].y));
             });
     }
 }
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads * S::kMostHeads)
+__global__ void __launch_bounds__(S::kThreads * S::kMostHeads, S::kBlocks)
     states_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ StateCut cut) {
     extern __shared__ uint4 shared[];
     stream_states<T, S>(p, cut, reinterpret_cast<unsigned char*>(shared));
