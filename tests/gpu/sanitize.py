@@ -109,7 +109,9 @@ def main() -> int:
     parser.add_argument("--kernels", default=",".join(KERNELS), help="default: %(default)s")
     parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
     parser.add_argument(
-        "--built", type=Path, help="a folder with the programs compiled: linear, attention, step, sampling, control"
+        "--built",
+        type=Path,
+        help="a folder with the programs compiled: linear, attention, step, sampling, control",
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds per tool (default: %(default)s)")
     arguments = parser.parse_args()

@@ -147,7 +147,14 @@ def test_real_models(engine: CudaEngine, dtype: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d", "batch"),
-    [(16, 16, 64, 200), (32, 4, 64, 100), (12, 12, 64, 270), (12, 6, 80, 60), (32, 32, 128, 26), (8, 8, 256, 51)],
+    [
+        (16, 16, 64, 200),
+        (32, 4, 64, 100),
+        (12, 12, 64, 270),
+        (12, 6, 80, 60),
+        (32, 32, 128, 26),
+        (8, 8, 256, 51),
+    ],
 )
 def test_many_states(engine: CudaEngine, dtype: str, heads: int, kv_heads: int, d: int, batch: int) -> None:
     """In two launches; and several steps in a graph give what they give one by one."""

@@ -29,6 +29,7 @@ OPTIONS = {
     "high top-p": SamplingOptions(1.5, top_p=0.999),
     "min-p": SamplingOptions(0.8, min_p=0.05),
     "all": SamplingOptions(0.7, top_k=400, top_p=0.95, min_p=0.002, repetition_penalty=1.3),
+    "few": SamplingOptions(0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2),
     "penalty": SamplingOptions(0.0, repetition_penalty=0.5),
 }
 

@@ -3,73 +3,9 @@
 #pragma once
 
 #include "device/overlap.cuh"
-#include "sampling/draw.cuh"
-#include "sampling/select.cuh"
+#include "sampling/few.cuh"
 
 namespace dijiang {
-
-// What a pass over a row, or some of it, finds. Keys and ids have an order of their own: the best key, of the lowest id.
-struct Report {
-    uint32_t best_key, best_id;
-    uint32_t least_key;  // of the finite scores
-    uint32_t wrong;      // not 0: a NaN or +inf
-
-    explicit __device__ Report(const uint4& words)
-        : best_key(words.x), best_id(words.y), least_key(words.z), wrong(words.w) {}
-    __device__ uint4 words() const { return {best_key, best_id, least_key, wrong}; }
-    __device__ uint64_t best() const { return uint64_t{best_key} << 32 | ~best_id; }
-    __device__ bool nothing() const { return best_key <= kLowestKey; }
-    static __device__ uint4 none() { return {0, ~0u, ~0u, 0}; }
-};
-
-__device__ __forceinline__ Report warp_report(const uint4& words) {
-    const Report mine(words);
-    const uint32_t key = __reduce_max_sync(~0u, mine.best_key);
-    return Report({key, __reduce_min_sync(~0u, mine.best_key == key ? mine.best_id : ~0u),
-                   __reduce_min_sync(~0u, mine.least_key), __reduce_or_sync(~0u, mine.wrong)});
-}
-
-struct SampleMemory {
-    SelectMemory select;               // first, so that it has the block's address
-    dijiang_sampling_options options;  // of the row, where each has its own
-    SampleNumbers numbers;
-    Arrivals arrivals;
-    uint4 warps[kWarps], blocks[kMostTeam];  // reports
-    DrawMemory draw;
-};
-
-// One launch's arguments, and where this block's memory is. Options of all rows are read where they lie.
-struct Sampler {
-    const SampleParams& params;
-    const SampleCut& cut;
-    SampleMemory& memory;
-
-    __device__ Team team() const { return {cut.team}; }
-    __device__ int row() const { return static_cast<int>(blockIdx.x) >> team().bits(); }
-    template <typename Field> __device__ Field option(Field dijiang_sampling_options::*field) const {
-        return params.options_per_row ? memory.options.*field : params.options.*field;
-    }
-    __device__ SampleNumbers numbers() const { return params.options_per_row ? memory.numbers : params.numbers; }
-    __device__ bool greedy() const { return option(&dijiang_sampling_options::temperature) == 0; }
-    __device__ Part part() const {
-        constexpr int kStaging = sizeof(SampleMemory);
-        return Part::make(params, cut, option(&dijiang_sampling_options::repetition_penalty), kStaging);
-    }
-    __device__ bool has_top_k() const {
-        const int top_k = option(&dijiang_sampling_options::top_k);
-        return top_k > 0 && top_k < params.buffers.vocabulary;
-    }
-    __device__ bool has_top_p() const { return option(&dijiang_sampling_options::top_p) < 1; }
-    __device__ void write(int status, int token) const {
-        const dijiang_sample_buffers& b = params.buffers;
-        b.row_status[row()] = status;
-        if (b.integers == DIJIANG_INT64) {
-            static_cast<int64_t*>(b.tokens)[row()] = token;
-        } else {
-            static_cast<int32_t*>(b.tokens)[row()] = token;
-        }
-    }
-};
 
 __device__ __forceinline__ bool possible(const dijiang_sampling_options& o) {
     return o.temperature >= 0 && o.temperature <= DBL_MAX && o.top_p > 0 && o.top_p <= 1 && o.min_p >= 0 &&
@@ -146,60 +82,6 @@ __device__ __forceinline__ Report survey(const Sampler& it) {
     return warp_report(lane < team.size ? memory.blocks[lane] : Report::none());
 }
 
-// Keeps the best tokens until their number, or their weight, reaches memory.target >= 1; all if that is not to be reached.
-// At most once for each filter, 0 first; the second keeps no more than the first.
-__device__ __forceinline__ void select(const Sampler& it, int filter, bool by_count) {
-    SelectMemory& memory = it.memory.select;
-    if (amount(memory.all, by_count) < memory.target) {
-        __syncthreads();  // the next filter has another target
-        return;
-    }
-    reach(memory, memory.running, {}, by_count);
-    const bool many = memory.inside.count > kListed;
-    if (many) {
-        if (threadIdx.x == 0) memory.part = it.part();
-        __syncthreads();
-        narrow(memory, it.cut.per_warp, it.cut.team, by_count);
-    }
-    const int bin = memory.bin;
-    list_places(it.part(), it.team(), it.memory.arrivals, memory, filter, [&](float exponent, float score, int id) {
-        if (!many) return memory.row.bin_at(exponent) == bin;
-        const uint64_t place = place_of(score, id);
-        return place >= memory.low_place && place <= memory.high_place;
-    });
-    cut_list(memory, by_count);
-}
-
-// top-k, and then top-p of what that left: memory.select.place is where the tokens begin that are kept.
-__device__ __forceinline__ void filter(const Sampler& it, const Softmax& softmax, const Report& found) {
-    SelectMemory& memory = it.memory.select;
-    {
-        const float range = fminf(-softmax.exponent(score_of(found.least_key)), -softmax.least_exponent);
-        const SelectedRow row = {softmax, found.best(), range > 0 ? fminf(kBins / range, FLT_MAX) : 0.0f};
-        if (threadIdx.x == 0) memory.row = row;
-        histogram(it.part(), softmax, memory, [&](float exponent, float, int) { return row.bin_at(exponent); });
-    }
-    add_up(it.team(), it.memory.arrivals, memory);
-    if (threadIdx.x < 32) {
-        const Tally all = warp_sum(memory.running[32 * threadIdx.x + 31]);
-        if (threadIdx.x == 0) memory.all = all, memory.kept = all.weight;
-    }
-#pragma unroll 1
-    for (int number = 0; number < kFilters; ++number) {
-        const bool by_count = number == 0;
-        if (by_count ? !it.has_top_k() : !it.has_top_p()) continue;
-        if (threadIdx.x == 0) {
-            const uint64_t total = memory.kept;
-            const double share = ceil(it.option(&dijiang_sampling_options::top_p) * static_cast<double>(total));
-            const uint64_t weight = min(max(static_cast<uint64_t>(share), uint64_t{1}), total);
-            memory.target =
-                by_count ? static_cast<uint64_t>(it.option(&dijiang_sampling_options::top_k)) : weight;
-        }
-        __syncthreads();
-        select(it, number, by_count);
-    }
-}
-
 __device__ __forceinline__ void sample_row(const SampleParams& params, const SampleCut& cut) {
     SampleMemory& memory = *reinterpret_cast<SampleMemory*>(shared_bytes());
     const Sampler it = {params, cut, memory};
@@ -229,7 +111,19 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
     }
     Softmax softmax = Softmax::make(score_of(found.best_key), it.numbers().rate, params.buffers.vocabulary);
     if (it.has_top_k() || it.has_top_p()) {
-        filter(it, softmax, found);
+        {
+            const float range = fminf(-softmax.exponent(score_of(found.least_key)), -softmax.least_exponent);
+            const float per_bin = range > 0 ? fminf(kBins / range, FLT_MAX) : 0.0f;
+            if (threadIdx.x == 0) memory.select.row = {softmax, found.best(), per_bin};
+            __syncthreads();
+        }
+        if (it.has_top_k() && it.option(&dijiang_sampling_options::top_k) <= kFew) {
+            if (choose_of_few(it)) return;
+            __syncthreads();
+            clear(memory.select);
+            __syncthreads();
+        }
+        filter(it);
         softmax = memory.select.row.softmax;  // not kept in registers meanwhile
     }
     const uint64_t least_weight = it.numbers().least_weight, kept_from = memory.select.place;

@@ -62,14 +62,18 @@ __device__ __forceinline__ uint64_t amount(const Tally& tally, bool by_count) {
     return by_count ? uint64_t{tally.count} : tally.weight;
 }
 
-// Counts and weighs the tokens that have weight: bin(exponent, score, id) says where; negative: nowhere.
-template <typename Bin>
+// Counts, or counts and weighs, the tokens that have weight: bin(exponent, score, id) says where; negative: nowhere.
+template <bool kWeights, typename Bin>
 __device__ __forceinline__ void histogram(const Part& part, const Softmax& softmax, SelectMemory& memory, Bin&& bin_of) {
     part.each([&](int id, float score) {
         const float exponent = softmax.exponent(score);
         if (!softmax.has_weight(exponent)) return;
         const int bin = bin_of(exponent, score, id);
         if (bin < 0) return;
+        if (!kWeights) {
+            atomicAdd(&memory.counts[bin], 1u);
+            return;
+        }
         const uint64_t weight = softmax.weight_at(exponent);
         const uint32_t low = static_cast<uint32_t>(weight);
         atomicAdd(&memory.counts[bin], 1u);
@@ -83,8 +87,8 @@ __device__ __forceinline__ Tally tally_of(const SelectMemory& memory, int bin) {
     return {memory.counts[bin], 0, uint64_t{memory.high[bin]} << 32 | memory.low[bin]};
 }
 
-// memory.running of all blocks' bins. Each block adds up its share of them and tells all. Once.
-__device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, SelectMemory& memory) {
+// memory.running of all blocks' bins. Each block adds up its share of them and tells all. Once as turn 0, once as 1.
+__device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, SelectMemory& memory, int turn) {
     const int thread = fresh_thread(), share_bits = kBinBits - team.bits(), share = 1 << share_bits;
     __syncthreads();
     const Tally own = tally_of(memory, thread);
@@ -95,9 +99,9 @@ __device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, Sel
     }
     const int start = team.rank() << share_bits;
     send(reinterpret_cast<uint4*>(memory.parts + start + (thread & (share - 1))), own.words(), thread >> share_bits,
-         &arrivals.parts);
+         &arrivals.parts[turn]);
     if (thread < share) {
-        await_arrival(&arrivals.parts);
+        await_arrival(&arrivals.parts[turn]);
         Tally sum = {};
 #pragma unroll
         for (int rank = 0; rank < kMostTeam; ++rank)
@@ -106,9 +110,9 @@ __device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, Sel
         uint4* const to = reinterpret_cast<uint4*>(memory.running + start + thread);
 #pragma unroll
         for (int rank = 0; rank < kMostTeam; ++rank)
-            if (rank < team.size) send(to, words, rank, &arrivals.totals);
+            if (rank < team.size) send(to, words, rank, &arrivals.totals[turn]);
     }
-    await_arrival(&arrivals.totals);
+    await_arrival(&arrivals.totals[turn]);
 }
 
 // The first bin up to which the target is reached, which some is; `start` lies before all bins.
@@ -142,7 +146,7 @@ __device__ __noinline__ void narrow(SelectMemory& memory, int per_warp, int team
         __syncthreads();
         clear(memory);
         __syncthreads();
-        histogram(part, row.softmax, memory, [&](float, float score, int id) {
+        histogram<true>(part, row.softmax, memory, [&](float, float score, int id) {
             const uint64_t place = place_of(score, id);
             return place >= low && place <= high ? static_cast<int>((high - place) >> shift) : -1;
         });

@@ -63,15 +63,21 @@ struct Team {
 
 // The counters of what blocks send, each used once.
 struct Arrivals {
-    uint64_t reports, parts, totals, lists[2], weights;
+    uint64_t reports, parts[2], totals[2], lists[2], weights;
 
     // By one thread, before the blocks appear. The lists' lengths are not known yet.
     __device__ void make(int team, int bins) {
-        for (uint64_t* const arrival : {&reports, &parts, &totals, &lists[0], &lists[1], &weights}) make_arrival(arrival);
+        make_arrival(&reports);
+        make_arrival(&weights);
         expect_arrival(&reports, 16 * team);
-        expect_arrival(&parts, 16 * bins);
-        expect_arrival(&totals, 16 * bins);
         expect_arrival(&weights, 8 * team);
+        for (int i = 0; i < 2; ++i) {
+            make_arrival(&parts[i]);
+            make_arrival(&totals[i]);
+            make_arrival(&lists[i]);
+            expect_arrival(&parts[i], 16 * bins);
+            expect_arrival(&totals[i], 16 * bins);
+        }
     }
 };
 
