@@ -81,7 +81,9 @@ int main(int count, char** words) {
         cases.push_back({"top-k", 1, vocabulary, options(0.9, 50, 1), false, false, 1.0f});
         cases.push_back({"top-p", 2, vocabulary, options(1.0, 0, 0.9), true, false, 1.0f});
         cases.push_back({"all", 1, vocabulary, options(0.7, 400, 0.95, 0.002, 1.3), true, true, 1.0f});
+        cases.push_back({"few", 1, vocabulary, options(0.8, 40, 0.9, 0.01, 1.2), true, false, 1.0f});
         cases.push_back({"crowded", 1, vocabulary, options(1.0, 2000, 0.5), false, false, 1e-7f});
+        cases.push_back({"no few", 1, vocabulary, options(1.0, 50, 0.5), false, false, 1e-7f});
     }
     if (!quick) cases.push_back({"many rows", 140, 9000, options(0.7, 40, 0.9), false, false, 1.0f});
     int bad = 0;
