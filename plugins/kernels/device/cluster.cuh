@@ -38,8 +38,8 @@ template <typename T> __device__ __forceinline__ T* in_block(T* shared, int rank
     return reinterpret_cast<T*>(address);
 }
 
-// A barrier that ends once, when as many bytes have been sent as are expected. One thread makes it and one says how many,
-// before or after they arrive; that it is made must be known to the senders.
+// A barrier that ends once, when as many bytes have been sent as are expected. One thread makes it and one says how
+// many, before or after they arrive; that it is made must be known to the senders.
 __device__ __forceinline__ void make_arrival(uint64_t* arrival) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
 }

@@ -1,5 +1,5 @@
-// Rows of which top-k keeps few tokens: all of them are listed, compared with each other, and drawn from, in every block
-// alike.
+// Rows of which top-k keeps few tokens: all of them are listed, compared with each other, and drawn from, in every
+// block alike.
 #pragma once
 
 #include "sampling/filter.cuh"
@@ -32,7 +32,8 @@ __device__ __forceinline__ int id_of_place(uint64_t place) { return static_cast<
 __device__ __forceinline__ bool choose_of_few(const Sampler& it) {
     SelectMemory& memory = it.memory.select;
     tally<false>(it, 0);
-    if (threadIdx.x == 0) memory.target = min(it.option(&dijiang_sampling_options::top_k), static_cast<int>(memory.all.count));
+    if (threadIdx.x == 0)
+        memory.target = min(it.option(&dijiang_sampling_options::top_k), static_cast<int>(memory.all.count));
     __syncthreads();
     reach(memory, memory.running, {}, true);
     const uint32_t count = memory.before.count + memory.inside.count;

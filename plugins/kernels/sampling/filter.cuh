@@ -20,8 +20,8 @@ template <bool kWeights> __device__ __forceinline__ void tally(const Sampler& it
     }
 }
 
-// Keeps the best tokens until their number, or their weight, reaches memory.target >= 1; all if that is not to be reached.
-// At most once for each filter, 0 first; the second keeps no more than the first.
+// Keeps the best tokens until their number, or their weight, reaches memory.target >= 1; all if that is not to be
+// reached. At most once for each filter, 0 first; the second keeps no more than the first.
 __device__ __forceinline__ void select(const Sampler& it, int filter, bool by_count) {
     SelectMemory& memory = it.memory.select;
     if (amount(memory.all, by_count) < memory.target) {

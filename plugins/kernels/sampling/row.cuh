@@ -56,14 +56,14 @@ __device__ __noinline__ float penalised(float logit, double penalty) {
     return static_cast<float>(fmin(fmax(wide, -double{FLT_MAX}), double{FLT_MAX}));
 }
 
-// This block's part of a row: `per_warp` ids for each of its warps, one after another. Made anew for each pass, from what
-// the compiler cannot know to be the same, since registers are scarce between them.
+// This block's part of a row: `per_warp` ids for each of its warps, one after another. Made anew for each pass, from
+// what the compiler cannot know to be the same, since registers are scarce between them.
 struct Part {
     const float* logits;
     const uint32_t* allowed;  // or null
     const uint32_t* seen;     // null where there is no penalty
     double penalty;
-    int kept;  // where this lane's scores are in shared memory, in bytes, -inf behind the last; 0: computed anew each time
+    int kept;  // where this lane's scores are in shared memory, in bytes, -inf behind the last; 0: they are not
     int first, last, count;  // this warp's ids, and how many times 32 they are
     int vocabulary;
 

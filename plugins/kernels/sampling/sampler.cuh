@@ -6,7 +6,7 @@
 
 namespace dijiang {
 
-// What a pass over a row, or some of it, finds. Keys and ids have an order of their own: the best key, of the lowest id.
+// What a pass over a row, or some of it, finds: the best key, and the lowest id that has it.
 struct Report {
     uint32_t best_key, best_id;
     uint32_t least_key;  // of the finite scores

@@ -37,7 +37,8 @@ DIJIANG_BOTH inline int weight_bits(int32_t vocabulary) {
 
 // The rate is within float32's normal range even for absurd temperatures: 0 and -inf times it are 0 and -inf.
 DIJIANG_BOTH inline SampleNumbers numbers_of(const dijiang_sampling_options& options, int32_t vocabulary) {
-    constexpr double kLog2e = 1.4426950408889634, kLeast = 1.17549435e-38, kMost = 3.40282347e+38;  // float32's normal ones
+    constexpr double kLog2e = 1.4426950408889634;
+    constexpr double kLeast = 1.17549435e-38, kMost = 3.40282347e+38;  // float32's normal numbers
     const double rate = kLog2e / options.temperature;
     const double least = ceil(options.min_p * static_cast<double>(uint64_t{1} << weight_bits(vocabulary)));
     return {static_cast<float>(rate < kLeast ? kLeast : rate > kMost ? kMost : rate),

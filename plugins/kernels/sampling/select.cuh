@@ -131,8 +131,9 @@ __device__ __forceinline__ void reach(SelectMemory& memory, const Tally* running
     __syncthreads();
 }
 
-// A bin with more tokens than can be compared: bins of places, until one has few enough. Rare, and out of line; the first
-// thread's part is in shared memory, lest it takes registers from the others. Leaves the range of places in memory.low_place and .high_place, and .before and .inside.
+// A bin with more tokens than can be compared: bins of places, until one has few enough. Rare, and out of line; the
+// first thread's part is in shared memory, lest it takes registers from the others. Leaves the range of places in
+// memory.low_place and .high_place, and .before and .inside.
 __device__ __noinline__ void narrow(SelectMemory& memory, int per_warp, int team_size, bool by_count) {
     const Team team{team_size};
     const Part part = memory.part.of_this_warp(per_warp);
@@ -166,8 +167,8 @@ __device__ __noinline__ void narrow(SelectMemory& memory, int per_warp, int team
     __syncthreads();
 }
 
-// The places of all blocks that are chosen, memory.inside.count <= kListed of them, in no order: memory.places, and what
-// they weigh.
+// The places of all blocks that are chosen, memory.inside.count <= kListed of them, in no order: memory.places, and
+// what they weigh.
 template <typename Choose>
 __device__ __forceinline__ void list_places(const Part& part, const Team& team, Arrivals& arrivals, SelectMemory& memory,
                                             int filter, Choose&& chosen) {
@@ -196,8 +197,8 @@ __device__ __forceinline__ void list_places(const Part& part, const Team& team, 
     __syncthreads();
 }
 
-// Of those places, behind others that are better: the one that reaches the target becomes memory.place. Each is compared
-// with all, by as many threads as there are for it.
+// Of those places, behind others that are better: the one that reaches the target becomes memory.place. Each is
+// compared with all, by as many threads as there are for it.
 __device__ __forceinline__ void cut_list(SelectMemory& memory, bool by_count) {
     const int thread = fresh_thread(), count = static_cast<int>(memory.inside.count);
     const int bits = min(__clz(max(count - 1, 1)) - 22, 5), each = 1 << bits, candidate = thread >> bits;  // 4 to 32 lanes

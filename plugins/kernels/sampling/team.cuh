@@ -20,8 +20,8 @@ struct Team {
     __device__ int rank() const { return size > 1 ? cluster_block() : 0; }
     __device__ int bits() const { return 31 - __clz(size); }  // size is a power of two
 
-    // Before anything is sent, blocks must know of each other that they run: the first half of that. The first thread has
-    // made the arrivals.
+    // Before anything is sent, blocks must know of each other that they run: the first half of that. The first thread
+    // has made the arrivals.
     __device__ void appear() const {
         if (size > 1) appear_in_cluster();
     }
@@ -44,8 +44,8 @@ struct Team {
         return size > 1 ? in_block(shared, other) : shared;
     }
 
-    // One warp of each block calls: what all its lanes hold is in places[rank] of all blocks, for those who have awaited
-    // that.
+    // One warp of each block calls: what all its lanes hold is in places[rank] of all blocks, for those who have
+    // awaited that.
     template <typename T> __device__ void tell(T* places, const T& mine, uint64_t* arrival) const {
         const int lane = static_cast<int>(threadIdx.x % 32);
         if (lane < size) give(places + rank(), mine, lane, arrival);
@@ -134,6 +134,8 @@ __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
     return low + (uint64_t{middle} << 21) + (uint64_t{high} << 42);
 }
 
-__device__ __forceinline__ Tally warp_sum(const Tally& x) { return {__reduce_add_sync(~0u, x.count), 0, warp_sum(x.weight)}; }
+__device__ __forceinline__ Tally warp_sum(const Tally& x) {
+    return {__reduce_add_sync(~0u, x.count), 0, warp_sum(x.weight)};
+}
 
 }  // namespace dijiang

@@ -122,7 +122,8 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, const Product* product, const M
         return kInvalidValue;
     if (a->rows != b->rows || d->rows != a->columns || d->columns != b->columns || c->type != d->type) return kInvalidValue;
     const bool biased = (product->epilogue & 4) != 0;
-    if (product->epilogue != 1 && ((product->epilogue & ~6u) != 0 || d->type == kFloat32 || d->rows % 8 != 0)) return kInvalidValue;
+    if (product->epilogue != 1 && ((product->epilogue & ~6u) != 0 || d->type == kFloat32 || d->rows % 8 != 0))
+        return kInvalidValue;
     if (biased != (product->bias != nullptr)) return kInvalidValue;
     if (preference->reductions != 2) return kInvalidValue;  // parts of sums in another type, or in any order
     for (const uint32_t alignment : preference->alignment)

@@ -159,7 +159,8 @@ inline void run_cluster(unsigned first, int count, dim3 size, unsigned char* sha
     }
     for (int left = 1; left > 0;) {
         left = 0;
-        for (int i = 0; i < count; ++i) left += run_once(*cluster[static_cast<size_t>(backwards ? count - 1 - i : i)], backwards);
+        for (int i = 0; i < count; ++i)
+            left += run_once(*cluster[static_cast<size_t>(backwards ? count - 1 - i : i)], backwards);
     }
     cluster.clear();
 }

@@ -123,7 +123,8 @@ Plan plan(const dijiang_linear_call& call, bool any_bias) {
             rounded = rounded && (call.rounded_biases >> term & 1) != 0;
         }
         const dijiang_linear_output& out = call.outputs[o];
-        const bool plain = out.activation == DIJIANG_IDENTITY, relu = out.activation == DIJIANG_RELU && out.residual == nullptr;
+        const bool plain = out.activation == DIJIANG_IDENTITY;
+        const bool relu = out.activation == DIJIANG_RELU && out.residual == nullptr;
         const bool added = rounded && out.width % kEpilogueColumns == 0;
         output.direct = output.terms == 1 && !any_bias && ((plain && (!bias || added)) || (relu && added));
         output.bias = output.direct && bias ? it.biases : -1;

@@ -26,7 +26,7 @@ struct Piece {
 
 struct Output {
     int32_t term, terms;
-    bool direct;   // the library's result is the output: one term, no activation but ReLU, no bias but one of T's numbers
+    bool direct;   // the library's result is the output: one term, no activation but ReLU, a bias of T's numbers at most
     int64_t bias;  // where that bias is, made T, in bytes; -1: there is none
 };
 

@@ -51,12 +51,14 @@ BatchPlan plan_batch(const dijiang_geometry& g, int32_t batch, const dijiang_dev
     const int64_t heads = int64_t{batch} * g.num_heads, bytes = 4 * heads * g.head_dim * g.head_dim;
     const int64_t vectors = int64_t{batch} * (g.num_heads + g.num_kv_heads);
     if (heads > INT32_MAX / 8 || vectors > INT32_MAX / 8) return plan;
-    const BatchKernels kernels = g.dtype == DIJIANG_FLOAT16 ? batch_kernels_f16(g.head_dim) : batch_kernels_bf16(g.head_dim);
+    const bool half = g.dtype == DIJIANG_FLOAT16;
+    const BatchKernels kernels = half ? batch_kernels_f16(g.head_dim) : batch_kernels_bf16(g.head_dim);
     if (kernels.features == nullptr || kernels.feature_memory > device.shared_memory) return plan;
     if (bytes <= device.multiprocessors * kernels.least_bytes) return plan;
     // A block's channels must be whole groups.
     const int32_t set = set_heads(g.num_heads, g.head_dim), splits = g.head_dim / kernels.width;
-    if (set > kernels.most_heads || (set > 1 && splits > 1) || (splits > 1 && kernels.width % g.num_heads != 0)) return plan;
+    if (set > kernels.most_heads || (set > 1 && splits > 1)) return plan;
+    if (splits > 1 && kernels.width % g.num_heads != 0) return plan;
     plan.kernels = kernels;
     plan.features = {static_cast<int32_t>(vectors), g.num_heads + g.num_kv_heads};
     plan.states = {splits, set, g.num_heads / set, g.num_heads / g.num_kv_heads, g.num_heads + g.num_kv_heads,

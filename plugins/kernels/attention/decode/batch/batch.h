@@ -23,8 +23,10 @@ struct StateCut {
 // The two kernels of an element type and a head size. Null if there are none.
 struct BatchKernels {
     const void *features = nullptr, *states = nullptr;
-    int32_t vectors = 0, slices = 0, feature_threads = 0, feature_memory = 0;  // of a block of the first; that share a vector
-    int32_t width = 0, head_threads = 0, most_heads = 0, head_memory = 0;  // columns; of each head of a block of the second
+    int32_t vectors = 0, feature_threads = 0, feature_memory = 0;  // of a block of the first
+    int32_t slices = 0;                                            // blocks that share a vector
+    int32_t width = 0;                                             // columns of a block of the second
+    int32_t head_threads = 0, head_memory = 0, most_heads = 0;     // of each of its heads; of the block
     int64_t least_bytes = 0;  // of states a multiprocessor, from where two launches were faster than one on an H100
 };
 BatchKernels batch_kernels_f16(int32_t head_dim);

@@ -1,9 +1,9 @@
 // The features of q and k of all rows and heads: RoPE, u P on tensor cores, softmax.
 //
-// u is float32. It is multiplied as a sum of three numbers of T, which have all its bits; P's are T's anyway. A block has
-// some vectors and some columns of P, a warp 16 of each. All that a block needs from memory it asks for at once. Where a
-// block has but some of the columns, its exponentials are relative to its own maximum, and whoever reads them makes up
-// for that with its maximum and sum.
+// u is float32. It is multiplied as a sum of three numbers of T, which have all its bits; P's are T's anyway. A block
+// has some vectors and some columns of P, a warp 16 of each. All that a block needs from memory it asks for at once.
+// Where a block has but some of the columns, its exponentials are relative to its own maximum, and whoever reads them
+// makes up for that with its maximum and sum.
 #pragma once
 
 #include "attention/attention.h"
@@ -111,7 +111,8 @@ __device__ __forceinline__ void make_features(const AttentionParams& p, const Fe
     uint4 eight[S::kRaw];
 #pragma unroll
     for (int i = 0; i < S::kRaw; ++i) {
-        const int at = thread + i * S::kThreads, v = at / (D / 8), vector = first + v, row = vector / cut.vectors_per_row;
+        const int at = thread + i * S::kThreads, v = at / (D / 8), vector = first + v;
+        const int row = vector / cut.vectors_per_row;
         eight[i] = {0, 0, 0, 0};
         if (vector < cut.vectors)
             eight[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(p.qkv) + row * p.qkv_batch_stride +

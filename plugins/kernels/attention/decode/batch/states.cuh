@@ -23,7 +23,8 @@ template <int D_, int W_, int Threads, int Ahead, int Slices, int MostHeads, int
     static constexpr int kMostHeads = MostHeads;                                       // of a block
     static constexpr int kBlocks = Blocks;                                             // with as many heads, at once
     static constexpr int kMemory = 8 * D + 4 * kSubs * W + 12 * W;                     // bytes, of each head
-    static_assert(kQuads * kSubs == Threads && kRows * kSubs == D && kRows % Ahead == 0 && Threads % 32 == 0, "untried");
+    static_assert(kQuads * kSubs == Threads && kRows * kSubs == D && kRows % Ahead == 0, "whole rows");
+    static_assert(Threads % 32 == 0, "whole warps");
     static_assert(W <= Threads, "a thread has a channel");
 };
 
