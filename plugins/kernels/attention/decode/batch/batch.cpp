@@ -47,6 +47,7 @@ cudaError_t start(const void* function, int32_t blocks, int32_t threads, int32_t
 
 BatchPlan plan_batch(const dijiang_geometry& g, int32_t batch, const dijiang_device& device) {
     BatchPlan plan = {};
+    if (code_for(device.compute_capability) < 90) return plan;  // it has not been timed elsewhere
     if (g.dtype != DIJIANG_FLOAT16 && g.dtype != DIJIANG_BFLOAT16) return plan;  // float32 stays off tensor cores
     const int64_t heads = int64_t{batch} * g.num_heads, bytes = 4 * heads * g.head_dim * g.head_dim;
     const int64_t vectors = int64_t{batch} * (g.num_heads + g.num_kv_heads);
