@@ -27,9 +27,9 @@ template <typename T, typename F, typename S> void run(const AttentionParams& p,
 
 template <typename T> void run(const AttentionParams& p, bool backwards) {
     switch (p.head_dim) {
-        case 64: return run<T, FeatureShape<64, 64>, StateShape<64, 64, 128, 8, 1, 4, 1>>(p, backwards);
-        case 80: return run<T, FeatureShape<80, 80>, StateShape<80, 80, 160, 10, 1, 3, 1>>(p, backwards);
-        case 256: return run<T, FeatureShape<256, 64>, StateShape<256, 64, 256, 8, 4, 1, 3>>(p, backwards);
+        case 64: return run<T, FeatureShape<64, 64>, StateShape<64, 64, 128, 8, 1, 4, 0, false>>(p, backwards);
+        case 80: return run<T, FeatureShape<80, 80>, StateShape<80, 80, 160, 10, 1, 3, 0, false>>(p, backwards);
+        case 256: return run<T, FeatureShape<256, 64>, StateShape<256, 64, 256, 8, 4, 1, 3, true>>(p, backwards);
         default: std::abort();
     }
 }

@@ -15,14 +15,16 @@
 namespace dijiang {
 namespace decode {
 
-template <int D_, int W_, int Threads, int Ahead, int Slices, int MostHeads, int Blocks> struct StateShape {
+template <int D_, int W_, int Threads, int Ahead, int Slices, int MostHeads, int Blocks, bool Early> struct StateShape {
     static constexpr int D = D_, W = W_, kThreads = Threads;  // of a head, or its part of W columns
     static constexpr int kQuads = W / 4, kSubs = Threads / kQuads, kRows = D / kSubs;  // rows of a thread
     static constexpr int kAhead = Ahead;                                               // of which it has asked for
     static constexpr int kSlices = Slices;                                             // of features: features.cuh
     static constexpr int kMostHeads = MostHeads;                                       // of a block
-    static constexpr int kBlocks = Blocks;                                             // with as many heads, at once
-    static constexpr int kMemory = 8 * D + 4 * kSubs * W + 12 * W;                     // bytes, of each head
+    static constexpr int kBlocks = Blocks;  // with as many heads, at once; 0: as many as its registers let in
+    // Norm and gate are asked for with the state, or when they are needed, which takes fewer registers.
+    static constexpr bool kEarly = Early;
+    static constexpr int kMemory = 8 * D + 4 * kSubs * W + (Early ? 12 : 4) * W;       // bytes, of each head
     static_assert(kQuads * kSubs == Threads && kRows * kSubs == D && kRows % Ahead == 0, "whole rows");
     static_assert(Threads % 32 == 0, "whole warps");
     static_assert(W <= Threads, "a thread has a channel");
@@ -51,8 +53,8 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
     constexpr int D = S::D, W = S::W;
     float2* const features = reinterpret_cast<float2*>(shared);                        // [head][D]: of q, of k
     float* const parts = reinterpret_cast<float*>(features + cut.set_heads * D);       // [head][sub][W]
-    float2* const affine = reinterpret_cast<float2*>(parts + cut.set_heads * S::kSubs * W);  // [head][W]
-    float* const raw = reinterpret_cast<float*>(affine + cut.set_heads * W);                 // likewise
+    float2* const affine = reinterpret_cast<float2*>(parts + cut.set_heads * S::kSubs * W);  // [head][W], if kEarly
+    float* const raw = reinterpret_cast<float*>(affine + (S::kEarly ? cut.set_heads * W : 0));  // likewise
     const int thread = static_cast<int>(threadIdx.x), unit = thread / S::kThreads, own = thread - unit * S::kThreads;
     const int quad = own % S::kQuads, sub = own / S::kQuads;
     const int block = static_cast<int>(blockIdx.x), part = block / cut.splits, split = block - part * cut.splits;
@@ -76,7 +78,7 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
     // A channel of GroupNorm and the gate.
     const int channel = head * D + split * W + own;
     float weight = 0.0f, bias = 0.0f, gate = 0.0f;
-    if (own < W) {
+    if (S::kEarly && own < W) {
         weight = __ldg(p.norm_weight + channel);
         bias = __ldg(p.norm_bias + channel);
         gate = silu(to_float(static_cast<const T*>(p.gate)[row * p.gate_batch_stride + channel]));
@@ -89,7 +91,10 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
         for (int j = 0; p.present_state != p.past_state && j < S::kRows; ++j)
             __stcg(reinterpret_cast<float4*>(present + j * S::kSubs * D),
                    __ldcg(reinterpret_cast<const float4*>(past + j * S::kSubs * D)));
-        if (own < W) output[unit * D + own] = from_float<T>(0.0f);
+        for (int x = own; x < W; x += S::kThreads) {  // once at most, as below: see there
+            output[unit * D + x] = from_float<T>(0.0f);
+            if constexpr (S::kEarly) break;
+        }
         return;
     }
     const float* const of_row = static_cast<const float*>(p.workspace) + int64_t{row} * cut.vectors_per_row * D;
@@ -105,7 +110,7 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
         }
         features[unit * D + i] = x;
     }
-    if (own < W) affine[unit * W + own] = {weight * gate, bias * gate};
+    if (S::kEarly && own < W) affine[unit * W + own] = {weight * gate, bias * gate};
     __syncthreads();
 
     float o[4] = {};
@@ -127,16 +132,22 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
     }
     *reinterpret_cast<float4*>(parts + (unit * S::kSubs + sub) * W + 4 * quad) = {o[0], o[1], o[2], o[3]};
     __syncthreads();
-    if (own < W) {
+    // Once at most. Written as a loop, it takes nvcc two registers fewer at d = 80, and two blocks find a place; with
+    // the three blocks of d = 256 the loop spills.
+    for (int x = own; x < W; x += S::kThreads) {
         float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < S::kSubs; ++i) sum += parts[(unit * S::kSubs + i) * W + own];
-        raw[unit * W + own] = sum * terms.read_scale;
+        for (int i = 0; i < S::kSubs; ++i) sum += parts[(unit * S::kSubs + i) * W + x];
+        raw[unit * W + x] = sum * terms.read_scale;
+        if constexpr (S::kEarly) break;
     }
     __syncthreads();
 
     // A warp a group. The block's channels are whole groups: of one head's part, or of all heads of the set.
     const int groups = cut.set_heads * W / p.num_heads;
+    const T* const opening = static_cast<const T*>(p.gate) + row * p.gate_batch_stride + first_head * D + split * W;
+    const float* const norm_weight = p.norm_weight + first_head * D + split * W;
+    const float* const norm_bias = p.norm_bias + first_head * D + split * W;
 #pragma unroll 1
     for (int group = thread / 32; group < groups; group += static_cast<int>(blockDim.x / 32)) {
         const int base = group * p.num_heads;
@@ -144,7 +155,12 @@ __device__ __forceinline__ void stream_states(const AttentionParams& p, const St
             p.num_heads, cut.inverse_channels, p.epsilon, [&](int c) { return raw[base + c]; },
             [&](int c, float y) {
                 const int x = base + c;
-                output[x] = from_float<T>(fmaf(y, affine[x].x, affine[x].y));
+                if constexpr (S::kEarly) {
+                    output[x] = from_float<T>(fmaf(y, affine[x].x, affine[x].y));
+                } else {
+                    const float normed = y * __ldg(norm_weight + x) + __ldg(norm_bias + x);
+                    output[x] = from_float<T>(normed * silu(to_float(opening[x])));
+                }
             });
     }
 }
