@@ -151,10 +151,12 @@ def test_a_launch_is_quantised_or_it_is_not() -> None:
             assert len(set(layer.own["linear"].get("term_weight_format", [0]))) == 1
 
 
-def quantised_parts(small: Small, widths: tuple[int, ...]) -> list[Tensor]:
+def quantised_parts(
+    small: Small, widths: tuple[int, ...], forms: tuple[str, ...] = ("int4", "int4")
+) -> list[Tensor]:
     parts = []
-    for width in widths:
-        words, scales = stored(small.rng, width, 64, "int4")
+    for width, form in zip(widths, forms, strict=True):
+        words, scales = stored(small.rng, width, 64, form)
         inputs = [small.x, small.network.constant(words), small.network.constant(scales)]
         parts.append(small.network.add("PLUGIN_V2", inputs, [(-1, 1, width)], [""], stored=True).outputs[0])
     return parts
@@ -193,6 +195,28 @@ def test_a_bias_behind_parts_stays_where_something_else_reads_them() -> None:
     for made in (small, twice):
         fields = [layer.own["linear"] for layer in plugins(made.network) if "linear" in layer.own]
         assert [each["term_bias"].tolist() for each in fields] == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("forms", "one"), [(("int4", "int8"), 1), (("int8", "int4"), 1), (("int4", "int4"), 2)]
+)
+def test_parts_become_one_matrix_of_the_same_numbers(forms: tuple[str, str], one: int) -> None:
+    small = Small()
+    small.check(added(small, beside(small, quantised_parts(small, (40, 24), forms))), whole=True)
+    (fields,) = [layer.own["linear"] for layer in plugins(small.network) if "linear" in layer.own]
+    assert fields["term_weight_format"].tolist() == [one] and fields["output_width"].tolist() == [64]
+    assert fields["term_bias"].tolist() == [1]
+    assert {"CONCATENATION", "ELEMENTWISE"}.isdisjoint(layer.kind for layer in needed_layers(small.network))
+
+
+def test_parts_stay_parts_where_something_else_reads_one() -> None:
+    small, other = Small(), Small()
+    parts = quantised_parts(small, (40, 24), ("int4", "int8"))
+    small.check(beside(small, parts), parts[1], whole=True)
+    mixed = [*quantised_parts(other, (40, 24), ("int4", "int8")), other.product(other.x, 8)]
+    other.check(beside(other, mixed), whole=True)
+    for made in (small, other):
+        assert "CONCATENATION" in [layer.kind for layer in needed_layers(made.network)]
 
 
 def test_floats_can_be_left_to_tensorrt() -> None:
@@ -237,14 +261,14 @@ class Small:
     def scalar(self, number: float) -> Tensor:
         return self.network.shuffled(self.network.constant(np.array(number, np.float16)), (1, 1, 1))
 
-    def check(self, *outputs: Tensor) -> Any:
+    def check(self, *outputs: Tensor, whole: bool = False) -> Any:
         """Rewritten, with the same outputs as before."""
         # An output of the network is a cast in real graphs.
         self.network.outputs = [
             self.network.add("CAST", [t], [t.shape], [""], function=lambda x: [x]).outputs[0] for t in outputs
         ]
         before = self.network.evaluate(self.given)
-        done = rewrite(Trt(), self.network)
+        done = rewrite(Trt(), self.network, whole=whole)
         same(before, self.network.evaluate(self.given))
         return done
 

@@ -28,8 +28,8 @@ TOOLS = {
     "synccheck": [],
     "racecheck": ["--racecheck-report=all"],
 }
-KERNELS = ("linear", "quantised", "attention", "step")
-ARGUMENTS = {"quantised": ("linear", "both")}
+KERNELS = ("linear", "quantised", "attention", "decode", "step", "sampling")
+ARGUMENTS = {"quantised": ("linear", "both"), "decode": ("attention", "decode")}
 """Kernels that another program calls: which, and what it is told."""
 KERNELS_THAT_ARRIVE = ("fused_kernel", "wide_features_kernel")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK|LEAK) SUMMARY: .*|\d+ calls, \d+ bad")
@@ -109,7 +109,9 @@ def main() -> int:
     parser.add_argument("--kernels", default=",".join(KERNELS), help="default: %(default)s")
     parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
     parser.add_argument(
-        "--built", type=Path, help="a folder with the programs compiled: linear, attention, step, control"
+        "--built",
+        type=Path,
+        help="a folder with the programs compiled: linear, attention, step, sampling, control",
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds per tool (default: %(default)s)")
     arguments = parser.parse_args()

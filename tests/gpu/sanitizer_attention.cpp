@@ -2,6 +2,7 @@
 //
 // Output, new state and workspace are left as cudaMalloc gives them, so that initcheck sees a read of what nobody
 // wrote. What the numbers are is the business of tests/kernels/test_kernels_gpu.py; here they must be finite.
+#include <cctype>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -93,14 +94,25 @@ int main(int count, char** words) {
     // With "quick": few small cases, for racecheck, which takes 1000 times longer. With "prefill": those alone that
     // compute capability 9.0 has a kernel of its own for.
     const bool prefill = count > 1 && std::strcmp(words[1], "prefill") == 0;
-    const bool quick = prefill || (count > 1 && std::strcmp(words[1], "quick") == 0);
+    const bool quick = prefill || (count > 1 && std::strcmp(words[count - 1], "quick") == 0);
     std::vector<Case> cases;
+    // With "decode": many states, which take two launches.
+    const bool decode = count > 1 && std::strcmp(words[1], "decode") == 0;
+    const int batches[][7] = {{16, 16, 64, 16, DIJIANG_FLOAT16, 200, 40},  {12, 4, 64, 64, DIJIANG_BFLOAT16, 270, 0},
+                              {32, 32, 80, 20, DIJIANG_FLOAT16, 22, 0},   {32, 32, 128, 32, DIJIANG_BFLOAT16, 26, 40},
+                              {8, 8, 256, 64, DIJIANG_FLOAT16, 51, 0}};
+    for (const auto& s : batches) {
+        if (!decode) break;
+        std::vector<int32_t> lens(static_cast<size_t>(s[5]), 1);
+        lens[2] = 0;
+        cases.push_back({s[0], s[1], s[2], s[3], s[4], s[6], 1, lens, s[6] == 0});
+    }
     const int shapes[][4] = {{16, 16, 64, 16}, {12, 4, 64, 64},  {32, 32, 80, 20}, {4, 2, 128, 32}, {8, 8, 256, 64},
                              {13, 13, 16, 6},  {5, 5, 48, 0},    {1, 1, 64, 10},   {3, 1, 96, 96},  {2, 2, 112, 0},
                              {6, 2, 32, 8},    {40, 40, 128, 0}, {2, 1, 160, 80},  {2, 2, 208, 14}, {2, 1, 240, 30}};
     int turn = 0;
     for (const auto& s : shapes) {
-        if (quick) break;
+        if (quick || decode) break;
         for (int dtype = 0; dtype < 3; ++dtype) {
             const bool tables = turn % 2 == 1, in_place = turn / 2 % 2 == 1;
             cases.push_back({s[0], s[1], s[2], s[3], dtype, tables ? 40 : 0, 1, {1, 0, 1}, in_place});
@@ -112,7 +124,7 @@ int main(int count, char** words) {
     const int small[][5] = {{3, 1, 64, 16, 1}, {8, 4, 64, 16, 1}, {2, 2, 80, 20, 2}, {1, 1, 128, 32, 1},
                             {1, 1, 256, 64, 1}, {3, 3, 48, 0, 2},  {3, 1, 64, 16, 0}, {1, 1, 208, 14, 0}};
     for (const auto& s : small) {
-        if (!quick || prefill) break;
+        if (!quick || decode || prefill) break;
         cases.push_back({s[0], s[1], s[2], s[3], s[4], 40, 1, {1, 0}, true});
         cases.push_back({s[0], s[1], s[2], s[3], s[4], 0, 70, {66}, false});
     }
@@ -124,6 +136,7 @@ int main(int count, char** words) {
         return lens;
     };
     for (const int dtype : {DIJIANG_FLOAT16, DIJIANG_BFLOAT16}) {
+        if (decode) break;
         cases.push_back({8, 4, 64, 16, dtype, 0, 130, {130}, true});
         cases.push_back({8, 8, 64, 64, dtype, 0, 330, one_of(17, 330), false});
         cases.push_back({8, 8, 64, 16, dtype, 0, 600, one_of(8, 600), true});
@@ -132,14 +145,14 @@ int main(int count, char** words) {
         cases.push_back({16, 16, 80, 20, dtype, 0, 270, one_of(9, 270), false});
     }
     // Enough rows for the plans that a full GPU gets, and a long text.
-    if (!quick) {
+    if (!quick && !decode) {
         cases.push_back({16, 16, 64, 16, DIJIANG_FLOAT16, 0, 1, std::vector<int32_t>(64, 1), true});
         cases.push_back({32, 32, 128, 32, DIJIANG_BFLOAT16, 0, 1, std::vector<int32_t>(16, 1), true});
         cases.push_back({16, 16, 64, 16, DIJIANG_FLOAT16, 0, 2048, {2048}, true});
         cases.push_back({8, 8, 256, 64, DIJIANG_FLOAT16, 0, 700, {700, 333}, true});
     }
     // A number: this case alone.
-    if (count > 2) cases = {cases.at(std::strtoul(words[2], nullptr, 10))};
+    if (count > 2 && std::isdigit(static_cast<unsigned char>(words[2][0]))) cases = {cases.at(std::strtoul(words[2], nullptr, 10))};
     int bad = 0;
     for (const Case& c : cases) bad += !run(c);
     std::printf("%zu calls, %d bad\n", cases.size(), bad);

@@ -144,6 +144,43 @@ def test_real_models(engine: CudaEngine, dtype: str, name: str) -> None:
         check(engine, replace(MODELS[name], dtype=dtype, length=length, batch=batch, lens=lens, seed=batch))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "batch"),
+    [
+        (16, 16, 64, 200),
+        (32, 4, 64, 100),
+        (12, 12, 64, 270),
+        (12, 6, 80, 60),
+        (32, 32, 128, 26),
+        (8, 8, 256, 51),
+    ],
+)
+def test_many_states(engine: CudaEngine, dtype: str, heads: int, kv_heads: int, d: int, batch: int) -> None:
+    """In two launches; and several steps in a graph give what they give one by one."""
+    lens = tuple(int(i % 7 != 3) for i in range(batch))
+    case = Case(
+        heads=heads, kv_heads=kv_heads, d=d, dtype=dtype, batch=batch, lens=lens, rotary=d // 2,
+        decay="trained" if heads < 32 else "official", position=290, seed=batch,
+    )  # fmt: skip
+    call = make_call(case, "cuda")
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert engine.plan(call).startswith("decode batch"), engine.plan(call)
+    for layout in (DENSE, IN_PLACE, GAPS):
+        check(engine, case, layout)
+    one_by_one, arena = Arena(engine, call, IN_PLACE), Arena(engine, call, IN_PLACE)
+    for _ in range(6):
+        one_by_one.launch()
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(6):
+            arena.launch(stream_number(torch.cuda.current_stream()))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(same_bits(a, b) for a, b in zip(arena.results(), one_by_one.results(), strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("position", [2**24 - 1200, 2**20, 1_000_000])
 def test_far_positions(engine: CudaEngine, dtype: str, position: int) -> None:

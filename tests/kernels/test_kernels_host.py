@@ -394,6 +394,23 @@ def test_sizes_suffice_for_every_smaller_call(
         assert plan.startswith(family) and "\n" not in plan
 
 
+def test_many_states_take_two_launches(kernels: Kernels) -> None:
+    """Where every head size has the kernels, GroupNorm's groups allow it, and there is enough to stream."""
+
+    def plan(heads: int, d: int, batch: int, dtype: Any = "float16") -> str:
+        return kernels.plan(Geometry(heads, heads, d, dtype=dtype), batch, 1, H200)
+
+    assert plan(16, 64, 256) == "decode batch splits=1 heads=1 ctas=256+4096 threads=256+128"
+    assert plan(32, 80, 64) == "decode batch splits=1 heads=2 ctas=128+1024 threads=320+320"
+    assert plan(32, 128, 64) == "decode batch splits=1 heads=1 ctas=128+2048 threads=512+256"
+    assert plan(8, 256, 64) == "decode batch splits=4 heads=1 ctas=128+2048 threads=256+256"
+    others = (plan(16, 64, 64), plan(16, 64, 256, "float32"), plan(16, 96, 256), plan(40, 128, 256))
+    assert not any(other.startswith("decode batch") for other in (*others, plan(12, 256, 256)))
+    geometry = Geometry(32, 4, 64, dtype="bfloat16")
+    assert kernels.workspace_size(geometry, 100, 1, H200) == 4 * 100 * 36 * 64
+    assert kernels.workspace_size(Geometry(8, 8, 256), 64, 1, H200) == 4 * 64 * 16 * (256 + 8)
+
+
 def test_hopper_s_own_prefill(kernels: Kernels) -> None:
     """Where its code is in the library: compute capability 9.0, geometric decay, whole groups in a block."""
     if "sm_90" not in kernels.architectures:

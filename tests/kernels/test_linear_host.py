@@ -138,6 +138,15 @@ def test_weight_formats_that_cannot_be(kernels: LinearKernels) -> None:
             kernels.call("dijiang_linear", ctypes.byref(call), 0)
 
 
+def test_biases_of_terms_that_are_not_there(kernels: LinearKernels) -> None:
+    call = linear_call([linear(2, 64, 8)], False)
+    for field, value in (("rounded_biases", 2), ("reserved", 1)):
+        setattr(call, field, value)
+        with pytest.raises(KernelError, match=f"{field} is out of range"):
+            kernels.call("dijiang_linear", ctypes.byref(call), 0)
+        setattr(call, field, 0)
+
+
 def test_rows_that_do_not_fit_are_split(kernels: LinearKernels) -> None:
     assert numbers(kernels.linear_plan([linear(8, 1024, 64)], L4))["passes"] == 1
     assert numbers(kernels.linear_plan([linear(8, 12800, 2560)], L4))["passes"] > 1

@@ -94,6 +94,23 @@ def test_a_product(
     run(emulated, [case], backwards=rows % 2 == 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["same", "int4"])
+def test_biases_of_the_types_numbers(emulated: Any, dtype: Any, form: str) -> None:
+    """The library adds them; those of sums that have something else to come are added as others are."""
+    kinds: dict[str, Any] = {"bias": "rounded", "weight_format": form}
+    run(emulated, [many(dtype, 18, [96], 300, residual=True, **kinds)])
+    run(emulated, [
+        many(dtype, 18, [96], 300, **kinds), many(dtype, 18, [96], 24, norm="layer_norm", seed=1, **kinds),
+        many(dtype, 18, [96], 40, activation="gelu", seed=2, **kinds),
+        many(dtype, 18, [96], 9, weight_format=form, seed=3),
+    ])  # fmt: skip
+    run(emulated, [many(dtype, 18, [96, 64], 40, residual=True, **kinds)])
+    run(emulated, [many(dtype, 18, [96], 40, activation="relu", **kinds)])
+    run(emulated, [many(dtype, 18, [96], 40, activation="relu", residual=True, **kinds)])
+    run(emulated, [many(dtype, 18, [96], 43, **kinds)])
+
+
 @pytest.mark.parametrize("forms", [["same", "same"], ["int4", "int8"]])
 def test_two_terms(emulated: Any, forms: list[str]) -> None:
     run(emulated, [many(torch.float16, 20, [96, 160], 24, weight_format=forms, residual=True)])

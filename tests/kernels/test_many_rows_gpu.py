@@ -5,6 +5,7 @@ Skipped, with the reason, without a GPU, the compiled kernels, or cuBLASLt.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -85,6 +86,37 @@ def test_activations(kernels: LinearKernels, dtype: Any, form: str, activation: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("rows", [150, 2048])
+@pytest.mark.parametrize("width", [1, 9, 8, 520, 640, 3072])
+@pytest.mark.parametrize(
+    ("activation", "residual"), [("identity", False), ("identity", True), ("relu", False)]
+)
+def test_biases_of_the_types_numbers(
+    kernels: LinearKernels, dtype: Any, form: str, rows: int, width: int, activation: str, residual: bool
+) -> None:
+    """cuBLASLt adds them, before it rounds, where the width lets it."""
+    case = many(
+        dtype, rows, [1024], width, residual=residual, activation=activation, bias="rounded", seed=width,
+        weight_format=form,
+    )  # fmt: skip
+    run(kernels, [case], workspace=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_biases_of_several_kinds(kernels: LinearKernels, dtype: Any, form: str) -> None:
+    kinds: dict[str, Any] = {"bias": "rounded", "weight_format": form}
+    run(kernels, [
+        many(dtype, 300, [1024], 3072, **kinds),
+        many(dtype, 300, [1024], 1024, norm="layer_norm", seed=1, **kinds),
+        many(dtype, 300, [1024], 1000, weight_format=form, seed=2),
+        many(dtype, 300, [1024], 4096, activation="gelu", seed=3, **kinds),
+    ], constant=True, workspace=True)  # fmt: skip
+    run(kernels, [many(dtype, 300, [1024, 4096], 1024, residual=True, **kinds)], workspace=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("forms", [["same", "same"], ["int4", "int4"], ["int4", "int8"]])
 def test_two_terms_are_added(kernels: LinearKernels, dtype: Any, forms: list[str]) -> None:
     for inner in ([1024, 4096], [32, 4096], [96, 64], [288, 288]):
@@ -124,8 +156,8 @@ def test_every_integer_is_itself(kernels: LinearKernels, dtype: Any, form: str) 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_numbers_that_are_none_stay_so(kernels: LinearKernels, form: str) -> None:
-    for activation in ACTIVATIONS[:-1]:
-        case = many(torch.float16, 80, [288], 64, activation=activation, weight_format=form)
+    for activation, bias in itertools.product(ACTIVATIONS[:-1], (True, "rounded")):
+        case = many(torch.float16, 80, [288], 64, activation=activation, weight_format=form, bias=bias)
         case.output.terms[0].input[1, 17] = float("nan")
         kernels.linear([case.output], workspace=workspace_for(kernels, [case.output]))
         torch.cuda.synchronize()

@@ -52,6 +52,13 @@ def test_workspaces_are_bounded(kernels: LinearKernels) -> None:
     assert kernels.workspace_size([quantised(LEAST_ROWS - 1, 2560, 50304, "int4")]) == 0
 
 
+def test_a_workspace_is_for_biases_of_any_numbers(kernels: LinearKernels) -> None:
+    """A plan does not know them when it reserves memory."""
+    plain = [quantised(200, 1024, width, "int4") for width in (3072, 1000, 64)]
+    marked = [replace(it, terms=[replace(it.terms[0], bias_is_rounded=True)]) for it in plain]
+    assert kernels.workspace_size(plain) == kernels.workspace_size(marked)
+
+
 def test_a_workspace_that_cannot_be(kernels: LinearKernels) -> None:
     output = quantised(128, 1024, 64, "int4")
     call, size = linear_call([output], False), kernels.workspace_size([output])

@@ -84,7 +84,7 @@ def make(
     *,
     activation: Any = "identity",
     norm: Any = "norm_none",
-    bias: bool = True,
+    bias: bool | str = True,
     residual: bool = False,
     seed: int = 0,
     weight_format: str | list[str] = "same",
@@ -94,6 +94,7 @@ def make(
     """A random output, with quantised weights as they are.
 
     `rounded`: or else rounded to the type, all of them, as a library multiplies that is faster at some sizes.
+    `bias` may be "rounded": of the type's numbers, which the call then says.
     The bound: half a unit in the last place of the result, float32 sums, and with a norm that an element
     of it may be rounded to its other neighbour."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -118,7 +119,10 @@ def make(
         )  # fmt: skip
         weights.append(weight)
         stored.append(packed)
-    biases = [draw(width, kind=torch.float32) if bias else None for _ in inner]
+    biases = [
+        draw(width, kind=dtype if bias == "rounded" else torch.float32).float() if bias else None
+        for _ in inner
+    ]
     norm_weight = norm_bias = None
     epsilon = 1e-5
     if norm != "norm_none":
@@ -153,7 +157,9 @@ def make(
     guarded[GUARD:-GUARD] = float("nan")
     output = LinearOutput(
         guarded[GUARD:-GUARD].view(rows, width),
-        [LinearTerm(*term) for term in zip(inputs, stored, biases, formats, strict=True)],
+        [
+            LinearTerm(*term, bias == "rounded") for term in zip(inputs, stored, biases, formats, strict=True)
+        ],
         activation, rest, norm, norm_weight, norm_bias, epsilon if norm != "norm_none" else 0.0,
     )  # fmt: skip
     return Case(output, guarded, allowed)

@@ -18,6 +18,7 @@ from dijiang_engines.building.product_layers import Output, Product, Rewritten, 
 from dijiang_engines.building.step_graph import POINTWISE, Floats, Graph, Node, read_graph
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.kernels import abi
+from dijiang_engines.weight_formats import BLOCK, ZERO
 
 MAX_BATCH = 8
 """Rows of a step above which TensorRT's products are used: more do not share one reading of the weights."""
@@ -46,7 +47,13 @@ def has_quantised(trt: Any, network: Any) -> bool:
 
 
 def rewrite(
-    trt: Any, network: Any, *, dtype: str = "float16", floats: bool = True, norms: bool = True
+    trt: Any,
+    network: Any,
+    *,
+    dtype: str = "float16",
+    floats: bool = True,
+    norms: bool = True,
+    whole: bool = False,
 ) -> Rewritten:
     """Replace products by plugin layers.
 
@@ -56,6 +63,8 @@ def rewrite(
         dtype: of its activations, float16 or bfloat16.
         floats: take products with float16 weights too, which pay in steps alone.
         norms: take norms along: the kernel that has them is for few rows.
+        whole: make one matrix of those that are stored in parts, of int8 where the parts have several
+            formats: the same numbers, of more bytes, which many rows do not notice.
 
     Returns:
         Counts, and what must be kept alive.
@@ -78,6 +87,8 @@ def rewrite(
             found.append(product)
         elif node.kind == "MATRIX_MULTIPLY":
             done.left += 1
+    if whole:
+        found = _whole_matrices(graph, found)
     _biases_behind_parts(graph, found)
     order = graph.order()  # a launch reads the results of those before it
     launches = list(_launches(list(_outputs(graph, found))))
@@ -161,6 +172,47 @@ def _added(graph: Graph, tensor: Any, width: int) -> tuple[Any, Any]:
     if bias is None or bias.size != width or made.name in graph.outputs:
         return None, None
     return _floats(bias), made
+
+
+def _whole_matrices(graph: Graph, products: list[Product]) -> list[Product]:
+    """Parts of a matrix whose results are put side by side, and read by nothing else, become one product."""
+    by_result = {product.result.name: product for product in products}
+    for node in graph.nodes:
+        if node.kind != "CONCATENATION":
+            continue
+        parts = [by_result[tensor.name] for tensor in node.inputs if tensor.name in by_result]
+        made = node.outputs[0]
+        if len(parts) < len(node.inputs) or made.name in graph.outputs:
+            continue
+        of_one = len({(part.input.name, part.inner) for part in parts}) == 1
+        bare = all(
+            part.quantised and (part.bias, part.norm, part.activation) == (None, None, "identity")
+            and _only_reader(graph, part.result) is node
+            for part in parts
+        )  # fmt: skip
+        if not (of_one and bare) or made.shape[-1] != sum(part.width for part in parts):
+            continue
+        formats = {part.weight_format for part in parts}
+        form = parts[0].weight_format if len(formats) == 1 else "int8"
+        one = Product(
+            parts[0].input, np.concatenate([_stored_as(form, part) for part in parts]), made,
+            weight_format=form, scales=np.concatenate([part.scales for part in parts]),
+        )  # fmt: skip
+        _take_along(graph, one, norms=False)
+        products = [one, *(product for product in products if product not in parts)]
+        by_result = {product.result.name: product for product in products}
+    return products
+
+
+def _stored_as(form: str, part: Product) -> Any:
+    """The same integers, with the same scales."""
+    if part.weight_format == form:
+        return part.weight
+    more = ZERO["int8"] - ZERO["int4"]
+    wide = np.empty((*part.weight.shape[:2], BLOCK), np.uint8)
+    wide[..., 0::2] = (part.weight & 15) + more
+    wide[..., 1::2] = (part.weight >> 4) + more
+    return wide
 
 
 def _biases_behind_parts(graph: Graph, products: list[Product]) -> None:

@@ -133,7 +133,12 @@ def _build_layers(
         if request.plugin_products or has_quantised(trt, network[1]):
             few = request.most_rows <= MAX_NORM_ROWS
             products = rewrite(
-                trt, network[1], dtype=request.dtype, floats=request.plugin_products, norms=few
+                trt,
+                network[1],
+                dtype=request.dtype,
+                floats=request.plugin_products,
+                norms=few,
+                whole=not few,
             )
             print(f"products of the plugin: {products.to_json()}", file=sys.stderr)
         if typed:

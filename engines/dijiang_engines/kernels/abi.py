@@ -178,6 +178,8 @@ class LinearCallStruct(ctypes.Structure):
         ("output_count", c_int32),
         ("constant_weights", c_int32),
         ("weight_formats", c_uint32),
+        ("rounded_biases", c_uint32),
+        ("reserved", c_uint32),
         ("terms", LinearTermStruct * LINEAR_MAX_TERMS),
         ("outputs", LinearOutputStruct * LINEAR_MAX_OUTPUTS),
     ]

@@ -32,6 +32,8 @@ class LinearTerm:
     """float32 [N], or None."""
     weight_format: Literal["same", "int8", "int4"] = "same"
     """Quantised, the weight is uint8 [bytes], as dijiang_engines.kernels.packing.pack makes it."""
+    bias_is_rounded: bool = False
+    """The bias' numbers are T's."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def linear_call(outputs: Sequence[LinearOutput], constant_weights: bool) -> abi.
                 device_array("input", term.input).shape[-1],
             ]
             weight.require(["uint8"], [packed_bytes(term.weight_format, *sizes)], 0)
+        call.rounded_biases |= int(term.bias_is_rounded) << t
         call.weight_formats |= abi.WEIGHT_FORMATS[term.weight_format] << (8 * t)
         call.terms[t] = abi.LinearTermStruct(
             input=_matrix(f"terms[{t}].input", term.input, dtype, rows, sizes[1]),

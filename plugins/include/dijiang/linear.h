@@ -79,6 +79,9 @@ typedef struct {
     int32_t constant_weights; /* 1: no work on the stream writes weights, biases or norms, so that they may
                                  be read while the work before still runs */
     uint32_t weight_formats;  /* a dijiang_weight_format of each term, term t's in bits 8 t to 8 t + 7 */
+    uint32_t rounded_biases;  /* bit t: every number of term t's bias is one of T's, or it has none. Saves a pass over
+                                 products of many rows; changes no result by more than the order of a sum does */
+    uint32_t reserved;        /* 0 */
     dijiang_linear_term terms[DIJIANG_LINEAR_MAX_TERMS];
     dijiang_linear_output outputs[DIJIANG_LINEAR_MAX_OUTPUTS];
 } dijiang_linear_call;
@@ -89,10 +92,10 @@ DIJIANG_API dijiang_status dijiang_linear(const dijiang_linear_call* call, dijia
 /* The same with memory to work in, for prefill: a call of many rows, with any weights, norms and activations, is then
  * done by cuBLASLt where the process has it (libcublasLt.so.13, .12 or .11, found at run time; the environment's
  * DIJIANG_CUBLASLT names another file, or "none"). Quantised weights are first made T, each rounded once; a norm's
- * rows too; sums stay float32 until the output is stored. A shape has one algorithm on a device, so that equal calls
- * have equal bits; a row's bits depend on how many rows there are, and are not those of dijiang_linear. Without cuBLASLt,
- * with up to 16 rows, with a workspace of NULL, and up to 128 rows where the kernels for quantised weights are expected to
- * be faster, it is dijiang_linear.
+ * rows too; sums stay float32 until the output is stored, also where cuBLASLt itself adds a bias (rounded_biases) or
+ * makes ReLU. A shape has one algorithm on a device, so that equal calls have equal bits; a row's bits depend on how
+ * many rows there are, and are not those of dijiang_linear. Without cuBLASLt, with up to 16 rows, with a workspace of
+ * NULL, and up to 128 rows where the kernels for quantised weights are expected to be faster, it is dijiang_linear.
  *
  * workspace: a multiple of 256, overlaps nothing else of the call, holds nothing between calls. */
 DIJIANG_API dijiang_status dijiang_linear_with_workspace(const dijiang_linear_call* call, void* workspace,

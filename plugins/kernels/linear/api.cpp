@@ -72,6 +72,8 @@ dijiang_status check_shape(const dijiang_linear_call& call) {
     DIJIANG_TRY(check_count("term_count", call.term_count, 1, DIJIANG_LINEAR_MAX_TERMS));
     DIJIANG_TRY(check_count("output_count", call.output_count, 1, DIJIANG_LINEAR_MAX_OUTPUTS));
     DIJIANG_TRY(check_count("constant_weights", call.constant_weights, 0, 1));
+    DIJIANG_TRY(check_count("rounded_biases", call.rounded_biases, 0, (int64_t{1} << call.term_count) - 1));
+    DIJIANG_TRY(check_count("reserved", call.reserved, 0, 0));
     DIJIANG_TRY(check_formats(call));
     int32_t last = 0;
     for (int32_t t = 0; t < call.term_count; ++t) {

@@ -85,6 +85,7 @@ dijiang_status check_sample(const dijiang_sampling_options* options, SampleParam
                         "options is missing; got NULL; expected options or row_options");
         DIJIANG_TRY(check_options(*options));
         params.options = *options;
+        params.numbers = numbers_of(*options, b.vocabulary);
     }
     if (b.batch == 0) return DIJIANG_OK;
     const int64_t integer = integer_size(b.integers), words_of_row = words(b.vocabulary), batch = b.batch;
@@ -170,7 +171,7 @@ dijiang_status sample(const dijiang_sampling_options* options, const dijiang_sam
     DIJIANG_TRY(current_device(device));
     const bool greedy = !params.options_per_row && params.options.temperature == 0;
     const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, greedy);
-    const cudaError_t error = launch_sample(params, cut, device, stream);
+    const cudaError_t error = launch_sample(params, cut, device, can_overlap(device), stream);
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the sampling kernel");
 }
 

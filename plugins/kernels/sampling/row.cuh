@@ -4,7 +4,8 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "sampling/sampling.h"
+#include "device/registers.cuh"
+#include "device/shared.cuh"
 #include "sampling/team.cuh"
 
 namespace dijiang {
@@ -21,34 +22,31 @@ __device__ __forceinline__ float score_of(uint32_t key) {
     return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }
 
-// A token's place in the order of all: greater is better, and of equal scores the lower id is. No two are
-// equal.
+// A token's place in the order of all: greater is better, and of equal scores the lower id is. No two are equal, and
+// none is 0.
 __device__ __forceinline__ uint64_t place_of(float score, int id) {
     return uint64_t{key_of(score)} << 32 | ~static_cast<uint32_t>(id);
 }
+__device__ __forceinline__ float score_of_place(uint64_t place) { return score_of(static_cast<uint32_t>(place >> 32)); }
 
-// exp((score - best) / temperature) as an integer, 2^shift for the best. Sums of integers do not depend on
-// their order; a whole vocabulary's stays below 2^63.
+// exp((score - best) / temperature) as an integer, 2^weight_bits for the best. Sums of integers do not depend on their
+// order; a whole vocabulary's stays below 2^63.
 struct Softmax {
-    float best, rate, scale;
-    int shift;
+    float best, rate, scale, least_exponent;  // below that nothing has weight
 
-    // Double precision is slow on most GPUs: for one thread to call.
-    __device__ static Softmax make(float best, double temperature, int vocabulary) {
-        constexpr double kLog2e = 1.4426950408889634;
-        const int shift = 62 - (32 - __clz(vocabulary - 1));
-        // Within float32's normal range even for absurd temperatures: 0 and -inf times it are 0 and -inf.
-        const double rate = fmin(fmax(kLog2e / temperature, double{FLT_MIN}), double{FLT_MAX});
-        return {best, static_cast<float>(rate), ldexpf(1.0f, shift), shift};
+    static __device__ Softmax make(float best, float rate, int vocabulary) {
+        const int bits = weight_bits(vocabulary);
+        return {best, rate, __uint_as_float(static_cast<uint32_t>(127 + bits) << 23), -static_cast<float>(bits + 1)};
     }
 
-    // log2 of the weight relative to the best, <= 0. Rounded step by step, so that it is the same wherever it
-    // is asked.
+    // log2 of the weight relative to the best, <= 0. Rounded step by step, so that it is the same wherever it is asked.
     __device__ float exponent(float score) const { return __fmul_rn(__fsub_rn(score, best), rate); }
-
+    __device__ bool has_weight(float exponent) const { return exponent >= least_exponent; }
+    // Of an exponent that has weight; may be 0 for the least.
+    __device__ uint64_t weight_at(float exponent) const { return __float2ull_rn(__fmul_rn(exp2f(exponent), scale)); }
     __device__ uint64_t weight(float score) const {
         const float e = exponent(score);
-        return e < -static_cast<float>(shift + 1) ? 0 : __float2ull_rn(__fmul_rn(exp2f(e), scale));
+        return has_weight(e) ? weight_at(e) : 0;
     }
 };
 
@@ -58,51 +56,92 @@ __device__ __noinline__ float penalised(float logit, double penalty) {
     return static_cast<float>(fmin(fmax(wide, -double{FLT_MAX}), double{FLT_MAX}));
 }
 
-// This block's part of a row: `per_warp` ids for each of its warps, one after another.
+// This block's part of a row: `per_warp` ids for each of its warps, one after another. Made anew for each pass, from
+// what the compiler cannot know to be the same, since registers are scarce between them.
 struct Part {
     const float* logits;
     const uint32_t* allowed;  // or null
     const uint32_t* seen;     // null where there is no penalty
-    const double* penalty;    // in shared memory: registers are scarce
-    float* staged;            // this part's scores in shared memory, or null: computed anew each time
-    int begin, end, per_warp;
+    double penalty;
+    int kept;  // where this lane's scores are in shared memory, in bytes, -inf behind the last; 0: they are not
+    int first, last, count;  // this warp's ids, and how many times 32 they are
+    int vocabulary;
+
+    // staging: where the block's scores are, if they are kept.
+    static __device__ Part make(const SampleParams& params, const SampleCut& cut, double penalty, int staging) {
+        const dijiang_sample_buffers& b = params.buffers;
+        const Team team{cut.team};
+        const int thread = fresh_thread();
+        const int64_t row = opaque(static_cast<int>(blockIdx.x)) >> team.bits();
+        const int64_t place = int64_t{team.rank() * kWarps + thread / 32} * cut.per_warp;
+        Part it;
+        it.logits = b.logits + row * b.logits_row_stride;
+        it.allowed = b.allowed == nullptr ? nullptr : b.allowed + row * b.allowed_row_stride;
+        it.seen = b.seen == nullptr || penalty == 1 ? nullptr : b.seen + row * b.seen_row_stride;
+        it.penalty = penalty;
+        it.first = static_cast<int>(min(place, int64_t{b.vocabulary}));
+        it.last = static_cast<int>(min(place + cut.per_warp, int64_t{b.vocabulary}));
+        it.count = (it.last - it.first + 31) / 32;
+        it.vocabulary = b.vocabulary;
+        it.kept = cut.staged_bytes > 0 ? staging + 4 * (thread / 32 * cut.per_warp + thread % 32) : 0;
+        return it;
+    }
+
+    // Of the first thread's part.
+    __device__ Part of_this_warp(int per_warp) const {
+        const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+        Part it = *this;
+        it.first = min(first + warp * per_warp, vocabulary);
+        it.last = min(first + (warp + 1) * per_warp, vocabulary);
+        it.count = (it.last - it.first + 31) / 32;
+        if (kept != 0) it.kept += 4 * (warp * per_warp + lane);
+        return it;
+    }
+
+    __device__ float* scores() const { return reinterpret_cast<float*>(shared_bytes() + kept); }
+    __device__ bool masked() const { return allowed != nullptr || seen != nullptr; }
 
     // What the filters see of a logit; -inf if it may not be chosen.
     __device__ float prepare(float logit, int id) const {
         const uint32_t bit = 1u << (id % 32);
         if (allowed != nullptr && !(__ldg(allowed + id / 32) & bit)) return -INFINITY;
         if (seen == nullptr || !(__ldg(seen + id / 32) & bit) || !(fabsf(logit) < INFINITY)) return logit;
-        return penalised(logit, *penalty);
+        return penalised(logit, penalty);
     }
 
-    // Calls visit(id, score) for first <= id < last, in all lanes together and in the ids' order within each;
-    // ids from `last` on come with -inf.
-    // kAhead: loads on their way per lane.
-    template <int kAhead = 4, typename Visit>
-    __device__ void each(int first, int last, Visit&& visit) const {
-#pragma unroll 1  // the code is long, and a launch that fetches less of it is faster
-        for (int base = first; base < last; base += 32 * kAhead) {
-            float scores[kAhead];
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const int id = base + 32 * i + static_cast<int>(threadIdx.x % 32);
-                scores[i] = -INFINITY;
-                if (id < last) scores[i] = staged != nullptr ? staged[id - begin] : __ldg(logits + id);
-            }
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const int id = base + 32 * i + static_cast<int>(threadIdx.x % 32);
-                if (base + 32 * i >= last) break;
-                visit(id, staged != nullptr || id >= last ? scores[i] : prepare(scores[i], id));
+    // Calls visit(id, score) for this warp's ids, in all lanes together and in the ids' order within each; ids that are
+    // not there come with -inf. Rolled up: the code is long, and a launch that fetches less of it is faster.
+    template <typename Visit> __device__ void each(Visit&& visit) const {
+        int id = first + static_cast<int>(threadIdx.x % 32);
+        if (kept != 0) {
+            const float* from = scores();
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, id += 32, from += 32) visit(id, *from);
+        } else {
+            float next = read(id);
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, id += 32) {
+                const float logit = next;
+                next = read(id + 32);
+                visit(id, id < last ? prepare(logit, id) : -INFINITY);
             }
         }
     }
+    __device__ float read(int id) const { return id < last ? __ldg(logits + id) : -INFINITY; }
 
-    // The same for this warp's share of the part.
-    template <int kAhead = 4, typename Visit>
-    __device__ void each(Visit&& visit) const {
-        const int first = begin + static_cast<int>(threadIdx.x / 32) * per_warp;
-        each<kAhead>(first, min(first + per_warp, end), visit);
+    // Logits as they are in memory, with several of a lane on their way: visit(i, id, logit), i from 0 to count - 1.
+    template <typename Visit> __device__ void each_read(Visit&& visit) const {
+        constexpr int kAhead = 8;
+        int id = first + static_cast<int>(threadIdx.x % 32);
+#pragma unroll 1
+        for (int i = 0; i < count; i += kAhead) {
+            float logits_[kAhead];
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) logits_[j] = read(id + 32 * j);
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j, id += 32)
+                if (i + j < count) visit(i + j, id, logits_[j]);
+        }
     }
 };
 

@@ -1,11 +1,11 @@
-// Functions are out of line where they are called from many places: this code runs once per launch, and
-// fetching it takes longer than calling.
+// The blocks that share a row: one block, or a thread block cluster where there are clusters.
 //
-// The blocks that share a row: one block, or a thread block cluster where there are clusters (compute
-// capability 9.0).
+// What blocks tell each other they send into each other's shared memory, each to a place of its own that is used once:
+// reading from afar takes twice as long, and a barrier of the cluster several times as long.
 #pragma once
 
-#include <cooperative_groups.h>
+#include "device/cluster.cuh"
+#include "sampling/sampling.h"
 
 namespace dijiang {
 
@@ -14,75 +14,128 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMostTeam = 8;  // the largest cluster that every such GPU takes
 
 struct Team {
-    int rank, size;
+    int size;
 
-    __device__ static Team mine(int size) {
-#if __CUDA_ARCH__ >= 900
-        return {size > 1 ? static_cast<int>(cooperative_groups::this_cluster().block_rank()) : 0, size};
-#else
-        return {0, 1};
-#endif
+    // Asked anew each time: registers are scarce.
+    __device__ int rank() const { return size > 1 ? cluster_block() : 0; }
+    __device__ int bits() const { return 31 - __clz(size); }  // size is a power of two
+
+    // Before anything is sent, blocks must know of each other that they run: the first half of that. The first thread
+    // has made the arrivals.
+    __device__ void appear() const {
+        if (size > 1) appear_in_cluster();
+    }
+    __device__ void have_appeared() const {
+        if (size > 1) wait_for_cluster();
     }
 
-    // A barrier for all threads of all blocks; what they wrote to shared memory is visible behind it.
-    __device__ void sync() const { barrier(size > 1); }
-
-    __device__ static __noinline__ void barrier(bool several) {
-#if __CUDA_ARCH__ >= 900
-        if (several) {
-            cooperative_groups::this_cluster().sync();
-            return;
+    // A barrier for all threads of all blocks; what they wrote to any shared memory is visible behind it.
+    __device__ void sync() const {
+        if (size > 1) {
+            arrive_at_cluster();
+            wait_for_cluster();
+        } else {
+            __syncthreads();
         }
-#endif
-        __syncthreads();
     }
 
     // The same shared variable of another block.
-    template <typename T>
-    __device__ T* of(T* shared, int other) const {
-#if __CUDA_ARCH__ >= 900
-        if (size > 1) return cooperative_groups::this_cluster().map_shared_rank(shared, other);
-#endif
-        return shared;
+    template <typename T> __device__ T* of(T* shared, int other) const {
+        return size > 1 ? in_block(shared, other) : shared;
+    }
+
+    // One warp of each block calls: what all its lanes hold is in places[rank] of all blocks, for those who have
+    // awaited that.
+    template <typename T> __device__ void tell(T* places, const T& mine, uint64_t* arrival) const {
+        const int lane = static_cast<int>(threadIdx.x % 32);
+        if (lane < size) give(places + rank(), mine, lane, arrival);
+    }
+    template <typename T> __device__ void give(T* to, const T& value, int block, uint64_t* arrival) const {
+        if (size > 1) send(to, value, block, arrival);
+        else *to = value;
+    }
+    // What all blocks have sent is here. Alone: what all threads have.
+    __device__ void await(uint64_t* arrival) const {
+        if (size > 1) await_arrival(arrival);
+        else __syncthreads();
+    }
+};
+
+// The counters of what blocks send, each used once.
+struct Arrivals {
+    uint64_t reports, parts[2], totals[2], lists[2], weights;
+
+    // By one thread, before the blocks appear. The lists' lengths are not known yet.
+    __device__ void make(int team, int bins) {
+        make_arrival(&reports);
+        make_arrival(&weights);
+        expect_arrival(&reports, 16 * team);
+        expect_arrival(&weights, 8 * team);
+        for (int i = 0; i < 2; ++i) {
+            make_arrival(&parts[i]);
+            make_arrival(&totals[i]);
+            make_arrival(&lists[i]);
+            expect_arrival(&parts[i], 16 * bins);
+            expect_arrival(&totals[i], 16 * bins);
+        }
     }
 };
 
 // A number of tokens and their weight, in the order in which filters take tokens.
-struct Tally {
-    uint32_t count;
+struct alignas(16) Tally {
+    uint32_t count, unused;
     uint64_t weight;
 
-    __device__ Tally operator+(const Tally& other) const {
-        return {count + other.count, weight + other.weight};
+    __device__ uint4 words() const {
+        return {count, 0, static_cast<uint32_t>(weight), static_cast<uint32_t>(weight >> 32)};
     }
+    __device__ Tally operator+(const Tally& other) const { return {count + other.count, 0, weight + other.weight}; }
+    __device__ Tally operator-(const Tally& other) const { return {count - other.count, 0, weight - other.weight}; }
 };
 
-__device__ __forceinline__ Tally shuffle_up(const Tally& tally, int by) {
-    return {__shfl_up_sync(~0u, tally.count, by), __shfl_up_sync(~0u, tally.weight, by)};
+__device__ __forceinline__ uint64_t shuffle(uint64_t x, int lane) {
+    const uint32_t low = __shfl_sync(~0u, static_cast<uint32_t>(x), lane);
+    return uint64_t{__shfl_sync(~0u, static_cast<uint32_t>(x >> 32), lane)} << 32 | low;
+}
+__device__ __forceinline__ uint64_t shuffle_xor(uint64_t x, int by) {
+    const uint32_t low = __shfl_xor_sync(~0u, static_cast<uint32_t>(x), by);
+    return uint64_t{__shfl_xor_sync(~0u, static_cast<uint32_t>(x >> 32), by)} << 32 | low;
+}
+__device__ __forceinline__ uint64_t shuffle_up(uint64_t x, int by) {
+    const uint32_t low = __shfl_up_sync(~0u, static_cast<uint32_t>(x), by);
+    return uint64_t{__shfl_up_sync(~0u, static_cast<uint32_t>(x >> 32), by)} << 32 | low;
 }
 
-// The sum over the lanes up to this one.
-__device__ __noinline__ Tally warp_running(Tally tally) {
-    const int lane = threadIdx.x % 32;
+// Sums over the lanes up to this one.
+__device__ __forceinline__ uint64_t warp_running(uint64_t x) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
     for (int by = 1; by < 32; by *= 2) {
-        const Tally other = shuffle_up(tally, by);
-        if (lane >= by) tally = tally + other;
+        const uint64_t other = shuffle_up(x, by);
+        if (lane >= by) x += other;
     }
-    return tally;
+    return x;
+}
+__device__ __forceinline__ Tally warp_running(Tally x) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+        const Tally other = {__shfl_up_sync(~0u, x.count, by), 0, shuffle_up(x.weight, by)};
+        if (lane >= by) x = x + other;
+    }
+    return x;
+}
+// Of numbers below 2^62, whose sum is too: in parts of 21 bits, which 32 of fit a word.
+__device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
+    constexpr uint32_t kPart = (1u << 21) - 1;
+    const uint32_t low = __reduce_add_sync(~0u, static_cast<uint32_t>(x) & kPart);
+    const uint32_t middle = __reduce_add_sync(~0u, static_cast<uint32_t>(x >> 21) & kPart);
+    const uint32_t high = __reduce_add_sync(~0u, static_cast<uint32_t>(x >> 42));
+    return low + (uint64_t{middle} << 21) + (uint64_t{high} << 42);
 }
 
-// The sum over the threads up to this one. `scratch`: one per warp; free again after the next
-// __syncthreads().
-__device__ __noinline__ Tally block_running(Tally mine, Tally* scratch) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Tally inside = warp_running(mine);
-    if (lane == 31) scratch[warp] = inside;
-    __syncthreads();
-    const Tally warps = warp_running(scratch[lane]);
-    const Tally before = shuffle_up(warps, 1);  // lane w: all warps before w
-    const Tally mine_before = {__shfl_sync(~0u, before.count, warp), __shfl_sync(~0u, before.weight, warp)};
-    return warp == 0 ? inside : inside + mine_before;
+__device__ __forceinline__ Tally warp_sum(const Tally& x) {
+    return {__reduce_add_sync(~0u, x.count), 0, warp_sum(x.weight)};
 }
 
 }  // namespace dijiang

@@ -18,6 +18,8 @@ constexpr int kFloat32 = 0, kFloat16 = 2, kBfloat16 = 14;
 
 struct Product {
     int compute, scale, transpose_a = 0;
+    uint32_t epilogue = 1;
+    const void* bias = nullptr;
 };
 struct Matrix {
     int type;
@@ -78,8 +80,10 @@ int cublasLtMatmulDescCreate(Product** made, int compute, int scale) {
     return 0;
 }
 int cublasLtMatmulDescSetAttribute(Product* it, int attribute, const void* value, size_t size) {
-    if (attribute != 3 || size != 4) return kInvalidValue;
-    std::memcpy(&it->transpose_a, value, 4);
+    if (attribute == 3 && size == 4) std::memcpy(&it->transpose_a, value, 4);
+    else if (attribute == 7 && size == 4) std::memcpy(&it->epilogue, value, 4);
+    else if (attribute == 8 && size == 8) std::memcpy(&it->bias, value, 8);
+    else return kInvalidValue;
     return 0;
 }
 int cublasLtMatmulDescDestroy(Product* it) {
@@ -117,6 +121,10 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, const Product* product, const M
     if (handle != &handles || wanted < 1 || product->compute != 68 || product->scale != 0 || product->transpose_a != 1)
         return kInvalidValue;
     if (a->rows != b->rows || d->rows != a->columns || d->columns != b->columns || c->type != d->type) return kInvalidValue;
+    const bool biased = (product->epilogue & 4) != 0;
+    if (product->epilogue != 1 && ((product->epilogue & ~6u) != 0 || d->type == kFloat32 || d->rows % 8 != 0))
+        return kInvalidValue;
+    if (biased != (product->bias != nullptr)) return kInvalidValue;
     if (preference->reductions != 2) return kInvalidValue;  // parts of sums in another type, or in any order
     for (const uint32_t alignment : preference->alignment)
         if (alignment != 16) return kInvalidValue;  // 256 is more than callers promise
@@ -130,19 +138,21 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, const Product* product, const M
     return 0;
 }
 #ifndef NO_MATMUL
-int cublasLtMatmul(void* handle, const Product*, const float* alpha, const void* a, const Matrix* a_is, const void* b,
+int cublasLtMatmul(void* handle, const Product* product, const float* alpha, const void* a, const Matrix* a_is, const void* b,
                    const Matrix* b_is, const float* beta, const void* c, const Matrix* c_is, void* d, const Matrix* d_is,
                    const uint64_t* algorithm, void* workspace, size_t workspace_size, void*) {
     if (handle != &handles || algorithm[0] != 42 || !aligned(workspace, 256)) return kInvalidValue;
     for (const void* address : {a, b, c, static_cast<const void*>(d)})
         if (!aligned(address, 16)) return kInvalidValue;
+    if ((product->epilogue & 4) != 0 && !aligned(product->bias, 16)) return kInvalidValue;
     std::memset(workspace, 0xff, workspace_size);
     for (uint64_t column = 0; column < d_is->columns; ++column)
         for (uint64_t row = 0; row < d_is->rows; ++row) {
             double sum = 0;
             for (uint64_t k = 0; k < a_is->rows; ++k) sum += a_is->get(a, k, row) * b_is->get(b, k, column);
-            const double added = *beta == 0 ? 0 : *beta * c_is->get(c, row, column);
-            d_is->set(d, row, column, *alpha * sum + added);
+            const double bias = (product->epilogue & 4) != 0 ? d_is->get(product->bias, row, 0) : 0;
+            const double all = *alpha * sum + bias + (*beta == 0 ? 0 : *beta * c_is->get(c, row, column));
+            d_is->set(d, row, column, (product->epilogue & 2) != 0 && all < 0 ? 0 : all);
         }
     return 0;
 }

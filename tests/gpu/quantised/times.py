@@ -56,7 +56,16 @@ def packed(form: str, width: int, inner: int) -> Any:
 class Step:
     """The products of a GPT-NeoX step with parallel residual; of many rows without norms, as in a prefill."""
 
-    def __init__(self, kernels: LinearKernels, shape: str, rows: int, forms: list[str], layers: int) -> None:
+    def __init__(
+        self,
+        kernels: LinearKernels,
+        shape: str,
+        rows: int,
+        forms: list[str],
+        layers: int,
+        rounded: bool = True,
+    ) -> None:
+        self.rounded = rounded
         _, hidden, inner, heads, d, vocabulary = SHAPES[shape]
         width = heads * d
         self.kernels, self.layers, self.forms = kernels, layers, forms
@@ -86,7 +95,7 @@ class Step:
     def _one(self, output: Any, weight: Any, form: str, activation: Any = "identity") -> LinearOutput:
         bias = self.ones[: output.shape[1]]
         return LinearOutput(
-            output, [LinearTerm(self.x, weight, bias, form)], activation, None, *self.norm  # type: ignore[arg-type]
+            output, [LinearTerm(self.x, weight, bias, form, self.rounded)], activation, None, *self.norm  # type: ignore[arg-type]
         )  # fmt: skip
 
     def first(self, layer: int) -> list[LinearOutput]:
@@ -102,8 +111,8 @@ class Step:
         *_, dense, down = self.weights[layer]
         bias = self.ones[: self.y.shape[1]]
         terms: Any = [
-            LinearTerm(self.mixed, dense, bias, self.forms[4]),  # type: ignore[arg-type]
-            LinearTerm(self.wide, down, bias, self.forms[5]),  # type: ignore[arg-type]
+            LinearTerm(self.mixed, dense, bias, self.forms[4], self.rounded),  # type: ignore[arg-type]
+            LinearTerm(self.wide, down, bias, self.forms[5], self.rounded),  # type: ignore[arg-type]
         ]
         return [LinearOutput(self.y, terms, "identity", self.x)]
 

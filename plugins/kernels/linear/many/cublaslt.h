@@ -28,7 +28,9 @@ struct Choice {
 constexpr int kSuccess = 0, kNotSupported = 15;                    // cublasStatus_t
 constexpr int kFloat32 = 0, kFloat16 = 2, kBfloat16 = 14;          // cudaDataType_t
 constexpr int kComputeFloat32 = 68;                                // cublasComputeType_t
-constexpr int kTransposeA = 3;                                     // cublasLtMatmulDescAttributes_t
+constexpr int kTransposeA = 3, kEpilogue = 7, kBiasPointer = 8;    // cublasLtMatmulDescAttributes_t
+constexpr uint32_t kRelu = 2, kAddBias = 4;  // cublasLtEpilogue_t; the last two together: 6. A bias is
+// of D's type, one number for each of D's rows, and comes before ReLU; D is rounded last
 constexpr int kTranspose = 1;                                      // cublasOperation_t
 constexpr int kMostWorkspace = 1, kReductions = 3, kAlignmentOfA = 5;  // cublasLtMatmulPreferenceAttributes_t; B, C, D follow
 constexpr uint32_t kSumsInFloat32 = 2;  // cublasLtReductionScheme_t: parts of a sum meet in float32, in their order

@@ -73,9 +73,21 @@ template <typename T, int kFormat> __device__ __forceinline__ void widen_chunk(c
     }
 }
 
+template <typename T> __device__ __forceinline__ void round_bias(const Widen& p, int block) {
+    int j = p.bias_count - 1;
+    while (j > 0 && block < p.biases[j].first_block) --j;
+    const BiasJob& job = p.biases[j];
+    const int column = (block - job.first_block) * kThreads + static_cast<int>(threadIdx.x);
+    if (column < job.width) static_cast<T*>(job.to)[column] = from_float<T>(__ldg(job.from + column));
+}
+
 template <typename T> __global__ void __launch_bounds__(kThreads) widen_kernel(const __grid_constant__ Widen p) {
     let_next_kernel_start();
     wait_for_previous_kernel();
+    if (static_cast<int>(blockIdx.x) >= p.blocks) {
+        round_bias<T>(p, static_cast<int>(blockIdx.x) - p.blocks);
+        return;
+    }
     int j = p.count - 1;
     while (j > 0 && static_cast<int>(blockIdx.x) < p.jobs[j].first_block) --j;
     const WidenJob& job = p.jobs[j];
@@ -179,7 +191,7 @@ template <typename T> auto finish_of(int32_t activation) -> void (*)(Finish) {
     }
 }
 
-inline dim3 grid_of(const Widen& it) { return dim3(static_cast<unsigned>(it.blocks)); }
+inline dim3 grid_of(const Widen& it) { return dim3(static_cast<unsigned>(it.blocks + it.bias_blocks)); }
 inline dim3 grid_of(const Normalise& it) { return dim3(static_cast<unsigned>((it.rows + kWarps - 1) / kWarps)); }
 inline dim3 grid_of(const Finish& it) {
     return dim3(static_cast<unsigned>((it.columns + kFinishColumns - 1) / kFinishColumns),

@@ -17,9 +17,17 @@ struct WidenJob {
     int32_t format, rows, inner, chunks;  // rows: of `to`; chunks: of a tile
     int32_t first_block;                  // of the blocks of all jobs, in order
 };
+// A bias of T's numbers, made T.
+struct BiasJob {
+    const float* from;
+    void* to;
+    int32_t width, first_block;  // of the blocks behind those of weights
+};
 struct Widen {
     WidenJob jobs[kMostJobs];
-    int32_t count, blocks;
+    BiasJob biases[DIJIANG_LINEAR_MAX_OUTPUTS];
+    int32_t count, blocks;  // of weights
+    int32_t bias_count, bias_blocks;
 };
 
 // Rows of a norm's input.
@@ -48,6 +56,7 @@ template <typename T> cudaError_t finish(const Finish&, bool overlap, cudaStream
 constexpr int32_t kWarps = kThreads / 32;
 constexpr int32_t kFinishRows = 32, kFinishColumns = 256;  // of a block
 
+inline int32_t bias_blocks(int32_t width) { return (width + kThreads - 1) / kThreads; }
 inline int32_t widen_blocks(int32_t rows, int32_t chunks) { return ((rows + 7) / 8 * chunks + kWarps - 1) / kWarps; }
 
 }  // namespace many

@@ -116,12 +116,19 @@ Plan plan(const dijiang_linear_call& call, bool any_bias) {
     for (int32_t o = 0, term = 0; o < call.output_count; ++o) {
         Output& output = it.outputs[o];
         output.term = term;
-        bool bias = any_bias;
+        bool bias = false, rounded = true;
         for (; term < call.term_count && call.terms[term].output == o; ++term) {
             ++output.terms;
             bias = bias || call.terms[term].bias != nullptr;
+            rounded = rounded && (call.rounded_biases >> term & 1) != 0;
         }
-        output.direct = output.terms == 1 && !bias && call.outputs[o].activation == DIJIANG_IDENTITY;
+        const dijiang_linear_output& out = call.outputs[o];
+        const bool plain = out.activation == DIJIANG_IDENTITY;
+        const bool relu = out.activation == DIJIANG_RELU && out.residual == nullptr;
+        const bool added = rounded && out.width % kEpilogueColumns == 0;
+        output.direct = output.terms == 1 && !any_bias && ((plain && (!bias || added)) || (relu && added));
+        output.bias = output.direct && bias ? it.biases : -1;
+        if (output.bias >= 0 || any_bias) it.biases += whole(2 * int64_t{call.outputs[o].width});
         if (call.outputs[o].norm != DIJIANG_NORM_NONE)
             it.inputs = std::max(it.inputs, whole(2 * int64_t{it.rows_at_once} * call.terms[output.term].inner));
         cut_output(call, o, it);
@@ -134,7 +141,7 @@ Plan plan(const dijiang_linear_call& call, bool any_bias) {
 int64_t workspace(const dijiang_linear_call& call) { return call.rows < kLeastRows ? 0 : plan(call, true).bytes(); }
 
 int64_t Plan::bytes() const {
-    return static_cast<int64_t>(kLibraryWorkspace) + inputs + weights + (two_sums ? 2 : 1) * sums;
+    return static_cast<int64_t>(kLibraryWorkspace) + inputs + weights + biases + (two_sums ? 2 : 1) * sums;
 }
 
 std::string describe(const dijiang_linear_call& call, const Plan& plan) {

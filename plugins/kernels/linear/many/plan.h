@@ -1,5 +1,6 @@
 // How a call of many rows is cut: its weights are widened to T where they are quantised, piece by piece, and cuBLASLt
-// multiplies. What it cannot do exactly - float32 biases, activations, two factors - is done from float32 sums.
+// multiplies. What it cannot do exactly - biases that T does not have, activations, two factors - is done from float32
+// sums; biases of T's numbers are added by it, before it rounds.
 #pragma once
 
 #include <string>
@@ -13,6 +14,7 @@ namespace many {
 constexpr int32_t kLeastRows = 17;       // from here on, with a workspace
 constexpr int32_t kRowsAtOnce = 8192;
 constexpr int32_t kColumns = 128;        // pieces are multiples of it
+constexpr int32_t kEpilogueColumns = 8;  // of other widths the library rounds before it adds a bias
 constexpr int32_t kMostJobs = 8;         // weights that are widened in one launch
 constexpr int64_t kMostWeights = int64_t{32} << 20, kMostSums = int64_t{32} << 20;  // bytes, unless one piece has more
 
@@ -24,12 +26,14 @@ struct Piece {
 
 struct Output {
     int32_t term, terms;
-    bool direct;  // the library's result is the output: one term, no bias, no activation
+    bool direct;   // the library's result is the output: one term, no activation but ReLU, a bias of T's numbers at most
+    int64_t bias;  // where that bias is, made T, in bytes; -1: there is none
 };
 
 struct Plan {
     int32_t rows_at_once = 0;
-    int64_t inputs = 0, weights = 0, sums = 0;  // bytes of the workspace's parts, multiples of 256; sums: of one term
+    int64_t inputs = 0, weights = 0, biases = 0, sums = 0;  // bytes of the workspace's parts, multiples of 256;
+                                                            // sums: of one term
     bool two_sums = false;
     Output outputs[DIJIANG_LINEAR_MAX_OUTPUTS] = {};
     std::vector<std::vector<Piece>> groups;  // whose weights are widened together

@@ -23,7 +23,7 @@ dijiang_status fail_library(int status, const char* what) {
 
 bool Shape::operator<(const Shape& other) const {
     const auto all = [](const Shape& s) {
-        return std::make_tuple(s.dtype, s.wide, s.adds, s.rows, s.width, s.inner, s.result_stride);
+        return std::make_tuple(s.dtype, s.wide, s.adds, s.biased, s.relu, s.rows, s.width, s.inner, s.result_stride);
     };
     return all(*this) < all(other);
 }
@@ -35,7 +35,6 @@ public:
     Product(const Product&) = delete;
     Product& operator=(const Product&) = delete;
     ~Product() {
-        if (product_ != nullptr) library_.product_destroy(product_);
         for (cublaslt::Description matrix : {weight_, input_, result_})
             if (matrix != nullptr) library_.matrix_destroy(matrix);
     }
@@ -43,10 +42,9 @@ public:
     int choose(const Shape& shape) {
         const int type = shape.dtype == DIJIANG_FLOAT16 ? cublaslt::kFloat16 : cublaslt::kBfloat16;
         adds_ = shape.adds != 0;
-        int status = library_.product_create(&product_, cublaslt::kComputeFloat32, cublaslt::kFloat32);
-        const int32_t transpose = cublaslt::kTranspose;
-        if (status == 0)
-            status = library_.product_set(product_, cublaslt::kTransposeA, &transpose, sizeof transpose);
+        biased_ = shape.biased != 0;
+        epilogue_ = (biased_ ? cublaslt::kAddBias : 0) | (shape.relu != 0 ? cublaslt::kRelu : 0);
+        int status = 0;
         const auto matrix = [&](cublaslt::Description& made, int kind, int32_t rows, int32_t columns, int32_t stride) {
             if (status == 0)
                 status = library_.matrix_create(&made, kind, static_cast<uint64_t>(rows),
@@ -58,17 +56,48 @@ public:
         return status == 0 ? ask() : status;
     }
 
-    int run(const void* input, const void* weight, const void* added, void* result, void* workspace,
+    int run(const void* input, const void* weight, const void* bias, const void* added, void* result, void* workspace,
             cudaStream_t stream) const {
         const float one = 1.0f, beta = adds_ ? 1.0f : 0.0f;
-        return library_.multiply(handle_, product_, &one, weight, weight_, input, input_, &beta, adds_ ? added : result,
+        Described product(library_);
+        const int status = describe(product, bias);
+        if (status != 0) return status;
+        return library_.multiply(handle_, product.it, &one, weight, weight_, input, input_, &beta, adds_ ? added : result,
                                  result_, result, result_, &algorithm_, workspace, kLibraryWorkspace, stream);
     }
 
 private:
+    // The bias' address is in the product's description, so that each call has one of its own.
+    struct Described {
+        explicit Described(const cublaslt::Library& library) : library_(library) {}
+        Described(const Described&) = delete;
+        Described& operator=(const Described&) = delete;
+        ~Described() {
+            if (it != nullptr) library_.product_destroy(it);
+        }
+        cublaslt::Description it = nullptr;
+
+    private:
+        const cublaslt::Library& library_;
+    };
+
+    int describe(Described& product, const void* bias) const {
+        int status = library_.product_create(&product.it, cublaslt::kComputeFloat32, cublaslt::kFloat32);
+        const auto set = [&](int attribute, auto value) {
+            if (status == 0) status = library_.product_set(product.it, attribute, &value, sizeof value);
+        };
+        set(cublaslt::kTransposeA, int32_t{cublaslt::kTranspose});
+        if (epilogue_ != 0) set(cublaslt::kEpilogue, epilogue_);
+        if (biased_) set(cublaslt::kBiasPointer, bias);
+        return status;
+    }
+
     int ask() {
+        alignas(16) static const unsigned char somewhere[16] = {};  // like a bias' address; nothing is read there
+        Described product(library_);
         cublaslt::Description preference = nullptr;
-        int status = library_.preference_create(&preference);
+        int status = describe(product, somewhere);
+        if (status == 0) status = library_.preference_create(&preference);
         const auto set = [&](int attribute, auto value) {
             if (status == 0) status = library_.preference_set(preference, attribute, &value, sizeof value);
         };
@@ -78,7 +107,7 @@ private:
         cublaslt::Choice choice = {};
         int found = 0;
         if (status == 0)
-            status = library_.choose(handle_, product_, weight_, input_, result_, result_, preference, 1, &choice, &found);
+            status = library_.choose(handle_, product.it, weight_, input_, result_, result_, preference, 1, &choice, &found);
         if (status == 0 && (found < 1 || choice.state != 0)) status = cublaslt::kNotSupported;
         if (preference != nullptr) library_.preference_destroy(preference);
         algorithm_ = choice.algorithm;
@@ -87,9 +116,10 @@ private:
 
     const cublaslt::Library& library_;
     const cublaslt::Handle handle_;
-    cublaslt::Description product_ = nullptr, weight_ = nullptr, input_ = nullptr, result_ = nullptr;
+    cublaslt::Description weight_ = nullptr, input_ = nullptr, result_ = nullptr;
     cublaslt::Algorithm algorithm_ = {};
-    bool adds_ = false;
+    bool adds_ = false, biased_ = false;
+    uint32_t epilogue_ = 0;
 };
 
 namespace {
@@ -149,10 +179,10 @@ dijiang_status prepare(const Shape& shape, std::shared_ptr<const Product>& produ
     return DIJIANG_OK;
 }
 
-dijiang_status multiply(const Product& product, const void* input, const void* weight, const void* added, void* result,
-                        void* workspace, cudaStream_t stream) {
+dijiang_status multiply(const Product& product, const void* input, const void* weight, const void* bias,
+                        const void* added, void* result, void* workspace, cudaStream_t stream) {
     const OutsideCapture outside;  // the library may load the kernel now
-    const int status = product.run(input, weight, added, result, workspace, stream);
+    const int status = product.run(input, weight, bias, added, result, workspace, stream);
     return status == 0 ? DIJIANG_OK : fail_library(status, "cublasLtMatmul");
 }
 

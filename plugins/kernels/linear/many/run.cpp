@@ -26,7 +26,8 @@ public:
         : call_(call), plan_(plan(call)), overlap_(overlap), stream_(stream), library_(workspace) {
         inputs_ = static_cast<unsigned char*>(workspace) + kLibraryWorkspace;
         weights_ = inputs_ + plan_.inputs;
-        sums_ = weights_ + plan_.weights;
+        biases_ = weights_ + plan_.weights;
+        sums_ = biases_ + plan_.biases;
     }
 
     // Is there an algorithm for each product? Rows come in as many as possible, and then the rest.
@@ -46,12 +47,14 @@ public:
     }
 
     dijiang_status enqueue() {
+        bool first = true;
         for (int32_t row = 0; row < call_.rows; row += plan_.rows_at_once) {
             first_row_ = row;
             rows_ = std::min(plan_.rows_at_once, call_.rows - row);
             normalised_ = -1;
             for (const auto& group : plan_.groups) {
-                DIJIANG_TRY(check(widen_all(group)));
+                DIJIANG_TRY(check(widen_all(group, first)));
+                first = false;
                 for (const Piece& piece : group) DIJIANG_TRY(enqueue(piece));
             }
         }
@@ -71,6 +74,8 @@ private:
         Shape shape = {};
         shape.dtype = call_.dtype;
         shape.wide = direct ? 0 : 1;
+        shape.biased = plan_.outputs[piece.output].bias >= 0;
+        shape.relu = direct && out.activation == DIJIANG_RELU;
         shape.adds = direct ? out.residual != nullptr : t == 1 && !gated(piece);
         shape.rows = rows, shape.width = piece.columns, shape.inner = term(piece, t).inner;
         shape.result_stride = direct ? out.width : static_cast<int32_t>(sums_stride(piece.columns));
@@ -89,8 +94,16 @@ private:
         return of_output(piece, static_cast<const unsigned char*>(call_.outputs[piece.output].residual));
     }
 
-    cudaError_t widen_all(const std::vector<Piece>& group) const {
+    // The group's weights, and with the first ones all biases that the library adds.
+    cudaError_t widen_all(const std::vector<Piece>& group, bool biases) const {
         Widen it = {};
+        for (int32_t o = 0; biases && o < call_.output_count; ++o) {
+            if (plan_.outputs[o].bias < 0) continue;
+            const int32_t width = call_.outputs[o].width;
+            it.biases[it.bias_count++] = {call_.terms[plan_.outputs[o].term].bias, biases_ + plan_.outputs[o].bias, width,
+                                          it.bias_blocks};
+            it.bias_blocks += bias_blocks(width);
+        }
         for (const Piece& piece : group)
             for (int32_t t = 0; t < plan_.outputs[piece.output].terms; ++t) {
                 if (piece.weights[t] < 0) continue;
@@ -104,7 +117,7 @@ private:
                 job.first_block = it.blocks;
                 it.blocks += widen_blocks(job.rows, job.chunks);
             }
-        if (it.count == 0) return cudaSuccess;
+        if (it.count + it.bias_count == 0) return cudaSuccess;
         return half() ? widen<__half>(it, overlap_, stream_) : widen<__nv_bfloat16>(it, overlap_, stream_);
     }
 
@@ -144,8 +157,9 @@ private:
                                            : static_cast<const unsigned char*>(term(piece, t).weight) +
                                                  2 * int64_t{piece.column} * term(piece, t).inner;
             unsigned char* const sums = sums_ + (t == 1 && gated(piece) ? plan_.sums : 0);
-            DIJIANG_TRY(multiply(*product, input, weight, direct ? residual(piece) : sums,
-                                 direct ? result(piece) : sums, library_, stream_));
+            const int64_t bias = plan_.outputs[piece.output].bias;
+            DIJIANG_TRY(multiply(*product, input, weight, bias < 0 ? nullptr : biases_ + bias + 2 * int64_t{piece.column},
+                                 direct ? residual(piece) : sums, direct ? result(piece) : sums, library_, stream_));
         }
         return direct ? DIJIANG_OK : check(finish_sums(piece));
     }
@@ -167,7 +181,7 @@ private:
     const bool overlap_;
     const cudaStream_t stream_;
     void* const library_;
-    unsigned char *inputs_, *weights_, *sums_;
+    unsigned char *inputs_, *weights_, *biases_, *sums_;
     int32_t first_row_ = 0, rows_ = 0;
     int32_t normalised_ = -1;  // the output whose norm's rows are there
 };

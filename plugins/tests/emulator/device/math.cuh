@@ -1,9 +1,9 @@
 #pragma once
 #include "cuda_on_cpu.h"
 namespace dijiang {
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 constexpr float kLog2E = 1.4426950408889634f;
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float fast_rsqrt(float x) { return 1.0f / std::sqrt(x); }
 inline float fast_silu(float x) { return x / (1.0f + std::exp(-x)); }

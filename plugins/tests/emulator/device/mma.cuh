@@ -34,4 +34,20 @@ inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {
     });
 }
 
+inline void ldmatrix_trans(uint32_t (&r)[4], uint32_t address) {
+    const int lane = emulator::block->current % 32;
+    if (address % 16 != 0) std::abort();
+    emulator::exchange(&address, 1, [&](auto of) {
+        for (int m = 0; m < 4; ++m)
+            for (int half = 0; half < 2; ++half)
+                std::memcpy(reinterpret_cast<unsigned char*>(&r[m]) + 2 * half,
+                            emulator::shared_memory + of(8 * m + 2 * (lane % 4) + half, 0) + 2 * (lane / 4), 2);
+    });
+}
+
+inline uint32_t lane_by_row(int pitch) {
+    const int lane = emulator::block->current % 32;
+    return static_cast<uint32_t>(2 * (lane % 16 * pitch + lane / 16 * 8));
+}
+
 }  // namespace dijiang

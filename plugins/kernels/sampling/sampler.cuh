@@ -1,0 +1,72 @@
+// A launch as its blocks see it: its arguments, their memory, what they report of a row.
+#pragma once
+
+#include "sampling/draw.cuh"
+#include "sampling/select.cuh"
+
+namespace dijiang {
+
+// What a pass over a row, or some of it, finds: the best key, and the lowest id that has it.
+struct Report {
+    uint32_t best_key, best_id;
+    uint32_t least_key;  // of the finite scores
+    uint32_t wrong;      // not 0: a NaN or +inf
+
+    explicit __device__ Report(const uint4& words)
+        : best_key(words.x), best_id(words.y), least_key(words.z), wrong(words.w) {}
+    __device__ uint4 words() const { return {best_key, best_id, least_key, wrong}; }
+    __device__ uint64_t best() const { return uint64_t{best_key} << 32 | ~best_id; }
+    __device__ bool nothing() const { return best_key <= kLowestKey; }
+    static __device__ uint4 none() { return {0, ~0u, ~0u, 0}; }
+};
+
+__device__ __forceinline__ Report warp_report(const uint4& words) {
+    const Report mine(words);
+    const uint32_t key = __reduce_max_sync(~0u, mine.best_key);
+    return Report({key, __reduce_min_sync(~0u, mine.best_key == key ? mine.best_id : ~0u),
+                   __reduce_min_sync(~0u, mine.least_key), __reduce_or_sync(~0u, mine.wrong)});
+}
+
+struct SampleMemory {
+    SelectMemory select;               // first, so that it has the block's address
+    dijiang_sampling_options options;  // of the row, where each has its own
+    SampleNumbers numbers;
+    Arrivals arrivals;
+    uint4 warps[kWarps], blocks[kMostTeam];  // reports
+    DrawMemory draw;
+};
+
+// One launch's arguments, and where this block's memory is. Options of all rows are read where they lie.
+struct Sampler {
+    const SampleParams& params;
+    const SampleCut& cut;
+    SampleMemory& memory;
+
+    __device__ Team team() const { return {cut.team}; }
+    __device__ int row() const { return static_cast<int>(blockIdx.x) >> team().bits(); }
+    template <typename Field> __device__ Field option(Field dijiang_sampling_options::*field) const {
+        return params.options_per_row ? memory.options.*field : params.options.*field;
+    }
+    __device__ SampleNumbers numbers() const { return params.options_per_row ? memory.numbers : params.numbers; }
+    __device__ bool greedy() const { return option(&dijiang_sampling_options::temperature) == 0; }
+    __device__ Part part() const {
+        constexpr int kStaging = sizeof(SampleMemory);
+        return Part::make(params, cut, option(&dijiang_sampling_options::repetition_penalty), kStaging);
+    }
+    __device__ bool has_top_k() const {
+        const int top_k = option(&dijiang_sampling_options::top_k);
+        return top_k > 0 && top_k < params.buffers.vocabulary;
+    }
+    __device__ bool has_top_p() const { return option(&dijiang_sampling_options::top_p) < 1; }
+    __device__ void write(int status, int token) const {
+        const dijiang_sample_buffers& b = params.buffers;
+        b.row_status[row()] = status;
+        if (b.integers == DIJIANG_INT64) {
+            static_cast<int64_t*>(b.tokens)[row()] = token;
+        } else {
+            static_cast<int32_t*>(b.tokens)[row()] = token;
+        }
+    }
+};
+
+}  // namespace dijiang
