@@ -188,7 +188,7 @@ def test_rounds_that_are_not_full(
         assert max(found) <= ALLOWED["float16"]
 
 
-@pytest.mark.parametrize(("kind", "least"), [(None, 2 * 16384), ("int4", 4 * 9216), ("int8", 4 * 9216)])
+@pytest.mark.parametrize(("kind", "least"), [(None, 2 * 16384), ("int4", 4 * 18432), ("int8", 4 * 18432)])
 def test_a_ring_smaller_than_what_may_be_under_way(
     emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, kind: str | None, least: int
 ) -> None:
