@@ -53,7 +53,6 @@ struct BlockFacts {
     // Of quantised weights alone.
     Turns turns[kMatrices][2];              // of a matrix in int4, and in int8
     uint16_t starts[kMatrices][2][kWarps];  // each warp's first unit: 256 times its group, and which of that
-    int32_t bias_at[kHead + 1];             // where a matrix' biases begin; at the head, how many there are
     uint32_t epoch;
     uint32_t waiting;  // 1: this block waits for others' values
 };
@@ -64,7 +63,6 @@ template <typename T, int R> struct Context {
     uint8_t* const shared;
     Cursor at;
     const uint8_t* constants;    // of this layer
-    int layer = 0;               // of quantised weights
     uint32_t tag = 0;            // of this layer's values but for the residual stream behind it, which has the next
 
     template <typename Cut>
@@ -79,10 +77,6 @@ template <typename T, int R> struct Context {
     }
     template <typename U = float> __device__ __forceinline__ const U* constant(int64_t offset) const {
         return reinterpret_cast<const U*>(constants + offset);
-    }
-    // Quantised weights: the biases of this block's rows in a layer, this one or the next.
-    __device__ __forceinline__ float* biases_of(int which) const {
-        return in_shared<float>(p.memory.biases) + which % 2 * facts().bias_at[kHead];
     }
     __device__ __forceinline__ const BlockFacts& facts() const {
         return *reinterpret_cast<const BlockFacts*>(shared + kBarriers);

@@ -96,12 +96,6 @@ __device__ __forceinline__ void prefetch(const uint8_t* from, uint32_t bytes) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
 }
 
-// Copies a word to shared memory while this thread goes on; and waits for all that it has copied so.
-__device__ __forceinline__ void copy_word(float* to, const float* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void words_copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // --- slots: 8 or 16 bytes at once, by all of the GPU's blocks ---
 __device__ __forceinline__ void put(uint2* slot, uint32_t value, uint32_t tag) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(slot), "l"(uint64_t{tag} << 32 | value) : "memory");

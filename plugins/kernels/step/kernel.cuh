@@ -87,17 +87,13 @@ __device__ __forceinline__ void finish(Context<T, R>& c, Matrix matrix, Parallel
 template <bool kStriped, typename Matrix, typename Parallel, typename T, int R>
 __device__ __forceinline__ void finish_batch(Context<T, R>& c, Matrix matrix, Parallel parallel, int first, int groups,
                                              const float* biases, float bias) {
-    const auto bias_of = [&](int v) {
-        const int at = v / (kGroup * R) * kGroup;
-        return kStriped ? biases[at + v % kGroup] : __ldg(biases + at);
-    };
     const float* const sums = c.template in_shared<float>(c.p.memory.sums);
     const int total = groups * R * kGroup;
     int v = kept(threadIdx.x);
 #pragma unroll 1
     for (int start = v & ~31; start < total;) {
         const int row = v / kGroup % R, group = v / (kGroup * R);
-        float y = kStriped ? matrix != kHead && v < total ? bias_of(v) : 0.0f : bias, other = 0.0f;
+        float y = bias, other = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarps; w += 2) {
             y += sums[v + w * kSumsOfWarp<R>];
@@ -107,7 +103,7 @@ __device__ __forceinline__ void finish_batch(Context<T, R>& c, Matrix matrix, Pa
         v += kThreads;
         start += kThreads;
         if (start >= total) break;
-        if (!kStriped && matrix != kHead && v < total) bias = bias_of(v);
+        if (matrix != kHead && v < total) bias = __ldg(biases + v / (kGroup * R) * kGroup);
     }
 }
 
@@ -179,13 +175,6 @@ template <typename T, int R> __device__ __forceinline__ void set_turns(Context<T
     BlockFacts& facts = const_cast<BlockFacts&>(c.facts());
     if (warp == 0)
         facts.turns[matrix][eight] = {static_cast<uint16_t>(units), static_cast<uint16_t>(kWarps / units), static_cast<uint16_t>(kWarps % units), 0};
-    if (threadIdx.x == 0) {
-        int at = 0;
-        for (int m = kAttention; m <= kHead; ++m) {
-            facts.bias_at[m] = at;
-            at += (c.p.layout.share(m, blockIdx.x + 1) - c.p.layout.share(m, blockIdx.x)) * kGroup;
-        }
-    }
     facts.starts[matrix][eight][warp] = static_cast<uint16_t>(warp / units * 256 + warp % units);
 }
 

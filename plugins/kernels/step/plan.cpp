@@ -17,8 +17,8 @@ constexpr int32_t kMostHidden = 1 << 20;
 // layer and where it does not. Of what was tried on an H100 the fastest at the 410M and the 2.8B shape.
 constexpr int kFlight = 2, kFlightBusy = 3, kFlightBusyLarge = 8;
 constexpr int kLeastSlots = 2;
-// The same of quantised weights, in pieces of 9.2 KB at most.
-constexpr int kRoundsFlight = 1, kRoundsFlightBusy = 3, kLeastRounds = 3;
+// The same of quantised weights' rounds, of 18.4 KB at most.
+constexpr int kRoundsFlight = 1, kRoundsFlightBusy = 2, kLeastRounds = 3;
 
 dijiang_status check_number(const char* name, double value, bool good, const char* expected) {
     if (good) return DIJIANG_OK;
@@ -164,10 +164,6 @@ void place_memory(const Params& p, int rows, Memory& memory) {
     memory.opened = rest.take(2 * r * p.columns);
     memory.terms = rest.take(4 * 3 * r);
     memory.readout = rest.take(4 * r * p.entries * p.columns);
-    int64_t groups = 0;  // of a layer, that a block has
-    for (int m = kAttention; layout.quantised && m <= kDense; ++m)
-        groups += (int64_t{layout.groups(m)} + layout.blocks - 1) / layout.blocks;
-    memory.biases = rest.take(2 * 4 * kGroup * groups);
     memory.ring = rest.end();
 }
 
@@ -249,7 +245,7 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     p.flight = m.quantised ? kRoundsFlight : kFlight;
     p.flight_busy = m.quantised ? kRoundsFlightBusy : small ? kFlightBusy : kFlightBusyLarge;
     // Never more than the ring has, or who copies would wait for a slot's last filling but one, which its barrier has forgotten.
-    p.flight_busy = std::min(p.flight_busy, p.slots * (m.quantised ? kRoundPieces : kPieces));
+    p.flight_busy = std::min(p.flight_busy, p.slots * (m.quantised ? 1 : kPieces));
     return DIJIANG_OK;
 }
 

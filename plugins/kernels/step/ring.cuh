@@ -17,7 +17,7 @@ struct FloatCut {
     static constexpr int kPieces = step::kPieces, kMost = kMostSlots;
 };
 struct QuantisedCut {
-    static constexpr int kPieces = kRoundPieces, kMost = kMostRounds;
+    static constexpr int kPieces = 1, kMost = kMostRounds;
 };
 static_assert((FloatCut::kPieces + 1) * FloatCut::kMost * 8 <= kBarriers, "barriers");
 static_assert((QuantisedCut::kPieces + 1) * QuantisedCut::kMost * 8 <= kBarriers, "barriers");

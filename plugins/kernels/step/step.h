@@ -8,8 +8,8 @@
 namespace dijiang {
 namespace step {
 
-constexpr int kMostSlots = 16, kMostRounds = 16;  // of weights in the ring: slots, of quantised ones rounds
-constexpr int kBarriers = 3 * 8 * kMostRounds;     // bytes of shared memory: the ring's barriers, of either
+constexpr int kMostSlots = 16, kMostRounds = 24;  // of weights in the ring: slots, of quantised ones rounds
+constexpr int kBarriers = 2 * 8 * kMostRounds;     // bytes of shared memory: the ring's barriers, of either
 constexpr int kHeader = 1024;      // and BlockFacts behind them
 constexpr int kCopier = kThreads;  // the first thread of the warp that copies
 
@@ -29,7 +29,6 @@ struct Memory {
     int32_t values, opened;        // [row][columns]; pairs of gates, in T
     int32_t terms;                 // [row] of decay, gain, read scale
     int32_t readout;               // [row][entry][columns]
-    int32_t biases;                // if quantised: of this block's rows, in one layer and the next
     int32_t padded;                // 1: rows that are multiplied have at least 512 columns, zeros where there are none
     int32_t size;
 };

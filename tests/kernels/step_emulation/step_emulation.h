@@ -53,8 +53,6 @@ inline void copy_piece(uint8_t* to, const uint8_t* from, uint32_t bytes, uint64_
     mbarrier_arrive(m);
 }
 inline void prefetch(const uint8_t*, uint32_t) {}
-inline void copy_word(float* to, const float* from) { *to = *from; }
-inline void words_copied() {}
 
 template <typename U> U kept(U value) { return value; }
 inline void put(uint2* slot, uint32_t value, uint32_t tag) { *slot = make_uint2(value, tag); ++emulator::progress; }

@@ -46,18 +46,10 @@ private:
 #pragma unroll 1
         for (; units > 0; units -= kWarps) {
             wait_for_slot();
-#pragma unroll 1
-            for (int piece = 0, left = min(units, kWarps); piece < kRoundPieces; ++piece, left -= kPieceWarps) {
-                uint64_t* const full = ring.full + slot * kRoundPieces + piece;
-                wait_to_ask();
-                if (left <= 0) {
-                    mbarrier_arrive(full);
-                    continue;
-                }
-                const uint32_t bytes = min(left, kPieceWarps) * bytes_of_unit;
-                copy_piece(ring.bytes + slot * kRoundBytes + piece * kPieceWarps * bytes_of_unit, from, bytes, full, once);
-                from += bytes;
-            }
+            wait_to_ask();
+            const uint32_t bytes = min(units, kWarps) * bytes_of_unit;
+            copy_piece(ring.bytes + slot * kRoundBytes, from, bytes, ring.full + slot, once);
+            from += bytes;
             next_slot();
         }
     }
@@ -82,21 +74,6 @@ __device__ __forceinline__ uint32_t int8_groups(const Params& p, uint32_t format
     return __ballot_sync(~0u, group_is_int8(p.layout, formats, matrix, stripe));
 }
 
-// Has the biases of this block's rows in a layer brought to shared memory, from its constants. In registers they would be
-// waited for behind whatever branch comes next, and so long before they are needed.
-template <typename T, int R> __device__ __forceinline__ void request_biases(const Context<T, R>& c, int layer, const uint8_t* constants) {
-    const BlockFacts& facts = c.facts();
-    if (layer >= c.p.layout.layers) return;
-    const int of[] = {0, facts.bias_at[kUp], facts.bias_at[kDown], facts.bias_at[kDense]}, total = facts.bias_at[kHead];
-    float* const to = c.biases_of(layer);
-#pragma unroll 1
-    for (int i = kept(threadIdx.x); i < total; i += kThreads) {
-        const int matrix = (i >= of[kUp]) + (i >= of[kDown]) + (i >= of[kDense]);
-        const int within = i - facts.bias_at[matrix] + facts.of[matrix].first * kGroup;
-        copy_word(to + i, reinterpret_cast<const float*>(constants + c.p.biases[matrix]) + within);
-    }
-}
-
 // As product() of step/kernel.cuh, of whatever matrix.
 template <typename Matrix, typename Parallel, typename T, int R, typename Take, typename Meanwhile>
 __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matrix, Parallel parallel, uint32_t formats, Take take,
@@ -104,20 +81,21 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
     const Params& p = c.p;
     const auto wait = [&] {
         // With parallel residual both products of the normalised rows are served at once.
-        if (c.groups(matrix) <= 0 && !(matrix == kAttention && parallel && c.groups(kUp) > 0)) {
-            if (matrix == kAttention) meet();  // or biases would be written that are being read
-            return;
-        }
+        if (c.groups(matrix) <= 0 && !(matrix == kAttention && parallel && c.groups(kUp) > 0)) return;
         c.set_waiting(true);
         take();
         c.set_waiting(false);
     };
     const Part part = c.facts().of[matrix];
     QuantisedMultiplier<T, R> multiplier(c.at, part.chunks);
-    const float* const biases = c.biases_of(c.layer) + c.facts().bias_at[matrix];
+    const uint32_t thread = kept(threadIdx.x);
+    const int mine = thread / (kGroup * R);  // this thread's first group of a batch
+    const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + thread % kGroup;
+    const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
+    float bias = bias_of(mine);
     wait();
     const T* const x = c.template in_shared<T>(p.inputs[matrix]);
-    float* const sums = c.template in_shared<float>(p.memory.sums) + kept(threadIdx.x) / 32 * kSumsOfWarp<R>;
+    float* const sums = c.template in_shared<float>(p.memory.sums) + thread / 32 * kSumsOfWarp<R>;
 #pragma unroll 1
     for (int batch = 0;;) {
         const int groups = min(kBatch, part.groups - batch);
@@ -125,9 +103,10 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
         if (batch == 0) meanwhile();
         if (groups <= 0) break;
         meet();
-        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases + batch * kGroup, 0.0f);
+        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases + batch * kGroup, bias);
         batch += kBatch;
         if (batch >= part.groups) break;
+        bias = bias_of(batch + mine);
         meet();
     }
 }
@@ -138,11 +117,10 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
     Attention<T, R> attention(c);
     const bool parallel = p.layout.parallel != 0;
     const int before_attention = parallel ? 1 : 0;  // the turn that attention follows
-    int turn = 0;
-    request_biases(c, 0, c.constants);
+    int layer = 0, turn = 0;
 #pragma unroll 1
     for (;;) {
-        const bool head = c.layer == p.layout.layers;
+        const bool head = layer == p.layout.layers;
         const int matrix = head ? static_cast<int>(kHead) : p.layout.at(turn);
         const auto take = [&] {
             if (matrix == kDown) {
@@ -153,27 +131,24 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
                 meet();  // q, k, v and gate have been added up
             } else {
                 const bool up = matrix == kUp;
-                const uint32_t tag = up ? c.tag : c.layer == 0 ? 0 : c.tag - 1;
+                const uint32_t tag = up ? c.tag : layer == 0 ? 0 : c.tag - 1;
                 const int64_t norm = up ? p.places.mlp_norm : head ? 0 : p.places.attention_norm;
                 take_normalised(c, tag, norm, parallel && !head);
             }
         };
-        if (turn == 0) words_copied();  // biases: all see them behind the next meet()
-        quantised_product(c, matrix, parallel, formats_of(p.layout, c.layer), take, [&] {
-            if (head || turn > 0) return;
-            prefetch_constants(c, c.layer + 1);
-            request_biases(c, c.layer + 1, c.constants + p.places.size);
+        quantised_product(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {
+            if (!head && turn == 0) prefetch_constants(c, layer + 1);
         });
         if (head) return;
         if (turn == before_attention) {  // what it needs is not asked for earlier: there are no registers to keep it in
             Requests<R> asked;
-            attention.request_state(c, asked, c.layer);
+            attention.request_state(c, asked, layer);
             attention.request_proj(c, asked);
-            attention.run(c, asked, c.layer);
+            attention.run(c, asked, layer);
         }
         if (++turn < kOfLayer) continue;
         turn = 0;
-        ++c.layer;
+        ++layer;
         c.constants += p.places.size;
         c.tag += 2;
     }

@@ -1,8 +1,7 @@
 // Where quantised weights lie in the packed stream. Plain arithmetic, for host and device.
 //
 // A ROUND is what a block's eight warps multiply at a time: up to eight UNITS that follow each other, one for each warp, of
-// groups of one format that follow each other in a batch. It is copied in PIECES, each for some of the warps. A unit is 8 rows x
-// 512 columns in int4, 8 x 256 in int8: four times 512 bytes of weights, 16 of each lane (g, t), and behind them the scales,
+// groups of one format that follow each other in a batch. A unit is 8 rows x 512 columns in int4, 8 x 256 in int8: four times 512 bytes of weights, 16 of each lane (g, t), and behind them the scales,
 // float16, of row 0's blocks of 32 columns, the even ones, then the odd ones, then row 1's ... So 2304 or 2176 bytes: few
 // instructions are beside those that multiply. Of each block in turn lane (g, t) has columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte
 // each; int4 as q + 8 in a word whose bits from 4 p on are column 8 t + 2 p, those from 16 + 4 p column 8 t + 2 p + 1. The
@@ -25,7 +24,6 @@ namespace step {
 constexpr int kLoads = 4;                // of 16 bytes, that a lane makes of a unit; half of a row's scales is 8 bytes at least
 constexpr int kMostBlocks = 4 * kLoads;  // of 32 columns in a unit
 constexpr int kRoundBytes = kWarps * (512 * kLoads + 16 * kMostBlocks);  // at most
-constexpr int kRoundPieces = 2, kPieceWarps = kWarps / kRoundPieces;
 
 DIJIANG_BOTH constexpr int blocks_of_unit(bool eight) { return eight ? kMostBlocks / 2 : kMostBlocks; }
 DIJIANG_BOTH constexpr int unit_bytes(bool eight) { return 512 * kLoads + 16 * blocks_of_unit(eight); }

@@ -74,7 +74,7 @@ private:
     template <int kFormat> __device__ __forceinline__ void run_groups(const Turns turns, uint32_t start, const T* x, float* to, int groups) {
         constexpr bool kEight = kFormat == DIJIANG_INT8;
         const int each = turns.units, total = groups * each;
-        const int rounds = (total + kWarps - 1) / kWarps, mine = (total - warp + kWarps - 1) / kWarps;
+        const int rounds = (total + kWarps - 1u) / kWarps, mine = (total - warp + kWarps - 1u) / kWarps;
         if (each < kWarps) {  // then some warps have nothing of some groups
 #pragma unroll 1
             for (int i = lane; i < groups * R * kGroup; i += 32) to[i] = 0.0f;
@@ -86,7 +86,7 @@ private:
         const uint8_t* const units = at.bytes + warp * unit_bytes(kEight);
         float sum[4] = {};
         QuantisedUnit<R> present;
-        at.template arrive<1>(at.slot * kRoundPieces + warp / kPieceWarps, at.parity);
+        at.template arrive<1>(at.slot, at.parity);
         if (mine > 0) load<kFormat>(present, units + at.slot * kRoundBytes);
 #pragma unroll 1
         for (int left = mine; left > 0; --left) {
@@ -101,13 +101,13 @@ private:
             multiply<kFormat>(sum, present, of_group, x);
             at.leave(slot);
             if (left > 1) {
-                at.template arrive<1>(at.slot * kRoundPieces + warp / kPieceWarps, at.parity);
+                at.template arrive<1>(at.slot, at.parity);
                 load<kFormat>(present, units + at.slot * kRoundBytes);
             }
             if (ends) leave_sum(sum, here);
         }
         if (mine < rounds) {
-            if (mine > 0) at.template arrive<1>(at.slot * kRoundPieces + warp / kPieceWarps, at.parity);
+            if (mine > 0) at.template arrive<1>(at.slot, at.parity);
             at.leave();
         }
     }
