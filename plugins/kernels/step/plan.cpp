@@ -18,7 +18,7 @@ constexpr int32_t kMostHidden = 1 << 20;
 constexpr int kFlight = 2, kFlightBusy = 3, kFlightBusyLarge = 8;
 constexpr int kLeastSlots = 2;
 // The same of quantised weights' rounds, of 18.4 KB at most.
-constexpr int kRoundsFlight = 1, kRoundsFlightBusy = 2, kLeastRounds = 3;
+constexpr int kRoundsFlight = 1, kRoundsFlightBusy = 3, kLeastRounds = 3;
 
 dijiang_status check_number(const char* name, double value, bool good, const char* expected) {
     if (good) return DIJIANG_OK;

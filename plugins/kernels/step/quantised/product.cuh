@@ -15,7 +15,10 @@ namespace step {
 template <int R> struct QuantisedUnit {
     uint4 weights[kLoads];
     uint32_t scales[kMostBlocks / (R <= 4 ? 4 : 2)];  // of its row: the even blocks', the odd ones'; int8 has half as many
+    const uint8_t* at;                                // where this lane's weights lie
 };
+// Are there registers enough to have all of it before it is needed?
+template <int R> constexpr bool kUnitAhead = R < 8 || kManyLooks == 16;
 
 template <typename T, int R> class QuantisedMultiplier {
 public:
@@ -49,7 +52,9 @@ private:
     // Reads this warp's unit of a round.
     template <int kFormat> __device__ __forceinline__ void load(QuantisedUnit<R>& to, const uint8_t* unit) const {
         constexpr bool kEight = kFormat == DIJIANG_INT8;
-        constexpr int kScales = (kEight ? kMostBlocks / 2 : kMostBlocks) * 2;  // bytes of a row's
+        constexpr int kScales = blocks_of_unit(kEight) * 2;  // bytes of a row's
+        to.at = unit + lane * 16;
+        if constexpr (!kUnitAhead<R>) return;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) to.weights[i] = *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16);
         // A row's, or the half of them that this lane needs.
@@ -120,12 +125,17 @@ private:
         uint32_t words[4 * kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-            words[4 * i] = it.weights[i].x;
-            words[4 * i + 1] = it.weights[i].y;
-            words[4 * i + 2] = it.weights[i].z;
-            words[4 * i + 3] = it.weights[i].w;
+            const uint4 some = kUnitAhead<R> ? it.weights[i] : *reinterpret_cast<const uint4*>(it.at + i * 512);
+            words[4 * i] = some.x;
+            words[4 * i + 1] = some.y;
+            words[4 * i + 2] = some.z;
+            words[4 * i + 3] = some.w;
         }
         const auto scale_of = [&](int number) {
+            if constexpr (!kUnitAhead<R>) {
+                const uint8_t* const scales = it.at - lane * 16 + kLoads * 512 + lane / 4 * (kBlocks * 2);
+                return unpack<__half>(uint32_t{reinterpret_cast<const uint16_t*>(scales)[number]}).x;
+            }
             const float2 both = unpack<__half>(it.scales[number / 2]);
             return number % 2 ? both.y : both.x;
         };
