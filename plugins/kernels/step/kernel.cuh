@@ -36,7 +36,7 @@ template <int kAtOnce, typename T, int R> __device__ __forceinline__ void take_i
     }
 }
 template <typename T, int R> __device__ __forceinline__ void take_inner(const Context<T, R>& c) {
-    constexpr int kFew = 4, kMany = R == 1 ? 10 : kManyLooks;
+    constexpr int kFew = 4, kMany = R > 1 ? kManyLooks : kManyLooks == 16 ? 10 : kFew;
     if (R <= 2 && R * c.p.layout.inner <= kFew * 4 * kThreads) take_inner<kFew>(c);
     else take_inner<kMany>(c);
     meet();

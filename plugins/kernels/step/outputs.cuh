@@ -120,7 +120,7 @@ template <int kPairs, typename T, int R> __device__ __forceinline__ void take_ou
     }
 }
 template <typename T, int R> __device__ __forceinline__ void take_outputs(Context<T, R>& c) {
-    constexpr int kFew = R == 1 ? 2 : 1, kMany = R == 1 ? 5 : R == 2 ? 3 : R == 4 || kManyLooks == 16 ? 2 : 1;
+    constexpr int kFew = R == 1 ? 2 : 1, kMany = kManyLooks != 16 ? kFew : R == 1 ? 5 : R == 2 ? 3 : 2;
     if (c.p.layout.width() <= kFew * 2 * kThreads) take_outputs<kFew>(c);
     else take_outputs<kMany>(c);
     meet();

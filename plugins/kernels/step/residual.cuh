@@ -202,7 +202,7 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
 
 template <typename T, int R>
 __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, int64_t place, bool second) {
-    constexpr int kFew = R == 1 ? 2 : 1, kMany = R == 1 ? 5 : R <= 4 ? 2 : 1;
+    constexpr int kFew = R == 1 ? 2 : 1, kMany = R == 1 ? (kManyLooks == 16 ? 5 : 3) : R <= 4 ? 2 : 1;
     if (kFew == kMany || c.p.layout.hidden <= kFew * 2 * kThreads) take_normalised<kFew>(c, tag, place, second);
     else take_normalised<kMany>(c, tag, place, second);
 }
