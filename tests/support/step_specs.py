@@ -30,9 +30,17 @@ MODELS: dict[str, ModelSpec] = {
     ),
 }  # fmt: skip
 RAGGED: dict[str, ModelSpec] = {
-    # Rows that end inside a unit, in the second round of a group; the MLP's of several.
+    # Rows that end inside a unit; the MLP's of int8 in the second round of a group.
     name: dataclasses.replace(
-        MODELS[name], hidden_size=544, embedding_size=544, intermediate_size=1120, num_layers=1
+        MODELS[name], hidden_size=544, embedding_size=544, intermediate_size=2144, num_layers=1
     )
     for name in ("neox", "llama")
 }
+WIDE = dataclasses.replace(
+    with_heads(SMALL, 16, 16, 80, 20),
+    hidden_size=1056,
+    embedding_size=1056,
+    intermediate_size=4128,
+    num_layers=1,
+)
+"""More of everything that comes from other blocks than a thread takes at once of narrow models."""

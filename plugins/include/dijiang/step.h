@@ -19,11 +19,11 @@
  *   scales   float16 [N, K/32]
  * and multiplied as they are, exactly: only sums are rounded, to float32. Packed they lie by layer, by matrix in the order
  * in which a step takes them (q, k, v and gate together, up with mlp_gate, down, dense; without parallel residual dense
- * before up), by group of 8 rows, by unit of 256 columns (int4) or 128 (int8); the head comes last. A unit is dense:
- *   twice 512 bytes, 16 of each lane 4 g + t, g = 0..7, t = 0..3: of row g, of each block of 32 in turn, the columns 8 t
+ * before up), by group of 8 rows, by unit of 512 columns (int4) or 256 (int8); the head comes last. A unit is dense:
+ *   four times 512 bytes, 16 of each lane 4 g + t, g = 0..7, t = 0..3: of row g, of each block of 32 in turn, the columns 8 t
  *       to 8 t + 7. int8: u = q + 128, a byte each. int4: u = q + 8; of a 32-bit word, little-endian, the bits from 4 p on
  *       have column 8 t + 2 p, those from 16 + 4 p on 8 t + 2 p + 1;
- *   scales, float16: [g = 0..7] [block of the unit].
+ *   scales, float16, of each g = 0..7 in turn: of the unit's even blocks, then of its odd ones.
  * A row's last unit ends with its columns: blocks that the unit before it has are zeros in it, scales too, and so is what
  * a row shorter than a unit lacks. Rows of q, k, v and gate take turns: the groups of these, in that order, are 2 H/Hkv + 2
  * stripes of Hkv d / 8, and the packed ones are the first of each stripe, then the second of each, and so on. With

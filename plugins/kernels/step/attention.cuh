@@ -9,7 +9,7 @@ namespace dijiang {
 namespace step {
 
 // What is asked for early, as registers allow: elements of a row's state, and units of P.
-template <int R> constexpr int kStatesAhead = R == 1 ? 4 : R < 8 || kManyLooks == 16 ? 2 : 1;
+template <int R> constexpr int kStatesAhead = R == 1 ? 4 : R < 8 ? 2 : 1;
 constexpr int kProjAhead = kManyLooks == 16 ? 6 : 4;
 
 // Where a thread works in an item: one column, every sets-th feature from `first` on.
@@ -23,8 +23,9 @@ struct ItemPlace {
         head = divide(number, p.by_splits);
         kv_head = divide(head, p.by_sharing);
         split = number - head * p.splits;
-        first = divide(threadIdx.x, p.by_columns);
-        column = threadIdx.x - first * p.columns;
+        const uint32_t thread = kept(threadIdx.x);
+        first = divide(thread, p.by_columns);
+        column = thread - first * p.columns;
         item = number < p.layout.heads * p.splits;
         active = item && first < p.sets && first < d;
         state = (head * d + first) * d + split * p.columns + column;
@@ -52,7 +53,7 @@ struct ProjPart {
 
     template <typename C> __device__ __forceinline__ void request(const C& c, int group, int chunk) {
         const int chunks = Constants::proj_chunks(c.p.layout), groups = c.p.layout.head_dim / kGroup;
-        const uint4* const units = c.template constant<uint4>(c.p.places.proj) + threadIdx.x % 32;
+        const uint4* const units = c.template constant<uint4>(c.p.places.proj) + kept(threadIdx.x) % 32;
 #pragma unroll
         for (int i = 0; i < kProjAhead; ++i) {
             of[i] = __ldg(units + (group < groups ? (group * chunks + chunk) * 32 : 0));
@@ -96,12 +97,13 @@ struct Taken {
 template <typename T, int R> __device__ __forceinline__ void project(Context<T, R>& c, ProjPart& part) {
     const Params& p = c.p;
     const int d = p.layout.head_dim, chunks = Constants::proj_chunks(p.layout), groups = d / kGroup;
-    const int lane = threadIdx.x % 32, row = R == 8 ? lane / 4 : lane / 4 % R, quarter = lane % 4;
+    const uint32_t thread = kept(threadIdx.x);
+    const int lane = thread % 32, row = R == 8 ? lane / 4 : lane / 4 % R, quarter = lane % 4;
     const uint4* const high = c.template in_shared<uint4>(p.memory.turned) + row * 4 + quarter;
     const uint4* const low = high + chunks * (2 * R * kChunk / 8);
     float* const features = c.template in_shared<float>(p.memory.features) + row * d + 2 * quarter;
     float sums[4] = {}, rest[4] = {};
-    int group = threadIdx.x / 32, chunk = 0;
+    int group = thread / 32, chunk = 0;
 #pragma unroll 1
     while (group < groups) {
 #pragma unroll
@@ -129,26 +131,34 @@ template <typename T, int R> __device__ __forceinline__ void project(Context<T, 
     }
 }
 
-// Softmax over each of the 2 R rows of features, a warp a row, in place.
-template <int R> __device__ __forceinline__ void softmax(float* features, int d) {
-    const int lane = threadIdx.x % 32;
+// Softmax over each of the 2 R rows of features, a warp a row, in place; a lane has up to kEach of a row's numbers.
+template <int kEach, int R> __device__ __forceinline__ void softmax(float* features, int d) {
+    const uint32_t thread = kept(threadIdx.x);
+    const int lane = thread % 32;
 #pragma unroll 1
-    for (int row = threadIdx.x / 32; row < 2 * R; row += kWarps) {
-        float* const mine = features + row * d;
-        float most = -INFINITY, total = 0.0f;
-#pragma unroll 2
-        for (int f = lane; f < d; f += 32) most = fmaxf(most, mine[f]);
+    for (int row = thread / 32; row < 2 * R; row += kWarps) {
+        float* const mine = features + row * d + lane;
+        float e[kEach], most = -INFINITY, total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            e[i] = lane + 32 * i < d ? mine[32 * i] : -INFINITY;
+            most = fmaxf(most, e[i]);
+        }
         most = warp_max(most) * kLog2E;
-#pragma unroll 2
-        for (int f = lane; f < d; f += 32) {
-            const float e = fast_exp2(fmaf(mine[f], kLog2E, -most));
-            mine[f] = e;
-            total += e;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            e[i] = fast_exp2(fmaf(e[i], kLog2E, -most));
+            total += e[i];
         }
         const float inverse = __fdividef(1.0f, warp_sum(total));
-#pragma unroll 2
-        for (int f = lane; f < d; f += 32) mine[f] *= inverse;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+            if (lane + 32 * i < d) mine[32 * i] = e[i] * inverse;
     }
+}
+template <int R> __device__ __forceinline__ void softmax(float* features, int d) {
+    if (d <= 96) softmax<3, R>(features, d);
+    else softmax<8, R>(features, d);
 }
 
 // What a block asked for before it is needed: the state of its first item, and P.
@@ -163,6 +173,7 @@ public:
     __device__ __forceinline__ explicit Attention(const Context<T, R>& c)
         : place_(c.p, blockIdx.x),
           taken_(c, place_, min(static_cast<int>(threadIdx.x), R * (c.p.layout.head_dim + c.p.columns) - 1)) {
+        if (R > 1) return;
         taken_.turned = kept(taken_.turned);
         taken_.gates = kept(taken_.gates);
         taken_.from = kept(taken_.from);
@@ -175,10 +186,11 @@ public:
 
     // Asks for the state of this block's first item, and for P, both needed later.
     __device__ __forceinline__ void request_state(const Context<T, R>& c, Requests<R>& asked, int layer) const {
-        asked.state.request(c.p, place_.active, c.p.states[layer] + place_.state, place_.first);
+        const ItemPlace at = R == 1 ? place_ : ItemPlace(c.p, blockIdx.x);
+        asked.state.request(c.p, at.active, c.p.states[layer] + at.state, at.first);
     }
     __device__ __forceinline__ void request_proj(const Context<T, R>& c, Requests<R>& asked) const {
-        asked.proj.request(c, threadIdx.x / 32, 0);
+        asked.proj.request(c, kept(threadIdx.x) / 32, 0);
     }
     // All of this block's items.
     __device__ __forceinline__ void run(Context<T, R>& c, Requests<R>& asked, int layer) {
@@ -188,7 +200,7 @@ public:
 #pragma unroll 1
         for (int item = blockIdx.x;;) {
             const bool first = item == static_cast<int>(blockIdx.x), last = item + static_cast<int>(gridDim.x) >= items;
-            const ItemPlace at = first ? place_ : ItemPlace(p, item);
+            const ItemPlace at = first && R == 1 ? place_ : ItemPlace(p, item);
             c.set_waiting(true);
             take(c, at, first);
             meet();
@@ -219,9 +231,9 @@ private:
         T* const low = high + Constants::proj_chunks(p.layout) * 2 * R * kChunk;
         const int all = R * (p.layout.head_dim + p.columns);
         Taken it = taken_;
-        if (!first) it = Taken(c, at, threadIdx.x);
+        if (R > 1 || !first) it = Taken(c, at, kept(threadIdx.x));
 #pragma unroll 1
-        for (int i = threadIdx.x; i < all;) {
+        for (int i = kept(threadIdx.x); i < all;) {
             const uint2* const from = c.template in_sync<uint2>(p.exchange.qkvg) + it.from;
             uint2 one, other;
             await([&] {
@@ -247,7 +259,7 @@ private:
             if (i >= all) break;
             it = Taken(c, at, i);
         }
-        const int row = kThreads - 1 - static_cast<int>(threadIdx.x);  // of threads that had nothing to wait for
+        const int row = kThreads - 1 - static_cast<int>(kept(threadIdx.x));  // of threads that had nothing to wait for
         if (row < R) take_terms(c, at, row);
     }
     __device__ __forceinline__ void take_terms(Context<T, R>& c, const ItemPlace& at, int row) {
@@ -289,13 +301,14 @@ private:
             }
         }
         float* const readout = c.template in_shared<float>(p.memory.readout);
+        const uint32_t thread = kept(threadIdx.x);
         if (p.entries == kWarps) {  // columns divide a warp
 #pragma unroll
             for (int r = 0; r < R; ++r) {
 #pragma unroll 1
                 for (int offset = columns; offset < 32; offset *= 2) out[r] += __shfl_xor_sync(~0u, out[r], offset);
-                if (static_cast<int>(threadIdx.x % 32) < columns)
-                    readout[(r * kWarps + threadIdx.x / 32) * columns + at.column] = out[r];
+                if (static_cast<int>(thread % 32) < columns)
+                    readout[(r * kWarps + thread / 32) * columns + at.column] = out[r];
             }
         } else if (at.first < p.sets) {
 #pragma unroll
@@ -308,7 +321,7 @@ private:
         const Params& p = c.p;
         const int pairs = p.columns / 2;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < R * pairs; i += kThreads) {
+        for (int i = kept(threadIdx.x); i < R * pairs; i += kThreads) {
             const int row = R == 1 ? 0 : i / pairs, pair = i - row * pairs;
             const float2* const from = c.template in_shared<float2>(p.memory.readout) + row * p.entries * pairs + pair;
             float2 sum = make_float2(0.0f, 0.0f);

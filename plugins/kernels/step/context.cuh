@@ -16,19 +16,20 @@ constexpr int kManyLooks = 8;
 constexpr int kManyLooks = 16;
 #endif
 
-// Some slots that a thread waits for together, `step` apart; those at `left` and beyond are nobody's (but the first can be
-// looked at). Two neighbouring ones at once where a slot has 8 bytes.
+// Some slots that a thread waits for together: slot i is at(i) behind `from`, and nobody's unless there(i) (but the first can
+// be looked at). Two neighbouring ones at once where a slot has 8 bytes.
 template <int kCount, typename Slot> struct Looks {
     uint4 of[kCount];
 
-    __device__ __forceinline__ Looks(const Slot* from, uint32_t step, uint32_t left, uint32_t tag) {
+    template <typename At, typename There>
+    __device__ __forceinline__ Looks(const Slot* from, uint32_t tag, At at, There there) {
         await([&] {
             bool all = true;
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) of[i] = look_at(from + (i * step < left ? i * step : 0));
+            for (int i = 0; i < kCount; ++i) of[i] = look_at(from + (there(i) ? at(i) : 0));
 #pragma unroll
             for (int i = 0; i < kCount; ++i)
-                if (i * step < left) all &= (sizeof(Slot) == 16 || of[i].y == tag) && of[i].w == tag;
+                if (there(i)) all &= (sizeof(Slot) == 16 || of[i].y == tag) && of[i].w == tag;
             return all;
         });
     }
@@ -38,10 +39,20 @@ private:
     static __device__ __forceinline__ uint4 look_at(const uint4* slot) { return look(slot); }
 };
 
+// Quantised weights: how warps take the units of groups of one format.
+struct Turns {
+    uint16_t units;       // of a group
+    uint16_t skip, rest;  // from one of a warp's units to its next: groups, and units of a group
+    uint16_t nothing;
+};
+
 // In shared memory behind the ring's barriers.
 struct BlockFacts {
     Part of[kMatrices];
     int32_t id[DIJIANG_STEP_MAX_ROWS], position[DIJIANG_STEP_MAX_ROWS], valid[DIJIANG_STEP_MAX_ROWS];
+    // Of quantised weights alone.
+    Turns turns[kMatrices][2];              // of a matrix in int4, and in int8
+    uint16_t starts[kMatrices][2][kWarps];  // each warp's first unit: 256 times its group, and which of that
     uint32_t epoch;
     uint32_t waiting;  // 1: this block waits for others' values
 };

@@ -79,9 +79,6 @@ __device__ __forceinline__ void copy_piece(uint8_t* to, const uint8_t* from, uin
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(m)), "l"(policy) : "memory");
 }
-__device__ __forceinline__ void prefetch(const uint8_t* from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 #else
 constexpr int kCopiers = 32;
 __device__ __forceinline__ void copy_piece(uint8_t* to, const uint8_t* from, uint32_t bytes, uint64_t* m, uint64_t policy) {
@@ -92,10 +89,12 @@ __device__ __forceinline__ void copy_piece(uint8_t* to, const uint8_t* from, uin
                      : "memory");
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(m)) : "memory");
 }
-__device__ __forceinline__ void prefetch(const uint8_t* from, uint32_t bytes) {
-    for (uint32_t at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
-}
 #endif
+// Has what is there brought to L2, by a warp. A bulk prefetch would wait behind all bulk copies that are under way.
+__device__ __forceinline__ void prefetch(const uint8_t* from, uint32_t bytes) {
+    for (uint32_t at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
+}
 
 // --- slots: 8 or 16 bytes at once, by all of the GPU's blocks ---
 __device__ __forceinline__ void put(uint2* slot, uint32_t value, uint32_t tag) {

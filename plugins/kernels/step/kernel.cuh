@@ -17,23 +17,28 @@ namespace dijiang {
 namespace step {
 
 // Waits for all of the MLP's inner values, some fours at a time, and brings them to where the product reads them.
-template <typename T, int R> __device__ __forceinline__ void take_inner(Context<T, R>& c) {
-    constexpr int kAtOnce = R <= 2 ? 4 : kManyLooks;
+template <int kAtOnce, typename T, int R> __device__ __forceinline__ void take_inner(const Context<T, R>& c) {
     const Params& p = c.p;
     const uint32_t fours = p.layout.inner >> 2, total = R * fours;
     const uint2* const slots = c.template in_sync<uint2>(p.exchange.up);
     T* const x = c.template in_shared<T>(p.memory.up);
 #pragma unroll 1
-    for (uint32_t start = threadIdx.x; start < total; start += kAtOnce * kThreads) {
-        const Looks<kAtOnce, uint2> looks(slots + 2 * start, 2 * kThreads, 2 * (total - start), c.tag);
+    for (uint32_t start = kept(threadIdx.x); start < total; start += kAtOnce * kThreads) {
+        const auto there = [&](int i) { return start + i * kThreads < total; };
+        const Looks<kAtOnce, uint2> looks(slots + 2 * start, c.tag, [](int i) { return i * 2 * kThreads; }, there);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const uint32_t at = start + i * kThreads, row = R == 1 ? 0 : divide(at, p.by_fours);
-            if (at < total)
+            if (there(i))
                 *reinterpret_cast<uint2*>(x + x_index<R>(row, 4 * (at - row * fours))) =
                     make_uint2(looks.of[i].x, looks.of[i].z);
         }
     }
+}
+template <typename T, int R> __device__ __forceinline__ void take_inner(const Context<T, R>& c) {
+    constexpr int kFew = 4, kMany = R > 1 ? kManyLooks : kManyLooks == 16 ? 10 : kFew;
+    if (R <= 2 && R * c.p.layout.inner <= kFew * 4 * kThreads) take_inner<kFew>(c);
+    else take_inner<kMany>(c);
     meet();
 }
 
@@ -84,7 +89,7 @@ __device__ __forceinline__ void finish_batch(Context<T, R>& c, Matrix matrix, Pa
                                              const float* biases, float bias) {
     const float* const sums = c.template in_shared<float>(c.p.memory.sums);
     const int total = groups * R * kGroup;
-    int v = threadIdx.x;
+    int v = kept(threadIdx.x);
 #pragma unroll 1
     for (int start = v & ~31; start < total;) {
         const int row = v / kGroup % R, group = v / (kGroup * R);
@@ -162,6 +167,17 @@ template <typename T, int R> __device__ __forceinline__ void set_parts(Context<T
     const_cast<BlockFacts&>(c.facts()).of[matrix] = {first, groups, chunks, groups * chunks};
 }
 
+// A thread for each matrix and format, and one for each warp besides.
+template <typename T, int R> __device__ __forceinline__ void set_turns(Context<T, R>& c) {
+    const int which = threadIdx.x / kWarps, warp = threadIdx.x % kWarps, matrix = which / 2, eight = which % 2;
+    if (matrix >= kMatrices) return;
+    const int units = units_of_group(c.p.layout.chunks(matrix), eight != 0);
+    BlockFacts& facts = const_cast<BlockFacts&>(c.facts());
+    if (warp == 0)
+        facts.turns[matrix][eight] = {static_cast<uint16_t>(units), static_cast<uint16_t>(kWarps / units), static_cast<uint16_t>(kWarps % units), 0};
+    facts.starts[matrix][eight][warp] = static_cast<uint16_t>(warp / units * 256 + warp % units);
+}
+
 // The walk of who copies.
 template <typename T, int R> __device__ __forceinline__ void copy_stream(const Context<T, R>& c, const Ring<FloatCut>& ring) {
     Copier copier(c.p, ring, &const_cast<BlockFacts&>(c.facts()).waiting);
@@ -205,7 +221,7 @@ template <bool kQuantised, typename T, int R> __device__ __forceinline__ void pr
 // Has the next layer's constants brought to L2, each block a part of them; behind the last layer, what comes there.
 template <typename T, int R> __device__ __forceinline__ void prefetch_constants(const Context<T, R>& c, int layer) {
     const Params& p = c.p;
-    if (threadIdx.x != kThreads - 1) return;
+    if (threadIdx.x < kThreads - 32) return;
     const int64_t begin = layer < p.layout.layers ? p.constants + layer * p.places.size : p.ends;
     const int64_t bytes = layer < p.layout.layers ? p.places.terms + 128 : ends_bytes(p.layout);
     const int64_t each = (bytes / gridDim.x + 127) / 128 * 128, from = blockIdx.x * each;
@@ -257,6 +273,7 @@ __device__ __forceinline__ void walk(const Params& p, Copy copy, Layers layers) 
     Context<T, R> c(p, shared, ring);
     c.set_waiting(false);
     set_parts(c);
+    if (kQuantised) set_turns(c);
     __syncthreads();
     if (threadIdx.x >= kCopier) {
         if (threadIdx.x < kCopier + kCopiers) copy(c, ring);

@@ -80,10 +80,9 @@ template <typename T, int R>     __device__ __forceinline__ void normalise_by_wa
         meet();
     }
 
-// Waits for attention's outputs. With one row, a thread takes pairs of channels t and t + kThreads; with more, pair t of some
-// rows.
-template <typename T, int R> __device__ __forceinline__ void take_outputs(Context<T, R>& c) {
-    constexpr int kAtOnce = R == 1 ? 2 : R < 4 ? R : 4, kPairs = R == 1 ? 2 : 1, kRows = kAtOnce / kPairs;
+// Waits for attention's outputs, kPairs pairs of channels of some rows at a time: a thread has pairs t, t + kThreads, ..
+template <int kPairs, typename T, int R> __device__ __forceinline__ void take_outputs(Context<T, R>& c) {
+    constexpr int kRows = R < 4 ? R : 4, kAtOnce = kPairs * kRows;
     const Params& p = c.p;
     const uint32_t pairs = p.layout.width() >> 1, heads = p.layout.heads;
     const uint4* const slots = c.template in_sync<uint4>(p.exchange.attention);
@@ -92,25 +91,24 @@ template <typename T, int R> __device__ __forceinline__ void take_outputs(Contex
     float2* const outputs = c.template in_shared<float2>(p.memory.outputs);
     uint32_t* const gates = c.template in_shared<uint32_t>(p.memory.gates);
 #pragma unroll 1
-    for (uint32_t start = threadIdx.x; (start & ~31u) < pairs; start += kPairs * kThreads) {
+    for (uint32_t start = kept(threadIdx.x); (start & ~31u) < pairs; start += kPairs * kThreads) {
         const Affines<kPairs> affine(affines, start, kThreads, pairs);
-        const uint32_t there = start < pairs ? pairs - start : 0;
+        const auto there = [&](int i) { return start + i % kPairs * kThreads < pairs; };
 #pragma unroll 1
         for (uint32_t first = 0; first < R; first += kRows) {
-            const Looks<kAtOnce, uint4> looks(slots + first * pairs + min(start, pairs - 1), R == 1 ? kThreads : pairs,
-                                              R == 1 ? there : there > 0 ? kAtOnce * pairs : 0, c.tag);
+            const Looks<kAtOnce, uint4> looks(
+                slots + first * pairs + min(start, pairs - 1), c.tag,
+                [&](int i) { return i / kPairs * pairs + i % kPairs * kThreads; }, there);
             __syncwarp();
             float2 o[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i)
-                o[i] = start + i % kPairs * kThreads < pairs
-                           ? make_float2(__uint_as_float(looks.of[i].x), __uint_as_float(looks.of[i].y))
-                           : make_float2(0.0f, 0.0f);
+                o[i] = there(i) ? make_float2(__uint_as_float(looks.of[i].x), __uint_as_float(looks.of[i].y)) : make_float2(0.0f, 0.0f);
             if (in_lanes) normalise_in_lanes(o, heads, p.inverse_heads, p.group_norm_epsilon);
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const uint32_t row = first + i / kPairs, pair = start + i % kPairs * kThreads;
-                if (pair >= pairs) continue;
+                if (!there(i)) continue;
                 if (in_lanes) {
                     leave_attended(c, row, pair, o[i], looks.of[i].z, affine.of[i % kPairs]);
                 } else {
@@ -120,8 +118,13 @@ template <typename T, int R> __device__ __forceinline__ void take_outputs(Contex
             }
         }
     }
+}
+template <typename T, int R> __device__ __forceinline__ void take_outputs(Context<T, R>& c) {
+    constexpr int kFew = R == 1 ? 2 : 1, kMany = kManyLooks != 16 ? kFew : R == 1 ? 5 : R == 2 ? 3 : 2;
+    if (c.p.layout.width() <= kFew * 2 * kThreads) take_outputs<kFew>(c);
+    else take_outputs<kMany>(c);
     meet();
-    if (!in_lanes) normalise_by_warps(c);
+    if (!groups_fit_lanes(c.p.layout.heads)) normalise_by_warps(c);
 }
 
 }  // namespace step

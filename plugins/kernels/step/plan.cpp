@@ -17,8 +17,8 @@ constexpr int32_t kMostHidden = 1 << 20;
 // layer and where it does not. Of what was tried on an H100 the fastest at the 410M and the 2.8B shape.
 constexpr int kFlight = 2, kFlightBusy = 3, kFlightBusyLarge = 8;
 constexpr int kLeastSlots = 2;
-// The same of quantised weights' rounds, of 9.2 KB at most.
-constexpr int kRoundsFlight = 2, kRoundsFlightBusy = 3, kRoundsFlightBusyLarge = 7, kLeastRounds = 3;
+// The same of quantised weights' rounds, of 18.4 KB at most.
+constexpr int kRoundsFlight = 1, kRoundsFlightBusy = 3, kLeastRounds = 3;
 
 dijiang_status check_number(const char* name, double value, bool good, const char* expected) {
     if (good) return DIJIANG_OK;
@@ -223,6 +223,10 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     while (plan.capacity < rows) plan.capacity *= 2;
     place_memory(p, plan.capacity, p.memory);
     const Memory& at = p.memory;
+    p.int8_bits[kUp] = 1u << DIJIANG_STEP_UP | (p.layout.gated ? 1u << DIJIANG_STEP_MLP_GATE : 0u);
+    p.int8_bits[kDown] = 1u << DIJIANG_STEP_DOWN;
+    p.int8_bits[kDense] = 1u << DIJIANG_STEP_DENSE;
+    p.int8_bits[kHead] = ~0u;
     const int32_t inputs[] = {at.x1, m.parallel_residual ? at.x2 : at.x1, at.up, at.attended, at.x1};
     const int64_t biases[] = {p.places.attention_bias, p.places.up_bias, p.places.down_bias, p.places.dense_bias, 0};
     for (int matrix = 0; matrix < kMatrices; ++matrix) {
@@ -239,7 +243,7 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     p.memory.size = p.memory.ring + p.slots * slot;
     const bool small = layer_bytes(p.layout) <= int64_t{2} * p.slots * slot;
     p.flight = m.quantised ? kRoundsFlight : kFlight;
-    p.flight_busy = m.quantised ? (small ? kRoundsFlightBusy : kRoundsFlightBusyLarge) : (small ? kFlightBusy : kFlightBusyLarge);
+    p.flight_busy = m.quantised ? kRoundsFlightBusy : small ? kFlightBusy : kFlightBusyLarge;
     // Never more than the ring has, or who copies would wait for a slot's last filling but one, which its barrier has forgotten.
     p.flight_busy = std::min(p.flight_busy, p.slots * (m.quantised ? 1 : kPieces));
     return DIJIANG_OK;

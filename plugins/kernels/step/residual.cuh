@@ -90,7 +90,7 @@ template <int R> struct Moments {
 template <typename T, int R> __device__ __forceinline__ Moments<R> moments(const Context<T, R>& c, float last) {
     constexpr int kOfRow = 32 / R, kParts = kOfRow < kWarps ? kOfRow : kWarps;
     const Params& p = c.p;
-    const int lane = threadIdx.x % 32, row = lane / kOfRow, part = lane % kOfRow;
+    const int lane = kept(threadIdx.x) % 32, row = lane / kOfRow, part = lane % kOfRow;
     const float2* const statistics = c.template in_shared<float2>(p.memory.statistics) + row * kWarps;
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll
@@ -122,14 +122,14 @@ template <typename T, int R> __device__ __forceinline__ Moments<R> moments(const
 }
 
 // Normalises the rows of the residual stream that come under a tag, or with tag 0 those that are in `raw`, to x1, and
-// with another affine to x2 if there is one. A thread has pairs t, t + kThreads, .. of all rows. Squares are summed around
-// the mean that the row had last: it changes little.
-template <typename T, int R>
+// with another affine to x2 if there is one. A thread has pairs t, t + kThreads, .. of all rows, kPairs at a time. Squares are
+// summed around the mean that the row had last: it changes little.
+template <int kPairs, typename T, int R>
 __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, int64_t place, bool second) {
-    constexpr int kPairs = R == 1 ? 3 : 1, kRows = R <= kManyLooks / 2 ? R : kManyLooks / 2;
-    constexpr int kAtOnce = kRows * kPairs, kEarly = 2;
+    constexpr int kRows = R <= kManyLooks / 2 ? R : kManyLooks / 2, kAtOnce = kRows * kPairs;
+    constexpr int kEarly = kPairs < 2 ? 2 : kPairs;
     const Params& p = c.p;
-    const uint32_t pairs = p.layout.hidden >> 1, mine = threadIdx.x, lane = threadIdx.x % 32;
+    const uint32_t pairs = p.layout.hidden >> 1, mine = kept(threadIdx.x), lane = mine % 32;
     const float4* const affines = c.template constant<float4>(place);
     const float4* const others = c.template constant<float4>(second ? p.places.mlp_norm : place);
     Affines<kEarly> affine(affines, mine, kThreads, pairs), other(others, mine, kThreads, pairs);
@@ -142,18 +142,17 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
     const float last = means[lane / (32 / R)];
     float sums[2 * R] = {};
 #pragma unroll 1
-    for (uint32_t start = mine; start < pairs; start += kPairs * kThreads)
+    for (uint32_t start = mine; start < pairs; start += kPairs * kThreads) {
+        const auto there = [&](int i) { return start + i % kPairs * kThreads < pairs; };
 #pragma unroll
         for (int first = 0; first < R; first += kRows) {
             float2 e[kAtOnce];
-            const auto pair_of = [&](int i) { return start + i % kPairs * kThreads; };
+            const auto at = [&](int i) { return (first + i / kPairs) * pairs + start + i % kPairs * kThreads; };
             if (tag == 0) {
 #pragma unroll
-                for (int i = 0; i < kAtOnce; ++i)
-                    e[i] = pair_of(i) < pairs ? raw[(first + i / kPairs) * pairs + pair_of(i)] : make_float2(0.0f, 0.0f);
+                for (int i = 0; i < kAtOnce; ++i) e[i] = there(i) ? raw[at(i)] : make_float2(0.0f, 0.0f);
             } else {
-                const Looks<kAtOnce, uint2> looks(slots + 2 * (first * pairs + start), R == 1 ? 2 * kThreads : 2 * pairs,
-                                                  R == 1 ? 2 * (pairs - start) : 2 * kRows * pairs, tag);
+                const Looks<kAtOnce, uint2> looks(slots + 2 * at(0), tag, [&](int i) { return 2 * (at(i) - at(0)); }, there);
 #pragma unroll
                 for (int i = 0; i < kAtOnce; ++i)
                     e[i] = make_float2(__uint_as_float(looks.of[i].x), __uint_as_float(looks.of[i].z));
@@ -161,13 +160,14 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int row = first + i / kPairs;
-                if (pair_of(i) >= pairs) continue;
-                raw[row * pairs + pair_of(i)] = e[i];
+                if (!there(i)) continue;
+                raw[at(i)] = e[i];
                 const float x = e[i].x - pivots[row], y = e[i].y - pivots[row];
                 sums[2 * row] += x + y;
                 sums[2 * row + 1] = fmaf(x, x, fmaf(y, y, sums[2 * row + 1]));
             }
         }
+    }
     __syncwarp();
     const float sum = sum_of_each<2 * R>(sums);
     const int apart = 32 / (2 * R), number = lane / apart;
@@ -198,6 +198,13 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
         if (second) other = Affines<kEarly>(others, start, kThreads, pairs);
     }
     meet();
+}
+
+template <typename T, int R>
+__device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, int64_t place, bool second) {
+    constexpr int kFew = R == 1 ? 2 : 1, kMany = R == 1 ? (kManyLooks == 16 ? 5 : 3) : R <= 4 ? 2 : 1;
+    if (kFew == kMany || c.p.layout.hidden <= kFew * 2 * kThreads) take_normalised<kFew>(c, tag, place, second);
+    else take_normalised<kMany>(c, tag, place, second);
 }
 
 // This block's rows of the residual stream begin as the embedding.

@@ -29,7 +29,7 @@ struct Memory {
     int32_t values, opened;        // [row][columns]; pairs of gates, in T
     int32_t terms;                 // [row] of decay, gain, read scale
     int32_t readout;               // [row][entry][columns]
-    int32_t padded;                // 1: rows that are multiplied have at least 256 columns, zeros where there are none
+    int32_t padded;                // 1: rows that are multiplied have at least 512 columns, zeros where there are none
     int32_t size;
 };
 
@@ -52,6 +52,7 @@ struct Params {
     int64_t constants, ends;             // where they begin in the packed weights
     int32_t inputs[kMatrices], biases[kMatrices];  // of a matrix: x in shared memory; among a layer's constants
     int32_t rows, integers;
+    uint32_t int8_bits[kMatrices];       // if quantised: which bits of a layer say that a matrix is int8; attention's has parts
     int32_t norm, activation, position_rows, position_offset;
     float norm_epsilon, group_norm_epsilon, inverse_hidden, inverse_heads;
     int32_t splits, columns, sets;       // blocks that share a head, its columns that each has, threads of a column

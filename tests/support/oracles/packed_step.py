@@ -36,7 +36,7 @@ def groups_of(model: StepModel, matrix: str) -> list[list[tuple[str, int] | None
 
 def unit(packed: Any, at: int, eight: bool) -> tuple[Any, Any]:
     """q [8, blocks, 32] and scales [8, blocks] of the unit at a byte."""
-    blocks = 4 if eight else 8
+    blocks = 8 if eight else 16
     row, block, column = np.indices((8, blocks, 32))
     word = block * (2 if eight else 1)  # a lane's first of a block; four lie together
     lane = at + word // 4 * 512 + word % 4 * 4 + 16 * (4 * row + column // 8)
@@ -45,8 +45,8 @@ def unit(packed: Any, at: int, eight: bool) -> tuple[Any, Any]:
     else:
         bit = column % 8 // 2 * 4 + column % 2 * 16
         q = (packed[lane + bit // 8].astype(np.int64) >> (bit % 8) & 15) - 8
-    scales = np.ascontiguousarray(packed[at + 1024 : at + 1024 + 16 * blocks]).view(np.float16)
-    return q, scales.reshape(8, blocks)
+    scales = np.ascontiguousarray(packed[at + 2048 : at + 2048 + 16 * blocks]).view(np.float16)
+    return q, scales.reshape(8, 2, blocks // 2).transpose(0, 2, 1).reshape(8, blocks)
 
 
 def stream(model: StepModel) -> Iterator[tuple[int, str]]:
@@ -76,11 +76,11 @@ def unpacked(model: StepModel, packed: Any) -> Mapping[tuple[int, str], Any]:
                 eight = model.head_format == "int8"
             else:
                 eight = any(row and model.int8_matrices[layer] >> BITS[row[0]] & 1 for row in rows)
-            blocks = 4 if eight else 8
+            blocks = 8 if eight else 16
             whole = np.zeros((8, chunks, 32))
             for number in range(-(-chunks // blocks)):
                 q, scales = unit(packed, at, eight)
-                at += 1024 + 16 * blocks
+                at += 2048 + 16 * blocks
                 first = max(min(number * blocks, chunks - blocks), 0)
                 for b in range(blocks):
                     values = q[:, b] * scales[:, b, None].astype(np.float64)

@@ -45,9 +45,9 @@ private:
     __device__ __forceinline__ void copy_rounds(const uint8_t*& from, int units, int bytes_of_unit) {
 #pragma unroll 1
         for (; units > 0; units -= kWarps) {
-            const uint32_t bytes = min(units, kWarps) * bytes_of_unit;
             wait_for_slot();
             wait_to_ask();
+            const uint32_t bytes = min(units, kWarps) * bytes_of_unit;
             copy_piece(ring.bytes + slot * kRoundBytes, from, bytes, ring.full + slot, once);
             from += bytes;
             next_slot();
@@ -66,10 +66,11 @@ template <typename T, int R> __device__ __forceinline__ void copy_rounds(const C
     }
 }
 
-// Of a batch's groups, bit i: that group i is int8. A lane asks for one of them.
+// Of a batch's groups, bit i: that group i is int8. Where they differ, a lane asks for one of them.
 __device__ __forceinline__ uint32_t int8_groups(const Params& p, uint32_t formats, int matrix, int first) {
     static_assert(kBatch <= 32, "a lane for each");
-    const int stripe = matrix == kAttention ? stripe_of(p, first + static_cast<int>(threadIdx.x % 32)) : 0;
+    if (matrix != kAttention) return (formats & p.int8_bits[matrix]) != 0 ? ~0u : 0u;
+    const int stripe = stripe_of(p, first + static_cast<int>(threadIdx.x % 32));
     return __ballot_sync(~0u, group_is_int8(p.layout, formats, matrix, stripe));
 }
 
@@ -87,22 +88,18 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
     };
     const Part part = c.facts().of[matrix];
     QuantisedMultiplier<T, R> multiplier(c.at, part.chunks);
-    QuantisedUnit first;
-    const auto begin = [&](int batch) {
-        multiplier.begin(min(kBatch, part.groups - batch), int8_groups(p, formats, matrix, part.first + batch), first);
-    };
-    if (part.groups > 0) begin(0);
-    const int mine = threadIdx.x / (kGroup * R);  // this thread's first group of a batch
-    const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + threadIdx.x % kGroup;
+    const uint32_t thread = kept(threadIdx.x);
+    const int mine = thread / (kGroup * R);  // this thread's first group of a batch
+    const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + thread % kGroup;
     const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
     float bias = bias_of(mine);
     wait();
     const T* const x = c.template in_shared<T>(p.inputs[matrix]);
-    float* const sums = c.template in_shared<float>(p.memory.sums) + threadIdx.x / 32 * kSumsOfWarp<R>;
+    float* const sums = c.template in_shared<float>(p.memory.sums) + thread / 32 * kSumsOfWarp<R>;
 #pragma unroll 1
     for (int batch = 0;;) {
         const int groups = min(kBatch, part.groups - batch);
-        if (groups > 0) multiplier.run(first, x, sums);
+        if (groups > 0) multiplier.run(c.facts(), matrix, groups, int8_groups(p, formats, matrix, part.first + batch), x, sums);
         if (batch == 0) meanwhile();
         if (groups <= 0) break;
         meet();
@@ -110,7 +107,6 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
         batch += kBatch;
         if (batch >= part.groups) break;
         bias = bias_of(batch + mine);
-        begin(batch);
         meet();
     }
 }
@@ -119,9 +115,6 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
 template <typename T, int R> __device__ __forceinline__ void walk_quantised(Context<T, R>& c) {
     const Params& p = c.p;
     Attention<T, R> attention(c);
-    // What attention asks for early: with more rows, and for other architectures than 9.0, there are no registers for it.
-    constexpr bool kEarly = R < 4 && kManyLooks == 16;
-    Requests<R> asked{};
     const bool parallel = p.layout.parallel != 0;
     const int before_attention = parallel ? 1 : 0;  // the turn that attention follows
     int layer = 0, turn = 0;
@@ -144,23 +137,14 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
             }
         };
         quantised_product(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {
-            if (head) return;
-            if (turn == 0) {
-                if (kEarly) attention.request_state(c, asked, layer);
-                prefetch_constants(c, layer + 1);
-            }
-            if (kEarly && turn == before_attention) attention.request_proj(c, asked);
+            if (!head && turn == 0) prefetch_constants(c, layer + 1);
         });
         if (head) return;
-        if (turn == before_attention) {
-            if constexpr (kEarly) {
-                attention.run(c, asked, layer);
-            } else {
-                Requests<R> late;
-                attention.request_state(c, late, layer);
-                attention.request_proj(c, late);
-                attention.run(c, late, layer);
-            }
+        if (turn == before_attention) {  // what it needs is not asked for earlier: there are no registers to keep it in
+            Requests<R> asked;
+            attention.request_state(c, asked, layer);
+            attention.request_proj(c, asked);
+            attention.run(c, asked, layer);
         }
         if (++turn < kOfLayer) continue;
         turn = 0;

@@ -1,9 +1,9 @@
 // Where quantised weights lie in the packed stream. Plain arithmetic, for host and device.
 //
 // A ROUND is what a block's eight warps multiply at a time: up to eight UNITS that follow each other, one for each warp, of
-// groups of one format that follow each other in a batch. A unit is 8 rows x 256 columns in int4, 8 x 128 in int8: twice 512
-// bytes of weights, 16 of each lane (g, t), and behind them the scales, float16, of row 0's blocks of 32 columns, then row 1's
-// ... So 1152 or 1088 bytes. Of each block in turn lane (g, t) has columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte
+// groups of one format that follow each other in a batch. A unit is 8 rows x 512 columns in int4, 8 x 256 in int8: four times 512 bytes of weights, 16 of each lane (g, t), and behind them the scales,
+// float16, of row 0's blocks of 32 columns, the even ones, then the odd ones, then row 1's ... So 2304 or 2176 bytes: few
+// instructions are beside those that multiply. Of each block in turn lane (g, t) has columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte
 // each; int4 as q + 8 in a word whose bits from 4 p on are column 8 t + 2 p, those from 16 + 4 p column 8 t + 2 p + 1. The
 // operand of mma.m16n8k16 is made of it by device/widen.cuh.
 //
@@ -21,12 +21,12 @@
 namespace dijiang {
 namespace step {
 
-constexpr int kLoads = 2;                // of 16 bytes, that a lane makes of a unit; a row's scales are 8 bytes at least
+constexpr int kLoads = 4;                // of 16 bytes, that a lane makes of a unit; half of a row's scales is 8 bytes at least
 constexpr int kMostBlocks = 4 * kLoads;  // of 32 columns in a unit
 constexpr int kRoundBytes = kWarps * (512 * kLoads + 16 * kMostBlocks);  // at most
 
-DIJIANG_BOTH int blocks_of_unit(bool eight) { return eight ? kMostBlocks / 2 : kMostBlocks; }
-DIJIANG_BOTH int unit_bytes(bool eight) { return 512 * kLoads + 16 * blocks_of_unit(eight); }
+DIJIANG_BOTH constexpr int blocks_of_unit(bool eight) { return eight ? kMostBlocks / 2 : kMostBlocks; }
+DIJIANG_BOTH constexpr int unit_bytes(bool eight) { return 512 * kLoads + 16 * blocks_of_unit(eight); }
 DIJIANG_BOTH int units_of_group(int chunks, bool eight) {
     const uint32_t blocks = blocks_of_unit(eight);
     return static_cast<int>((static_cast<uint32_t>(chunks) + blocks - 1) / blocks);
@@ -36,7 +36,7 @@ DIJIANG_BOTH int group_bytes(int chunks, bool eight) { return units_of_group(chu
 // Stripes of attention's groups: q and gate have as many as query heads share a key/value head, k and v one each.
 DIJIANG_BOTH int stripes_of(const Layout& it) { return 2 * (it.heads / it.kv_heads) + 2; }
 
-DIJIANG_BOTH uint32_t formats_of(const Layout& it, int layer) { return layer < it.layers ? it.int8[layer] : 0u; }
+DIJIANG_BOTH uint32_t formats_of(const Layout& it, int layer) { return layer < it.layers ? it.int8[layer] : it.head_int8 ? ~0u : 0u; }
 
 DIJIANG_BOTH bool bit(uint32_t bits, int number) { return (bits >> number & 1u) != 0; }
 

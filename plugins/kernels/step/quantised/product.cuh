@@ -5,152 +5,170 @@
 #pragma once
 
 #include "device/widen.cuh"
-#include "step/product.cuh"
+#include "step/context.cuh"
 
 namespace dijiang {
 namespace step {
 
-// A lane's part of a unit.
-struct QuantisedUnit {
+// A lane's part of a unit. Two blocks of 32 columns are multiplied at a time: of up to four rows, lanes 0, 1 of each four get
+// the even ones' sums and 2, 3 the odd ones', so that they need the scales of these alone.
+template <int R> struct QuantisedUnit {
     uint4 weights[kLoads];
-    uint32_t scales[kMostBlocks / 2];  // of its row; int8 has the first half
-    uint32_t slot;
+    uint32_t scales[kMostBlocks / (R <= 4 ? 4 : 2)];  // of its row: the even blocks', the odd ones'; int8 has half as many
+    const uint8_t* at;                                // where this lane's weights lie
 };
+// Are there registers enough to have all of it before it is needed?
+template <int R> constexpr bool kUnitAhead = R < 8 || kManyLooks == 16;
 
 template <typename T, int R> class QuantisedMultiplier {
 public:
     __device__ __forceinline__ QuantisedMultiplier(Cursor& cursor, int chunks_of_x)
-        : at(cursor), warp(threadIdx.x / 32), lane(threadIdx.x % 32), chunks(chunks_of_x) {}
+        : at(cursor), thread(kept(threadIdx.x)), warp(thread / 32), lane(thread % 32), chunks(chunks_of_x) {}
 
-    // So many groups come next; bit i of `int8` says of which format group i is. Reads the first round's units, before x is
-    // waited for.
-    __device__ __forceinline__ void begin(int groups, uint32_t int8, QuantisedUnit& first) {
-        left = groups;
-        eights = int8;
-        fetch_first(first);
-    }
-    // Those groups. Each warp leaves a sum for each output, in its part of `sums`.
-    __device__ __forceinline__ void run(QuantisedUnit first, const T* x, float* sums) {
+    // So many groups; bit i of `int8` says of which format group i is. Each warp leaves a sum for each output, in its part of
+    // `sums`.
+    __device__ __forceinline__ void run(const BlockFacts& facts, int matrix, int groups, uint32_t int8, const T* x, float* sums) {
         const int row = kHalves ? lane / 4 % R : lane / 4;  // beyond the rows others again, whose results are left
-        x += row * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? 4 : 0);
+        x += row * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? R * kChunk : 0);
 #pragma unroll 1
         for (;;) {  // groups of one format that follow each other
-            const bool eight = eights & 1u;
-            const int groups = same_groups(eight);
-            if (eight) run_groups<DIJIANG_INT8>(first, x, sums, groups);
-            else run_groups<DIJIANG_INT4>(first, x, sums, groups);
-            left -= groups;
-            if (left == 0) break;
-            sums += groups * (R * kGroup);
-            eights >>= groups;
-            fetch_first(first);
+            const bool eight = int8 & 1u;
+            const int others = __ffs(static_cast<int>(eight ? ~int8 : int8)) - 1, some = others < 0 ? groups : min(others, groups);
+            if (eight) run_groups<DIJIANG_INT8>(facts.turns[matrix][1], facts.starts[matrix][1][warp], x, sums, some);
+            else run_groups<DIJIANG_INT4>(facts.turns[matrix][0], facts.starts[matrix][0][warp], x, sums, some);
+            groups -= some;
+            if (groups == 0) break;
+            sums += some * (R * kGroup);
+            int8 >>= some;
         }
     }
 
 private:
     static constexpr bool kHalves = R <= 4;
     Cursor& at;
+    const uint32_t thread;
     const int warp, lane, chunks;
-    int left;         // groups
-    uint32_t eights;  // which of them are int8
 
-    __device__ __forceinline__ void fetch_first(QuantisedUnit& to) {
-        const bool eight = eights & 1u;
-        const int groups = same_groups(eight);
-        if (eight) fetch<DIJIANG_INT8>(to, groups * units_of_group(chunks, true));
-        else fetch<DIJIANG_INT4>(to, groups * units_of_group(chunks, false));
-    }
-    // Groups of the first one's format that follow each other.
-    __device__ __forceinline__ int same_groups(bool eight) const {
-        const int others = __ffs(static_cast<int>(eight ? ~eights : eights)) - 1;
-        return others < 0 ? left : min(others, left);
-    }
-    // Waits for a round, and reads this warp's unit of it, if there is one: so many are left.
-    template <int kFormat> __device__ __forceinline__ void fetch(QuantisedUnit& to, int units) {
+    // Reads this warp's unit of a round.
+    template <int kFormat> __device__ __forceinline__ void load(QuantisedUnit<R>& to, const uint8_t* unit) const {
         constexpr bool kEight = kFormat == DIJIANG_INT8;
-        constexpr int kScales = (kEight ? kMostBlocks / 2 : kMostBlocks) * 2;  // bytes of a row's
-        at.template arrive<1>(at.slot, at.parity);
-        to.slot = at.slot;
-        if (warp < units) {
-            const uint8_t* const unit = at.bytes + warp * unit_bytes(kEight) + at.slot * kRoundBytes;
+        constexpr int kScales = blocks_of_unit(kEight) * 2;  // bytes of a row's
+        to.at = unit + lane * 16;
+        if constexpr (!kUnitAhead<R>) return;
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) to.weights[i] = *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16);
-            const uint8_t* const scales = unit + kLoads * 512 + lane / 4 * kScales;
+        for (int i = 0; i < kLoads; ++i) to.weights[i] = *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16);
+        // A row's, or the half of them that this lane needs.
+        constexpr int kBytes = kHalves ? kScales / 2 : kScales;
+        const uint8_t* const scales = unit + kLoads * 512 + lane / 4 * kScales + (kHalves ? lane % 4 / 2 * kBytes : 0);
+        if constexpr (kBytes == 8) {
+            const uint2 some = *reinterpret_cast<const uint2*>(scales);
+            to.scales[0] = some.x;
+            to.scales[1] = some.y;
+        } else {
 #pragma unroll
-            for (int i = 0; i < kScales; i += 8) {
-                const uint2 some = *reinterpret_cast<const uint2*>(scales + i);
+            for (int i = 0; i < kBytes; i += 16) {
+                const uint4 some = *reinterpret_cast<const uint4*>(scales + i);
                 to.scales[i / 4] = some.x;
                 to.scales[i / 4 + 1] = some.y;
+                to.scales[i / 4 + 2] = some.z;
+                to.scales[i / 4 + 3] = some.w;
             }
         }
-        at.next();
     }
-    // Groups of one format: warp w takes units w, w + 8, .. of all of them. A round is multiplied
-    // and left before the next is waited for: so there are registers enough for what attention asks for.
-    template <int kFormat>
-    __device__ __forceinline__ void run_groups(QuantisedUnit present, const T* x, float* to, int groups) {
-        const int each = units_of_group(chunks, kFormat == DIJIANG_INT8);
-        int left = groups * each, unit = warp;
+    // Groups of one format: warp w takes units w, w + 8, .. of all of them.
+    template <int kFormat> __device__ __forceinline__ void run_groups(const Turns turns, uint32_t start, const T* x, float* to, int groups) {
+        constexpr bool kEight = kFormat == DIJIANG_INT8;
+        const int each = turns.units, total = groups * each;
+        const int rounds = (total + kWarps - 1u) / kWarps, mine = (total - warp + kWarps - 1u) / kWarps;
         if (each < kWarps) {  // then some warps have nothing of some groups
 #pragma unroll 1
             for (int i = lane; i < groups * R * kGroup; i += 32) to[i] = 0.0f;
             __syncwarp();
         }
-        to += lane / 4;
-#pragma unroll 1
-        for (; unit >= each; unit -= each) to += R * kGroup;
+        int unit = start % 256;  // of the group
+        const int skip = turns.skip * (R * kGroup), rest = turns.rest;
+        to += lane / 4 + start / 256 * (R * kGroup);
+        const uint8_t* const units = at.bytes + warp * unit_bytes(kEight);
         float sum[4] = {};
+        QuantisedUnit<R> present;
+        at.template arrive<1>(at.slot, at.parity);
+        if (mine > 0) load<kFormat>(present, units + at.slot * kRoundBytes);
 #pragma unroll 1
-        for (;;) {
-            const bool mine = warp < left;
-            left -= kWarps;
-            if (mine) multiply<kFormat>(sum, present, unit, x);
-            at.leave(present.slot);
-            if (left > 0) fetch<kFormat>(present, left);
-            if (mine) {
-                unit += kWarps;
-                if (unit >= each) {
-                    leave_sum(sum, to);
-#pragma unroll 1
-                    for (; unit >= each; unit -= each) to += R * kGroup;
-                }
+        for (int left = mine; left > 0; --left) {
+            const uint32_t slot = at.slot;
+            const int of_group = unit;
+            float* const here = to;
+            at.next();
+            unit += rest;
+            to += skip;
+            const bool carry = unit >= each, ends = skip > 0 || carry;
+            if (carry) unit -= each, to += R * kGroup;
+            multiply<kFormat>(sum, present, of_group, x);
+            at.leave(slot);
+            if (left > 1) {
+                at.template arrive<1>(at.slot, at.parity);
+                load<kFormat>(present, units + at.slot * kRoundBytes);
             }
-            if (left <= 0) break;
+            if (ends) leave_sum(sum, here);
+        }
+        if (mine < rounds) {
+            if (mine > 0) at.template arrive<1>(at.slot, at.parity);
+            at.leave();
         }
     }
+    // Adds a unit's products. What is loaded and multiplied when is the compiler's choice: it needs registers for it.
     template <int kFormat>
-    __device__ __forceinline__ void multiply(float (&sum)[4], const QuantisedUnit& it, int unit, const T* x) const {
-        constexpr int kBlocks = kFormat == DIJIANG_INT4 ? kMostBlocks : kMostBlocks / 2;
+    __device__ __forceinline__ void multiply(float (&sum)[4], const QuantisedUnit<R>& it, int unit, const T* x) const {
+        constexpr int kBlocks = blocks_of_unit(kFormat == DIJIANG_INT8), kWords = 4 * kLoads / kBlocks;  // of a block
         const int chunk = max(min(unit * kBlocks, chunks - kBlocks), 0);  // the last unit ends with the columns
         const T* const from = x + chunk * (R * kChunk);
         uint32_t words[4 * kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-            words[4 * i] = it.weights[i].x;
-            words[4 * i + 1] = it.weights[i].y;
-            words[4 * i + 2] = it.weights[i].z;
-            words[4 * i + 3] = it.weights[i].w;
+            const uint4 some = kUnitAhead<R> ? it.weights[i] : *reinterpret_cast<const uint4*>(it.at + i * 512);
+            words[4 * i] = some.x;
+            words[4 * i + 1] = some.y;
+            words[4 * i + 2] = some.z;
+            words[4 * i + 3] = some.w;
         }
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-            uint32_t w[4];
-            if constexpr (kFormat == DIJIANG_INT4) widen4<T>(words[b], w);
-            else widen8<T>(words[2 * b], words[2 * b + 1], w);
-            float c[4] = {};
-            if (kHalves) {
-                const uint2 v = *reinterpret_cast<const uint2*>(from + b * (R * kChunk));
-                mma<T>(c, {w[0], w[2], w[1], w[3]}, v.x, v.y);
-            } else {
-                const uint4 v = *reinterpret_cast<const uint4*>(from + b * (R * kChunk));
-                mma<T>(c, {w[0], 0u, w[1], 0u}, v.x, v.y);
-                mma<T>(c, {w[2], 0u, w[3], 0u}, v.z, v.w);
+        const auto scale_of = [&](int number) {
+            if constexpr (!kUnitAhead<R>) {
+                const uint8_t* const scales = it.at - lane * 16 + kLoads * 512 + lane / 4 * (kBlocks * 2);
+                return unpack<__half>(uint32_t{reinterpret_cast<const uint16_t*>(scales)[number]}).x;
             }
-            const float2 both = unpack<__half>(it.scales[b / 2]);
-            const float scale = b % 2 ? both.y : both.x;
-            sum[0] = fmaf(scale, c[0], sum[0]);
-            if (R > 1) sum[1] = fmaf(scale, c[1], sum[1]);
-            if (kHalves) sum[2] = fmaf(scale, c[2], sum[2]);
-            if (kHalves && R > 1) sum[3] = fmaf(scale, c[3], sum[3]);
+            const float2 both = unpack<__half>(it.scales[number / 2]);
+            return number % 2 ? both.y : both.x;
+        };
+#pragma unroll
+        for (int b = 0; b < kBlocks; b += 2) {
+            uint32_t w[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t* const q = words + kWords * (b + i);
+                if constexpr (kFormat == DIJIANG_INT4) widen4<T>(q[0], w[i]);
+                else widen8<T>(q[0], q[1], w[i]);
+            }
+            const uint4 v = *reinterpret_cast<const uint4*>(from + b * (R * kChunk));
+            float c[4] = {};
+            mma<T>(c, {w[0][0], w[1][0], w[0][1], w[1][1]}, v.x, v.y);
+            mma<T>(c, {w[0][2], w[1][2], w[0][3], w[1][3]}, v.z, v.w);
+            if (kHalves) {
+                const float scale = scale_of(b / 2);
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (R > 1 || i % 2 == 0) sum[i] = fmaf(scale, c[i], sum[i]);
+            } else {  // half of what both blocks' weights make with one block's x is of use
+                const uint4 u = *reinterpret_cast<const uint4*>(from + (b + 1) * (R * kChunk));
+                float d[4] = {};
+                mma<T>(d, {w[0][0], w[1][0], w[0][1], w[1][1]}, u.x, u.y);
+                mma<T>(d, {w[0][2], w[1][2], w[0][3], w[1][3]}, u.z, u.w);
+                const float even = scale_of(b / 2), odd = scale_of(kBlocks / 2 + b / 2);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    sum[i] = fmaf(even, c[i], sum[i]);
+                    sum[2 + i] = fmaf(odd, d[2 + i], sum[2 + i]);
+                }
+            }
         }
     }
     __device__ __forceinline__ void leave_sum(float (&sum)[4], float* to) const {
@@ -160,6 +178,9 @@ private:
             if (lane % 4 >= 2) one = sum[2], other = sum[3];
             one += __shfl_xor_sync(~0u, one, 2);
             if (R > 1) other += __shfl_xor_sync(~0u, other, 2);
+        } else {
+            one += sum[2];
+            other += sum[3];
         }
         if (row < R) to[row * kGroup] = one;
         if (row + 1 < R) to[(row + 1) * kGroup] = other;
