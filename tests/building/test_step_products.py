@@ -180,7 +180,7 @@ def test_parts_of_a_matrix_take_their_pieces_of_its_bias() -> None:
     whole = added(small, beside(small, quantised_parts(small, (40, 24))))
     small.check(whole)
     (fields,) = [layer.own["linear"] for layer in plugins(small.network) if "linear" in layer.own]
-    assert fields["term_bias"].tolist() == [1, 1] and fields["output_width"].tolist() == [40, 24]
+    assert fields["term_bias"].tolist() == [2, 2] and fields["output_width"].tolist() == [40, 24]
     assert "ELEMENTWISE" not in [layer.kind for layer in needed_layers(small.network)]
 
 
@@ -205,7 +205,7 @@ def test_parts_become_one_matrix_of_the_same_numbers(forms: tuple[str, str], one
     small.check(added(small, beside(small, quantised_parts(small, (40, 24), forms))), whole=True)
     (fields,) = [layer.own["linear"] for layer in plugins(small.network) if "linear" in layer.own]
     assert fields["term_weight_format"].tolist() == [one] and fields["output_width"].tolist() == [64]
-    assert fields["term_bias"].tolist() == [1]
+    assert fields["term_bias"].tolist() == [2]
     assert {"CONCATENATION", "ELEMENTWISE"}.isdisjoint(layer.kind for layer in needed_layers(small.network))
 
 

@@ -123,7 +123,7 @@ def replace(
     norms = [output.norm for output in launch]
     values = {
         "term_output": number([index for index, _ in terms]),
-        "term_bias": number([int(term.bias is not None) for _, term in terms]),
+        "term_bias": number([_bias_kind(term.bias, dtype) for _, term in terms]),
         "output_activation": number([abi.ACTIVATIONS[output.activation] for output in launch]),
         "output_norm": number([abi.NORMS["layer_norm" if norm else "norm_none"] for norm in norms]),
         "output_norm_bias": number([int(norm is not None) for norm in norms]),
@@ -140,6 +140,17 @@ def replace(
         now[output.result.name] = layer.get_output(index)
         for node, place in graph.read_by(output.result):
             node.layer.set_input(place, layer.get_output(index))
+
+
+def _bias_kind(bias: Any, dtype: str) -> int:
+    """0: there is none; 2: all its numbers are T's; 1: they are others."""
+    if bias is None:
+        return 0
+    if dtype == "bfloat16":
+        rounded = not (bias.view(np.uint32) & 0xFFFF).any()
+    else:
+        rounded = np.array_equal(bias.astype(np.float16).astype(np.float32), bias)
+    return 2 if rounded else 1
 
 
 def _words(term: Product) -> Any:

@@ -5,10 +5,11 @@
 namespace dijiang::trt::linear {
 namespace {
 
-std::string wrong_flags(const char* name, const int32_t* values, int32_t count) {
+std::string wrong_flags(const char* name, const int32_t* values, int32_t count, int32_t most) {
     for (int32_t i = 0; i < count; ++i)
-        if (values[i] != 0 && values[i] != 1)
-            return std::string(name) + " is not possible; got " + std::to_string(values[i]) + "; expected 0 or 1";
+        if (values[i] < 0 || values[i] > most)
+            return std::string(name) + " is not possible; got " + std::to_string(values[i]) + "; expected 0 " +
+                   (most == 1 ? "or 1" : "to " + std::to_string(most));
     return {};
 }
 
@@ -26,6 +27,7 @@ dijiang_linear_call call_of(const Attributes& attributes) {
     for (int32_t t = 0; t < attributes.terms; ++t) {
         const int32_t format = attributes.term_weight_format[t];
         call.terms[t].output = attributes.term_output[t];
+        call.rounded_biases |= (attributes.term_bias[t] == kRoundedBias ? 1u : 0u) << t;
         call.weight_formats |= static_cast<uint32_t>(is_stored(format) ? format - 2 : format) << (8 * t);
     }
     for (int32_t o = 0; o < attributes.outputs; ++o) {
@@ -40,12 +42,12 @@ std::string why_unsupported(const Attributes& attributes) {
     const struct {
         const char* name;
         const int32_t* values;
-        int32_t count;
-    } flags[] = {{"term_bias", attributes.term_bias, attributes.terms},
-        {"output_norm_bias", attributes.output_norm_bias, attributes.outputs},
-        {"output_residual", attributes.output_residual, attributes.outputs}};
+        int32_t count, most;
+    } flags[] = {{"term_bias", attributes.term_bias, attributes.terms, kRoundedBias},
+        {"output_norm_bias", attributes.output_norm_bias, attributes.outputs, 1},
+        {"output_residual", attributes.output_residual, attributes.outputs, 1}};
     for (const auto& it : flags) {
-        std::string wrong = wrong_flags(it.name, it.values, it.count);
+        std::string wrong = wrong_flags(it.name, it.values, it.count, it.most);
         if (!wrong.empty()) return wrong;
     }
     if (attributes.workspace != 0 && attributes.workspace != kReserved)

@@ -15,6 +15,8 @@ constexpr int32_t kMostInputs = 4 * kMostTerms + 3 * kMostOutputs;
 // term_weight_format beyond dijiang_weight_format: weights as bundles store them, with scales of their own. A node of
 // an ONNX file has these; build-engine packs them. TensorRT's parser makes layers of them, but none is built.
 constexpr int32_t kStoredInt8 = 3, kStoredInt4 = 4;
+// term_bias: 0, none; 1, a bias; this one, a bias whose numbers are all of T.
+constexpr int32_t kRoundedBias = 2;
 constexpr int32_t kReserved = 1, kAlignment = 256;
 
 constexpr bool is_stored(int32_t format) { return format == kStoredInt8 || format == kStoredInt4; }
