@@ -49,29 +49,28 @@ private:
     const uint32_t thread;
     const int warp, lane, chunks;
 
-    // Reads this warp's unit of a round.
+    // Reads this warp's unit of a round, if there are registers to have it in.
     template <int kFormat> __device__ __forceinline__ void load(QuantisedUnit<R>& to, const uint8_t* unit) const {
-        constexpr bool kEight = kFormat == DIJIANG_INT8;
-        constexpr int kScales = blocks_of_unit(kEight) * 2;  // bytes of a row's
+        constexpr int kScales = blocks_of_unit(kFormat == DIJIANG_INT8) * 2, kBytes = kHalves ? kScales / 2 : kScales;
         to.at = unit + lane * 16;
-        if constexpr (!kUnitAhead<R>) return;
+        if constexpr (kUnitAhead<R>) {
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) to.weights[i] = *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16);
-        // A row's, or the half of them that this lane needs.
-        constexpr int kBytes = kHalves ? kScales / 2 : kScales;
-        const uint8_t* const scales = unit + kLoads * 512 + lane / 4 * kScales + (kHalves ? lane % 4 / 2 * kBytes : 0);
-        if constexpr (kBytes == 8) {
-            const uint2 some = *reinterpret_cast<const uint2*>(scales);
-            to.scales[0] = some.x;
-            to.scales[1] = some.y;
-        } else {
+            for (int i = 0; i < kLoads; ++i) to.weights[i] = *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16);
+            // A row's, or the half of them that this lane needs.
+            const uint8_t* const scales = unit + kLoads * 512 + lane / 4 * kScales + (kHalves ? lane % 4 / 2 * kBytes : 0);
+            if constexpr (kBytes == 8) {
+                const uint2 some = *reinterpret_cast<const uint2*>(scales);
+                to.scales[0] = some.x;
+                to.scales[1] = some.y;
+            } else {
 #pragma unroll
-            for (int i = 0; i < kBytes; i += 16) {
-                const uint4 some = *reinterpret_cast<const uint4*>(scales + i);
-                to.scales[i / 4] = some.x;
-                to.scales[i / 4 + 1] = some.y;
-                to.scales[i / 4 + 2] = some.z;
-                to.scales[i / 4 + 3] = some.w;
+                for (int i = 0; i < kBytes; i += 16) {
+                    const uint4 some = *reinterpret_cast<const uint4*>(scales + i);
+                    to.scales[i / 4] = some.x;
+                    to.scales[i / 4 + 1] = some.y;
+                    to.scales[i / 4 + 2] = some.z;
+                    to.scales[i / 4 + 3] = some.w;
+                }
             }
         }
     }
@@ -132,12 +131,13 @@ private:
             words[4 * i + 3] = some.w;
         }
         const auto scale_of = [&](int number) {
-            if constexpr (!kUnitAhead<R>) {
+            if constexpr (kUnitAhead<R>) {
+                const float2 both = unpack<__half>(it.scales[number / 2]);
+                return number % 2 ? both.y : both.x;
+            } else {  // all of a row's
                 const uint8_t* const scales = it.at - lane * 16 + kLoads * 512 + lane / 4 * (kBlocks * 2);
                 return unpack<__half>(uint32_t{reinterpret_cast<const uint16_t*>(scales)[number]}).x;
             }
-            const float2 both = unpack<__half>(it.scales[number / 2]);
-            return number % 2 ? both.y : both.x;
         };
 #pragma unroll
         for (int b = 0; b < kBlocks; b += 2) {
