@@ -231,7 +231,8 @@ private:
         T* const low = high + Constants::proj_chunks(p.layout) * 2 * R * kChunk;
         const int all = R * (p.layout.head_dim + p.columns);
         Taken it = taken_;
-        if (R > 1 || !first) it = Taken(c, at, kept(threadIdx.x));
+        // Threads beyond the last look at nothing of their own either: what is not theirs may be written meanwhile.
+        if (R > 1 || !first) it = Taken(c, at, min(static_cast<int>(kept(threadIdx.x)), all - 1));
 #pragma unroll 1
         for (int i = kept(threadIdx.x); i < all;) {
             const uint2* const from = c.template in_sync<uint2>(p.exchange.qkvg) + it.from;
