@@ -28,7 +28,10 @@ from dijiang_engines.version import __version__
 # Kernels for one of the tuned head sizes have it among their template's arguments. They spill nothing, but
 # for what is written here: pattern of name and architecture -> bytes (stores and loads), with a reason.
 TUNED = re.compile(r"<.*\b(64|80|128|256)\b.*>")
-ALLOWED_SPILLS: dict[str, int] = {}
+ALLOWED_SPILLS: dict[str, int] = {
+    # Before 9.0 nothing calls it; on 10.0 it is 12 bytes, and has not run there.
+    r"decode::states_kernel<.*sm_(80|100)$": 24,
+}
 OTHERS_MAY_SPILL = 512
 """Bytes: kernels that take any head size."""
 
