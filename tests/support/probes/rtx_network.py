@@ -210,7 +210,7 @@ class WithPlugins:
         place, widths = 0, {}
         for output, bias in zip(fields["term_output"], fields["term_bias"], strict=True):
             widths[int(output)] = inputs[place + 1].shape[0]
-            place += 2 + int(bias)
+            place += 2 + (bias != 0)
         return Layer([self.stand_in(widths[o]) for o in sorted(widths)])
 
     def stand_in(self, width: int) -> Any:
