@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,14 +18,15 @@ from dijiang_engines.bench.timing import Timing
 from dijiang_engines.kernels.linear import LinearOutput
 from dijiang_engines.weight_formats import matrix_shapes
 from dijiang_export.bench.kernels.peers import PeerError
-from dijiang_export.bench.step import measure
-from dijiang_export.bench.step.bare import cublas, product_sizes
+from dijiang_export.bench.step import measure, shapes
+from dijiang_export.bench.step.bare import cublas
 from dijiang_export.bench.step.gpu import ALLOWED, step_error
 from dijiang_export.bench.step.launches import Launches
 from dijiang_export.bench.step.one_launch import OneLaunch
-from dijiang_export.bench.step.shapes import SHAPES, Cell, formats, weight_bytes
+from dijiang_export.bench.step.shapes import SHAPES, Cell, formats, product_sizes, weight_bytes
 from dijiang_export.bench.step.weights import random_model, widened
 from dijiang_export.cli import main
+from dijiang_export.commands import bench_step
 from dijiang_export.reference import attention
 
 CPU = torch.device("cpu")
@@ -203,6 +204,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: An
     assert first["floor"] == pytest.approx(757_334_016 / 3e12)
     assert first["results"]["one launch"]["timing"]["median"] == pytest.approx(2 * first["floor"])
     assert formats(SHAPES["410m"], "float") is None
+
+
+def test_its_choices_are_all_there_is() -> None:
+    """The command says them again, so that `--help` loads nothing."""
+    assert get_args(bench_step.Shape) == get_args(shapes.Name) == tuple(SHAPES)
+    assert get_args(bench_step.Weights) == get_args(shapes.Weights)
+    assert set(get_args(bench_step.Half)) == set(ALLOWED)
 
 
 def test_a_wrong_step_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -121,6 +121,17 @@ Save = Annotated[
     click.option("--save", type=PATH, callback=_writable, help="Also write the result as JSON to a file."),
 ]
 
+KernelLibrary = Annotated[
+    Path | None, click.option("--library", type=FILE, help="Our kernels; default: the built ones.")
+]
+KernelSeconds = Annotated[
+    float,
+    click.option(
+        "--seconds", type=click.FloatRange(min=0.001), default=0.2, show_default=True,
+        help="Measure each figure for about this long.",
+    ),
+]  # fmt: skip
+
 NoVerify = Annotated[
     bool,
     click.option(

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 
 import click
 
-from dijiang_export.commands.arguments import COUNT, FILE, Dtype, Save, one_of, takes
+from dijiang_export.commands.arguments import (
+    COUNT,
+    FILE,
+    Dtype,
+    KernelLibrary,
+    KernelSeconds,
+    Save,
+    one_of,
+    takes,
+)
 from dijiang_export.commands.common import Output, finish, save_json
 
 Phase = Literal["decode", "prefill"]
@@ -56,17 +65,8 @@ class BenchKernelsArguments:
         ),
     ]  # fmt: skip
     no_ours: Annotated[bool, click.option("--no-ours", is_flag=True, help="Measure the peers alone.")]
-    library: Annotated[
-        Path | None,
-        click.option("--library", type=FILE, help="Our kernels; default: the built ones."),
-    ]
-    seconds: Annotated[
-        float,
-        click.option(
-            "--seconds", type=click.FloatRange(min=0.001), default=0.2, show_default=True,
-            help="Measure each figure for about this long.",
-        ),
-    ]  # fmt: skip
+    library: KernelLibrary
+    seconds: KernelSeconds
     jobs: Annotated[
         int,
         click.option(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
 
-from dijiang_export.commands.arguments import FILE, Save, one_of, takes
+from dijiang_export.commands.arguments import KernelLibrary, KernelSeconds, Save, one_of, takes
 from dijiang_export.commands.common import Output, finish, save_json
 
 Shape = Literal["410m", "1b", "2.8b", "smollm2-135m"]
@@ -46,16 +45,8 @@ class BenchStepArguments:
             help="Of activations, and of weights that are not quantised.",
         ),
     ]  # fmt: skip
-    library: Annotated[
-        Path | None, click.option("--library", type=FILE, help="Our kernels; default: the built ones.")
-    ]
-    seconds: Annotated[
-        float,
-        click.option(
-            "--seconds", type=click.FloatRange(min=0.001), default=0.2, show_default=True,
-            help="Measure each figure for about this long.",
-        ),
-    ]  # fmt: skip
+    library: KernelLibrary
+    seconds: KernelSeconds
     save: Save
 
 

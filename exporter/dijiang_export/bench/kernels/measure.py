@@ -95,7 +95,7 @@ def measure_kernels(
         "gpu": lab.describe(),
         "library": lab.library(),
         "settings": {"dtype": dtype, "seconds": seconds, "quoted": quoted},
-        "ceilings": _plain(ceilings),
+        "ceilings": plain(ceilings),
         "absent": lab.absent,
         "notes": notes,
         "cells": measured,
@@ -106,7 +106,7 @@ def measure_kernels(
                 left = ", ".join(map(str, cells[index:]))
                 notes.append(f"left out, the time was up: {left}")
                 break
-            results = {name: _plain(found) for name, found in lab.measure(cell, seconds).items()}
+            results = {name: plain(found) for name, found in lab.measure(cell, seconds).items()}
             measured.append(
                 {
                     "phase": cell.phase,
@@ -124,12 +124,12 @@ def measure_kernels(
     return record
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses and reasons as JSON-like data."""
     if isinstance(value, str):
         return {"skipped": value}
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, dict):
-        return {k: _plain(v) if is_dataclass(v) or isinstance(v, dict) else v for k, v in value.items()}
+        return {k: plain(v) if is_dataclass(v) or isinstance(v, dict) else v for k, v in value.items()}
     return value

@@ -12,16 +12,10 @@ from typing import Any
 import torch
 
 from dijiang_engines.spec import ModelSpec
-from dijiang_engines.weight_formats import matrix_shapes
+from dijiang_export.bench.step.shapes import product_sizes
 
 _GROUP, _INNER_TILES = 32, 8
 """Of `_weight_int4pack_mm`: weights that share a scale, and how the packed tiles lie."""
-
-
-def product_sizes(spec: ModelSpec) -> list[tuple[int, int]]:
-    """(N, K) of every product of a step, in order."""
-    sizes = [size for name, size in matrix_shapes(spec).items() if not name.startswith("embed_tokens")]
-    return [*sizes, (spec.vocab_size, spec.hidden_size)] if spec.tied_embeddings else sizes
 
 
 def cublas(spec: ModelSpec, rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:

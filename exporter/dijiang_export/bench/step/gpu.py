@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from dijiang_export.bench.step.bare import cublas, tinygemm
 from dijiang_export.bench.step.launches import Launches
 from dijiang_export.bench.step.one_launch import OneLaunch
 from dijiang_export.bench.step.shapes import SHAPES, Cell, formats
+from dijiang_export.bench.step.step import Step
 from dijiang_export.bench.step.weights import QuantisedWeights, quantise_model, random_model, widened
 from dijiang_export.reference.model import DTYPES, ReferenceModel
 
@@ -31,27 +32,6 @@ STEPS = 2
 """That are compared with the reference, each from where the last one ended."""
 ALLOWED = {"float16": 5e-3, "bfloat16": 4e-2}
 """Of a difference's 2-norm over that of the logits or of a state: both types round what is multiplied."""
-
-
-class Step(Protocol):
-    """What computes a model's step: `OneLaunch`, `Launches`."""
-
-    rows: int
-    positions: Tensor
-    states: list[Tensor]
-
-    @property
-    def logits(self) -> Tensor:
-        """[rows, V]."""
-        ...
-
-    def start(self, ids: Any, positions: Any, lens: Any, states: list[Any]) -> None:
-        """Fill in the inputs, and poison the logits."""
-        ...
-
-    def run(self) -> None:
-        """Enqueue a step."""
-        ...
 
 
 class StepGpu:
@@ -123,7 +103,7 @@ class StepGpu:
                 try:
                     found[name] = contestant()
                 except DijiangError as error:
-                    found[name] = {"skipped": "; ".join(filter(None, (error.what, str(error.got or ""))))}
+                    found[name] = {"skipped": error.sentence()}
                 except torch.OutOfMemoryError:
                     found[name] = {"skipped": "the GPU's memory is too small for it"}
                 torch.cuda.empty_cache()
@@ -142,7 +122,9 @@ class StepGpu:
 
     def _checked(self, step: Step, model: ReferenceModel, seconds: float) -> dict[str, Any]:
         """Its errors, and if they are small its times."""
-        error = max(step_error(step, widened(model, self.device), position) for position in POSITIONS)
+        reference = widened(model, self.device)
+        error = max(step_error(step, reference, position) for position in POSITIONS)
+        del reference
         torch.cuda.empty_cache()
         found: dict[str, Any] = {"error": error, "right": error <= ALLOWED[self.dtype]}
         if found["right"]:

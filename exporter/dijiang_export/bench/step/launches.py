@@ -15,11 +15,12 @@ from dijiang_engines.kernels.attention import Geometry, Kernels
 from dijiang_engines.kernels.linear import LinearKernels, LinearOutput, LinearTerm
 from dijiang_engines.spec import ModelSpec
 from dijiang_export.bench.kernels.peers import PeerError
+from dijiang_export.bench.step.step import Step
 from dijiang_export.reference.model import DTYPES, ReferenceModel
 
 
-class Launches:
-    """A model's step; attributes and `run` as of `one_launch.OneLaunch`.
+class Launches(Step):
+    """A model's step.
 
     Args:
         attention: the library, for attention.
@@ -39,9 +40,9 @@ class Launches:
     ) -> None:  # fmt: skip
         if not spec.parallel_residual or spec.gated_mlp or spec.decay != "geometric":
             raise PeerError("three launches a layer are of models with parallel residual", got=spec.family)
-        self.spec, self.rows = spec, rows
-        self._attention, self._products = attention, products
         kind, device = DTYPES[dtype], next(model.parameters()).device
+        super().__init__(spec, rows, device, torch.int32)
+        self._attention, self._products = attention, products
         self._weights = {
             name: value.to(kind if value.dim() == 2 and not name.endswith("proj") else torch.float32)
             for name, value in (model.state_dict() | {"inv_freq": model.get_buffer("inv_freq")}).items()
@@ -58,9 +59,6 @@ class Launches:
         self._hidden = made(spec.hidden_size), made(spec.hidden_size)
         self._qkv, self._gate, self._mixed = made(spec.qkv_size), made(width), made(width)
         self._inner, self._head = made(spec.intermediate_size), made(spec.vocab_size)
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.positions, self.lens = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
-        self.states = [torch.zeros(rows, *spec.state_shape, device=device) for _ in range(spec.num_layers)]
         sizes = (
             attention.workspace_size(self._geometry, rows, 1),
             attention.sync_size(self._geometry, rows, 1),
@@ -73,14 +71,6 @@ class Launches:
     def logits(self) -> Tensor:
         """T [rows, V]."""
         return self._head[:, 0]
-
-    def start(self, ids: Any, positions: Any, lens: Any, states: list[Any]) -> None:
-        """Fill in the inputs, and poison the logits."""
-        for mine, given in ((self.ids, ids), (self.positions, positions), (self.lens, lens)):
-            mine.copy_(torch.as_tensor(given).reshape(-1))
-        for mine, given in zip(self.states, states, strict=True):
-            mine.copy_(torch.as_tensor(given))
-        self._head.fill_(float("nan"))
 
     def run(self) -> None:
         """Enqueue a step."""

@@ -11,13 +11,14 @@ steps            shape, weights, rows; `weight_bytes` and `floor`, their seconds
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from dijiang_engines.machine import package_versions
 from dijiang_engines.progress import ProgressFactory, silent
 from dijiang_export.bench.about import about_run, find_commit
+from dijiang_export.bench.kernels.measure import plain
 from dijiang_export.bench.step.shapes import SHAPES, Cell, weight_bytes
 
 
@@ -72,7 +73,7 @@ def measure_steps(
     with progress("Measuring steps", len(cells), "items") as bar:
         for cell in cells:
             nbytes = weight_bytes(SHAPES[cell.shape], cell.weights)
-            results = _plain(gpu.measure(cell, seconds))
+            results = plain(gpu.measure(cell, seconds))
             steps.append(asdict(cell) | {"weight_bytes": nbytes, "floor": nbytes / rate, "results": results})
             report(record)
             bar.advance()
@@ -90,9 +91,3 @@ def wrong(record: dict[str, Any]) -> list[str]:
         for name, result in step["results"].items()
         if result.get("right") is False
     ]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

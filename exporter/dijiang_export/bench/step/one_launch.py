@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from dijiang_engines.building.step.tensors import LAYER_TENSORS
 from dijiang_engines.kernels.step import StepCall, StepKernels, StepModel, step_parts
 from dijiang_engines.spec import ModelSpec
+from dijiang_export.bench.step.step import Step
 from dijiang_export.bench.step.weights import QuantisedWeights
 from dijiang_export.reference.model import DTYPES, ReferenceModel
 
@@ -20,7 +19,7 @@ ALIGNMENT = 128
 """Bytes, of packed weights and of sync memory (plugins/include/dijiang/step.h)."""
 
 
-class OneLaunch:
+class OneLaunch(Step):
     """A model's step.
 
     Args:
@@ -32,11 +31,6 @@ class OneLaunch:
         device: where everything goes; "cpu" for an emulated library.
         quantised: the matrices, or None: they are of type T.
 
-    Attributes:
-        ids, positions, lens: int64 [rows], read by `run`.
-        states: float32 [rows, H, d, d] of each layer, changed by `run`.
-        logits: float32 [rows, V], written by `run`.
-
     Raises:
         KernelError: the kernel has no such step, or it does not fit.
     """
@@ -45,7 +39,8 @@ class OneLaunch:
         self, kernels: StepKernels, spec: ModelSpec, model: ReferenceModel, dtype: str, rows: int,
         device: str, quantised: QuantisedWeights | None = None,
     ) -> None:  # fmt: skip
-        self.kernels, self.spec, self.rows, self.device = kernels, spec, rows, device
+        super().__init__(spec, rows, device)
+        self.kernels, self.device = kernels, device
         self.model = StepModel.of(spec, dtype, None if quantised is None else quantised.parts)
         self.size = kernels.step_size(self.model, rows)
         self.packed, self.sync = self.memory(self.size.packed), self.memory(self.size.sync)
@@ -60,12 +55,12 @@ class OneLaunch:
             self.embedding_scales = self._placed(quantised.scales["embed_tokens.weight"], torch.float16)
         positions = state.get("embed_positions.weight")
         self.position_embedding = None if positions is None else self._placed(positions, DTYPES[dtype])
-        shape = (rows, *spec.state_shape)
-        self.states = [torch.zeros(shape, device=device) for _ in range(spec.num_layers)]
-        self.logits = torch.full((rows, spec.vocab_size), float("nan"), device=device)
-        self.ids, self.positions, self.lens = (
-            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
-        )
+        self._logits = torch.full((rows, spec.vocab_size), float("nan"), device=device)
+
+    @property
+    def logits(self) -> Tensor:
+        """float32 [rows, V]."""
+        return self._logits
 
     def memory(self, size: int) -> Tensor:
         """So many bytes, aligned."""
@@ -73,7 +68,7 @@ class OneLaunch:
         return memory[-memory.data_ptr() % ALIGNMENT :][:size]
 
     def run(self) -> None:
-        """Enqueue a step over what ids, positions, lens and states hold."""
+        """Enqueue a step."""
         call = StepCall(
             packed=self.packed.data_ptr(), embedding=self.embedding.data_ptr(),
             embedding_scales=_address(self.embedding_scales),
@@ -84,14 +79,6 @@ class OneLaunch:
             rows=self.rows, integers="int64",
         )  # fmt: skip
         self.kernels.step(self.model, call, self._stream())
-
-    def start(self, ids: Any, positions: Any, lens: Any, states: list[Any]) -> None:
-        """Fill in the inputs, and poison the logits."""
-        for mine, given in ((self.ids, ids), (self.positions, positions), (self.lens, lens)):
-            mine.copy_(torch.as_tensor(given).reshape(-1))
-        for mine, given in zip(self.states, states, strict=True):
-            mine.copy_(torch.as_tensor(given))
-        self.logits.fill_(float("nan"))
 
     def _pack(self, state: dict[str, Tensor], kind: torch.dtype, quantised: QuantisedWeights | None) -> None:
         target = self.packed.data_ptr(), self.size.packed, self._stream()

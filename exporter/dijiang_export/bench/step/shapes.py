@@ -10,7 +10,7 @@ from typing import Literal
 
 from dijiang_engines.kernels.step import step_parts
 from dijiang_engines.spec import ModelSpec
-from dijiang_engines.weight_formats import Matrix
+from dijiang_engines.weight_formats import Matrix, matrix_shapes
 from dijiang_export.quantise.recipe import choose_recipe
 
 Weights = Literal["float", "int8", "int4"]
@@ -63,11 +63,15 @@ def formats(spec: ModelSpec, weights: Weights) -> Mapping[str, Sequence[Matrix]]
     return None if weights == "float" else choose_recipe(spec, weights).parts
 
 
+def product_sizes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """(N, K) of every product of a step, in order."""
+    sizes = [size for name, size in matrix_shapes(spec).items() if not name.startswith("embed_tokens")]
+    return [*sizes, (spec.vocab_size, spec.hidden_size)] if spec.tied_embeddings else sizes
+
+
 def weight_bytes(spec: ModelSpec, weights: Weights) -> int:
     """Of the matrices that a step reads whole: all of them, and the head, but the embedding's rows."""
     parts = formats(spec, weights)
     if parts is not None:
         return sum(part.stored.nbytes * part.rows // part.stored.rows for part in step_parts(spec, parts))
-    products = 3 if spec.gated_mlp else 2
-    layer = spec.qkv_size + 2 * spec.attention_size + products * spec.intermediate_size
-    return 2 * spec.hidden_size * (spec.num_layers * layer + spec.vocab_size)
+    return 2 * sum(n * k for n, k in product_sizes(spec))
