@@ -12,133 +12,73 @@ template <typename T, int N> struct Wgmma;
 #define DIJIANG_NAME___nv_bfloat16 "bf16"
 #define DIJIANG_ACC1(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define DIJIANG_ACC4(i) DIJIANG_ACC1(i), DIJIANG_ACC1(i + 1), DIJIANG_ACC1(i + 2), DIJIANG_ACC1(i + 3)
+// The first so many operands: c's.
+#define DIJIANG_C8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define DIJIANG_C16 DIJIANG_C8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define DIJIANG_C32 DIJIANG_C16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define DIJIANG_C40 DIJIANG_C32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define DIJIANG_C64 \
+    DIJIANG_C40 ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // Wgmma<T, N>: c [64, N] = a [64, 16] b [16, N] (+ c if `add`), float32. Warp w of the four holds rows 16 w to 16 w +
 // 15 of c, and of a in registers, as mma.cuh's fragments. Operands in shared memory are named by descriptors
 // (tiles.cuh); kTransA, kTransB: 0 if its 16 inner elements are neighbours in a row of the tile, 1 if the 64 or N
-// outer ones are.
-#define DIJIANG_WGMMA_16(TYPE) \
-    template <> struct Wgmma<TYPE, 16> { \
-        template <int kTransA, int kTransB> \
-        static __device__ __forceinline__ void shared(float (&c)[2][4], uint64_t a, uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n16k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7" \
-                "}, %8, %9, p, 1, 1, %11, %12;\n}" \
-                : DIJIANG_ACC1(0), DIJIANG_ACC1(1) \
-                : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
-        } \
-    };
-#define DIJIANG_WGMMA_32(TYPE) \
-    template <> struct Wgmma<TYPE, 32> { \
-        template <int kTransB> \
-        static __device__ __forceinline__ void registers( \
-                float (&c)[4][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n32k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-                "}, {%16, %17, %18, %19}, %20, p, 1, 1, %22;\n}" \
-                : DIJIANG_ACC4(0) \
-                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add), "n"(kTransB)); \
-        } \
-    };
-#define DIJIANG_WGMMA_64(TYPE) \
-    template <> struct Wgmma<TYPE, 64> { \
-        template <int kTransA, int kTransB> \
-        static __device__ __forceinline__ void shared(float (&c)[8][4], uint64_t a, uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n64k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-                "}, %32, %33, p, 1, 1, %35, %36;\n}" \
-                : DIJIANG_ACC4(0), DIJIANG_ACC4(4) \
-                : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
-        } \
-        template <int kTransB> \
-        static __device__ __forceinline__ void registers( \
-                float (&c)[8][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n64k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-                "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}" \
-                : DIJIANG_ACC4(0), DIJIANG_ACC4(4) \
-                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add), "n"(kTransB)); \
-        } \
-    };
-#define DIJIANG_WGMMA_80(TYPE) \
-    template <> struct Wgmma<TYPE, 80> { \
-        template <int kTransA, int kTransB> \
-        static __device__ __forceinline__ void shared(float (&c)[10][4], uint64_t a, uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n80k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39" \
-                "}, %40, %41, p, 1, 1, %43, %44;\n}" \
-                : DIJIANG_ACC4(0), DIJIANG_ACC4(4), DIJIANG_ACC1(8), DIJIANG_ACC1(9) \
-                : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
-        } \
-        template <int kTransB> \
-        static __device__ __forceinline__ void registers( \
-                float (&c)[10][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n80k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39" \
-                "}, {%40, %41, %42, %43}, %44, p, 1, 1, %46;\n}" \
-                : DIJIANG_ACC4(0), DIJIANG_ACC4(4), DIJIANG_ACC1(8), DIJIANG_ACC1(9) \
-                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add), "n"(kTransB)); \
-        } \
-    };
-#define DIJIANG_WGMMA_128(TYPE) \
-    template <> struct Wgmma<TYPE, 128> { \
-        template <int kTransA, int kTransB> \
-        static __device__ __forceinline__ void shared(float (&c)[16][4], uint64_t a, uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n128k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-                "}, %64, %65, p, 1, 1, %67, %68;\n}" \
-                : DIJIANG_ACC4(0), DIJIANG_ACC4(4), DIJIANG_ACC4(8), DIJIANG_ACC4(12) \
-                : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
-        } \
-        template <int kTransB> \
-        static __device__ __forceinline__ void registers( \
-                float (&c)[16][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                uint64_t b, int add) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n128k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-                "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}" \
-                : DIJIANG_ACC4(0), DIJIANG_ACC4(4), DIJIANG_ACC4(8), DIJIANG_ACC4(12) \
-                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add), "n"(kTransB)); \
-        } \
-    };
-
+// outer ones are. Here C is c's operands, the numbers are those behind them, and the last ones c's constraints.
+#define DIJIANG_WGMMA(TYPE, N, C, ADD) \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n" \
+    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." DIJIANG_NAME_##TYPE "." DIJIANG_NAME_##TYPE " {" C "}, "
+#define DIJIANG_SHARED(TYPE, N, C, A, B, ADD, TRANS_A, TRANS_B, ...) \
+    template <int kTransA, int kTransB> \
+    static __device__ __forceinline__ void shared(float (&c)[N / 8][4], uint64_t a, uint64_t b, int add) { \
+        asm volatile(DIJIANG_WGMMA(TYPE, N, C, ADD) "%" #A ", %" #B ", p, 1, 1, %" #TRANS_A ", %" #TRANS_B ";\n}" \
+                     : __VA_ARGS__ : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB)); \
+    }
+#define DIJIANG_REGISTERS(TYPE, N, C, A0, A1, A2, A3, B, ADD, TRANS_B, ...) \
+    template <int kTransB> \
+    static __device__ __forceinline__ void registers(float (&c)[N / 8][4], uint32_t a0, uint32_t a1, uint32_t a2, \
+                                                     uint32_t a3, uint64_t b, int add) { \
+        asm volatile(DIJIANG_WGMMA(TYPE, N, C, ADD) \
+                     "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #TRANS_B ";\n}" \
+                     : __VA_ARGS__ : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add), "n"(kTransB)); \
+    }
 #define DIJIANG_EACH_WGMMA(TYPE) \
-    DIJIANG_WGMMA_16(TYPE) DIJIANG_WGMMA_32(TYPE) DIJIANG_WGMMA_64(TYPE) DIJIANG_WGMMA_80(TYPE) DIJIANG_WGMMA_128(TYPE)
+    template <> struct Wgmma<TYPE, 16> { \
+        DIJIANG_SHARED(TYPE, 16, DIJIANG_C8, 8, 9, 10, 11, 12, DIJIANG_ACC1(0), DIJIANG_ACC1(1)) \
+    }; \
+    template <> struct Wgmma<TYPE, 32> { \
+        DIJIANG_REGISTERS(TYPE, 32, DIJIANG_C16, 16, 17, 18, 19, 20, 21, 22, DIJIANG_ACC4(0)) \
+    }; \
+    template <> struct Wgmma<TYPE, 64> { \
+        DIJIANG_SHARED(TYPE, 64, DIJIANG_C32, 32, 33, 34, 35, 36, DIJIANG_ACC4(0), DIJIANG_ACC4(4)) \
+        DIJIANG_REGISTERS(TYPE, 64, DIJIANG_C32, 32, 33, 34, 35, 36, 37, 38, DIJIANG_ACC4(0), DIJIANG_ACC4(4)) \
+    }; \
+    template <> struct Wgmma<TYPE, 80> { \
+        DIJIANG_SHARED(TYPE, 80, DIJIANG_C40, 40, 41, 42, 43, 44, DIJIANG_ACC4(0), DIJIANG_ACC4(4), DIJIANG_ACC1(8), \
+                       DIJIANG_ACC1(9)) \
+        DIJIANG_REGISTERS(TYPE, 80, DIJIANG_C40, 40, 41, 42, 43, 44, 45, 46, DIJIANG_ACC4(0), DIJIANG_ACC4(4), \
+                          DIJIANG_ACC1(8), DIJIANG_ACC1(9)) \
+    }; \
+    template <> struct Wgmma<TYPE, 128> { \
+        DIJIANG_SHARED(TYPE, 128, DIJIANG_C64, 64, 65, 66, 67, 68, DIJIANG_ACC4(0), DIJIANG_ACC4(4), DIJIANG_ACC4(8), \
+                       DIJIANG_ACC4(12)) \
+        DIJIANG_REGISTERS(TYPE, 128, DIJIANG_C64, 64, 65, 66, 67, 68, 69, 70, DIJIANG_ACC4(0), DIJIANG_ACC4(4), \
+                          DIJIANG_ACC4(8), DIJIANG_ACC4(12)) \
+    };
 DIJIANG_EACH_WGMMA(__half)
 DIJIANG_EACH_WGMMA(__nv_bfloat16)
 #undef DIJIANG_EACH_WGMMA
-#undef DIJIANG_WGMMA_16
-#undef DIJIANG_WGMMA_32
-#undef DIJIANG_WGMMA_64
-#undef DIJIANG_WGMMA_80
-#undef DIJIANG_WGMMA_128
-#undef DIJIANG_ACC1
+#undef DIJIANG_REGISTERS
+#undef DIJIANG_SHARED
+#undef DIJIANG_WGMMA
+#undef DIJIANG_C64
+#undef DIJIANG_C40
+#undef DIJIANG_C32
+#undef DIJIANG_C16
+#undef DIJIANG_C8
 #undef DIJIANG_ACC4
-#undef DIJIANG_NAME___half
+#undef DIJIANG_ACC1
 #undef DIJIANG_NAME___nv_bfloat16
+#undef DIJIANG_NAME___half
 
 // Before the first product of a batch: registers are as the products shall find them.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -4,7 +4,6 @@
 // more blocks then share a head, each computing all of its features. P lies in shared memory, as T, if a
 // block serves several items. The state streams through a ring of shared memory in which every thread has
 // places of its own, so that it needs no barriers, and runs ahead across items while features are computed.
-#include "attention/decode/cluster.cuh"
 #include "attention/decode/cut.h"
 #include "attention/decode/norm.cuh"
 #include "attention/rotary.cuh"

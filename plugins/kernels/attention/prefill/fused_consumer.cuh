@@ -112,7 +112,7 @@ template <typename T, int D> struct Consumer {
 
     // What the first walk starts from: the past in the first segment, else nothing.
     __device__ __forceinline__ void begin(StateTile<D>& state) const {
-        clear_state<D>(state);
+        clear_state(state);
         if (at.segment == 0) {
             const float* past = past_state();
             each_element<D>(state, d, column, [&](int i, float& x) { x = past[i] * kFeatureUnit<T>; });
@@ -125,7 +125,7 @@ template <typename T, int D> struct Consumer {
         if (at.segment == 0) {
             add_slot<D>(exchange().slot(0), 0.0f, state);
         } else {
-            clear_state<D>(state);
+            clear_state(state);
             for (int i = 0; i < at.segment; ++i) {
                 const Exchange<D> others = exchange();
                 await_flag(others.flags + i * others.members);
@@ -199,7 +199,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
             if (full) {
                 if (kHalf && bound > 65000.0f) {  // rare: float16 could not hold the state
                     const float factor = power_below(bound);
-                    scale_state<D>(state, factor);
+                    scale_state(state, factor);
                     bound *= factor;
                     ratio *= factor;
                 }
@@ -215,7 +215,7 @@ consume(const AttentionParams& p, const Cut& cut, const Place& at, char* shared,
             // state = e^A state + (weight v)^T phi(k)
             const float keep = decay.fade[kChunk - 1];
             if (!full) running += decay.total[kChunk - 1];
-            scale_state<D>(state, keep);
+            scale_state(state, keep);
             const uint32_t largest = add_chunk<T, D>(state, decay, key_at, value_at, ratio);
             if (kHalf && full) {
                 const float2 most = unpack<T>(largest);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/prefill/fused_norm.cuh"
+#include "attention/prefill/state_tile.cuh"
 
 namespace dijiang::prefill {
 
@@ -123,23 +124,6 @@ __device__ __forceinline__ void read_chunk(uint32_t score_at, uint32_t value_at,
     }
 #pragma unroll
     for (int k = 0; k < R; ++k) add(first + k, k);
-}
-
-// For every register of the state: state = state * factor.
-template <int D> __device__ __forceinline__ void scale_state(StateTile<D>& state, float factor) {
-#pragma unroll
-    for (int m = 0; m < Shape<D>::kColumns / 16; ++m)
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) state[m][n][i] *= factor;
-}
-
-template <int D> __device__ __forceinline__ void clear_state(StateTile<D>& state) {
-#pragma unroll
-    for (int m = 0; m < Shape<D>::kColumns / 16; ++m)
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) state[m][n][0] = state[m][n][1] = state[m][n][2] = state[m][n][3] = 0.0f;
 }
 
 // The largest magnitude of the warp's state.

@@ -132,6 +132,20 @@ __device__ __forceinline__ void softmax_rows(float (&x)[N][4], uint32_t (&packed
     }
 }
 
+// Features of a chunk, whose sequence ends `end` tokens behind its beginning, times what is left of a key at its end, of
+// the state at a query.
+template <typename T, int N>
+__device__ __forceinline__ void weigh_rows(int end, bool keys, float log2_decay, uint32_t (&packed)[N][2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int t = opaque(fragment_row()) + 8 * i, steps = keys ? end - 1 - t : t + 1;
+        const float left = steps >= 0 ? fast_exp2(log2_decay * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
+        const uint32_t weight = pack<T>(left, left);
+#pragma unroll
+        for (int n = 0; n < N; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
+    }
+}
+
 // A fragment's pairs to a chunk's tile.
 template <typename Tile, int N>
 __device__ __forceinline__ void store_fragment(uint32_t tile, const uint32_t (&packed)[N][2]) {

@@ -141,10 +141,13 @@ hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
 }
 
 #ifdef __CUDACC__
-// Launches `kernel` over the schedule's blocks.
-template <typename Kernel>
-cudaError_t launch_over(Kernel kernel, int threads, size_t shared, const AttentionParams& p, const Schedule& schedule,
+// Launches a kernel over the schedule's blocks.
+template <auto kKernel>
+cudaError_t launch_over(int threads, size_t shared, const AttentionParams& p, const Schedule& schedule,
                         cudaStream_t stream) {
+    static SharedMemoryGrant grant;
+    const cudaError_t status = grant(reinterpret_cast<const void*>(kKernel), shared);
+    if (status != cudaSuccess) return status;
     const Cut cut = {schedule.segments, schedule.segment_chunks,
                      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + schedule.states)};
     cudaLaunchConfig_t config{};
@@ -157,16 +160,12 @@ cudaError_t launch_over(Kernel kernel, int threads, size_t shared, const Attenti
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
     config.numAttrs = schedule.overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, p, cut);
+    return cudaLaunchKernelEx(&config, kKernel, p, cut);
 }
 
 template <typename T, int D>
 cudaError_t launch_hopper(const AttentionParams& p, const Schedule& schedule, cudaStream_t stream) {
-    const auto kernel = hopper_kernel<T, D>;
-    static SharedMemoryGrant grant;
-    const cudaError_t status = grant(reinterpret_cast<const void*>(kernel), Shape<D>::kShared);
-    if (status != cudaSuccess) return status;
-    return launch_over(kernel, Shape<D>::kThreads, Shape<D>::kShared, p, schedule, stream);
+    return launch_over<hopper_kernel<T, D>>(Shape<D>::kThreads, Shape<D>::kShared, p, schedule, stream);
 }
 #endif
 

@@ -39,15 +39,7 @@ template <typename T, int D> struct FeatureMaker {
 
     __device__ __forceinline__ void weigh(int item, bool keys, float log2_decay,
                                           uint32_t (&packed)[S::kTiles][2]) const {
-        const int end = min(kChunk, at.length - first_token(item));
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int t = opaque(fragment_row()) + 8 * i, steps = keys ? end - 1 - t : t + 1;
-            const float left = steps >= 0 ? fast_exp2(log2_decay * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
-            const uint32_t weight = pack<T>(left, left);
-#pragma unroll
-            for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
-        }
+        weigh_rows<T>(min(kChunk, at.length - first_token(item)), keys, log2_decay, packed);
     }
 };
 

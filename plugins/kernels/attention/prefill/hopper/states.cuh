@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/prefill/hopper/features.cuh"
+#include "attention/prefill/state_tile.cuh"
 
 namespace dijiang::prefill::hopper {
 
@@ -79,22 +80,6 @@ template <int D> struct SlotPart {
     }
 };
 
-template <int D> __device__ __forceinline__ void scale_state(StateTile<D>& state, float factor) {
-#pragma unroll
-    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) state[m][n][i] *= factor;
-}
-
-template <int D> __device__ __forceinline__ void clear_state(StateTile<D>& state) {
-#pragma unroll
-    for (int m = 0; m < Shape<D>::kStateTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) state[m][n][0] = state[m][n][1] = state[m][n][2] = state[m][n][3] = 0.0f;
-}
-
 // A copy of the state times `scale`, as T, to a tile. Returns its largest magnitudes, of float16.
 template <typename T, int D, bool kScaled>
 __device__ __forceinline__ uint32_t copy_state(const StateTile<D>& state, float scale, uint32_t tile) {
@@ -144,7 +129,7 @@ __device__ __forceinline__ void join_segments(const Cut& cut, const Place& at, c
                     memory_at + mine + part % 2 * Part::kBytes);
     };
 #pragma unroll
-    for (int h = 0; h < H; ++h) clear_state<D>(state[h]);
+    for (int h = 0; h < H; ++h) clear_state(state[h]);
     await_flags(exchange.flags, at.segment);
     fetch(0, 0);
 #pragma unroll 1
@@ -188,7 +173,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
     const Exchange<D> exchange(p, cut, at);
 #pragma unroll
     for (int h = 0; h < H; ++h) {
-        clear_state<D>(state[h]);
+        clear_state(state[h]);
         if (at.segment == 0) {
             const float* past = p.past_state + at.row * p.past_batch_stride
                                 + static_cast<int64_t>(at.first_head + h) * D * D;
@@ -232,7 +217,7 @@ __device__ __forceinline__ void keep_states(const AttentionParams& p, const Cut&
                 barrier_sync(kStateGroup, kGroup);
                 if (item + 1 < items) load_values(item + 1);
                 const int tokens = min(kChunk, at.length - (at.first_chunk + chunk) * kChunk);
-                scale_state<D>(state[h], fast_exp2(at.decay[h] * tokens));
+                scale_state(state[h], fast_exp2(at.decay[h] * tokens));
                 // In the first walk two groups take turns.
                 const int group = full ? 0 : H == 2 ? h : item % 2;
                 // Opaque, or its descriptors would be kept in registers that the states of two heads need.

@@ -40,15 +40,7 @@ template <typename T, int D> struct FeatureFinder {
 
     // Features of a chunk times what is left of a key at its end, of the state at a query.
     __device__ __forceinline__ void weigh(int first_token, bool of_keys, Features& packed) const {
-        const int end = min(kChunk, at.length - first_token);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int t = opaque(fragment_row()) + 8 * i, steps = of_keys ? end - 1 - t : t + 1;
-            const float left = steps >= 0 ? fast_exp2(decay * steps) * (kStateUnit<T> / kUnit<T>) : 0.0f;
-            const uint32_t weight = pack<T>(left, left);
-#pragma unroll
-            for (int n = 0; n < S::kTiles; ++n) packed[n][i] = multiply<T>(packed[n][i], weight);
-        }
+        weigh_rows<T>(min(kChunk, at.length - first_token), of_keys, decay, packed);
     }
 };
 

@@ -43,11 +43,7 @@ spans_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
 #ifdef __CUDACC__
 template <typename T, int D>
 cudaError_t launch_spans(const AttentionParams& p, const Schedule& schedule, cudaStream_t stream) {
-    const auto kernel = spans_kernel<T, D>;
-    static SharedMemoryGrant grant;
-    const cudaError_t status = grant(reinterpret_cast<const void*>(kernel), Span<D>::kShared);
-    if (status != cudaSuccess) return status;
-    return launch_over(kernel, kThreads, Span<D>::kShared, p, schedule, stream);
+    return launch_over<spans_kernel<T, D>>(kThreads, Span<D>::kShared, p, schedule, stream);
 }
 #endif
 
