@@ -400,6 +400,9 @@ def test_many_states_take_two_launches(kernels: Kernels) -> None:
     def plan(heads: int, d: int, batch: int, dtype: Any = "float16") -> str:
         return kernels.plan(Geometry(heads, heads, d, dtype=dtype), batch, 1, H200)
 
+    if "sm_90" not in kernels.architectures:  # as a Jetson's library, compiled for 8.7 alone
+        assert plan(16, 64, 256).startswith("decode stream")
+        return
     assert plan(16, 64, 256) == "decode batch splits=1 heads=1 ctas=256+4096 threads=256+128"
     assert plan(32, 80, 64) == "decode batch splits=1 heads=2 ctas=128+1024 threads=320+320"
     assert plan(32, 128, 64) == "decode batch splits=1 heads=1 ctas=128+2048 threads=512+256"
@@ -413,13 +416,14 @@ def test_many_states_take_two_launches(kernels: Kernels) -> None:
 
 def test_hopper_s_own_prefill(kernels: Kernels) -> None:
     """Where its code is in the library: compute capability 9.0, geometric decay, whole groups in a block."""
-    if "sm_90" not in kernels.architectures:
-        pytest.skip(f"this library is for {kernels.architectures}")
 
     def family(heads: int, d: int, batch: int = 1, device: Device = H200, **more: Any) -> str:
         geometry = Geometry(heads, heads, d, **({"rotary_dim": 16, "dtype": "bfloat16"} | more))
         return kernels.plan(geometry, batch, 2048, device).split()[1]
 
+    if "sm_90" not in kernels.architectures:
+        assert family(16, 64) == family(32, 128) == family(32, 80, 8) == "fused"
+        return
     assert family(16, 64) == family(8, 64, 300) == "spans"
     assert family(32, 128) == family(32, 80, 8) == "hopper"
     assert family(32, 80) == family(32, 80, 4) == family(12, 64) == family(16, 96) == "fused"
