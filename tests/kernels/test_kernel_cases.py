@@ -12,8 +12,9 @@ from support.makers.kernel_arena import Arena, Layout, StandIn
 from support.makers.kernel_cases import DTYPES, Call, Case, make_call
 from support.makers.kernel_mutants import MUTANTS, correct
 from support.makers.kernel_strategies import cases
+from support.oracles import kernel_bounds
 from support.oracles.kernel_bounds import TOLERANCES, Exact, compare, exact, run_reference, same_bits, widened
-from support.oracles.kernel_emulation import emulate
+from support.oracles.kernel_emulation import emulate, emulate_state
 
 BASES = {
     "geometric": Case(heads=4, kv_heads=2, d=32, length=70, batch=3, rotary=10, position=5, seed=3),
@@ -79,6 +80,38 @@ def test_rounded_arithmetic_passes_for_any_call(case: Case) -> None:
     unit = TOLERANCES[call.dtype].roundoff
     assert ((output - truth.output).abs() <= 0.01 * unit * truth.output_scale + 1e-30).all()
     assert ((state - truth.state).abs() <= 0.01 * unit * truth.state_scale + 1e-37).all()
+
+
+SMALL = Case(heads=1, d=16, dtype="float16", length=130, batch=4, rotary=4, magnitude="small", past=False)
+LARGE = Case(heads=5, d=80, dtype="float16", rotary=20, decay="mixed", magnitude="large-v")
+
+
+@pytest.mark.parametrize(
+    ("case", "last"),
+    [
+        (replace(SMALL, decay="single-row", position=200, seed=402), 1.0),
+        (replace(SMALL, decay="trained", rows=84, position=1, seed=1501), 1.0),
+        (replace(LARGE, length=64, lens=(64,)), 1e-5),
+        (replace(LARGE, length=130, lens=(130,)), 1e-2),
+    ],
+    ids=["small gains", "trained tables", "large past", "large values"],
+)
+def test_what_float16_cannot_resolve_passes(case: Case, last: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes below its subnormals, which fade before the chunk ends; and beside a large state, in its scale.
+
+    Args:
+        case: the call.
+        last: what its last token's values are multiplied by.
+    """
+    call = make_call(case)
+    qkv = call.qkv.clone()
+    qkv[:, -1, (case.heads + call.geometry.num_kv_heads) * case.d :] *= last
+    call = call.with_(qkv=qkv)
+    truth = exact(call)
+    errors = compare(call, truth.output.to(call.dtype), emulate_state(call), truth)
+    assert 0.2 < errors.state < 0.8, errors
+    monkeypatch.setattr(kernel_bounds, "_coarse_state", lambda *_: 0.0)
+    assert compare(call, truth.output.to(call.dtype), emulate_state(call)).state > 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

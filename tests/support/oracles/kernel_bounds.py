@@ -14,6 +14,12 @@ to it at first order; a bound is `Tolerance.unit` such errors, a few of the type
 The mean of o² stands for the scores φ_q·φ_k, which are rounded too where they pass through matrix units. What
 the state already holds is float32 and enters `state` with float32's roundoff only: a state stored in T does
 not pass.
+
+float16 resolves nothing below its subnormals, however small a number is. That is an absolute error of each
+operand: of φ, and of what is written to the state, fade·b·v, as it is when a chunk of tokens ends. A token's
+fade inside its chunk does not make it smaller, so `_coarse_state` follows it from the chunk's end on. A state
+may be beyond float16: a kernel may keep it and what is written to it in one scale, small enough for any state
+that the values could make.
 """
 
 from __future__ import annotations
@@ -71,6 +77,11 @@ TOLERANCES = {
 }  # fmt: skip
 STATE_ROUNDOFF = 2.0**-24
 """Of what the state already holds: float32 in every type."""
+CHUNK = 64
+"""Tokens that a kernel writes to the state at once, at most."""
+LARGEST_UNSCALED = 8.0
+"""Of a state without such a scale: float16's 2^16, less 2^8 for a scale of the features, so that small ones
+are no subnormals, and 2^5 for the state to grow."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,7 @@ def exact(call: Call) -> Exact:
     terms = att.token_terms(wide.decay, wide.positions, wide.seq_lens, wide.length, torch.float64)
     # φ_q, and b·φ_k or b·v, are operands: near zero T resolves them to its subnormals only.
     gain2, coarse = terms.gain.square().unsqueeze(-1), tolerance.subnormal**2
+    phi_k2, value2 = k, v2
     v2 = v2 + coarse / gain2.clamp(min=coarse or 1e-300)
     k = k * gain2 + coarse
     q = q + coarse
@@ -142,6 +154,11 @@ def exact(call: Call) -> Exact:
     columns = torch.cat((v2, v2 * error_k), dim=-1)
     read, ends = att.FORMS["chunked"](q, k, columns, squared, torch.cat((past2, past2 * known), dim=-1))
     (plain, erring), state_variance = read.split(g.head_dim, -1), ends.split(g.head_dim, -1)[1]
+    if coarse:
+        written = (gain2 * value2).amax((-1, -2), keepdim=True).sqrt()  # at most: features are below one
+        most = past2.amax((-1, -2), keepdim=True).sqrt() + wide.length * written
+        scale2 = (most / LARGEST_UNSCALED).clamp(min=1).square()
+        state_variance = state_variance + _coarse_state(phi_k2, value2, squared, coarse, coarse * scale2)
 
     o = _raw_output(wide).unflatten(-1, (g.num_heads, g.head_dim)).transpose(1, 2)
     variance = error_q * (o.square() + o.square().mean(-1, keepdim=True) + plain) + erring
@@ -161,6 +178,26 @@ def exact(call: Call) -> Exact:
     shift = (wide.norm_bias * torch.nn.functional.silu(wide.gate)).square() * known
     output_scale = (gate * relative.flatten(-2) + output.square() + shift).sqrt()
     return Exact(output, state, output_scale, state_variance.sqrt())
+
+
+def _coarse_state(k2: Tensor, v2: Tensor, squared: att.TokenTerms, feature: float, value: Tensor) -> Tensor:
+    """What absolute errors of a chunk's operands do to the state at the end, squared: [B, H, d, d].
+
+    Args:
+        k2, v2: φ_k² and v², [B, H, L, d].
+        squared: twice log_decay, one or (padding) zero for gain.
+        feature, value: squares of the absolute errors of φ_k and of what is written, in roundoffs.
+    """
+    chunks = torch.nn.functional.pad(squared.log_decay, (0, -squared.log_decay.shape[-1] % CHUNK))
+    fades = torch.zeros_like(chunks).unflatten(-1, (-1, CHUNK))
+    fades[..., 0] = chunks.unflatten(-1, (-1, CHUNK)).sum(-1)  # a whole chunk's, before its first write
+    ends = att.TokenTerms(
+        fades.flatten(-2)[..., : squared.log_decay.shape[-1]], squared.gain, squared.read_scale
+    )
+    found = torch.zeros(*k2.shape[:2], k2.shape[-1], k2.shape[-1], dtype=k2.dtype, device=k2.device)
+    for features, values in ((k2, value.expand_as(v2)), (torch.full_like(k2, feature), v2 + value)):
+        found = found + att.chunked(features, features, values, ends, torch.zeros_like(found), CHUNK)[1]
+    return found
 
 
 def _raw_output(wide: Call) -> Tensor:
