@@ -52,7 +52,7 @@ COMMANDS = {
     "build-plugin": ("build_plugin:build_plugin", "Compile the CUDA kernels and the TensorRT plugin."),
     "build-engine": ("build_engine:build_engine", "Build a TensorRT engine from a bundle, and validate it."),
     "doctor": ("doctor:doctor", "Say what works on this machine, what is missing, and how to get it."),
-    "bench": ("bench:bench", "Measure a bundle's speed and memory on this machine."),
+    "bench": ("bench.run:bench", "Measure a bundle's speed and memory on this machine."),
     "completion": ("completion:completion", "Print the completion script of a shell."),
 }
 

@@ -327,7 +327,7 @@ def test_the_settings_need_no_torch() -> None:
     code = (
         "import sys\nfor name in ('torch', 'transformers'): sys.modules[name] = None\n"
         "import dijiang_export.bench.peers.measure, dijiang_export.bench.bundle\n"
-        "import dijiang_export.commands.bench\n"
+        "import dijiang_export.commands.bench.run\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

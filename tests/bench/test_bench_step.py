@@ -9,16 +9,17 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from support.fakes.linear import Products
 from support.makers.random_models import random_model as small_model
 from support.quantised_models import quantise_model
 from support.step_emulator import compile_emulated, missing
 from support.step_specs import MODELS
 
 from dijiang_engines.bench.timing import Timing
-from dijiang_engines.kernels.linear import LinearOutput
 from dijiang_engines.weight_formats import matrix_shapes
 from dijiang_export.bench.kernels.peers import PeerError
-from dijiang_export.bench.step import measure, shapes
+from dijiang_export.bench.step import gpu as step_gpu
+from dijiang_export.bench.step import shapes
 from dijiang_export.bench.step.bare import cublas
 from dijiang_export.bench.step.gpu import ALLOWED, step_error
 from dijiang_export.bench.step.launches import Launches
@@ -26,7 +27,7 @@ from dijiang_export.bench.step.one_launch import OneLaunch
 from dijiang_export.bench.step.shapes import SHAPES, Cell, formats, product_sizes, weight_bytes
 from dijiang_export.bench.step.weights import random_model, widened
 from dijiang_export.cli import main
-from dijiang_export.commands import bench_step
+from dijiang_export.commands.bench import step as bench_step
 from dijiang_export.reference import attention
 
 CPU = torch.device("cpu")
@@ -80,33 +81,6 @@ def test_one_launch_is_compared_with_the_reference(
     assert step_error(step, widened(model, CPU), 100) > ALLOWED["float16"]
 
 
-class Products:
-    """`dijiang_linear` by PyTorch, in float64; `fault` leaves out a residual."""
-
-    def __init__(self, fault: bool = False) -> None:
-        self.fault, self.calls = fault, 0
-
-    def linear(self, outputs: list[LinearOutput], *, constant_weights: bool, stream: int) -> None:
-        assert constant_weights
-        self.calls += 1
-        for one in outputs:
-            terms = []
-            for term in one.terms:
-                x = term.input.double()
-                if one.norm == "layer_norm":
-                    weight, bias = one.norm_weight.double(), one.norm_bias.double()
-                    x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, one.epsilon)
-                bias = None if term.bias is None else term.bias.double()
-                terms.append(torch.nn.functional.linear(x, term.weight.double(), bias))
-            y = sum(terms)
-            assert isinstance(y, torch.Tensor)
-            if one.activation == "gelu":
-                y = torch.nn.functional.gelu(y)
-            if one.residual is not None and not self.fault:
-                y = y + one.residual.double()
-            one.output.copy_(y)
-
-
 class Attention:
     """`dijiang_attention` by the reference."""
 
@@ -148,7 +122,7 @@ def test_bare_products_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((b.shape[1], b.shape[0]))
         return real(a, b, out=out)
 
-    run = cublas(NEOX, 2, torch.float32, CPU)
+    run = cublas(product_sizes(NEOX), 2, torch.float32, CPU)
     monkeypatch.setattr(torch, "matmul", matmul)
     run()
     assert seen == product_sizes(NEOX)
@@ -160,10 +134,8 @@ def test_bare_products_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeGpu:
     """A GPU whose copies move 3 TB/s, and on which a step takes twice its floor."""
 
-    dtype = "float16"
-
     def __init__(self, error: float = 1e-3) -> None:
-        self.error = error
+        self.error, self.settings = error, {"dtype": "float16"}
 
     def describe(self) -> dict[str, Any]:
         return {"gpu": {"name": "Fake GPU"}, "library": {"sha256": "ab" * 32, "version": "0.1.0"}}
@@ -174,7 +146,7 @@ class FakeGpu:
     def measure(self, cell: Cell, seconds: float) -> dict[str, Any]:
         median = 2 * weight_bytes(SHAPES[cell.shape], cell.weights) / 3e12
         timing = Timing(9, median, median, median, median)
-        right = self.error <= ALLOWED[self.dtype]
+        right = self.error <= ALLOWED["float16"]
         one: dict[str, Any] = {"error": self.error, "right": right}
         found = {"one launch": one | ({"timing": timing, "far": timing} if right else {})}
         if cell.weights == "int4":
@@ -185,7 +157,7 @@ class FakeGpu:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, *arguments: str) -> int:
-    monkeypatch.setattr(measure, "open_gpu", lambda dtype, library: gpu)
+    monkeypatch.setattr(step_gpu, "StepGpu", lambda dtype, library: gpu)
     return main(["bench", "step", *arguments])
 
 
@@ -197,10 +169,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: An
     assert "410m, int4 weights, 1 row " in out and "2.00" in out
     assert "note: 410m, float weights, 8 rows, one launch: does not fit" in out
     record = json.loads(saved.read_text())
-    assert [(s["weights"], s["rows"]) for s in record["steps"]] == [
+    assert [(s["weights"], s["rows"]) for s in record["cells"]] == [
         (weights, rows) for weights in ("float", "int8", "int4") for rows in (1, 8)
     ]
-    first = record["steps"][0]
+    first = record["cells"][0]
     assert first["floor"] == pytest.approx(757_334_016 / 3e12)
     assert first["results"]["one launch"]["timing"]["median"] == pytest.approx(2 * first["floor"])
     assert formats(SHAPES["410m"], "float") is None

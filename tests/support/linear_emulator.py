@@ -34,8 +34,13 @@ def compiled(target: Path, sources: tuple[str, ...], *more: str) -> Path:
 
 def host_call(cases: list[Case]) -> Any:
     """The call that makes the outputs of `cases`, whose tensors are in the host's memory."""
-    call = linear_call([_on_host(case.output) for case in cases], True)
-    call.dtype = {torch.float16: 1, torch.bfloat16: 2}[cases[0].output.output.dtype]
+    return host_call_of([case.output for case in cases])
+
+
+def host_call_of(outputs: list[LinearOutput]) -> Any:
+    """The same of bare outputs."""
+    call = linear_call([_on_host(output) for output in outputs], True)
+    call.dtype = {torch.float16: 1, torch.bfloat16: 2}[outputs[0].output.dtype]
     return call
 
 

@@ -1,4 +1,4 @@
-"""Others' matrix products at a step's sizes: no norms, biases, activations, residuals, and no attention.
+"""Others' matrix products of given sizes: no norms, biases, activations, residuals, and no attention.
 
 cublas     torch.matmul in T
 tinygemm   PyTorch's `_weight_int4pack_mm`: int4 in groups of 32, activations in bfloat16
@@ -6,21 +6,26 @@ tinygemm   PyTorch's `_weight_int4pack_mm`: int4 in groups of 32, activations in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from dijiang_engines.spec import ModelSpec
-from dijiang_export.bench.step.shapes import product_sizes
 
 _GROUP, _INNER_TILES = 32, 8
 """Of `_weight_int4pack_mm`: weights that share a scale, and how the packed tiles lie."""
 
 
-def cublas(spec: ModelSpec, rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """A step's products, each with random weights of its own."""
-    sizes = product_sizes(spec)
+def cublas(
+    sizes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """One product after the other, each with random weights of its own.
+
+    Args:
+        sizes: (N, K) of each.
+        rows: of every input.
+        dtype: T.
+        device: where.
+    """
     weights = [torch.randn(n, k, device=device, dtype=dtype) * 0.02 for n, k in sizes]
     inputs = {k: torch.randn(rows, k, device=device, dtype=dtype) for _, k in sizes}
     outputs = {n: torch.empty(rows, n, device=device, dtype=dtype) for n, _ in sizes}
@@ -33,10 +38,9 @@ def cublas(spec: ModelSpec, rows: int, dtype: torch.dtype, device: torch.device)
     return run
 
 
-def tinygemm(spec: ModelSpec, rows: int, device: torch.device) -> Callable[[], None]:
-    """A step's products in int4, each with random weights of its own."""
+def tinygemm(sizes: Sequence[tuple[int, int]], rows: int, device: torch.device) -> Callable[[], None]:
+    """One product in int4 after the other, each with random weights of its own; arguments as of `cublas`."""
     aten: Any = torch.ops.aten
-    sizes = product_sizes(spec)
     weights = []
     for n, k in sizes:
         q = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)

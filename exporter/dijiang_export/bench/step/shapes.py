@@ -57,6 +57,16 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.shape}, {self.weights} weights, {self.rows} row{'s' * (self.rows != 1)}"
 
+    @property
+    def nbytes(self) -> int:
+        """Of the matrices that a step reads whole."""
+        return weight_bytes(SHAPES[self.shape], self.weights)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the products."""
+        return 2 * self.rows * sum(n * k for n, k in product_sizes(SHAPES[self.shape]))
+
 
 def formats(spec: ModelSpec, weights: Weights) -> Mapping[str, Sequence[Matrix]] | None:
     """Canonical name -> stored matrices; None of float weights."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import click
 
 from dijiang_export.commands.arguments import KernelLibrary, KernelSeconds, Save, one_of, takes
-from dijiang_export.commands.common import Output, finish, save_json
+from dijiang_export.commands.bench.cells import measure_and_show
+from dijiang_export.commands.common import Output
 
 Shape = Literal["410m", "1b", "2.8b", "smollm2-135m"]
 Weights = Literal["float", "int8", "int4"]
@@ -63,10 +64,9 @@ def step(output: Output, given: BenchStepArguments) -> None:
     in float64; what computes something else is not timed, and fails the command. Beside them: cuBLAS, for
     int4 PyTorch's tinygemm, and the time that reading the weights must take.
     """
-    from dijiang_engines.errors import ValidationMismatch
-    from dijiang_export.bench.step.measure import measure_steps, open_gpu, wrong
+    from dijiang_export.bench.step.gpu import StepGpu
     from dijiang_export.bench.step.shapes import Cell
-    from dijiang_export.bench.step.tables import describe, draw_steps
+    from dijiang_export.bench.step.tables import draw_steps
 
     cells = [
         Cell(shape, weights, rows)
@@ -74,16 +74,7 @@ def step(output: Output, given: BenchStepArguments) -> None:
         for weights in dict.fromkeys(given.weights or ("float", "int8", "int4"))
         for rows in dict.fromkeys(given.rows or (1, 8))
     ]
-
-    def report(so_far: dict[str, Any]) -> None:
-        output.log(f"measured {describe(so_far['steps'][-1])}")
-        if given.save is not None:  # whoever stops it keeps what was measured
-            save_json(so_far, given.save)
-
-    gpu = open_gpu(given.dtype, given.library)
-    result = measure_steps(gpu, cells, seconds=given.seconds, progress=output.progress, report=report)
-    finish(output, result, given.save, lambda: draw_steps(result))
-    if differences := wrong(result):
-        raise ValidationMismatch(
-            "our kernels compute something else than the reference", got="; ".join(differences[:3])
-        )
+    measure_and_show(
+        output, StepGpu(given.dtype, given.library), cells, "Measuring steps", seconds=given.seconds,
+        save=given.save, draw=draw_steps,
+    )  # fmt: skip

@@ -19,10 +19,12 @@ from dijiang_export.commands.arguments import (
     one_of,
     takes,
 )
-from dijiang_export.commands.bench_kernels import kernels
-from dijiang_export.commands.bench_peers import peers, report
-from dijiang_export.commands.bench_serve import serve
-from dijiang_export.commands.bench_step import step
+from dijiang_export.commands.bench.kernels import kernels
+from dijiang_export.commands.bench.peers import peers, report
+from dijiang_export.commands.bench.products import products
+from dijiang_export.commands.bench.sampling import sampling
+from dijiang_export.commands.bench.serve import serve
+from dijiang_export.commands.bench.step import step
 from dijiang_export.commands.common import Output, finish
 
 Seconds = Annotated[
@@ -70,7 +72,9 @@ def bench() -> None:
 
 bench.add_command(kernels)
 bench.add_command(peers)
+bench.add_command(products)
 bench.add_command(report)
+bench.add_command(sampling)
 bench.add_command(serve)
 bench.add_command(step)
 
