@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from support.fakes.bench_gpu import FakeGpu
 from support.fakes.linear import Products
 from support.linear_emulator import compiled, host_call_of
 from support.step_specs import MODELS
 
-from dijiang_engines.bench.timing import Timing
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.linear import LinearOutput
 from dijiang_export.bench.kernels.peers import PeerError
@@ -116,38 +116,31 @@ def test_products_are_of_one_kind_of_model() -> None:
 # -- the command -------------------------------------------------------------------------------------------
 
 
-class FakeGpu:
-    """A GPU whose copies move 3 TB/s, on which ours take twice the floor, and cuBLAS 1.5 times."""
+class Gpu(FakeGpu):
+    """On which ours take twice the floor, and cuBLAS 1.5 times."""
 
     def __init__(self, error: float = 1e-4) -> None:
-        self.error, self.settings = error, {"dtype": "float16"}
-
-    def describe(self) -> dict[str, Any]:
-        return {"gpu": {"name": "Fake GPU"}, "library": {"sha256": "ab" * 32, "version": "0.1.0"}}
-
-    def rate(self) -> float:
-        return 3e12
+        super().__init__(ALLOWED["float16"], error, dtype="float16")
 
     def measure(self, cell: Cell, seconds: float) -> dict[str, Any]:
         floor = cell.nbytes / 3e12
-        ours, cublas = (Timing(9, *[times * floor] * 4) for times in (2, 1.5))
-        right = self.error <= ALLOWED["float16"]
-        one: dict[str, Any] = {"error": self.error, "right": right}
-        found = {"ours": one | ({"timing": ours, "first": ours, "second": ours} if right else {})}
-        found["cublas"] = {"timing": cublas}
+        found = {
+            "ours": self.ours(2 * floor, "first", "second"),
+            "cublas": {"timing": self.took(1.5 * floor)},
+        }
         if cell.weights == "int4":
             found["tinygemm"] = {"skipped": "failed: no such operator"}
         return found
 
 
-def run(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, *arguments: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, *arguments: str) -> int:
     monkeypatch.setattr(products_gpu, "ProductsGpu", lambda dtype, library: gpu)
     return main(["bench", "products", *arguments])
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     saved = tmp_path / "products.json"
-    assert run(monkeypatch, FakeGpu(), "--shape", "410m", "--rows", "2048", "--save", str(saved)) == 0
+    assert run(monkeypatch, Gpu(), "--shape", "410m", "--rows", "2048", "--save", str(saved)) == 0
     out = capsys.readouterr().out
     assert "Fake GPU, float16, a copy moves 3.00 TB/s" in out
     assert "75%" in out and "2.00" in out
@@ -166,7 +159,7 @@ def test_its_choices_are_all_there_is() -> None:
 
 
 def test_wrong_products_fail_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert run(monkeypatch, FakeGpu(0.1), "--shape", "1b", "--rows", "1", "--weights", "int8") == 1
+    assert run(monkeypatch, Gpu(0.1), "--shape", "1b", "--rows", "1", "--weights", "int8") == 1
     captured = capsys.readouterr()
     assert "wrong" in captured.out
     assert "1b, int8 weights, 1 row, ours: 1.0e-01" in captured.err

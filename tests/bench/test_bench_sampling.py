@@ -10,10 +10,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from support.fakes.bench_gpu import FakeGpu
 from support.linear_emulator import compiled
 
 from dijiang_engines import sampling
-from dijiang_engines.bench.timing import Timing
 from dijiang_engines.kernels import abi
 from dijiang_engines.sampling import SamplingOptions
 from dijiang_export.bench.cells.device import result_of
@@ -102,37 +102,28 @@ def test_what_fails_at_another_s_is_a_reason_and_at_ours_an_error() -> None:
         result_of(fail)
 
 
-class FakeGpu:
-    """A GPU on which ours take 10 µs, and PyTorch 100."""
+class Gpu(FakeGpu):
+    """On which ours take 10 µs, and PyTorch 100."""
 
     def __init__(self, error: float = 0.0) -> None:
-        self.error, self.settings = error, dict[str, Any]()
-
-    def describe(self) -> dict[str, Any]:
-        return {"gpu": {"name": "Fake GPU"}, "library": {"sha256": "ab" * 32, "version": "0.1.0"}}
-
-    def rate(self) -> float:
-        return 3e12
+        super().__init__(ALLOWED, error)
 
     def measure(self, cell: Cell, seconds: float) -> dict[str, Any]:
-        ours, torch_ = (Timing(9, *[each] * 4) for each in (1e-5, 1e-4))
-        right = self.error <= ALLOWED
-        one: dict[str, Any] = {"error": self.error, "right": right}
         return {
-            "ours": one | ({"timing": ours} if right else {}),
-            "torch": {"timing": torch_},
+            "ours": self.ours(1e-5),
+            "torch": {"timing": self.took(1e-4)},
             "torch-compile": {"skipped": "failed: no compiler"},
         }
 
 
-def run(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, *arguments: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, *arguments: str) -> int:
     monkeypatch.setattr(sampling_gpu, "SamplingGpu", lambda library: gpu)
     return main(["bench", "sampling", *arguments])
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     saved = tmp_path / "sampling.json"
-    assert run(monkeypatch, FakeGpu(), "--rows", "2", "--save", str(saved)) == 0
+    assert run(monkeypatch, Gpu(), "--rows", "2", "--save", str(saved)) == 0
     out = capsys.readouterr().out
     assert "Fake GPU, a copy moves 3.00 TB/s" in out and "100.0" in out
     assert "note: V = 50,304, 2 rows, top-p, torch-compile: failed: no compiler" in out
@@ -147,7 +138,7 @@ def test_its_choices_are_all_there_is() -> None:
 
 
 def test_other_tokens_fail_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert run(monkeypatch, FakeGpu(0.5), "--choice", "top-p", "--rows", "1") == 1
+    assert run(monkeypatch, Gpu(0.5), "--choice", "top-p", "--rows", "1") == 1
     captured = capsys.readouterr()
     assert "wrong" in captured.out
     assert "V = 50,304, 1 row, top-p, ours: 5.0e-01" in captured.err

@@ -9,13 +9,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from support.fakes.bench_gpu import FakeGpu
 from support.fakes.linear import Products
 from support.makers.random_models import random_model as small_model
 from support.quantised_models import quantise_model
 from support.step_emulator import compile_emulated, missing
 from support.step_specs import MODELS
 
-from dijiang_engines.bench.timing import Timing
+from dijiang_engines.kernels.step import StepKernels
 from dijiang_engines.weight_formats import matrix_shapes
 from dijiang_export.bench.kernels.peers import PeerError
 from dijiang_export.bench.step import gpu as step_gpu
@@ -27,6 +28,7 @@ from dijiang_export.bench.step.one_launch import OneLaunch
 from dijiang_export.bench.step.shapes import SHAPES, Cell, formats, product_sizes, weight_bytes
 from dijiang_export.bench.step.weights import random_model, widened
 from dijiang_export.cli import main
+from dijiang_export.commands.bench import cells as bench_cells
 from dijiang_export.commands.bench import step as bench_step
 from dijiang_export.reference import attention
 
@@ -65,17 +67,19 @@ def test_random_models_are_finite_and_of_the_shape() -> None:
 # -- what is compared --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
-def test_one_launch_is_compared_with_the_reference(
-    tmp_path_factory: pytest.TempPathFactory, kind: str | None
-) -> None:
-    """The kernel itself, on emulated threads; and with one weight changed behind its back."""
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> StepKernels:
     if (reason := missing()) is not None:
         pytest.skip(reason)
-    kernels = compile_emulated(tmp_path_factory.mktemp("step"))
+    return compile_emulated(tmp_path_factory.mktemp("step"))
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_one_launch_is_compared_with_the_reference(emulated: StepKernels, kind: str | None) -> None:
+    """The kernel itself, on emulated threads; and with one weight changed behind its back."""
     model = small_model(NEOX, 1, torch.float16)
     quantised = None if kind is None else quantise_model(NEOX, model, kind)
-    step = OneLaunch(kernels, NEOX, model, "float16", 2, "cpu", quantised)
+    step = OneLaunch(emulated, NEOX, model, "float16", 2, "cpu", quantised)
     assert step_error(step, widened(model, CPU), 100) <= ALLOWED["float16"]
     model.state_dict()["layers.0.mlp.up.weight"][0] += 5.0
     assert step_error(step, widened(model, CPU), 100) > ALLOWED["float16"]
@@ -131,39 +135,30 @@ def test_bare_products_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the command -------------------------------------------------------------------------------------------
 
 
-class FakeGpu:
-    """A GPU whose copies move 3 TB/s, and on which a step takes twice its floor."""
+class Gpu(FakeGpu):
+    """On which a step takes twice its floor."""
 
     def __init__(self, error: float = 1e-3) -> None:
-        self.error, self.settings = error, {"dtype": "float16"}
-
-    def describe(self) -> dict[str, Any]:
-        return {"gpu": {"name": "Fake GPU"}, "library": {"sha256": "ab" * 32, "version": "0.1.0"}}
-
-    def rate(self) -> float:
-        return 3e12
+        super().__init__(ALLOWED["float16"], error, dtype="float16")
 
     def measure(self, cell: Cell, seconds: float) -> dict[str, Any]:
         median = 2 * weight_bytes(SHAPES[cell.shape], cell.weights) / 3e12
-        timing = Timing(9, median, median, median, median)
-        right = self.error <= ALLOWED["float16"]
-        one: dict[str, Any] = {"error": self.error, "right": right}
-        found = {"one launch": one | ({"timing": timing, "far": timing} if right else {})}
+        found = {"one launch": self.ours(median, "far")}
         if cell.weights == "int4":
-            found["tinygemm"] = {"timing": timing}
+            found["tinygemm"] = {"timing": self.took(median)}
         elif cell.rows == 8:
             found["one launch"] = {"skipped": "does not fit"}
         return found
 
 
-def run(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, *arguments: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, *arguments: str) -> int:
     monkeypatch.setattr(step_gpu, "StepGpu", lambda dtype, library: gpu)
     return main(["bench", "step", *arguments])
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     saved = tmp_path / "step.json"
-    assert run(monkeypatch, FakeGpu(), "--shape", "410m", "--save", str(saved)) == 0
+    assert run(monkeypatch, Gpu(), "--shape", "410m", "--save", str(saved)) == 0
     out = capsys.readouterr().out
     assert "Fake GPU, float16, a copy moves 3.00 TB/s" in out
     assert "410m, int4 weights, 1 row " in out and "2.00" in out
@@ -181,12 +176,12 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: An
 def test_its_choices_are_all_there_is() -> None:
     """The command says them again, so that `--help` loads nothing."""
     assert get_args(bench_step.Shape) == get_args(shapes.Name) == tuple(SHAPES)
-    assert get_args(bench_step.Weights) == get_args(shapes.Weights)
-    assert set(get_args(bench_step.Half)) == set(ALLOWED)
+    assert get_args(bench_cells.Weights) == get_args(shapes.Weights)
+    assert set(get_args(bench_cells.Half)) == set(ALLOWED)
 
 
 def test_a_wrong_step_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert run(monkeypatch, FakeGpu(error=0.1), "--shape", "1b", "--rows", "1", "--weights", "int8") == 1
+    assert run(monkeypatch, Gpu(error=0.1), "--shape", "1b", "--rows", "1", "--weights", "int8") == 1
     captured = capsys.readouterr()
     assert "wrong" in captured.out
     assert "1b, int8 weights, 1 row, one launch: 1.0e-01" in captured.err

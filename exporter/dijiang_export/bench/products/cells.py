@@ -9,6 +9,7 @@ from typing import Literal
 
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.weight_formats import Matrix
+from dijiang_export.bench.step import shapes
 from dijiang_export.bench.step.shapes import SHAPES, Weights, formats, product_sizes
 
 Name = Literal["410m", "1b", "2.8b"]
@@ -20,15 +21,8 @@ MANY_LAYERS = 8
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(shapes.Cell):
     """All products of some layers: of a whole step if rows are few."""
-
-    shape: Name
-    weights: Weights
-    rows: int
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.weights} weights, {self.rows} row{'s' * (self.rows != 1)}"
 
     @property
     def few(self) -> bool:

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
+
+from dijiang_export.commands.arguments import one_of
 from dijiang_export.commands.common import Output, finish, save_json
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from dijiang_export.bench.cells.measure import C, Gpu
+
+Weights = Literal["float", "int8", "int4"]
+Half = Literal["float16", "bfloat16"]
+EveryWeights = Annotated[
+    tuple[Weights, ...],
+    click.option("--weights", type=one_of(Weights), multiple=True, help="Repeatable. [default: all three]"),
+]
+HalfType = Annotated[
+    Half,
+    click.option(
+        "--dtype", type=one_of(Half), default="float16", show_default=True,
+        help="Of activations, and of weights that are not quantised.",
+    ),
+]  # fmt: skip
 
 
 def measure_and_show(

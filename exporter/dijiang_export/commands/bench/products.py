@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import click
 
 from dijiang_export.commands.arguments import COUNT, KernelLibrary, KernelSeconds, Save, one_of, takes
-from dijiang_export.commands.bench.cells import measure_and_show
-from dijiang_export.commands.bench.step import Half, Weights
+from dijiang_export.commands.bench.cells import EveryWeights, HalfType, measure_and_show
 from dijiang_export.commands.common import Output
 
 Shape = Literal["410m", "1b", "2.8b"]
@@ -25,12 +24,7 @@ class BenchProductsArguments:
             "--shape", "shapes", type=one_of(Shape), multiple=True, help="Repeatable. [default: 410m, 2.8b]"
         ),
     ]
-    weights: Annotated[
-        tuple[Weights, ...],
-        click.option(
-            "--weights", type=one_of(Weights), multiple=True, help="Repeatable. [default: all three]"
-        ),
-    ]
+    weights: EveryWeights
     rows: Annotated[
         tuple[int, ...],
         click.option(
@@ -38,13 +32,7 @@ class BenchProductsArguments:
             help="Of every product's input, repeatable. [default: 1, 8, 64, 2048]",
         ),
     ]  # fmt: skip
-    dtype: Annotated[
-        Half,
-        click.option(
-            "--dtype", type=one_of(Half), default="float16", show_default=True,
-            help="Of activations, and of weights that are not quantised.",
-        ),
-    ]  # fmt: skip
+    dtype: HalfType
     library: KernelLibrary
     seconds: KernelSeconds
     save: Save

@@ -8,12 +8,10 @@ from typing import Annotated, Literal
 import click
 
 from dijiang_export.commands.arguments import KernelLibrary, KernelSeconds, Save, one_of, takes
-from dijiang_export.commands.bench.cells import measure_and_show
+from dijiang_export.commands.bench.cells import EveryWeights, HalfType, measure_and_show
 from dijiang_export.commands.common import Output
 
 Shape = Literal["410m", "1b", "2.8b", "smollm2-135m"]
-Weights = Literal["float", "int8", "int4"]
-Half = Literal["float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,7 @@ class BenchStepArguments:
             "--shape", "shapes", type=one_of(Shape), multiple=True, help="Repeatable. [default: 410m, 2.8b]"
         ),
     ]
-    weights: Annotated[
-        tuple[Weights, ...],
-        click.option(
-            "--weights", type=one_of(Weights), multiple=True, help="Repeatable. [default: all three]"
-        ),
-    ]
+    weights: EveryWeights
     rows: Annotated[
         tuple[int, ...],
         click.option(
@@ -39,13 +32,7 @@ class BenchStepArguments:
             help="Sequences at once, repeatable. [default: 1, 8]",
         ),
     ]  # fmt: skip
-    dtype: Annotated[
-        Half,
-        click.option(
-            "--dtype", type=one_of(Half), default="float16", show_default=True,
-            help="Of activations, and of weights that are not quantised.",
-        ),
-    ]  # fmt: skip
+    dtype: HalfType
     library: KernelLibrary
     seconds: KernelSeconds
     save: Save
