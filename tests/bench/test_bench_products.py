@@ -15,6 +15,7 @@ from support.fakes.linear import Products
 from support.linear_emulator import compiled, host_call_of
 from support.step_specs import MODELS
 
+from dijiang_engines.bench.timing import Timing
 from dijiang_engines.kernels import abi
 from dijiang_engines.kernels.linear import LinearOutput
 from dijiang_export.bench.kernels.peers import PeerError
@@ -111,6 +112,27 @@ def test_products_are_of_one_kind_of_model() -> None:
     spec = dataclasses.replace(MODELS["llama"], num_layers=1)
     with pytest.raises(PeerError, match="parallel residual"):
         Layers(Products(), spec, "float", 1, 1, "float16", CPU)  # type: ignore[arg-type]
+
+
+def test_everybody_runs(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where tinygemm is another operator: its failure is a reason, and the others count."""
+    timed: list[int] = []
+
+    def took(run: Any, seconds: float) -> Timing:
+        run()
+        timed.append(1)
+        return FakeGpu.took(seconds)
+
+    monkeypatch.setattr(products_gpu, "timed", took)
+    monkeypatch.setattr(cells, "SHAPES", {"410m": MODELS["neox"]})
+    gpu: Any = object.__new__(products_gpu.ProductsGpu)
+    gpu.device, gpu._dtype, gpu._kernels = CPU, "float16", emulated
+    found = gpu.measure(Cell("410m", "int4", 1), 0.5)
+    assert found["ours"]["right"] is True
+    assert {"timing", "first", "second", "head"} < found["ours"].keys()
+    assert found["cublas"] == {"timing": FakeGpu.took(0.5)}
+    assert found["tinygemm"]["skipped"].startswith("failed: ")
+    assert len(timed) == 5
 
 
 # -- the command -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from support.fakes.bench_gpu import FakeGpu
 from support.linear_emulator import compiled
 
 from dijiang_engines import sampling
+from dijiang_engines.bench.timing import Timing
 from dijiang_engines.kernels import abi
 from dijiang_engines.sampling import SamplingOptions
 from dijiang_export.bench.cells.device import result_of
@@ -45,8 +46,12 @@ class Emulated:
             tokens=tokens.data_ptr(), row_status=row_status.data_ptr(), batch=batch, vocabulary=vocabulary,
             integers=1,
         )  # fmt: skip
+        assert not stream
         self._emulate(ctypes.byref(given), ctypes.byref(buffers), 1, 1, 0)
         tokens += self.fault
+
+    def sample_plan(self, batch: int, vocabulary: int) -> str:
+        return f"{batch} rows of {vocabulary}"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,22 @@ def test_what_fails_at_another_s_is_a_reason_and_at_ours_an_error() -> None:
     assert result_of(fail, ours=False) == {"skipped": "failed: TypeError: broken badly"}
     with pytest.raises(TypeError):
         result_of(fail)
+
+
+def test_everybody_runs(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def took(run: Any, seconds: float, calls: int) -> Timing:
+        run()
+        return FakeGpu.took(seconds)
+
+    monkeypatch.setattr(sampling_gpu, "timed", took)
+    monkeypatch.setattr("dijiang_export.bench.sampling.choosers.COMPARED", 4)
+    monkeypatch.setattr(sampling_gpu, "compiled", lambda function: function)
+    monkeypatch.setattr(emulated, "fault", 0)
+    gpu: Any = object.__new__(sampling_gpu.SamplingGpu)
+    gpu.device, gpu._kernels = CPU, emulated
+    found = gpu.measure(Cell(1500, 2, "all"), 0.5)
+    assert found["ours"]["right"] is True and found["ours"]["plan"] == "2 rows of 1500"
+    assert all(found[name]["timing"] == FakeGpu.took(0.5) for name in ("ours", "torch", "torch-compile"))
 
 
 class Gpu(FakeGpu):
