@@ -171,7 +171,17 @@ def test_who_multiplies(
     spec = SimpleNamespace(hidden_size=hidden, intermediate_size=inner, parallel_residual=parallel)
     recipe = load_recipe("datacenter").with_changes(max_batch=batch, step_products=who)
     made: Any = SimpleNamespace(dtype=dtype, spec=spec)
-    assert plugin_multiplies(made, recipe) is expected
+    assert plugin_multiplies(made, recipe, step=True) is expected
+    assert plugin_multiplies(made, recipe, step=False) is False
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_who_multiplies_where_prompts_are_read(dtype: str) -> None:
+    """Any number of rows, of any width."""
+    spec = SimpleNamespace(hidden_size=8192, intermediate_size=32768, parallel_residual=True)
+    recipe = load_recipe("datacenter").with_changes(max_batch=64, prefill_products="plugin")
+    made: Any = SimpleNamespace(dtype=dtype, spec=spec)
+    assert plugin_multiplies(made, recipe, step=False) is (dtype == "float16")
 
 
 def test_an_engine_says_who_multiplies(half: Path, tmp_path: Path) -> None:
@@ -184,6 +194,25 @@ def test_an_engine_says_who_multiplies(half: Path, tmp_path: Path) -> None:
         found = plans[1]["plugin_products"]
         # The fake network shows no weights, so that every product is left.
         assert found is None if who == "tensorrt" else found["launches"] == 0 < found["left"]
+
+
+@pytest.mark.parametrize("layout", ["one", "two"])
+def test_products_of_prompts_may_be_the_plugin_s(half: Path, tmp_path: Path, layout: str) -> None:
+    recipe = {"layout": layout, "prefill_products": "plugin", "step_products": "tensorrt"}
+    build(FakeMachine(tmp_path / "m"), half, tmp_path / "e", recipe=recipe, validate=False)
+    found = [plan["plugin_products"] for plan in open_engine(tmp_path / "e").manifest["made_with"]["plans"]]
+    assert found[0]["launches"] == 0 < found[0]["left"]
+    assert found[1:] == [None] * (layout == "two")
+
+
+def test_where_they_cannot_be_that_is_said(bundle: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    recipe = {"layout": "two", "prefill_products": "plugin"}
+    build(FakeMachine(tmp_path / "m"), bundle, tmp_path / "e", recipe=recipe, validate=False, log=said.append)
+    found = [plan["plugin_products"] for plan in open_engine(tmp_path / "e").manifest["made_with"]["plans"]]
+    assert found == [None, None]
+    words = [line for line in said if "TensorRT multiplies" in line]
+    assert words == ["prefill.plan: TensorRT multiplies, the plugin has no products in float32"]
 
 
 def test_every_graph_input_has_a_profile(bundle: Path) -> None:

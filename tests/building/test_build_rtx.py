@@ -179,6 +179,13 @@ def test_the_recipe_s_gpus_that_the_plugin_holds(bundle: Path, tmp_path: Path) -
     assert any("code for compute capability 8.6, 8.9, 12.0, 12.1" in line for line in said)
 
 
+def test_products_of_prompts_are_not_the_plugin_s(bundle: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    recipe = {"prefill_products": "plugin"}
+    build(FakeRtx(tmp_path / "m", **NONE_HERE), bundle, tmp_path / "e", recipe=recipe, log=said.append, **RTX)
+    assert any("the plugin has no products for TensorRT for RTX" in line for line in said)
+
+
 @pytest.mark.parametrize(
     ("architectures", "capabilities", "words"),
     [(["sm_89"], ("8.6", "8.9"), "sm_86, sm_89"), (["sm_90", "compute_90"], ("8.9",), "sm_89"),

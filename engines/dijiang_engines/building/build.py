@@ -164,12 +164,16 @@ def _build(
     """Build one plan in a process of its own; what that said of it."""
     is_step = plan.file == LAYOUTS["two"][1]
     step, left = _step(bundle, recipe, target) if is_step else (PRODUCTS, None)
+    multiplies = not target.dialect.ahead_of_time and plugin_multiplies(bundle, recipe, step=is_step)
+    if recipe.prefill_products == "plugin" and not (is_step or multiplies or bundle.quantised):
+        why = f"for {target.product.title}" if target.dialect.ahead_of_time else f"in {bundle.dtype}"
+        log(f"{plan.file}: TensorRT multiplies, the plugin has no products {why}")
     request = BuildRequest(
         onnx=onnx, plan=folder / plan.file,
         plugin=None if target.plugin is None else target.plugin[0], dtype=bundle.dtype,
         profiles=plan.profiles, workspace=recipe.workspace_mb << 20,
         optimization_level=recipe.optimization_level, timing_cache=cache, device=device,
-        plugin_products=is_step and not target.dialect.ahead_of_time and plugin_multiplies(bundle, recipe),
+        plugin_products=multiplies,
         step=step, spec=None if step == PRODUCTS else bundle.spec,
         matrices=None if step == PRODUCTS or bundle.quantisation is None else bundle.quantisation.formats,
         runtime=target.product.name, capabilities=() if target.gpu else target.capabilities,

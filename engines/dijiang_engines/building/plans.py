@@ -63,8 +63,17 @@ def plans(bundle: Bundle, recipe: Recipe, *, standard: bool = False) -> Iterator
         yield PlanSource(files[1], f"step{suffix}", [generation])
 
 
-def plugin_multiplies(bundle: Bundle, recipe: Recipe) -> bool:
-    """Are a step plan's matrix products the plugin's? Its kernels are for few rows of float16."""
+def plugin_multiplies(bundle: Bundle, recipe: Recipe, *, step: bool) -> bool:
+    """Are a plan's products with float16 weights the plugin's?
+
+    Args:
+        bundle: of the model.
+        recipe: says who multiplies.
+        step: a step plan of its own, whose kernels are for few rows, with norms; else one that reads prompts
+            too, in which cuBLASLt multiplies many rows.
+    """
+    if not step:
+        return recipe.prefill_products == "plugin" and bundle.dtype == "float16"
     if recipe.step_products != "plugin" or bundle.dtype != "float16" or recipe.max_batch > MAX_BATCH:
         return False
     spec = bundle.spec

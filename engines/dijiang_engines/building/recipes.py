@@ -15,7 +15,7 @@ from dijiang_engines.op_contract import T_TYPES
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULTS = {TENSORRT: "datacenter", TENSORRT_RTX: "rtx"}
 """The recipe that is taken if none is named, by runtime."""
-STEP_PRODUCTS = ("plugin", "tensorrt")
+MULTIPLIERS = ("plugin", "tensorrt")
 PRODUCTS, ONE_LAUNCH, AUTO = "products", "one-launch", "auto"
 STEPS = (PRODUCTS, ONE_LAUNCH, AUTO)
 
@@ -42,6 +42,8 @@ class Recipe:
     layout: str = "one"
     step_products: str = "plugin"
     """Who multiplies in a step plan of its own: "plugin" (see `step_products.py`), or "tensorrt"."""
+    prefill_products: str = "tensorrt"
+    """Likewise in a plan that reads prompts: that of prefill, or the one plan."""
     step: str = PRODUCTS
     """Such a plan's step: layer by layer with these "products", all of it in "one-launch" of the plugin's
     (`one_launch.py`), or "auto": that where it fits."""
@@ -58,12 +60,9 @@ class Recipe:
                 )
         if self.layout not in tuple(LAYOUTS):  # a tuple takes what cannot be hashed, too
             raise UsageError("unknown layout", got=repr(self.layout)[:80], expected=" or ".join(LAYOUTS))
-        if self.step_products not in STEP_PRODUCTS:
-            raise UsageError(
-                "unknown step_products",
-                got=repr(self.step_products)[:80],
-                expected=" or ".join(STEP_PRODUCTS),
-            )
+        for name in ("step_products", "prefill_products"):
+            if (value := getattr(self, name)) not in MULTIPLIERS:
+                raise UsageError(f"unknown {name}", got=repr(value)[:80], expected=" or ".join(MULTIPLIERS))
         if self.step not in STEPS:
             raise UsageError("unknown step", got=repr(self.step)[:80], expected=" or ".join(STEPS))
         if self.step == ONE_LAUNCH and self.layout != "two":

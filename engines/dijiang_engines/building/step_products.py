@@ -61,7 +61,7 @@ def rewrite(
         trt: the tensorrt module, with the plugin registered.
         network: TensorRT's INetworkDefinition, parsed and not yet typed.
         dtype: of its activations, float16 or bfloat16.
-        floats: take products with float16 weights too, which pay in steps alone.
+        floats: take products with float16 weights too.
         norms: take norms along: the kernel that has them is for few rows.
         whole: make one matrix of those that are stored in parts, of int8 where the parts have several
             formats: the same numbers, of more bytes, which many rows do not notice.

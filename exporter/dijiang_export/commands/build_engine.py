@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["one", "two"]
 RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
-StepProducts = Literal["plugin", "tensorrt"]
+Multiplier = Literal["plugin", "tensorrt"]
 Step = Literal["products", "one-launch", "auto"]
 
 
@@ -73,13 +73,19 @@ class RecipeArguments:
         ),
     ]  # fmt: skip
     step_products: Annotated[
-        StepProducts | None,
+        Multiplier | None,
         click.option(
-            "--step-products", type=one_of(StepProducts),
+            "--step-products", type=one_of(Multiplier),
             help="Who multiplies matrices in the step plan of layout two.",
         ),
     ]  # fmt: skip
-
+    prefill_products: Annotated[
+        Multiplier | None,
+        click.option(
+            "--prefill-products", type=one_of(Multiplier),
+            help="Likewise in the plan that reads prompts, and in that of layout one.",
+        ),
+    ]  # fmt: skip
     step: Annotated[
         Step | None,
         click.option(
@@ -102,6 +108,7 @@ class RecipeArguments:
             optimization_level=self.optimization_level,
             layout=self.layout,
             step_products=self.step_products,
+            prefill_products=self.prefill_products,
             step=self.step,
         )
 

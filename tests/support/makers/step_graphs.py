@@ -1,10 +1,10 @@
-"""Small random models of every family as step graphs for TensorRT, and what its parser makes of them."""
+"""Small random models of every family as graphs for TensorRT; what its parser makes of steps."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
@@ -24,8 +24,13 @@ FAMILIES = {"parallel": PARALLEL, "sequential": SEQUENTIAL, "opt": OPT, "llama":
 
 def step_graph(spec: ModelSpec) -> ir.Model:
     """The float16 step graph with the plugin's node, weights inside."""
+    return plugin_graph(spec, "step")
+
+
+def plugin_graph(spec: ModelSpec, kind: Literal["prefill", "step"]) -> ir.Model:
+    """Likewise, or that of prefill."""
     model = random_model(spec, dtype=torch.float16)
-    graph = traced(spec, torch.float16, "step")
+    graph = traced(spec, torch.float16, kind)
     lower.lower_to_tensorrt(graph)
     give_weights(graph, spec, model)
     return graph

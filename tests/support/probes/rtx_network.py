@@ -1,6 +1,7 @@
 """Parse an ONNX graph with TensorRT for RTX, which needs no GPU: `rtx_network.py SITE GRAPH.onnx OUT.json`.
 
-OUT gets what the parser made, and with `--products` also what step_products.py finds in it. SITE holds the
+OUT gets what the parser made, and with `--products` also what step_products.py finds in it; with `--prefill`
+as in a plan that reads prompts. SITE holds the
 unpacked wheels tensorrt_rtx_cu13_bindings and tensorrt_rtx_cu13_libs. The plugin DijiangAttention is stood in
 for by one that knows its fields and its shapes. A process of its own: when the parser meets a plugin it opens
 libtensorrt_rtx.so by that name, which the wheel does not have, and ends the process if it cannot
@@ -219,7 +220,7 @@ class WithPlugins:
         return self.network.add_constant(array.shape, self.trt.Weights(array)).get_output(0)
 
 
-def products(trt: Any, network: Any) -> dict[str, Any]:
+def products(trt: Any, network: Any, few: bool) -> dict[str, Any]:
     """What `step_products.rewrite` did to a really parsed network."""
     from dijiang_engines.building.step_products import rewrite
 
@@ -229,7 +230,7 @@ def products(trt: Any, network: Any) -> dict[str, Any]:
     )
     registry = SimpleNamespace(get_creator=lambda name, version, namespace: creator)
     with mock.patch.object(trt, "get_plugin_registry", return_value=registry):
-        done = rewrite(trt, changed)
+        done = rewrite(trt, changed, norms=few, whole=not few)
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     return done.to_json() | {"fields": changed.launches, "outputs": [_tensor(t) for t in outputs]}
 
@@ -240,12 +241,13 @@ def main() -> int:
     parser.add_argument("graph", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--products", action="store_true")
+    parser.add_argument("--prefill", action="store_true")
     options = parser.parse_args()
     trt = load(options.site)
     network, kept = parse(trt, options.graph)
     document = describe(trt, network)
     if options.products:
-        document["products"] = products(trt, network)
+        document["products"] = products(trt, network, not options.prefill)
     write(document, options.out)
     del network, kept
     return 0
