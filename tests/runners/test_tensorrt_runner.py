@@ -27,6 +27,7 @@ from dijiang_engines.formats.engine import open_engine, write_engine_manifest
 from dijiang_engines.formats.folder import spec_sha256
 from dijiang_engines.runners import open_runner
 from dijiang_engines.runners.base import Runner
+from dijiang_engines.runners.tensorrt import cublaslt
 from dijiang_engines.runners.tensorrt.contexts import KEPT_CONTEXTS
 from dijiang_engines.spec import ModelSpec
 from dijiang_engines.validation.validate import validate
@@ -45,6 +46,19 @@ def engine(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def close(got: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * max(1.0, float(np.std(expected))))
+
+
+def test_what_products_of_many_rows_need(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked for before the plugin does, and said where it is missing: of engines that have such products."""
+    asked: list[str] = []
+    monkeypatch.setattr(cublaslt, "load_from_wheels", lambda: asked.append("load"))
+    monkeypatch.setattr(cublaslt, "missing", lambda library: asked.append(library.name) or "prompts are slow")
+    runner: Any = open_runner(open_engine(engine))
+    assert not asked and "prompts are slow" not in runner.notes()
+    monkeypatch.setattr(cublaslt, "is_wanted", lambda engine: True)
+    runner = open_runner(open_engine(engine))
+    assert asked == ["load"]
+    assert runner.notes()[-1] == "prompts are slow" and asked[1:] == ["libdijiang_kernels.so"]
 
 
 # Numbers

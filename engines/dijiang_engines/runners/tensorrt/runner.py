@@ -28,6 +28,7 @@ from dijiang_engines.runners.checks import (
     check_rows,
 )
 from dijiang_engines.runners.decoding import Decoder, DecodeRequest
+from dijiang_engines.runners.tensorrt import cublaslt
 from dijiang_engines.runners.tensorrt.checks import check_tensors, open_runtime
 from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu, TensorRTState, integers_of
 from dijiang_engines.runners.tensorrt.kernel_cache import KernelCache
@@ -76,6 +77,8 @@ class TensorRTRunner:
         self._facts = facts
         self.tensorrt = open_runtime(engine, facts)
         self.rtx = self._rtx(facts)
+        if cublaslt.is_wanted(engine):
+            cublaslt.load_from_wheels()
         free = cuda.memory()[0]
         plans = {name: self._load_plan(name) for name in engine.plans}
         for place in (engine.prefill, engine.step):
@@ -220,6 +223,10 @@ class TensorRTRunner:
         found = [] if is_validated(self.engine, self._facts) else [not_validated(self.engine)]
         if self.rtx is not None and self.rtx.cache.note is not None:
             found.append(self.rtx.cache.note)
+        library = self.tensorrt.kernels_library
+        if library is not None and cublaslt.is_wanted(self.engine):
+            slow = cublaslt.missing(library)
+            found += [] if slow is None else [slow]
         return found
 
     def remember_validation(self) -> None:
