@@ -11,6 +11,7 @@ import pytest
 from support.makers.toy_bundle import SPEC
 
 from dijiang_engines.building.request import BuildRequest, read_request
+from dijiang_engines.building.worker import rewriting
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.weight_formats import matrices, matrix_shapes
 
@@ -39,11 +40,31 @@ def test_it_arrives_as_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
     assert read_request(tmp_path / "request.json") == request
 
 
+@pytest.mark.parametrize(
+    ("lengths", "products", "expected"),
+    [
+        ((1,), True, (True, True, False)),  # a step plan
+        ((64,), False, (False, False, True)),  # a prefill plan
+        ((64,), True, (True, False, True)),
+        ((64, 1), False, (False, False, True)),  # one plan
+        ((64, 1), True, (True, True, True)),
+    ],
+)
+def test_what_the_plugin_takes(
+    lengths: tuple[int, ...], products: bool, expected: tuple[bool, bool, bool]
+) -> None:
+    """Float weights' products, norms, matrices whole."""
+    profiles = [PROFILE | {"input_ids": [[1, 1], [1, n], [4, n]]} for n in lengths]
+    request = dataclasses.replace(REQUEST, profiles=profiles, plugin_products=products)
+    assert tuple(rewriting(request).values()) == expected
+
+
 def test_the_most_rows_are_those_of_all_profiles() -> None:
     step = {name: [[1] * len(shape) for shape in shapes] for name, shapes in PROFILE.items()}
     assert REQUEST.most_rows == 4 * 64
     assert dataclasses.replace(REQUEST, profiles=[step]).most_rows == 1
-    assert dataclasses.replace(REQUEST, profiles=[step, PROFILE]).most_rows == 4 * 64
+    both = dataclasses.replace(REQUEST, profiles=[step, PROFILE])
+    assert (both.most_rows, both.step_rows) == (4 * 64, 1)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(BuildRequest)])

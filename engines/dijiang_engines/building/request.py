@@ -76,7 +76,16 @@ class BuildRequest:
     @property
     def most_rows(self) -> int:
         """Rows of the widest call: sequences times tokens."""
-        return max(math.prod(profile[INPUT_IDS][-1]) for profile in self.profiles)
+        return max(self._rows)
+
+    @property
+    def step_rows(self) -> int:
+        """Of the profile with the fewest: of a step's widest call, where the plan has steps."""
+        return min(self._rows)
+
+    @property
+    def _rows(self) -> list[int]:
+        return [math.prod(profile[INPUT_IDS][-1]) for profile in self.profiles]
 
     def __post_init__(self) -> None:
         for name in _PATHS:

@@ -24,7 +24,8 @@ MAX_BATCH = 8
 """Rows of a step above which TensorRT's products are used: more do not share one reading of the weights."""
 
 MAX_NORM_ROWS = 16
-"""Rows of a plan above which norms stay TensorRT's: of more rows, only products without one have a kernel."""
+"""Rows of a step above which norms stay TensorRT's: of more rows, only products without one have a kernel,
+and cuBLASLt needs the norm's rows in memory."""
 
 MAX_INPUT_BYTES = 96 << 10
 """Of all rows of the widest product's input: more does not fit shared memory beside the weights."""
@@ -62,7 +63,7 @@ def rewrite(
         network: TensorRT's INetworkDefinition, parsed and not yet typed.
         dtype: of its activations, float16 or bfloat16.
         floats: take products with float16 weights too.
-        norms: take norms along: the kernel that has them is for few rows.
+        norms: take norms along, which saves a step launches; many rows are normalised in the workspace.
         whole: make one matrix of those that are stored in parts, of int8 where the parts have several
             formats: the same numbers, of more bytes, which many rows do not notice.
 

@@ -131,15 +131,7 @@ def _build_layers(
         network = _parse(poly, request, dialect, messages)
         fix_sizes(network[1], request.profiles)
         if request.plugin_products or has_quantised(trt, network[1]):
-            few = request.most_rows <= MAX_NORM_ROWS
-            products = rewrite(
-                trt,
-                network[1],
-                dtype=request.dtype,
-                floats=request.plugin_products,
-                norms=few,
-                whole=not few,
-            )
+            products = rewrite(trt, network[1], dtype=request.dtype, **rewriting(request))
             print(f"products of the plugin: {products.to_json()}", file=sys.stderr)
         if typed:
             print(f"held to types: {held}, {type_network(trt, network[1], held)}", file=sys.stderr)
@@ -158,6 +150,13 @@ def _build_layers(
                 continue
             raise _as_failure(error, version, messages) from error
     raise AssertionError("the last attempt returns or raises")
+
+
+def rewriting(request: BuildRequest) -> dict[str, bool]:
+    """What `rewrite` is to take, of a plan's request."""
+    few = request.most_rows <= MAX_NORM_ROWS
+    one_plan = request.plugin_products and request.step_rows <= MAX_NORM_ROWS
+    return {"floats": request.plugin_products, "norms": few or one_plan, "whole": not few}
 
 
 def _ready(
