@@ -27,7 +27,7 @@ from support.paths import TESTS
 from support.probes.rtx_network import environment
 from support.tensorrt_wheels import FOLDER, REQUIRED, unpack, version_of, wheels, without
 
-from dijiang_engines.building.step_products import rewrite
+from dijiang_engines.building.plugin_products import rewrite
 
 WHEELS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs")
 MISSING = without(*WHEELS)
@@ -43,7 +43,7 @@ def site() -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_description_is_what_the_parser_makes(family: str, site: Path, tmp_path: Path) -> None:
-    """And step_products.py finds in the real network what it finds in the replayed one."""
+    """And plugin_products.py finds in the real network what it finds in the replayed one."""
     graph = step_graph(FAMILIES[family])
     ir.save(graph, tmp_path / "graph.onnx")
     parsed = _parse(site, tmp_path)

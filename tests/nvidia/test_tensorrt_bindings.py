@@ -233,7 +233,7 @@ MUTATIONS: dict[str, list[tuple[str, str, tuple[int, int]]]] = {
         ('"IMatrixMultiplyLayer"', '"IMatMulLayer"', ANY),
         ("layer.get_input(i)", "layer.get_inputs(i)", ANY),
     ],
-    "building/step_products.py": [
+    "building/plugin_products.py": [
         ("node.layer.op1", "node.layer.transpose1", ANY),
     ],
     "building/product_layers.py": [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dijiang_engines.building.plugin_products import MAX_BATCH, MAX_INPUT_BYTES
 from dijiang_engines.building.recipes import Recipe
 from dijiang_engines.building.request import Profile
-from dijiang_engines.building.step_products import MAX_BATCH, MAX_INPUT_BYTES
 from dijiang_engines.errors import KernelError, UsageError
 from dijiang_engines.formats.bundle import Bundle
 from dijiang_engines.formats.engine import LAYOUTS, Profiles

@@ -92,7 +92,7 @@ def replace(
     """Add one plugin layer.
 
     Args:
-        trt, network, graph: as in `step_products.rewrite`.
+        trt, network, graph: as in `plugin_products.rewrite`.
         launch: what it computes.
         now: the tensors that came in the place of others, by the others' names; gets those of this layer.
         done: gets the arrays that must live on.

@@ -41,7 +41,7 @@ class Recipe:
     """TensorRT's, 0 to 5: higher takes longer and may find faster kernels."""
     layout: str = "one"
     step_products: str = "plugin"
-    """Who multiplies in a step plan of its own: "plugin" (see `step_products.py`), or "tensorrt"."""
+    """Who multiplies in a step plan of its own: "plugin" (see `plugin_products.py`), or "tensorrt"."""
     prefill_products: str = "tensorrt"
     """Likewise in a plan that reads prompts: that of prefill, or the one plan."""
     step: str = PRODUCTS

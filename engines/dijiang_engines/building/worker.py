@@ -20,11 +20,11 @@ from typing import Any
 
 from dijiang_engines.building.ahead import build_ahead
 from dijiang_engines.building.events import PARSING, Events, list_layers, progress_monitor, write_plan
+from dijiang_engines.building.plugin_products import MAX_NORM_ROWS, has_quantised, rewrite
 from dijiang_engines.building.product_layers import Rewritten
 from dijiang_engines.building.recipes import ONE_LAUNCH, PRODUCTS
 from dijiang_engines.building.request import BuildRequest, read_request
 from dijiang_engines.building.step.one_launch import add_step
-from dijiang_engines.building.step_products import MAX_NORM_ROWS, has_quantised, rewrite
 from dijiang_engines.building.typed_network import ATTEMPTS, fix_sizes, type_network
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.kernels.step import StepKernels

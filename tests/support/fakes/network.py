@@ -1,4 +1,4 @@
-"""TensorRT's network API as far as step_products.py uses it, in NumPy.
+"""TensorRT's network API as far as plugin_products.py uses it, in NumPy.
 
 Nothing here is invented about what TensorRT's parser makes of a graph: `replay` follows a description of a
 network that TensorRT for RTX parsed (tests/data/networks; tests/support/probes/rtx_network.py wrote it, and

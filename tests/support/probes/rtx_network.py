@@ -1,6 +1,6 @@
 """Parse an ONNX graph with TensorRT for RTX, which needs no GPU: `rtx_network.py SITE GRAPH.onnx OUT.json`.
 
-OUT gets what the parser made, and with `--products` also what step_products.py finds in it; with `--prefill`
+OUT gets what the parser made, and with `--products` also what plugin_products.py finds in it; with `--prefill`
 as in a plan that reads prompts. SITE holds the
 unpacked wheels tensorrt_rtx_cu13_bindings and tensorrt_rtx_cu13_libs. The plugin DijiangAttention is stood in
 for by one that knows its fields and its shapes. A process of its own: when the parser meets a plugin it opens
@@ -221,8 +221,8 @@ class WithPlugins:
 
 
 def products(trt: Any, network: Any, few: bool) -> dict[str, Any]:
-    """What `step_products.rewrite` did to a really parsed network."""
-    from dijiang_engines.building.step_products import rewrite
+    """What `plugin_products.rewrite` did to a really parsed network."""
+    from dijiang_engines.building.plugin_products import rewrite
 
     changed = WithPlugins(trt, network)
     creator = SimpleNamespace(

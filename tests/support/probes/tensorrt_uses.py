@@ -20,7 +20,7 @@ OTHER_VERSIONS = {
 }
 """Functions, and whole modules, that run with that dialect alone."""
 NOT_OF_RTX = (
-    "building.worker", "building.step_products", "building.product_layers", "building.step_graph",
+    "building.worker", "building.plugin_products", "building.product_layers", "building.step_graph",
     "building.typed_network", "building.plugin_layers", "building.step.one_launch",
 )  # fmt: skip
 """Modules, or what of them uses TensorRT, that TensorRT for RTX does without: it builds in building.ahead."""

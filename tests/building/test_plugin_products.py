@@ -14,7 +14,7 @@ import pytest
 from support.fakes.network import Network, Registry, Tensor, Trt, replay
 from support.makers.step_graphs import FAMILIES, PARALLEL, description, initializers, step_graph
 
-from dijiang_engines.building.step_products import rewrite
+from dijiang_engines.building.plugin_products import rewrite
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.spec import ModelSpec
 
