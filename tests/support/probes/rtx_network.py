@@ -1,11 +1,10 @@
 """Parse an ONNX graph with TensorRT for RTX, which needs no GPU: `rtx_network.py SITE GRAPH.onnx OUT.json`.
 
-OUT gets what the parser made, and with `--products` also what plugin_products.py finds in it; with `--prefill`
-as in a plan that reads prompts. SITE holds the
-unpacked wheels tensorrt_rtx_cu13_bindings and tensorrt_rtx_cu13_libs. The plugin DijiangAttention is stood in
-for by one that knows its fields and its shapes. A process of its own: when the parser meets a plugin it opens
-libtensorrt_rtx.so by that name, which the wheel does not have, and ends the process if it cannot
-(`environment`).
+OUT gets what the parser made, and with `--products` also what plugin_products.py finds in it; with
+`--prefill` as in a plan that reads prompts. SITE holds the unpacked wheels tensorrt_rtx_cu13_bindings and
+tensorrt_rtx_cu13_libs. The plugin DijiangAttention is stood in for by one that knows its fields and its
+shapes. A process of its own: when the parser meets a plugin it opens libtensorrt_rtx.so by that name, which
+the wheel does not have, and ends the process if it cannot (`environment`).
 """
 
 from __future__ import annotations
