@@ -1,9 +1,10 @@
 """A state on the GPU, and TensorRT's execution contexts: shapes, addresses, running, recording.
 
 All contexts share one block of activation memory, for everything runs on one stream. TensorRT wants an
-ordinary run before a step is recorded as a CUDA graph; that run has seq_lens 0 in all rows, which by the op
+ordinary run before work is recorded as a CUDA graph; that run has seq_lens 0 in all rows, which by the op
 contract leaves the states untouched, so nothing has to be saved. A graph stays right only while its
-context's shapes stay, hence one context for each batch size.
+context's shapes stay, hence one context for each batch size of steps, and for each recorded prefill
+(prefills.py).
 """
 
 from __future__ import annotations
@@ -190,8 +191,12 @@ class Contexts:
     def for_prefill(self) -> Any:
         """The context of prefills; its shapes and addresses are those of the last one."""
         if self._prefill is None:
-            self._prefill = self._make(self.engine.prefill, steps=False)
+            self._prefill = self.new_prefill()
         return self._prefill
+
+    def new_prefill(self) -> Any:
+        """Another context for prefills, which the caller gives shapes and addresses."""
+        return self._make(self.engine.prefill, steps=False)
 
     def for_steps(self, batch: int) -> Any:
         """The context of steps of `batch` rows; its addresses are those of the last state it ran."""
@@ -240,25 +245,36 @@ class Contexts:
         """The context for this batch size, bound to this state, after a run that changed nothing."""
         context = self.for_steps(state.batch)
         self.bind(context, self.addresses(state))
+        self.run_empty(context, state)
+        return context
+
+    def run_empty(self, context: Any, state: TensorRTState) -> None:
+        """A run of a context that is bound to `state`, which changes no state; waits for it."""
         zeros = np.zeros(state.batch, np.int64)
         state.put(zeros, zeros, zeros)
         self.execute(context, state)
         self.gpu.stream.synchronize()
-        return context
 
-    def record_step(self, state: TensorRTState) -> tuple[Graph, Any] | None:
-        """A step of this state as a CUDA graph, and its context, which must live as long; None if the runtime
-        cannot have it recorded."""
-        context, stream = self.bound_step(state), self.gpu.stream
-        if not self.can_record(context):
-            return None
+    def record(self, context: Any, state: TensorRTState) -> Graph:
+        """What `execute` does as a CUDA graph; the context has run with these shapes, and must live as long.
+
+        Raises:
+            RunnerError: it cannot be recorded.
+        """
+        stream = self.gpu.stream
         stream.begin_capture()
         try:
             self.execute(context, state)
         except BaseException:
             stream.abandon_capture()
             raise
-        return stream.end_capture(), context
+        return stream.end_capture()
+
+    def record_step(self, state: TensorRTState) -> tuple[Graph, Any] | None:
+        """A step of this state as a CUDA graph, and its context, which must live as long; None if the runtime
+        cannot have it recorded."""
+        context = self.bound_step(state)
+        return (self.record(context, state), context) if self.can_record(context) else None
 
     def step_of(self, state: TensorRTState, *, recorded: bool) -> Callable[[], None]:
         """A function that enqueues one step of `state`.

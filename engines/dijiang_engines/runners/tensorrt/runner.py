@@ -2,7 +2,8 @@
 
 One stream, on which everything runs in order. Each state has one buffer per layer, bound as both past and
 present (the plugin's kernels are safe in place; contexts.py says what happens without them), so the memory of
-a state is its size and never grows. A step is recorded once per state as a CUDA graph (contexts.py).
+a state is its size and never grows. A step is recorded once per state as a CUDA graph (contexts.py), a
+prefill when its size comes again (prefills.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from dijiang_engines import io_names
 from dijiang_engines.formats.engine import EngineFolder
 from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
 from dijiang_engines.runners.base import MAX_POSITIONS, FloatArray, IntArray
@@ -32,6 +32,7 @@ from dijiang_engines.runners.tensorrt import cublaslt
 from dijiang_engines.runners.tensorrt.checks import check_tensors, open_runtime
 from dijiang_engines.runners.tensorrt.contexts import Contexts, Gpu, TensorRTState, integers_of
 from dijiang_engines.runners.tensorrt.kernel_cache import KernelCache
+from dijiang_engines.runners.tensorrt.prefills import Prefills
 from dijiang_engines.runners.tensorrt.rtx import RtxContexts
 from dijiang_engines.runners.tensorrt.transfers import Transfers
 from dijiang_engines.runners.tensorrt.validated import is_validated, not_validated, remember_validation
@@ -48,13 +49,15 @@ class TensorRTRunner:
     Args:
         engine: an opened engine.
         device: index of the GPU.
-        cuda_graph: record steps; without it every step is enqueued layer by layer.
+        cuda_graph: record steps and prefills; without it all are enqueued layer by layer.
 
     Attributes:
         tensorrt: the loaded runtime.
         rtx: how TensorRT for RTX makes contexts; None with TensorRT.
         gpu: where it runs.
         contexts: of its plans.
+        transfers: of tokens and logits.
+        prefills: run in the contexts.
 
     Raises:
         RunnerError: TensorRT or the GPU is missing or another than the engine was made for, or memory is
@@ -87,7 +90,8 @@ class TensorRTRunner:
         integers = integers_of(self.tensorrt, plans[engine.prefill.file])
         self.gpu = Gpu(cuda, cuda.stream(), integers)
         self.contexts = Contexts(engine, plans, self.tensorrt, self.gpu, self.rtx)
-        self._transfers = Transfers(self.gpu, self.spec.vocab_size)
+        self.transfers = Transfers(self.gpu, self.spec.vocab_size)
+        self.prefills = Prefills(self.contexts, self.transfers, recorded=cuda_graph and self.rtx is None)
         self._kernels: Any = None
 
     # -- Runner ----------------------------------------------------------------------------------------
@@ -141,13 +145,14 @@ class TensorRTRunner:
         """Consume up to L tokens a row, in pieces of at most `max_length`; see `Runner.prefill`."""
         check_owner(self, state, TensorRTState)
         ids, starts, lens = check_call(self, input_ids, positions, seq_lens, state.batch)
+        self.gpu.cuda.activate()
         length = ids.shape[1]
         pieces = []
         result = None
         for start in range(0, length, self.max_length):
             part = ids[:, start : start + self.max_length]
             left = np.clip(lens - start, 0, part.shape[1])
-            logits = self._prefill_piece(part, starts + np.minimum(lens, start), left, state)
+            logits = self.prefills.run(part, starts + np.minimum(lens, start), left, state)
             if self.all_logits:
                 pieces.append(logits)
             elif result is None:
@@ -166,7 +171,7 @@ class TensorRTRunner:
         run = self.contexts.step_of(state, recorded=self.uses_graphs)
         state.put(ids, starts, lens)
         run()
-        return self._transfers.read_logits(state.logits, state.batch, 1)
+        return self.transfers.read_logits(state.logits, state.batch, 1)
 
     def export_state(self, state: TensorRTState) -> list[FloatArray]:
         """Copies of the state, one [B, H, d, d] array per layer."""
@@ -251,12 +256,14 @@ class TensorRTRunner:
         return seconds[3:]
 
     def memory(self) -> dict[str, int]:
-        """Device bytes: what loading the plans took, activations, and one sequence's state."""
+        """Device bytes: what loading the plans took, activations, one sequence's state, and what states are
+        copied to while prompts are read."""
+        scratch = self.contexts.scratch_bytes + self.prefills.scratch_bytes
         return {
             "plans": self._weight_bytes,
             "activations": self.contexts.activation_bytes,
             "state_per_sequence": self.spec.state_bytes,
-        } | ({"state_scratch": self.contexts.scratch_bytes} if self.contexts.scratch_bytes else {})
+        } | ({"state_scratch": scratch} if scratch else {})
 
     def settings(self) -> dict[str, str | int | bool]:
         """How the runner was set up."""
@@ -276,18 +283,3 @@ class TensorRTRunner:
         with self.engine.opened.unchanged(*self.engine.plans) as root:
             self.engine.verified_plan(name)
             return self.tensorrt.load_plan(root / name)
-
-    def _prefill_piece(
-        self, ids: IntArray, positions: IntArray, seq_lens: IntArray, state: TensorRTState
-    ) -> FloatArray:
-        self.gpu.cuda.activate()
-        batch, length = ids.shape
-        context = self.contexts.for_prefill()
-        state.put(ids[:, :1], positions, seq_lens)
-        rows = length if self.all_logits else 1
-        tokens, logits = self._transfers.upload_ids(ids), self._transfers.logits(batch, rows)
-        self.contexts.set_shapes(context, batch, length)
-        bound = self.contexts.addresses(state) | {io_names.INPUT_IDS: tokens, io_names.LOGITS: logits}
-        self.contexts.bind(context, bound)
-        self.contexts.execute(context, state)
-        return self._transfers.read_logits(logits, batch, rows)

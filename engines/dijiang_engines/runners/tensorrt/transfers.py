@@ -21,13 +21,18 @@ class Transfers:
         self._scratch: dict[str, Buffer] = {}
         self._staging: dict[str, Pinned] = {}
 
-    def upload_ids(self, ids: IntArray) -> int:
-        """The device address of a copy of token ids [B, L]; good until the next call."""
+    def upload_ids(self, ids: IntArray, address: int | None = None) -> int:
+        """Copy token ids [B, L] to device memory, and say where that is.
+
+        Args:
+            ids: the tokens.
+            address: where; None: memory of this object's, good until the next call.
+        """
         integers = self._gpu.integers
         size = ids.size * integers.itemsize
         staging = self._pinned("ids", ids.size, integers)
         staging.array[: ids.size] = ids.reshape(-1)
-        address = self._grow("ids", size)
+        address = self._grow("ids", size) if address is None else address
         self._gpu.stream.upload(address, staging.address, size)
         return address
 
