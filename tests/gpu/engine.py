@@ -300,8 +300,9 @@ def main() -> int:
     arguments = parser.parse_args()
     checks = Checks(arguments)
     names = [
-        "graphs_and_none", "recorded_prefills", "states_apart", "batches_side_by_side", "resetting_rows", "too_large",
-        "long_prefill", "device_and_host", "stops", "no_growth", "greedy_text", "times", "layers",
+        "graphs_and_none", "recorded_prefills", "states_apart", "batches_side_by_side", "resetting_rows",
+        "too_large", "long_prefill", "device_and_host", "stops", "no_growth", "greedy_text", "times",
+        "layers",
     ]  # fmt: skip
     left_out = set(arguments.skip)
     if checks.runner.rtx is not None:
