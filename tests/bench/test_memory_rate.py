@@ -5,14 +5,12 @@ Fakes stand for the GPU: they show what is timed and who asks, not what a GPU's 
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.gpu_scripts import load
 
 from dijiang_engines.bench.bandwidth import Bandwidth, CudaCopy, measure_gpu_bandwidth
 from dijiang_engines.errors import RunnerError
@@ -21,6 +19,7 @@ from dijiang_export.bench.kernels import gpu as bench_kernels_cuda
 from dijiang_export.bench.memory_rate import TorchCopy, memory_rate
 from dijiang_export.bench.peers import run as bench_peers_run
 from dijiang_export.bench.peers import tools as bench_peers_tools
+from dijiang_export.bench.products.gpu import ProductsGpu
 
 CPU = torch.device("cpu")
 RATE = 3.21e12
@@ -153,25 +152,10 @@ def _stop(what: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("fixed_rate")
-def test_linear_times_takes_its_floor_from_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    script = load("linear_times")
-    step = SimpleNamespace(bytes=lambda: 642_000_000, layers=1)
-    monkeypatch.setattr(script, "Step", lambda *a: step)
-    monkeypatch.setattr(script, "AllKernels", lambda path: None)
-    monkeypatch.setattr(script, "measure", lambda step: {"step": 0.5, "products": 0.4})
-    monkeypatch.setattr(script, "say", lambda *a: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    saved = tmp_path / "times.json"
-    monkeypatch.setattr("sys.argv", ["linear_times.py", "library.so", "--rows", "1", "--save", str(saved)])
-    script.main()
-    record = script.json.loads(saved.read_text())
-    assert record["memory_gb_s"] == RATE / 1e9
-    times = record["410m, 1 rows, ms"]
-    assert times["floor"] == pytest.approx(0.2)
-    assert times["floor_over_step"] == pytest.approx(0.4)
-    assert times["floor_over_products"] == pytest.approx(0.5)
+def test_the_benchmarks_by_cells_take_their_floors_from_it() -> None:
+    gpu: Any = object.__new__(ProductsGpu)
+    gpu.device = torch.device("cuda")
+    assert gpu.rate() == RATE
 
 
 def test_a_cpu_is_measured_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_the_table_of_copies_is_the_records() -> None:
 
 
 def test_the_floor_of_the_benchmark_is_that_of_plain_copies() -> None:
-    """Both ways of measuring agree, and linear_times' rate is what they give."""
+    """Both ways of measuring agree, and the rate in the record of products is what they give."""
     plain = record("memory-rate-h100.json")["gb_s"]["1024 MiB, turn 1"]
     assert plain["cuda-bindings"] == pytest.approx(plain["stream"], rel=0.01)
     assert record("linear-times-h100.json")["memory_gb_s"] == pytest.approx(plain["stream"], rel=0.01)
