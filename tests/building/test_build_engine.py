@@ -105,6 +105,18 @@ def test_a_plan_without_a_context_is_built_otherwise(half: Path, tmp_path: Path,
     assert (plan["held"], plan["constraints"]) == ("arithmetic", ("obey", "prefer")[broken - 1])
 
 
+@pytest.mark.parametrize(("layout", "held"), [("one", "embeddings"), ("two", "products")])
+def test_embeddings_are_held_where_norms_are_the_plugin_s(
+    half: Path, tmp_path: Path, layout: str, held: str
+) -> None:
+    recipe = {"layout": layout, "prefill_products": "plugin", "step": "products"}
+    for broken, expected in ((0, held), (1, "products" if layout == "one" else "arithmetic")):
+        machine = FakeMachine(tmp_path / f"{broken}", builder=f"broken:{broken}")
+        build(machine, half, tmp_path / f"{broken}.engine", recipe=recipe, validate=False)
+        plans = open_engine(tmp_path / f"{broken}.engine").manifest["made_with"]["plans"]
+        assert (plans[0]["held"], plans[0]["constraints"]) == (expected, "obey")
+
+
 def test_no_plan_has_a_context(half: Path, tmp_path: Path) -> None:
     machine = FakeMachine(tmp_path / "machine", builder="broken:9")
     with pytest.raises(RunnerError, match="a plan that it cannot run") as caught:

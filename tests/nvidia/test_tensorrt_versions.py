@@ -304,6 +304,18 @@ def test_types_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert untouched.precision is None and untouched.typed == {}
 
 
+def test_embeddings_may_be_held_and_tables_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeMachine(tmp_path).enter(monkeypatch)
+    trt = tensorrt_module()
+    tokens = layer(trt, "/embed_tokens/Gather", "GATHER")
+    table = layer(trt, "/layers.0/attention/decay/Gather", "GATHER")
+    network = Network([tokens, table], [])
+    assert type_network(trt, network) == {"float16": 0, "float32": 0}
+    assert type_network(trt, network, "embeddings") == {"float16": 1, "float32": 0}
+    assert tokens.precision is trt.DataType.HALF and tokens.typed == {0: trt.DataType.HALF}
+    assert table.precision is None and table.typed == {}
+
+
 def test_sizes_that_never_change_become_static() -> None:
     tensors = [
         SimpleNamespace(name="input_ids", shape=(-1, -1)),

@@ -17,7 +17,11 @@ _NORM = "norm/"
 """Part of the names that the exporter gives to the layers of an RMSNorm. LayerNorm is one layer of TensorRT
 that computes in float32 whatever the flags are, unless told otherwise (NvInfer.h, setComputePrecision)."""
 
+_EMBEDDING = "embed"
+"""Likewise of the layers that look rows of embeddings up. No other lookup is held: tables are float32."""
+
 HELD = {
+    "embeddings": ("MATRIX_MULTIPLY", "GATHER"),
     "products": ("MATRIX_MULTIPLY",),
     "arithmetic": ("MATRIX_MULTIPLY", "ELEMENTWISE", "UNARY", "ACTIVATION"),
 }
@@ -25,6 +29,10 @@ HELD = {
 
 ATTEMPTS = (("products", "obey"), ("arithmetic", "obey"), ("arithmetic", "prefer"))
 """What is held, and whether the builder must obey or may prefer another type; the fastest steps first."""
+
+PLUGIN_ATTEMPTS = (("embeddings", "obey"), *ATTEMPTS)
+"""Likewise where norms and products are the plugin's, so that little else is left: without the first, 8.6
+looked embeddings up in float32, which kept them in memory at twice their size and cost a copy."""
 
 
 def type_network(trt: Any, network: Any, held: str = "products") -> dict[str, int]:
@@ -52,7 +60,7 @@ def type_network(trt: Any, network: Any, held: str = "products") -> dict[str, in
         elif _NORM in layer.name and layer.type not in (trt.LayerType.CONSTANT, trt.LayerType.SHUFFLE):
             layer.precision = trt.DataType.FLOAT
             count["float32"] += 1
-        elif layer.type in kinds:
+        elif layer.type in kinds and (layer.type != trt.LayerType.GATHER or _EMBEDDING in layer.name):
             layer.precision = trt.DataType.HALF
             layer.set_output_type(0, trt.DataType.HALF)
             count["float16"] += 1

@@ -25,7 +25,7 @@ from dijiang_engines.building.product_layers import Rewritten
 from dijiang_engines.building.recipes import ONE_LAUNCH, PRODUCTS
 from dijiang_engines.building.request import BuildRequest, read_request
 from dijiang_engines.building.step.one_launch import add_step
-from dijiang_engines.building.typed_network import ATTEMPTS, fix_sizes, type_network
+from dijiang_engines.building.typed_network import ATTEMPTS, PLUGIN_ATTEMPTS, fix_sizes, type_network
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_engines.kernels.step import StepKernels
 from dijiang_engines.nvidia.cuda import Cuda
@@ -126,7 +126,8 @@ def _build_layers(
     products: Rewritten | None = None
     typed = not dialect.strongly_typed and request.dtype == "float16"
     cache = _cache_of(request)
-    attempts = ATTEMPTS if typed else (("nothing", "none"),)
+    whole = request.plugin_products and rewriting(request)["norms"]
+    attempts = (PLUGIN_ATTEMPTS if whole else ATTEMPTS) if typed else (("nothing", "none"),)
     for held, constraints in attempts:
         network = _parse(poly, request, dialect, messages)
         fix_sizes(network[1], request.profiles)
