@@ -26,6 +26,7 @@ from dijiang_engines.errors import (
 )  # fmt: skip
 from dijiang_engines.formats.bundle import open_bundle
 from dijiang_engines.formats.engine import Profiles, open_engine
+from dijiang_engines.runners.tensorrt import cublaslt
 from dijiang_export.cli import main
 
 VERSIONS = ["8.6.0", "10.3.0", "10.13.3", "11.1.0"]
@@ -184,16 +185,16 @@ def test_who_multiplies(
     recipe = load_recipe("datacenter").with_changes(max_batch=batch, step_products=who)
     made: Any = SimpleNamespace(dtype=dtype, spec=spec)
     assert plugin_multiplies(made, recipe, step=True) is expected
-    assert plugin_multiplies(made, recipe, step=False) is False
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_who_multiplies_where_prompts_are_read(dtype: str) -> None:
+@pytest.mark.parametrize("who", ["plugin", "auto", "tensorrt"])
+def test_who_multiplies_where_prompts_are_read(dtype: str, who: str) -> None:
     """Any number of rows, of any width."""
     spec = SimpleNamespace(hidden_size=8192, intermediate_size=32768, parallel_residual=True)
-    recipe = load_recipe("datacenter").with_changes(max_batch=64, prefill_products="plugin")
+    recipe = load_recipe("datacenter").with_changes(max_batch=64, prefill_products=who)
     made: Any = SimpleNamespace(dtype=dtype, spec=spec)
-    assert plugin_multiplies(made, recipe, step=False) is (dtype == "float16")
+    assert plugin_multiplies(made, recipe, step=False) is (dtype == "float16" and who != "tensorrt")
 
 
 def test_an_engine_says_who_multiplies(half: Path, tmp_path: Path) -> None:
@@ -215,6 +216,35 @@ def test_products_of_prompts_may_be_the_plugin_s(half: Path, tmp_path: Path, lay
     found = [plan["plugin_products"] for plan in open_engine(tmp_path / "e").manifest["made_with"]["plans"]]
     assert found[0]["launches"] == 0 < found[0]["left"]
     assert found[1:] == [None] * (layout == "two")
+
+
+@pytest.mark.parametrize("layout", ["one", "two"])
+@pytest.mark.parametrize("why", [None, "there is no cuBLASLt; got nothing"])
+def test_the_recipe_for_data_centres_asks_for_cublaslt(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, why: str | None
+) -> None:
+    """`auto`: the plugin's products where they are fast."""
+    asked: list[str] = []
+    monkeypatch.setattr(cublaslt, "load_from_wheels", lambda: asked.append("load"))
+    monkeypatch.setattr(cublaslt, "not_found", lambda library: asked.append(library.name) or why)
+    said: list[str] = []
+    recipe = {"layout": layout}
+    build(FakeMachine(tmp_path / "m"), half, tmp_path / "e", recipe=recipe, validate=False, log=said.append)
+    assert asked == ["load", "libdijiang_kernels.so"]
+    found = open_engine(tmp_path / "e").manifest["made_with"]["plans"][0]["plugin_products"]
+    assert found is None if why else found["launches"] == 0 < found["left"]
+    file = "model.plan" if layout == "one" else "prefill.plan"
+    words = [line for line in said if "TensorRT multiplies" in line]
+    assert words == ([f"{file}: TensorRT multiplies, {why}"] if why else [])
+
+
+def test_auto_is_silent_about_types_that_the_plugin_lacks(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cublaslt, "not_found", None)  # nobody asks
+    said: list[str] = []
+    build(FakeMachine(tmp_path / "m"), bundle, tmp_path / "e", validate=False, log=said.append)
+    assert not [line for line in said if "multiplies" in line]
 
 
 def test_where_they_cannot_be_that_is_said(bundle: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from dijiang_engines.building.lock import only_builder
 from dijiang_engines.building.memory import MemoryEstimate, check_memory, estimate_memory
 from dijiang_engines.building.plans import PlanSource, check_fit, no_one_launch, plans, plugin_multiplies
-from dijiang_engines.building.recipes import AUTO, ONE_LAUNCH, PRODUCTS, Recipe
+from dijiang_engines.building.recipes import AUTO, ONE_LAUNCH, PLUGIN, PRODUCTS, Recipe
 from dijiang_engines.building.request import BuildRequest
 from dijiang_engines.building.run_worker import run_worker
 from dijiang_engines.building.signed_blocks import write_signed
@@ -34,8 +34,9 @@ from dijiang_engines.formats.manifest import WEIGHTS
 from dijiang_engines.formats.quantised.manifest import KEY
 from dijiang_engines.nvidia.cuda import Cuda, DeviceFacts
 from dijiang_engines.nvidia.private_link import parser_environment
-from dijiang_engines.plugin.cache import cache_folder
+from dijiang_engines.plugin.cache import KERNELS, cache_folder
 from dijiang_engines.progress import ProgressFactory, silent
+from dijiang_engines.runners.tensorrt import cublaslt
 from dijiang_engines.runners.tensorrt.runner import TensorRTRunner
 from dijiang_engines.validation.validate import Report, validate
 from dijiang_engines.version import __version__
@@ -165,9 +166,11 @@ def _build(
     is_step = plan.file == LAYOUTS["two"][1]
     step, left = _step(bundle, recipe, target) if is_step else (PRODUCTS, None)
     multiplies = not target.dialect.ahead_of_time and plugin_multiplies(bundle, recipe, step=is_step)
-    if recipe.prefill_products == "plugin" and not (is_step or multiplies or bundle.quantised):
-        why = f"for {target.product.title}" if target.dialect.ahead_of_time else f"in {bundle.dtype}"
-        log(f"{plan.file}: TensorRT multiplies, the plugin has no products {why}")
+    if not is_step and not bundle.quantised:
+        left_out = _not_the_plugin(bundle, recipe, target, multiplies)
+        multiplies = multiplies and left_out is None
+        if left_out is not None:
+            log(f"{plan.file}: TensorRT multiplies, {left_out}")
     request = BuildRequest(
         onnx=onnx, plan=folder / plan.file,
         plugin=None if target.plugin is None else target.plugin[0], dtype=bundle.dtype,
@@ -204,6 +207,25 @@ def _step(bundle: Bundle, recipe: Recipe, target: Target) -> tuple[str, str | No
     if recipe.step == ONE_LAUNCH:
         raise UsageError("a step in one launch is not possible", got=left, hint="--step auto takes what is")
     return PRODUCTS, left
+
+
+def _not_the_plugin(bundle: Bundle, recipe: Recipe, target: Target, may: bool) -> str | None:
+    """Why the plugin does not multiply where prompts are read, if the recipe asks for it; None: it does, or
+    nobody asks. `auto` is silent about what cannot be helped.
+
+    Args:
+        bundle: of the model.
+        recipe: says who multiplies.
+        target: with which plugin.
+        may: does it have such products?
+    """
+    if recipe.prefill_products == PLUGIN and not may:
+        where = f"for {target.product.title}" if target.dialect.ahead_of_time else f"in {bundle.dtype}"
+        return f"the plugin has no products {where}"
+    if recipe.prefill_products != AUTO or not may or target.plugin is None:
+        return None
+    cublaslt.load_from_wheels()
+    return cublaslt.not_found(target.plugin[1].library(KERNELS))
 
 
 def _timing_cache(target: Target, given: Path | None, use: bool) -> Path | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dijiang_engines.building.plugin_products import MAX_BATCH, MAX_INPUT_BYTES
-from dijiang_engines.building.recipes import Recipe
+from dijiang_engines.building.recipes import AUTO, PLUGIN, Recipe
 from dijiang_engines.building.request import Profile
 from dijiang_engines.errors import KernelError, UsageError
 from dijiang_engines.formats.bundle import Bundle
@@ -64,17 +64,17 @@ def plans(bundle: Bundle, recipe: Recipe, *, standard: bool = False) -> Iterator
 
 
 def plugin_multiplies(bundle: Bundle, recipe: Recipe, *, step: bool) -> bool:
-    """Are a plan's products with float16 weights the plugin's?
+    """May a plan's products with float16 weights be the plugin's?
 
     Args:
         bundle: of the model.
-        recipe: says who multiplies.
+        recipe: says who multiplies; "auto" may.
         step: a step plan of its own, whose kernels are for few rows, with norms; else one that reads prompts
             too, in which cuBLASLt multiplies many rows.
     """
     if not step:
-        return recipe.prefill_products == "plugin" and bundle.dtype == "float16"
-    if recipe.step_products != "plugin" or bundle.dtype != "float16" or recipe.max_batch > MAX_BATCH:
+        return recipe.prefill_products in (PLUGIN, AUTO) and bundle.dtype == "float16"
+    if recipe.step_products != PLUGIN or bundle.dtype != "float16" or recipe.max_batch > MAX_BATCH:
         return False
     spec = bundle.spec
     width = spec.intermediate_size + (spec.hidden_size if spec.parallel_residual else 0)

@@ -15,7 +15,8 @@ from dijiang_engines.op_contract import T_TYPES
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULTS = {TENSORRT: "datacenter", TENSORRT_RTX: "rtx"}
 """The recipe that is taken if none is named, by runtime."""
-MULTIPLIERS = ("plugin", "tensorrt")
+PLUGIN = "plugin"
+MULTIPLIERS = (PLUGIN, "tensorrt")
 PRODUCTS, ONE_LAUNCH, AUTO = "products", "one-launch", "auto"
 STEPS = (PRODUCTS, ONE_LAUNCH, AUTO)
 
@@ -43,7 +44,8 @@ class Recipe:
     step_products: str = "plugin"
     """Who multiplies in a step plan of its own: "plugin" (see `plugin_products.py`), or "tensorrt"."""
     prefill_products: str = "tensorrt"
-    """Likewise in a plan that reads prompts: that of prefill, or the one plan."""
+    """Likewise in a plan that reads prompts: that of prefill, or the one plan. "auto": the plugin, where it
+    can and finds cuBLASLt, which multiplies many rows there."""
     step: str = PRODUCTS
     """Such a plan's step: layer by layer with these "products", all of it in "one-launch" of the plugin's
     (`one_launch.py`), or "auto": that where it fits."""
@@ -60,9 +62,9 @@ class Recipe:
                 )
         if self.layout not in tuple(LAYOUTS):  # a tuple takes what cannot be hashed, too
             raise UsageError("unknown layout", got=repr(self.layout)[:80], expected=" or ".join(LAYOUTS))
-        for name in ("step_products", "prefill_products"):
-            if (value := getattr(self, name)) not in MULTIPLIERS:
-                raise UsageError(f"unknown {name}", got=repr(value)[:80], expected=" or ".join(MULTIPLIERS))
+        for name, known in (("step_products", MULTIPLIERS), ("prefill_products", (*MULTIPLIERS, AUTO))):
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"unknown {name}", got=repr(value)[:80], expected=" or ".join(known))
         if self.step not in STEPS:
             raise UsageError("unknown step", got=repr(self.step)[:80], expected=" or ".join(STEPS))
         if self.step == ONE_LAUNCH and self.layout != "two":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Layout = Literal["one", "two"]
 RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
 Multiplier = Literal["plugin", "tensorrt"]
+PrefillMultiplier = Literal["plugin", "tensorrt", "auto"]
 Step = Literal["products", "one-launch", "auto"]
 
 
@@ -80,10 +81,11 @@ class RecipeArguments:
         ),
     ]  # fmt: skip
     prefill_products: Annotated[
-        Multiplier | None,
+        PrefillMultiplier | None,
         click.option(
-            "--prefill-products", type=one_of(Multiplier),
-            help="Likewise in the plan that reads prompts, and in that of layout one.",
+            "--prefill-products", type=one_of(PrefillMultiplier),
+            help="Likewise in the plan that reads prompts, and in that of layout one; auto: the plugin, "
+            "where it can and finds cuBLASLt.",
         ),
     ]  # fmt: skip
     step: Annotated[

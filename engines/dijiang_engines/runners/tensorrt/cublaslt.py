@@ -51,12 +51,22 @@ def missing(library: Path) -> str | None:
     Args:
         library: of the kernels.
     """
+    why = not_found(library)
+    return None if why is None else f"prompts are read several times slower than they could be: {why}"
+
+
+def not_found(library: Path) -> str | None:
+    """Why the kernels find no cuBLASLt, and what to do; None: they find one.
+
+    Args:
+        library: of the kernels.
+    """
     try:
         LinearKernels(library).library()
     except KernelError as error:
         return (
-            f"prompts are read several times slower than they could be: {error.sentence()}; install CUDA's "
-            f"cuBLAS (pip install nvidia-cublas), or let {ENVIRONMENT} name its libcublasLt"
+            f"{error.sentence()}; install CUDA's cuBLAS (pip install nvidia-cublas), or let {ENVIRONMENT} "
+            "name its libcublasLt"
         )
     return None
 
