@@ -83,8 +83,10 @@ SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device& de
     const int64_t bytes = int64_t{4} * kWarps * cut.per_warp;
     // With more blocks than multiprocessors, two of them share one, and scores that leave no room for the other are
     // read again instead.
-    const bool shared = int64_t{team} * batch > device.multiprocessors;
-    if (!greedy && kMemory + bytes <= device.shared_memory / (shared ? blocks : 1)) cut.staged_bytes = static_cast<int>(bytes);
+    constexpr int kReserved = 1024;  // of a multiprocessor's shared memory for each block: CUDA programming guide, 9.0
+    int memory = device.shared_memory;
+    if (int64_t{team} * batch > device.multiprocessors) memory = (memory + kReserved) / blocks - kReserved;
+    if (!greedy && kMemory + bytes <= memory) cut.staged_bytes = static_cast<int>(bytes);
     return cut;
 }
 

@@ -8,7 +8,7 @@ namespace dijiang {
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kListed = 512;         // tokens that are compared with each other
-constexpr int kLists = 4 * kListed;  // places for them in the lists of a row's blocks
+constexpr int kLists = 2 * kListed;  // places for them in the lists of a row's blocks
 
 __device__ __forceinline__ int padded(int bin) { return bin + bin / 32; }  // every 32nd in a bank of its own
 constexpr int kPadded = kBins + kBins / 32;
