@@ -64,7 +64,7 @@ FEW = ["greedy", "plain", "top-k", "top-p", "all", "few"]
         (3001, 1, False, False, ["ties", "zeros"], FEW),
         (2500, 2, True, False, ["wide", "sparse", "equal"], FEW),
         (4100, 2, False, True, ["normal"], ["large top-k", "min-p", "top-k 1"]),
-        (9001, 8, True, True, ["wide"], ["all", "few"]), (9001, 16, True, False, ["wide", "ties"], ["top-p"]),
+        (9001, 8, True, True, ["wide"], ["all", "few"]), (9001, 16, True, False, ["wide"], ["top-p"]),
     ],
 )  # fmt: skip
 def test_same_tokens_as_on_the_host(
@@ -185,7 +185,7 @@ def test_more_tokens_in_a_bin_than_can_be_sorted(emulated: Any, width: float, te
 def test_the_cut_does_not_change_the_token(emulated: Any) -> None:
     logits = normal(2)(np.random.default_rng(3), 1, 6001)
     for name in ("plain", "all", "few"):
-        cuts = ((1, False), (1, True), (2, False), (4, True), (8, True), (16, True), (16, False))
+        cuts = ((1, False), (1, True), (2, False), (4, True), (8, True), (16, True))
         found = {
             choose(emulated, logits, OPTIONS[name], team=team, staged=staged, first_draw=5)[0][0]
             for team, staged in cuts

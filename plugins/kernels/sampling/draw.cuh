@@ -10,24 +10,24 @@ struct DrawMemory {
     uint64_t warps[kWarps];    // what the ids of each of this block's warps weigh
     uint64_t shares[kWarps];   // and blocks' listed tokens, in parts
     uint64_t finally[kWarps];  // and of each warp with those listed
-    uint4 sums[2][kMostTeam];  // what the ids of each block weigh, in two words, and how many it has listed
+    uint4 sums[kMostTeam];     // what the ids of each block weigh, in two words, and how many it has listed
     uint64_t random;
 };
 
 __device__ __forceinline__ uint64_t weight_of(const uint4& sum) { return uint64_t{sum.y} << 32 | sum.x; }
 
-// Tells all blocks what this one's ids weigh, `mine` of each lane, and how many it has listed, for those who have
-// awaited that. What the block's threads have written they all see then.
-__device__ __forceinline__ void tell_sums(const Team& team, DrawMemory& memory, Arrivals& arrivals, int turn,
+// Tells all blocks what this one's ids weigh, `mine` of each lane, and how many it has listed: in sums, for those who
+// have awaited that. What the block's threads have written they all see then.
+__device__ __forceinline__ void tell_sums(const Team& team, DrawMemory& memory, uint4* sums, uint64_t* arrival,
                                           uint64_t mine, const uint32_t& listed) {
-    const int thread = fresh_thread(), lane = thread % 32;
+    const int thread = fresh_thread(), lane = thread & 31;
     const uint64_t sum = warp_sum(mine);
-    if (lane == 0) memory.warps[thread / 32] = sum;
+    if (lane == 0) memory.warps[thread >> 5] = sum;
     __syncthreads();
     if (thread >= 32) return;
     const uint64_t block = warp_sum(lane < kWarps ? memory.warps[lane] : 0);
     const uint4 words = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), listed, 0};
-    team.tell(memory.sums[turn], words, &arrivals.sums[turn]);
+    team.tell(sums, words, arrival);
 }
 
 // Where a place among all is within those of `mine`; false if it is elsewhere. Each lane has weight of some index; they
@@ -48,8 +48,10 @@ __device__ __forceinline__ int id_among(const Part& part, uint64_t place, Weight
     for (int i = 0; i < part.count; i += kAtOnce) {
         uint64_t weights[kAtOnce], sums[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
-            weights[j] = i + j < part.count ? weight_of(first + 32 * (i + j), part.score(i + j)) : 0;
+        for (int j = 0; j < kAtOnce; ++j) {
+            const float score = part.count - i > j ? part.score(i + j) : -INFINITY;
+            weights[j] = weight_of(first + 32 * (i + j), score);
+        }
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) sums[j] = warp_sum(weights[j]);
         int found = -1;

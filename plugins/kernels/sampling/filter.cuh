@@ -9,12 +9,27 @@ namespace dijiang {
 __device__ __forceinline__ void tally(const Sampler& it, const SelectedRow& row) {
     SelectMemory& memory = it.memory.select;
     const int count = opaque(it.choice().top_k), weigh = opaque(it.choice().has_top_p);
-    it.part().each([&](int, float score) {
-        const float exponent = row.softmax.exponent(score);
-        if (!row.softmax.has_weight(exponent)) return;
-        const int bin = row.bin_at(exponent);
-        if (count != 0) atomicAdd(&memory.counts[bin], 1u);
-        if (weigh != 0) add_weight(memory, bin, row.softmax.weight_at(exponent));
+    it.part().each([&](int, const auto& scores) {
+        constexpr int kCount = sizeof scores / sizeof *scores;
+        int bins[kCount];
+        float exponents[kCount];
+        const int nowhere = kNowhere + fresh_lane();
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+            exponents[j] = row.softmax.exponent(scores[j]);
+            const int bin = row.bin_at(exponents[j]);
+            bins[j] = row.softmax.has_weight(exponents[j]) ? bin : nowhere;
+        }
+        if (count != 0) {
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) atomicAdd(&memory.counts[bins[j]], 1u);
+        }
+        if (weigh != 0) {
+            uint64_t weights[kCount];
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) weights[j] = row.softmax.weight_at(exponents[j]);
+            add_weights(memory, bins, weights);
+        }
     });
     add_up(it.team(), it.memory.arrivals, memory, [&] { it.make_random(); });
 }

@@ -12,11 +12,11 @@ struct Lists {
 
     static __device__ int room(const Team& team) { return min(kListed, kLists >> team.bits()); }
     static __device__ Lists of(const Team& team, const uint4* sums) {
-        const int lane = fresh_thread() % 32, capacity = room(team);
+        const int lane = fresh_lane(), capacity = room(team);
         return {capacity, lane < team.size ? min(static_cast<int>(sums[lane].z), capacity) : 0};
     }
     __device__ int before(int rank) const {
-        const int lane = fresh_thread() % 32;
+        const int lane = fresh_lane();
         return static_cast<int>(__reduce_add_sync(~0u, static_cast<uint32_t>(lane < rank ? length : 0)));
     }
 };
@@ -32,20 +32,43 @@ __device__ __forceinline__ bool list_tokens(const Sampler& it, const Bounds& bou
     {
         const SelectedRow row = memory.row;
         const uint64_t least_weight = it.choice().least_weight;
-        it.part().each([&](int id, float score) {
-            const float exponent = row.softmax.exponent(score);
-            if (!row.softmax.has_weight(exponent)) return;
-            const int bin = row.bin_at(exponent);
-            if (bin < bounds.first) {
-                const uint64_t weight = row.softmax.weight_at(exponent);
-                if (weight >= least_weight) sum += weight;
-            } else if (bin - bounds.first <= bounds.span || bin == bounds.other) {
+        const float first = beginning_of(bounds.first), end = beginning_of(bounds.first + bounds.span + 1);
+        const float other = bounds.other < 0 ? INFINITY : beginning_of(bounds.other);
+        const float other_end = beginning_of(bounds.other + 1);
+        it.part().each([&](int id, const auto& scores) {
+            constexpr int kCount = sizeof scores / sizeof *scores;
+            float exponents[kCount];
+            bool better[kCount], any = false;
+            uint32_t chosen = 0;  // a bit for each
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+                exponents[j] = row.softmax.exponent(scores[j]);
+                const float at = row.place_at(exponents[j]);
+                better[j] = at < first;
+                any |= better[j];
+                const bool here = ((at >= first) & (at < end)) | ((at >= other) & (at < other_end));  // no branches
+                chosen |= here & row.softmax.has_weight(exponents[j]) ? 1u << j : 0u;
+            }
+            if (any) {
+#pragma unroll
+                for (int j = 0; j < kCount; ++j) {
+                    const uint64_t weight = row.softmax.weight_at(exponents[j]);  // of what has none: 0
+                    sum += better[j] && weight >= least_weight ? weight : 0;
+                }
+            }
+#pragma unroll 1
+            for (; chosen != 0; chosen &= chosen - 1) {
+                const int which = __ffs(static_cast<int>(chosen)) - 1;
+                float score = scores[0];
+#pragma unroll
+                for (int j = 1; j < kCount; ++j)
+                    if (which == j) score = scores[j];
                 const uint32_t at = atomicAdd(&memory.listed, 1u);
-                if (at < static_cast<uint32_t>(capacity)) own[at] = place_of(score, id);
+                if (at < static_cast<uint32_t>(capacity)) own[at] = place_of(score, id + 32 * which);
             }
         });
     }
-    tell_sums(team, it.memory.draw, it.memory.arrivals, 0, sum, memory.listed);
+    tell_sums(team, it.memory.draw, it.memory.draw.sums, &it.memory.arrivals.sums[0], sum, memory.listed);
     const int thread = fresh_thread(), listed = min(static_cast<int>(memory.listed), capacity);
     if (team.size > 1) {
 #pragma unroll 1
@@ -55,17 +78,18 @@ __device__ __forceinline__ bool list_tokens(const Sampler& it, const Bounds& bou
         }
     }
     team.await(&it.memory.arrivals.sums[0]);
-    const uint4* const sums = it.memory.draw.sums[0];
+    const uint4* const sums = it.memory.draw.sums;
     const Lists lists = Lists::of(team, sums);
     const int all = lists.before(team.size);
     if (team.size > 1) {
         if (thread == 0) expect_arrival(&it.memory.arrivals.entries, 8 * (all - listed));
         await_arrival(&it.memory.arrivals.entries);
     }
-    const bool cut_off = thread % 32 < team.size && sums[thread % 32].z > static_cast<uint32_t>(capacity);
+    const int lane = thread & 31;
+    const bool cut_off = lane < team.size && sums[lane].z > static_cast<uint32_t>(capacity);
     if (all > kListed || __ballot_sync(~0u, cut_off) != 0) return false;
 
-    const int slice_bits = kWarpBits - team.bits(), warp = thread / 32, block = warp >> slice_bits;
+    const int slice_bits = kWarpBits - team.bits(), warp = thread >> 5, block = warp >> slice_bits;
     const int start = lists.before(block), length = static_cast<int>(__shfl_sync(~0u, lists.length, block));
 #pragma unroll 1
     for (int i = thread & ((32 << slice_bits) - 1); i < length; i += 32 << slice_bits) {
@@ -82,7 +106,7 @@ __device__ __forceinline__ void cut_list(const Sampler& it) {
     SelectMemory& memory = it.memory.select;
     const Bounds& bounds = memory.bounds;
     const int thread = fresh_thread();
-    const int count = Lists::of(it.team(), it.memory.draw.sums[0]).before(it.team().size);
+    const int count = Lists::of(it.team(), it.memory.draw.sums).before(it.team().size);
     const int bits = min(__clz(max(count - 1, 1)) - (32 - kThreadBits), 5), each = 1 << bits;  // 1 to 32 lanes
     const int index = thread >> bits;
     Entry own = {};
@@ -121,10 +145,10 @@ __device__ __forceinline__ void cut_list(const Sampler& it) {
 // the first of a block's.
 __device__ __forceinline__ void share_out(const Sampler& it, uint64_t kept_from) {
     const SelectMemory& memory = it.memory.select;
-    const uint4* const sums = it.memory.draw.sums[0];
+    const uint4* const sums = it.memory.draw.sums;
     const Team team = it.team();
     const Lists lists = Lists::of(team, sums);
-    const int thread = fresh_thread(), slice_bits = kWarpBits - team.bits(), warp = thread / 32, block = warp >> slice_bits;
+    const int thread = fresh_thread(), slice_bits = kWarpBits - team.bits(), warp = thread >> 5, block = warp >> slice_bits;
     const int start = lists.before(block), length = static_cast<int>(__shfl_sync(~0u, lists.length, block));
     const uint64_t least_weight = it.choice().least_weight;
     uint64_t sum = 0;
@@ -134,7 +158,7 @@ __device__ __forceinline__ void share_out(const Sampler& it, uint64_t kept_from)
         if (entry.place >= kept_from && entry.weight >= least_weight) sum += entry.weight;
     }
     sum = warp_sum(sum);
-    if (thread % 32 == 0) it.memory.draw.shares[warp] = sum + (warp == block << slice_bits ? weight_of(sums[block]) : 0);
+    if ((thread & 31) == 0) it.memory.draw.shares[warp] = sum + (warp == block << slice_bits ? weight_of(sums[block]) : 0);
     __syncthreads();
 }
 
@@ -142,21 +166,21 @@ __device__ __forceinline__ void share_out(const Sampler& it, uint64_t kept_from)
 __device__ __forceinline__ void add_listed(const Sampler& it, uint64_t kept_from) {
     const SelectMemory& memory = it.memory.select;
     const Team team = it.team();
-    const Lists lists = Lists::of(team, it.memory.draw.sums[0]);
+    const Lists lists = Lists::of(team, it.memory.draw.sums);
     const int rank = team.rank(), thread = fresh_thread(), start = lists.before(rank);
     const int length = static_cast<int>(__shfl_sync(~0u, lists.length, rank));
     const Part part = it.ids();
     const uint64_t least_weight = it.choice().least_weight;
     uint64_t sum = 0;
 #pragma unroll 1
-    for (int i = thread % 32; i < length; i += 32) {
+    for (int i = thread & 31; i < length; i += 32) {
         const Entry entry = memory.entries[start + i];
         const int id = id_of_place(entry.place);
         if (id >= part.first && id < part.last && entry.place >= kept_from && entry.weight >= least_weight)
             sum += entry.weight;
     }
     sum = warp_sum(sum);
-    if (thread % 32 == 0) it.memory.draw.finally[thread / 32] = sum + it.memory.draw.warps[thread / 32];
+    if ((thread & 31) == 0) it.memory.draw.finally[thread >> 5] = sum + it.memory.draw.warps[thread >> 5];
     __syncthreads();
 }
 

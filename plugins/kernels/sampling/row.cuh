@@ -44,7 +44,8 @@ struct Softmax {
     // log2 of the weight relative to the best, <= 0. Rounded step by step, so that it is the same wherever it is asked.
     __device__ float exponent(float score) const { return __fmul_rn(__fsub_rn(score, best), rate); }
     __device__ bool has_weight(float exponent) const { return exponent >= least_exponent; }
-    // Of an exponent that has weight; may be 0 for the least.
+    // Of an exponent; may be 0 for the least that has weight, and is for what has none: that is below 2^-(bits + 1) by
+    // more than exponentials are off.
     __device__ uint64_t weight_at(float exponent) const { return __float2ull_rn(__fmul_rn(fast_exp2(exponent), scale)); }
     __device__ uint64_t weight(float score) const {
         const float e = exponent(score);
@@ -116,27 +117,55 @@ struct Part {
         return penalised(logit, penalty);
     }
 
-    // Calls visit(id, score) for this warp's ids, in all lanes together and in the ids' order within each; ids that are
-    // not there come with -inf. Rolled up: the code is long, and a launch that fetches less of it is faster.
+    // Calls visit(id, scores) for this warp's ids, in all lanes together and in the ids' order within each; `scores` is
+    // an array, of ids that are 32 apart, and what is not there comes with -inf. Several at once where scores are at
+    // hand, so that what one waits for the others do not; not all, since the code is long, and a launch that fetches
+    // less of it is faster.
     template <typename Visit> __device__ void each(Visit&& visit) const {
+        constexpr int kAtOnce = 4;
         int id = first + static_cast<int>(threadIdx.x % 32);
         if (kept != 0) {
             const float* from = scores();
 #pragma unroll 1
-            for (int i = 0; i < count; ++i, id += 32, from += 32) visit(id, *from);
-        } else {
-            constexpr int kAhead = 2;  // on their way
-            float next[kAhead];
+            for (int i = 0; i < count; i += kAtOnce, id += 32 * kAtOnce, from += 32 * kAtOnce) {
+                float some[kAtOnce];
 #pragma unroll
-            for (int j = 0; j < kAhead; ++j) next[j] = read(id + 32 * j);
-#pragma unroll 1
-            for (int i = 0; i < count; ++i, id += 32) {
-                const float logit = next[0];
-#pragma unroll
-                for (int j = 1; j < kAhead; ++j) next[j - 1] = next[j];
-                next[kAhead - 1] = read(id + 32 * kAhead);
-                visit(id, id < last ? prepare(logit, id) : -INFINITY);
+                for (int j = 0; j < kAtOnce; ++j) some[j] = count - i > j ? from[32 * j] : -INFINITY;
+                visit(id, some);
             }
+        } else {
+            each_of_memory(visit);
+        }
+    }
+    // The same, of one at a time.
+    template <typename Visit> __device__ void each_one(Visit&& visit) const {
+        int id = first + static_cast<int>(threadIdx.x % 32);
+        if (kept != 0) {
+            const float* from = scores();
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, id += 32, from += 32) {
+                const float one[1] = {*from};
+                visit(id, one);
+            }
+        } else {
+            each_of_memory(visit);
+        }
+    }
+    // And of logits that are read again.
+    template <typename Visit> __device__ void each_of_memory(Visit&& visit) const {
+        constexpr int kAhead = 2;  // on their way
+        int id = first + static_cast<int>(threadIdx.x % 32);
+        float next[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) next[j] = read(id + 32 * j);
+#pragma unroll 1
+        for (int i = 0; i < count; ++i, id += 32) {
+            const float logit = next[0];
+#pragma unroll
+            for (int j = 1; j < kAhead; ++j) next[j - 1] = next[j];
+            next[kAhead - 1] = read(id + 32 * kAhead);
+            const float one[1] = {id < last ? prepare(logit, id) : -INFINITY};
+            visit(id, one);
         }
     }
     __device__ float read(int id) const { return id < last ? __ldg(logits + id) : -INFINITY; }

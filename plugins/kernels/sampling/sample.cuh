@@ -57,10 +57,10 @@ __device__ __forceinline__ Report survey(const Sampler& it, Part part) {
         if (masked) {
             found = Found{};
             float* to = scores;
-            part.each([&](int id, float read) {
-                float score = read;
+            part.each_one([&](int id, const float (&read)[1]) {
+                float score = read[0];
                 if (kept) {
-                    if (id < part.last) *to = score = part.prepare(read, id);
+                    if (id < part.last) *to = score = part.prepare(score, id);
                     to += 32;
                 }
                 found.see(id, score);
@@ -87,11 +87,10 @@ __device__ __forceinline__ void draw(const Sampler& it, const Softmax& softmax, 
     const Team team = it.team();
     const uint64_t least_weight = it.choice().least_weight;
     const auto weight_of_token = [&](int id, float score) -> uint64_t {
-        if (place_of(score, id) < kept_from) return 0;
-        const uint64_t weight = softmax.weight(score);
-        return weight >= least_weight ? weight : 0;
+        const uint64_t weight = softmax.weight_at(softmax.exponent(score));
+        return (place_of(score, id) >= kept_from) & (weight >= least_weight) ? weight : 0;  // no branches
     };
-    const int lane = fresh_thread() % 32, warp = fresh_thread() / 32;
+    const int lane = fresh_lane(), warp = fresh_thread() >> 5;
     uint64_t weight = 0;  // of a block, in parts
     int block = lane;
     if (listed) {
@@ -99,12 +98,18 @@ __device__ __forceinline__ void draw(const Sampler& it, const Softmax& softmax, 
         if (lane < kWarps) weight = memory.shares[lane];
         block = lane >> (kWarpBits - team.bits());
     } else {
-        const int turn = filtered ? 1 : 0;  // the filter has told sums in vain
+        // Where a filter has told sums in vain, the reports' place serves, which all blocks have read long ago.
+        uint4* const sums = filtered ? it.memory.blocks : memory.sums;
+        uint64_t* const arrival = &it.memory.arrivals.sums[filtered ? 1 : 0];
         uint64_t sum = 0;
-        it.part().each([&](int id, float score) { sum += weight_of_token(id, score); });
-        tell_sums(team, memory, it.memory.arrivals, turn, sum, 0);
-        team.await(&it.memory.arrivals.sums[turn]);
-        if (lane < team.size) weight = weight_of(memory.sums[turn][lane]);
+        it.part().each([&](int id, const auto& scores) {
+            constexpr int kCount = sizeof scores / sizeof *scores;
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) sum += weight_of_token(id + 32 * j, scores[j]);
+        });
+        tell_sums(team, memory, sums, arrival, sum, 0);
+        team.await(arrival);
+        if (lane < team.size) weight = weight_of(sums[lane]);
     }
     // All that was sent to this block is here: it may leave.
     uint64_t place = place_below(warp_sum(weight), memory.random);

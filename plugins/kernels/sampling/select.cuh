@@ -7,10 +7,15 @@ namespace dijiang {
 
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
+constexpr int kNowhere = kBins;  // and 31 more, one of each lane: bins for what has no weight
+constexpr int kAllBins = kBins + 32;
 constexpr int kListed = 512;         // tokens that are compared with each other
 constexpr int kLists = 2 * kListed;  // places for them in the lists of a row's blocks
 
-__device__ __forceinline__ int padded(int bin) { return bin + bin / 32; }  // every 32nd in a bank of its own
+// Where bins begin, for SelectedRow::place_at; behind the last there is nothing.
+__device__ __forceinline__ float beginning_of(int bin) { return bin < kBins ? static_cast<float>(bin) : INFINITY; }
+
+__device__ __forceinline__ int padded(int bin) { return bin + (bin >> 5); }  // every 32nd in a bank of its own
 constexpr int kPadded = kBins + kBins / 32;
 
 // What all threads know alike of a row that tokens are selected from: in shared memory, since registers are scarce.
@@ -19,7 +24,9 @@ struct SelectedRow {
     uint64_t best;  // the highest place
     float per_bin;  // bins per unit of -exponent, equally wide in score
 
-    __device__ int bin_at(float exponent) const { return min(kBins - 1, __float2int_rz(__fmul_rn(-exponent, per_bin))); }
+    // Where among the bins, which all are 1 wide but the last, which has no end.
+    __device__ float place_at(float exponent) const { return __fmul_rn(-exponent, per_bin); }
+    __device__ int bin_at(float exponent) const { return min(kBins - 1, __float2int_rz(place_at(exponent))); }
 
     // The lowest key whose token would fall into bin `last` or a better one. All lanes search together.
     __device__ uint32_t lowest_key(int last) const {
@@ -51,7 +58,7 @@ struct Bounds {
 };
 
 struct SelectMemory {
-    uint32_t counts[kBins], low[kBins], high[kBins];  // this block's bins; weights in two halves
+    uint32_t counts[kAllBins], low[kAllBins], high[kAllBins];  // this block's bins; weights in two halves
     Tally parts[kPadded];    // all blocks' tallies of this block's share of the bins
     Tally running[kPadded];  // of the whole row: of the bins up to each, of the 32 that a warp has; padded
     Entry entries[kListed];  // the tokens that are listed, of all blocks in their order
@@ -67,22 +74,31 @@ struct SelectMemory {
 };
 
 __device__ __forceinline__ void clear(SelectMemory& memory) {
-    static_assert(offsetof(SelectMemory, parts) == 12 * kBins);
+    static_assert(offsetof(SelectMemory, parts) == 12 * kAllBins);
     uint4* const words = reinterpret_cast<uint4*>(&memory);
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < 12 * kBins / 16; i += kThreads) words[i] = {0, 0, 0, 0};
+    for (int i = static_cast<int>(threadIdx.x); i < 12 * kAllBins / 16; i += kThreads) words[i] = {0, 0, 0, 0};
 }
 
 __device__ __forceinline__ uint64_t amount(const Tally& tally, bool by_count) {
     return by_count ? uint64_t{tally.count} : tally.weight;
 }
 
-// A token more in a bin. Sums of 64 bits in two words, as there is no addition of 64 bits in shared memory.
-__device__ __forceinline__ void add_weight(SelectMemory& memory, int bin, uint64_t weight) {
-    const uint32_t low = static_cast<uint32_t>(weight);
-    const uint32_t carry = atomicAdd(&memory.low[bin], low) > ~low ? 1 : 0;
-    const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
-    if (high != 0) atomicAdd(&memory.high[bin], high);
+// More weight in some bins. Sums of 64 bits in two words, as there is no addition of 64 bits in shared memory; the second
+// words wait for the first ones together. No branches: what is 0 goes into a bin of the lane's own.
+template <int kCount>
+__device__ __forceinline__ void add_weights(SelectMemory& memory, const int (&bins)[kCount],
+                                            const uint64_t (&weights)[kCount]) {
+    const int nowhere = kNowhere + fresh_lane();
+    uint32_t before[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) before[j] = atomicAdd(&memory.low[bins[j]], static_cast<uint32_t>(weights[j]));
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+        const uint32_t carry = before[j] > ~static_cast<uint32_t>(weights[j]) ? 1 : 0;
+        const uint32_t high = static_cast<uint32_t>(weights[j] >> 32) + carry;
+        atomicAdd(&memory.high[high != 0 ? bins[j] : nowhere], high);
+    }
 }
 
 __device__ __forceinline__ Tally tally_of(const SelectMemory& memory, int bin) {
@@ -133,14 +149,14 @@ struct Bins {
     Tally before, all;  // what comes before the 32 bins that this lane stands for; everything
 
     static __device__ Bins of(const Tally* running, const Tally& start) {
-        const Tally own = running[padded(32 * (fresh_thread() % 32) + 31)], end = start + warp_running(own);
+        const Tally own = running[padded(32 * fresh_lane() + 31)], end = start + warp_running(own);
         return {running, end - own, shuffle(end, 31)};
     }
     // The first bin up to which the target is reached, which is 1 or more and not more than there is.
     __device__ Cut find(uint64_t target, bool by_count) const {
         const int group = 31 - __clz(static_cast<int>(__ballot_sync(~0u, amount(before, by_count) < target)));
         const Tally base = shuffle(before, group);
-        const Tally end = base + running[padded(32 * group + fresh_thread() % 32)];
+        const Tally end = base + running[padded(32 * group + fresh_lane())];
         const int at = __popc(__ballot_sync(~0u, amount(end, by_count) < target));
         const Tally previous = shuffle(end, max(at - 1, 0));
         return {32 * group + at, at == 0 ? base : previous, shuffle(end, at)};
@@ -163,13 +179,14 @@ __device__ __noinline__ void narrow(SelectMemory& memory, int per_warp, int team
         __syncthreads();
         clear(memory);
         __syncthreads();
-        part.each([&](int id, float score) {
-            const uint64_t place = place_of(score, id);
-            const float exponent = row.softmax.exponent(score);
+        part.each_one([&](int id, const float (&score)[1]) {
+            const uint64_t place = place_of(score[0], id);
+            const float exponent = row.softmax.exponent(score[0]);
             if (!row.softmax.has_weight(exponent) || place < low || place > high) return;
-            const int bin = static_cast<int>((high - place) >> shift);
-            atomicAdd(&memory.counts[bin], 1u);
-            add_weight(memory, bin, row.softmax.weight_at(exponent));
+            const int bins[1] = {static_cast<int>((high - place) >> shift)};
+            const uint64_t weights[1] = {row.softmax.weight_at(exponent)};
+            atomicAdd(&memory.counts[bins[0]], 1u);
+            add_weights(memory, bins, weights);
         });
         team.sync();
 #pragma unroll 1
