@@ -148,7 +148,8 @@ __device__ __forceinline__ void share_out(const Sampler& it, uint64_t kept_from)
     const uint4* const sums = it.memory.draw.sums;
     const Team team = it.team();
     const Lists lists = Lists::of(team, sums);
-    const int thread = fresh_thread(), slice_bits = kWarpBits - team.bits(), warp = thread >> 5, block = warp >> slice_bits;
+    const int thread = fresh_thread(), warp = thread >> 5;
+    const int slice_bits = kWarpBits - team.bits(), block = warp >> slice_bits;
     const int start = lists.before(block), length = static_cast<int>(__shfl_sync(~0u, lists.length, block));
     const uint64_t least_weight = it.choice().least_weight;
     uint64_t sum = 0;
@@ -158,7 +159,8 @@ __device__ __forceinline__ void share_out(const Sampler& it, uint64_t kept_from)
         if (entry.place >= kept_from && entry.weight >= least_weight) sum += entry.weight;
     }
     sum = warp_sum(sum);
-    if ((thread & 31) == 0) it.memory.draw.shares[warp] = sum + (warp == block << slice_bits ? weight_of(sums[block]) : 0);
+    const bool is_first = warp == block << slice_bits;
+    if ((thread & 31) == 0) it.memory.draw.shares[warp] = sum + (is_first ? weight_of(sums[block]) : 0);
     __syncthreads();
 }
 

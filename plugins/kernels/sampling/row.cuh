@@ -46,7 +46,9 @@ struct Softmax {
     __device__ bool has_weight(float exponent) const { return exponent >= least_exponent; }
     // Of an exponent; may be 0 for the least that has weight, and is for what has none: that is below 2^-(bits + 1) by
     // more than exponentials are off.
-    __device__ uint64_t weight_at(float exponent) const { return __float2ull_rn(__fmul_rn(fast_exp2(exponent), scale)); }
+    __device__ uint64_t weight_at(float exponent) const {
+        return __float2ull_rn(__fmul_rn(fast_exp2(exponent), scale));
+    }
     __device__ uint64_t weight(float score) const {
         const float e = exponent(score);
         return has_weight(e) ? weight_at(e) : 0;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "host/device.h"
 #include "sampling/sample.cuh"
 
 namespace dijiang {
@@ -32,6 +33,9 @@ struct Launch {
     Launch& operator=(const Launch&) = delete;
 };
 
+// Does the code that this GPU runs know of clusters?
+bool has_clusters(const dijiang_device& device) { return code_for(device.compute_capability) >= 90; }
+
 // Always the same value, because threads that launch at the same time share it.
 cudaError_t allow_memory(const dijiang_device& device) {
     return cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory);
@@ -39,7 +43,8 @@ cudaError_t allow_memory(const dijiang_device& device) {
 
 cudaError_t ask_large_clusters(const dijiang_device& device, int& count) {
     cudaError_t error = allow_memory(device);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
     const Launch launch(1, kMostTeam, device.shared_memory);  // as if each block had a multiprocessor of its own
     error = cudaOccupancyMaxActiveClusters(&count, sample_kernel, &launch.config);
@@ -56,10 +61,11 @@ cudaError_t large_clusters(const dijiang_device& device, int& count) {
     static std::mutex mutex;
     static int known[kRemembered];  // 1 more than there are; 0: not asked yet
     count = 0;
-    if (device.compute_capability < 90) return cudaSuccess;
+    if (!has_clusters(device)) return cudaSuccess;
     int index = 0;
     const cudaError_t error = cudaGetDevice(&index);
-    if (error != cudaSuccess || index >= kRemembered) return error == cudaSuccess ? ask_large_clusters(device, count) : error;
+    if (error != cudaSuccess) return error;
+    if (index >= kRemembered) return ask_large_clusters(device, count);
     const std::lock_guard<std::mutex> lock(mutex);
     if (known[index] == 0) {
         const cudaError_t asked = ask_large_clusters(device, count);
@@ -77,8 +83,7 @@ SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device& de
     const int blocks = device.shared_memory >= kBlocks * kMemory ? kBlocks : 1;  // of a multiprocessor
     const int64_t room = int64_t{blocks} * device.multiprocessors;
     int team = 1;
-    const bool clusters = device.compute_capability >= 90;
-    while (clusters && team < most && vocabulary / team > kEnough && int64_t{2} * team * batch <= room) team *= 2;
+    while (has_clusters(device) && team < most && vocabulary / team > kEnough && int64_t{2} * team * batch <= room) team *= 2;
     SampleCut cut{team, per_warp(team), 0};
     const int64_t bytes = int64_t{4} * kWarps * cut.per_warp;
     // With more blocks than multiprocessors, two of them share one, and scores that leave no room for the other are

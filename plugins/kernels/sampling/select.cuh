@@ -84,15 +84,16 @@ __device__ __forceinline__ uint64_t amount(const Tally& tally, bool by_count) {
     return by_count ? uint64_t{tally.count} : tally.weight;
 }
 
-// More weight in some bins. Sums of 64 bits in two words, as there is no addition of 64 bits in shared memory; the second
-// words wait for the first ones together. No branches: what is 0 goes into a bin of the lane's own.
+// More weight in some bins. Sums of 64 bits in two words, as there is no addition of 64 bits in shared memory; the
+// second words wait for the first ones together. No branches: what is 0 goes into a bin of the lane's own.
 template <int kCount>
 __device__ __forceinline__ void add_weights(SelectMemory& memory, const int (&bins)[kCount],
                                             const uint64_t (&weights)[kCount]) {
     const int nowhere = kNowhere + fresh_lane();
     uint32_t before[kCount];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) before[j] = atomicAdd(&memory.low[bins[j]], static_cast<uint32_t>(weights[j]));
+    for (int j = 0; j < kCount; ++j)
+        before[j] = atomicAdd(&memory.low[bins[j]], static_cast<uint32_t>(weights[j]));
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
         const uint32_t carry = before[j] > ~static_cast<uint32_t>(weights[j]) ? 1 : 0;
@@ -108,12 +109,14 @@ __device__ __forceinline__ Tally tally_of(const SelectMemory& memory, int bin) {
 // memory.running of all blocks' bins. Each block adds up its share of them and tells all. meanwhile(): what the last
 // thread has to do besides.
 template <typename Meanwhile>
-__device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, SelectMemory& memory, Meanwhile&& meanwhile) {
+__device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, SelectMemory& memory,
+                                       Meanwhile&& meanwhile) {
     const int thread = fresh_thread();
     __syncthreads();
     if (team.size == 1) {
 #pragma unroll 1
-        for (int bin = thread; bin < kBins; bin += kThreads) memory.running[padded(bin)] = warp_running(tally_of(memory, bin));
+        for (int bin = thread; bin < kBins; bin += kThreads)
+            memory.running[padded(bin)] = warp_running(tally_of(memory, bin));
         if (thread == kThreads - 1) meanwhile();
         __syncthreads();
         return;
