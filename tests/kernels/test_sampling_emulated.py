@@ -113,7 +113,7 @@ FILTERS = [
     SamplingOptions(0.8, top_k=600), SamplingOptions(2.0, top_k=1, top_p=0.5),
     SamplingOptions(1.0, top_p=1e-7), SamplingOptions(0.7, top_k=191, top_p=0.999999, repetition_penalty=1.3),
     SamplingOptions(1.0, min_p=0.3), SamplingOptions(1e-3, top_k=50, top_p=0.9),
-    SamplingOptions(1e30, top_k=5000, top_p=0.9),
+    SamplingOptions(1e30, top_k=5000, top_p=0.9), SamplingOptions(1.0, top_p=0.999, min_p=0.3),
 ]  # fmt: skip
 
 
@@ -155,7 +155,8 @@ def test_tokens_are_those_of_exact_integers(
 
 @pytest.mark.parametrize(
     ("close", "options"),
-    [(100, FILTERS[0]), (200, FILTERS[0]), (200, SamplingOptions(1.0, top_k=90)), (300, FILTERS[1]),
+    [(60, SamplingOptions(1.0, top_k=50, min_p=0.9999)), (60, SamplingOptions(1.0, top_p=0.8, min_p=0.9999)),
+     (100, FILTERS[0]), (200, FILTERS[0]), (200, SamplingOptions(1.0, top_k=90)), (300, FILTERS[1]),
      (600, SamplingOptions(1.0, top_k=300, top_p=0.5))],
 )  # fmt: skip
 def test_neighbours_that_weigh_the_same(emulated: Any, close: int, options: SamplingOptions) -> None:
@@ -164,6 +165,17 @@ def test_neighbours_that_weigh_the_same(emulated: Any, close: int, options: Samp
     logits[1300 : 1300 + close] = normal(1e-4)(np.random.default_rng(8), 1, close)
     the_same(emulated, logits, options, 1, team=16)
     the_same(emulated, np.sort(logits), options, 4, team=1)
+
+
+def test_crowded_bins_are_cut_to_the_token(emulated: Any) -> None:
+    """More tokens than can be listed, two of each score: a cut is between the two or behind both."""
+    rng = np.random.default_rng(12)
+    logits = normal(1)(rng, 1, 3001)[0] - np.float32(30)
+    logits[rng.choice(3001, 700, replace=False)] = np.repeat(normal(1e-4)(rng, 1, 350)[0], 2)
+    for draw, kept in enumerate((1, 2, 3, 6, 7)):
+        the_same(emulated, logits, SamplingOptions(1.0, top_k=kept), 3 * draw + 1, team=1)
+        options = SamplingOptions(1.0, top_k=650, top_p=(kept - 0.5) / 650)
+        the_same(emulated, logits, options, 3 * draw + 2, team=1, staged=False)
 
 
 @pytest.mark.parametrize(("width", "team"), [(2e-7, 1), (1e-3, 2)])
