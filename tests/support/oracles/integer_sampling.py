@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ _NORMAL = 1.17549435e-38
 """float32's least normal number."""
 
 
-def _exp2f() -> ctypes._CFuncPtr:
+def _exp2f() -> Callable[[float], float]:
     """The C library's, which is the emulator's too: NumPy's may differ from it in the last bit."""
     function = ctypes.CDLL(ctypes.util.find_library("m")).exp2f
     function.argtypes, function.restype = [ctypes.c_float], ctypes.c_float
