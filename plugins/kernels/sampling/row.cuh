@@ -126,13 +126,18 @@ struct Part {
     template <typename Visit> __device__ void each(Visit&& visit) const {
         constexpr int kAtOnce = 4;
         int id = first + static_cast<int>(threadIdx.x % 32);
-        if (kept != 0) {
+        if (kept != 0 || !masked()) {
             const float* from = scores();
 #pragma unroll 1
             for (int i = 0; i < count; i += kAtOnce, id += 32 * kAtOnce, from += 32 * kAtOnce) {
                 float some[kAtOnce];
+                if (kept != 0) {
 #pragma unroll
-                for (int j = 0; j < kAtOnce; ++j) some[j] = count - i > j ? from[32 * j] : -INFINITY;
+                    for (int j = 0; j < kAtOnce; ++j) some[j] = count - i > j ? from[32 * j] : -INFINITY;
+                } else {
+#pragma unroll
+                    for (int j = 0; j < kAtOnce; ++j) some[j] = read(id + 32 * j);
+                }
                 visit(id, some);
             }
         } else {
