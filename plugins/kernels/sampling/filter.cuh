@@ -31,7 +31,7 @@ __device__ __forceinline__ void tally(const Sampler& it, const SelectedRow& row)
             add_weights(memory, bins, weights);
         }
     });
-    add_up(it.team(), it.memory.arrivals, memory, [&] { it.make_random(); });
+    add_up(it.team(), it.memory.arrivals, memory, [&] { it.memory.draw.random = it.number().bits(); });
 }
 
 // What top-p wants depends on what exactly top-k leaves, which is known once tokens are listed. Until then it is

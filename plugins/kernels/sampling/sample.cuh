@@ -44,6 +44,11 @@ __device__ __forceinline__ Report survey(const Sampler& it, Part part) {
     SampleMemory& memory = it.memory;
     const Team team = it.team();
     const int lane = static_cast<int>(threadIdx.x % 32);
+    // One thread makes the random number, while others wait: it takes most of a microsecond. What it is made of is on
+    // its way with the logits.
+    const bool makes_random = threadIdx.x == kThreads - 1 && !it.greedy();
+    RandomNumber number{};
+    if (makes_random) number = it.number();
     Found found;
     {
         part.penalise(it.option(&dijiang_sampling_options::repetition_penalty));
@@ -75,7 +80,7 @@ __device__ __forceinline__ Report survey(const Sampler& it, Part part) {
         const uint4 words = lane < kWarps ? memory.warps[lane] : Report::none();
         team.tell(memory.blocks, warp_report(words).words(), &memory.arrivals.reports);
     }
-    if (threadIdx.x == kThreads - 1 && !it.greedy() && !it.choice().filters()) it.make_random();
+    if (makes_random && !it.choice().filters()) memory.draw.random = number.bits();  // filters wait for longer later
     team.await(&memory.arrivals.reports);
     return warp_report(lane < team.size ? memory.blocks[lane] : Report::none());
 }

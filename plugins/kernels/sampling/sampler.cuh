@@ -79,12 +79,11 @@ struct Sampler {
         it.penalise(option(&dijiang_sampling_options::repetition_penalty));
         return it;
     }
-    // By one thread, while others wait: it takes a microsecond.
-    __device__ void make_random() const {
+    // Which random number the row's is.
+    __device__ RandomNumber number() const {
         const dijiang_sample_buffers& b = params.buffers;
         const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(row()) : b.streams[row()];
-        memory.draw.random =
-            philox_first(option(&dijiang_sampling_options::seed), stream, static_cast<uint64_t>(b.draws[row()]));
+        return {option(&dijiang_sampling_options::seed), stream, static_cast<uint64_t>(b.draws[row()])};
     }
     __device__ void write(int status, int token) const {
         const dijiang_sample_buffers& b = params.buffers;
