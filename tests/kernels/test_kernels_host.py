@@ -574,9 +574,9 @@ def test_sample_plans_cover_the_vocabulary(
     assert found is not None, plan
     team, ctas, per_warp, staged = map(int, found.groups())
     assert team in (1, 2, 4, 8) and (team == 1 or device.compute_capability >= 90)
-    assert ctas == team * batch and (team == 1 or ctas <= device.multiprocessors)
-    assert per_warp % 32 == 0 and team * 32 * per_warp >= vocabulary
-    assert staged in (0, 128 * per_warp) and staged < device.shared_memory - 40_000
+    assert ctas == team * batch and (team == 1 or ctas <= 2 * device.multiprocessors)
+    assert per_warp % 32 == 0 and team * 16 * per_warp >= vocabulary
+    assert staged in (0, 64 * per_warp) and staged < max(device.shared_memory - 60_000, 1)
 
 
 # -- arrays --------------------------------------------------------------------------------------------

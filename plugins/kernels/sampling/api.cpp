@@ -170,8 +170,11 @@ dijiang_status sample(const dijiang_sampling_options* options, const dijiang_sam
     dijiang_device device{};
     DIJIANG_TRY(current_device(device));
     const bool greedy = !params.options_per_row && params.options.temperature == 0;
-    const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, greedy);
-    const cudaError_t error = launch_sample(params, cut, device, can_overlap(device), stream);
+    int large = 0;
+    cudaError_t error = large_clusters(device, large);
+    if (error != cudaSuccess) return fail_cuda(error, "asking CUDA about clusters of sampling");
+    const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, large, greedy);
+    error = launch_sample(params, cut, device, can_overlap(device), stream);
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the sampling kernel");
 }
 
@@ -205,7 +208,12 @@ dijiang_status dijiang_sample_plan(int32_t batch, int32_t vocabulary, const diji
         DIJIANG_TRY(check_text(text, size));
         dijiang_device known{};
         DIJIANG_TRY(given_or_current(device, known));
-        const SampleCut cut = cut_sample(batch, vocabulary, known, false);
+        int large = 0;
+        if (device == nullptr) {
+            const cudaError_t error = large_clusters(known, large);
+            if (error != cudaSuccess) return fail_cuda(error, "asking CUDA about clusters of sampling");
+        }
+        const SampleCut cut = cut_sample(batch, vocabulary, known, large, false);
         std::snprintf(text, size, "sample team=%d ctas=%d ids_per_warp=%d staged=%d", cut.team,
                       batch * cut.team, cut.per_warp, cut.staged_bytes);
         return DIJIANG_OK;

@@ -27,10 +27,29 @@ __device__ __forceinline__ Report warp_report(const uint4& words) {
                    __reduce_min_sync(~0u, mine.least_key), __reduce_or_sync(~0u, mine.wrong)});
 }
 
+// What follows from a row's options but the random number.
+struct Choice {
+    double top_p;
+    uint64_t least_weight;  // that min-p keeps
+    float rate;
+    int top_k, has_top_p;  // top_k: 0 if it keeps all
+
+    __device__ Choice(const dijiang_sampling_options& o, const SampleNumbers& numbers, int vocabulary)
+        : top_p(o.top_p), least_weight(numbers.least_weight), rate(numbers.rate),
+          top_k(o.top_k < vocabulary ? o.top_k : 0), has_top_p(o.top_p < 1 ? 1 : 0) {}
+
+    __device__ bool filters() const { return top_k > 0 || has_top_p != 0; }
+    // What top-p wants of tokens that weigh `total` together, 1 or more.
+    __device__ uint64_t top_p_of(uint64_t total) const {
+        const double share = ceil(top_p * static_cast<double>(total));
+        return min(max(static_cast<uint64_t>(share), uint64_t{1}), total);
+    }
+};
+
 struct SampleMemory {
     SelectMemory select;               // first, so that it has the block's address
     dijiang_sampling_options options;  // of the row, where each has its own
-    SampleNumbers numbers;
+    Choice choice;
     Arrivals arrivals;
     uint4 warps[kWarps], blocks[kMostTeam];  // reports
     DrawMemory draw;
@@ -47,17 +66,25 @@ struct Sampler {
     template <typename Field> __device__ Field option(Field dijiang_sampling_options::*field) const {
         return params.options_per_row ? memory.options.*field : params.options.*field;
     }
-    __device__ SampleNumbers numbers() const { return params.options_per_row ? memory.numbers : params.numbers; }
+    __device__ const Choice& choice() const { return memory.choice; }
     __device__ bool greedy() const { return option(&dijiang_sampling_options::temperature) == 0; }
-    __device__ Part part() const {
+    __device__ Part ids() const {
         constexpr int kStaging = sizeof(SampleMemory);
-        return Part::make(params, cut, option(&dijiang_sampling_options::repetition_penalty), kStaging);
+        return Part::make(team(), cut, params.buffers.vocabulary, kStaging);
     }
-    __device__ bool has_top_k() const {
-        const int top_k = option(&dijiang_sampling_options::top_k);
-        return top_k > 0 && top_k < params.buffers.vocabulary;
+    __device__ Part part() const {
+        Part it = ids();
+        if (it.kept != 0) return it;
+        it.find_logits(team(), params.buffers);
+        it.penalise(option(&dijiang_sampling_options::repetition_penalty));
+        return it;
     }
-    __device__ bool has_top_p() const { return option(&dijiang_sampling_options::top_p) < 1; }
+    // Which random number the row's is.
+    __device__ RandomNumber number() const {
+        const dijiang_sample_buffers& b = params.buffers;
+        const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(row()) : b.streams[row()];
+        return {option(&dijiang_sampling_options::seed), stream, static_cast<uint64_t>(b.draws[row()])};
+    }
     __device__ void write(int status, int token) const {
         const dijiang_sample_buffers& b = params.buffers;
         b.row_status[row()] = status;

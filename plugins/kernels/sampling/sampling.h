@@ -30,9 +30,13 @@ struct SampleParams {
 
 // The weight of the most likely token is 2^weight_bits: a whole vocabulary's stays below 2^63.
 DIJIANG_BOTH inline int weight_bits(int32_t vocabulary) {
+#ifdef __CUDA_ARCH__
+    return 30 + __clz(vocabulary - 1);
+#else
     int bits = 62;
     for (int32_t rest = vocabulary - 1; rest > 0; rest /= 2) --bits;
     return bits;
+#endif
 }
 
 // The rate is within float32's normal range even for absurd temperatures: 0 and -inf times it are 0 and -inf.
@@ -47,12 +51,14 @@ DIJIANG_BOTH inline SampleNumbers numbers_of(const dijiang_sampling_options& opt
 
 // How the rows are cut.
 struct SampleCut {
-    int team;          // blocks per row
+    int team;          // blocks per row: 1, 2, 4, 8 or 16
     int per_warp;      // ids per warp, a multiple of 32
     int staged_bytes;  // of a block's dynamic shared memory; 0: the logits are read again in each pass
 };
 
-SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device&, bool greedy);
+// How many rows can have sixteen blocks at once, which the GPU itself must say; 0 where none can.
+cudaError_t large_clusters(const dijiang_device&, int& count);
+SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device&, int large_clusters, bool greedy);
 // overlap: programmatic dependent launch.
 cudaError_t launch_sample(const SampleParams&, const SampleCut&, const dijiang_device&, bool overlap, cudaStream_t);
 cudaError_t launch_advance(const dijiang_advance_buffers&, cudaStream_t);  // strides are filled in
