@@ -6,16 +6,27 @@
 
 namespace emulator {
 inline bool eager = false;
+// A barrier in shared memory: a phase ends when all have arrived, and as many bytes as are expected. Bulk copies come as
+// late as they may: when somebody waits for them.
 struct Phases {
     int members = 0, left = 0;
     uint32_t turn = 0;
+    int64_t bytes = 0;  // still expected; below 0: came before anybody said so
+    std::deque<std::function<void()>> copies;
+    void settle() {
+        if (left < 0) std::abort();
+        if (left == 0 && bytes == 0) left = members, ++turn;
+    }
 };
-inline std::map<uint32_t, Phases> phases;
+inline std::map<std::pair<const Block*, uint32_t>, Phases> phases;
+inline Phases& phases_of(uint32_t barrier, const Block* of = block) { return phases.at({of, barrier}); }
 struct Batch {
     std::vector<std::function<void()>> products;
 };
-inline std::map<int, Batch> open_batch;                 // per thread
-inline std::map<int, std::deque<Batch>> batches;        // likewise
+using Thread = std::pair<const Block*, int>;
+inline Thread this_thread() { return {block, block->current}; }
+inline std::map<Thread, Batch> open_batch;
+inline std::map<Thread, std::deque<Batch>> batches;
 
 // The element of a descriptor's operand; `outer` along the 64 or N, `inner` along the 16.
 template <typename T> float element(uint64_t descriptor, bool trans, int outer, int inner) {
@@ -37,7 +48,7 @@ template <typename T> float element(uint64_t descriptor, bool trans, int outer, 
 }
 inline void product(std::function<void()> f) {
     if (eager) f();
-    else open_batch[block->current].products.push_back(std::move(f));
+    else open_batch[this_thread()].products.push_back(std::move(f));
 }
 }  // namespace emulator
 
@@ -102,12 +113,12 @@ private:
 
 inline void begin_products() {}
 inline void end_products() {
-    emulator::Batch& open = emulator::open_batch[emulator::block->current];
-    emulator::batches[emulator::block->current].push_back(std::move(open));
+    emulator::Batch& open = emulator::open_batch[emulator::this_thread()];
+    emulator::batches[emulator::this_thread()].push_back(std::move(open));
     open = {};
 }
 template <int kPending> void await_products() {
-    std::deque<emulator::Batch>& mine = emulator::batches[emulator::block->current];
+    std::deque<emulator::Batch>& mine = emulator::batches[emulator::this_thread()];
     while (mine.size() > kPending) {
         for (const auto& f : mine.front().products) f();
         mine.pop_front();
@@ -128,26 +139,39 @@ inline void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint3
     });
 }
 
-inline void make_barrier(uint32_t barrier, int arrivals) { emulator::phases[barrier] = {arrivals, arrivals, 0}; }
+inline void make_barrier(uint32_t barrier, int arrivals) {
+    emulator::phases[{emulator::block, barrier}] = {arrivals, arrivals, 0, 0, {}};
+}
 inline void arrive_at(uint32_t barrier) {
-    emulator::Phases& it = emulator::phases.at(barrier);
-    if (--it.left == 0) it.left = it.members, ++it.turn;
+    emulator::Phases& it = emulator::phases_of(barrier);
+    --it.left;
+    it.settle();
 }
 inline void await_phase(uint32_t barrier, uint32_t parity) {
-    while ((emulator::phases.at(barrier).turn & 1) == parity) emulator::yield();
+    emulator::Phases& it = emulator::phases_of(barrier);
+    while ((it.turn & 1) == parity) {
+        if (it.copies.empty()) {
+            emulator::yield();
+        } else {
+            it.copies.front()();
+            it.copies.pop_front();
+            it.settle();
+        }
+    }
 }
 inline bool any_of(int id, int threads, bool mine) {
-    static bool any[16];
+    static std::map<std::pair<const emulator::Block*, int>, bool> of_all;
+    bool& any = of_all[{emulator::block, id}];
     const auto meet = [&] {
         emulator::Meeting& all = emulator::block->named[id];
         all.members = threads;
         emulator::meet(all);
     };
-    if (mine) any[id] = true;
+    if (mine) any = true;
     meet();
-    const bool said = any[id];
+    const bool said = any;
     meet();
-    any[id] = false;
+    any = false;
     meet();
     return said;
 }
