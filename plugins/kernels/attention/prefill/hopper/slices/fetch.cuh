@@ -8,6 +8,7 @@
 
 namespace dijiang::prefill::hopper::slices {
 
+// One thread.
 template <int D> __device__ __forceinline__ void fetch_keys(const Walk<D>& walk, const char* items) {
     using S = Slice<D>;
     constexpr int kShare = S::kTile / S::kBlocks;
@@ -17,16 +18,14 @@ template <int D> __device__ __forceinline__ void fetch_keys(const Walk<D>& walk,
         const int chunk = i < before ? i : i - before, stage = i % S::kStages;
         const uint32_t full = walk.barriers.keys_full(stage);
         await_phase(walk.barriers.keys_empty(stage), i / S::kStages & 1 ^ 1);
-        if (lane_of() == 0) {
-            expect_bytes(full, S::kTile);
-            copy_bulk_to_all(walk.memory_at + S::kKeys + stage * S::kTile + share,
-                             items + static_cast<int64_t>(chunk) * Item<D>::kBytes + Item<D>::kKeys + share, kShare,
-                             full, S::kBlocks);
-        }
-        __syncwarp();
+        expect_bytes(full, S::kTile);
+        copy_bulk_to_all(walk.memory_at + S::kKeys + stage * S::kTile + share,
+                         items + static_cast<int64_t>(chunk) * Item<D>::kBytes + Item<D>::kKeys + share, kShare, full,
+                         S::kBlocks);
     }
 }
 
+// One thread.
 template <int D> __device__ __forceinline__ void fetch_queries(const Walk<D>& walk, const char* items) {
     using S = Slice<D>;
     constexpr int kShare = S::kTile / S::kBlocks, kScoreShare = S::kScoreTile / S::kBlocks;
@@ -40,12 +39,9 @@ template <int D> __device__ __forceinline__ void fetch_queries(const Walk<D>& wa
             meet_async_reads();
         }
         await_phase(walk.barriers.queries_empty(stage), i / S::kStages & 1 ^ 1);
-        if (lane_of() == 0) {
-            expect_bytes(full, S::kPart);
-            copy_bulk(walk.memory_at + S::kQueries + stage * S::kQueryStage,
-                      reinterpret_cast<const char*>(walk.slot(i / 2 + 1)) + stage * S::kPart, S::kPart, full);
-        }
-        __syncwarp();
+        expect_bytes(full, S::kPart);
+        copy_bulk(walk.memory_at + S::kQueries + stage * S::kQueryStage,
+                  reinterpret_cast<const char*>(walk.slot(i / 2 + 1)) + stage * S::kPart, S::kPart, full);
     }
 #pragma unroll 1
     for (int chunk = 0; chunk < walk.chunks; ++chunk) {
@@ -54,13 +50,10 @@ template <int D> __device__ __forceinline__ void fetch_queries(const Walk<D>& wa
         const uint32_t to = walk.memory_at + S::kQueries + stage * S::kQueryStage;
         const char* const from = items + static_cast<int64_t>(chunk) * Item<D>::kBytes;
         await_phase(walk.barriers.queries_empty(stage), (parts + chunk) / S::kStages & 1 ^ 1);
-        if (lane_of() == 0) {
-            expect_bytes(full, S::kQueryStage);
-            copy_bulk_to_all(to + S::kTile + score_share, from + Item<D>::kScores + score_share, kScoreShare, full,
-                             S::kBlocks);
-            copy_bulk_to_all(to + share, from + Item<D>::kQueries + share, kShare, full, S::kBlocks);
-        }
-        __syncwarp();
+        expect_bytes(full, S::kQueryStage);
+        copy_bulk_to_all(to + S::kTile + score_share, from + Item<D>::kScores + score_share, kScoreShare, full,
+                         S::kBlocks);
+        copy_bulk_to_all(to + share, from + Item<D>::kQueries + share, kShare, full, S::kBlocks);
     }
 }
 
@@ -103,9 +96,9 @@ template <int D> __device__ __forceinline__ void fetch(const Walk<D>& walk, cons
     items += Item<D>::offset(walk.p, walk.at.row, walk.at.first_head, walk.at.first_chunk);
     const int warp = __shfl_sync(~0u, warp_of(), 0);
     if (warp == 0) {
-        fetch_keys<D>(walk, items);
+        if (lane_of() == 0) fetch_keys<D>(walk, items);
     } else if (warp == 1) {
-        fetch_queries<D>(walk, items);
+        if (lane_of() == 0) fetch_queries<D>(walk, items);
     } else {
         fetch_values<D>(walk, warp - 2);
     }
