@@ -21,22 +21,25 @@ template <typename T, int D> __device__ __forceinline__ void make_outputs(const 
     load_gates(group);
     // Before that other things come through the stages of queries and values.
     await_phase(barriers.state_full(group), 0);
+    static_assert(S::kStages == S::kOutputGroups);
+    const uint32_t queries = walk.memory_at + S::kQueries + group * S::kQueryStage;
+    const int turns = (walk.chunks - group + S::kOutputGroups - 1) / S::kOutputGroups;
 #pragma unroll 1
-    for (int chunk = group; chunk < walk.chunks; chunk += S::kOutputGroups) {
-        const int stage = chunk % S::kStages, i = walk.chunks_before() + chunk, value_stage = i % S::kValueStages;
-        const uint32_t queries = walk.memory_at + S::kQueries + stage * S::kQueryStage;
+    for (int turn = 0; turn < turns; ++turn) {
+        const int chunk = turn * S::kOutputGroups + group, i = walk.chunks_before() + chunk;
+        const int value_stage = i % S::kValueStages;
         const uint32_t values = walk.memory_at + S::kValues + value_stage * S::kColumnTile;
         const uint32_t state = walk.memory_at + S::kState;
         float out[kWide / 8][4];
         await_phase(barriers.values_full(value_stage), i / S::kValueStages & 1);
-        await_phase(barriers.queries_full(stage), (walk.parts() + chunk) / S::kStages & 1);
+        await_phase(barriers.queries_full(group), walk.parts() / S::kStages + turn & 1);
         begin_products();
 #pragma unroll
         for (int k = 0; k < kChunk / 16; ++k)
             Wgmma<T, kWide>::template shared<0, 1>(out, S::Tile::across(queries + S::kTile, kChunk, k),
                                                    S::Tile::down(values, kChunk, 0, k), k > 0);
         end_products();
-        await_phase(barriers.state_full(group), chunk / S::kOutputGroups & 1);
+        await_phase(barriers.state_full(group), turn & 1);
         float scale = 1.0f;
         if constexpr (kUnit<T> != 1.0f) {  // rarely not 1: see state.cuh
             await_products<0>();
@@ -47,8 +50,8 @@ template <typename T, int D> __device__ __forceinline__ void make_outputs(const 
 #pragma unroll
                     for (int j = 0; j < 4; ++j) out[n][j] *= scale;
             }
-            begin_products();
         }
+        begin_products();
 #pragma unroll
         for (int k = 0; k < D / 16; ++k)
             Wgmma<T, kWide>::template shared<0, 0>(out, S::Tile::across(queries, kChunk, k),
@@ -56,7 +59,7 @@ template <typename T, int D> __device__ __forceinline__ void make_outputs(const 
         end_products();
         await_products<0>();
         warp_arrives(barriers.state_empty());
-        warp_arrives_everywhere<S::kBlocks>(barriers.queries_empty(stage));
+        warp_arrives_everywhere<S::kBlocks>(barriers.queries_empty(group));
         warp_arrives(barriers.values_empty(value_stage));
         if (scale != 1.0f) {
 #pragma unroll
@@ -78,7 +81,7 @@ template <typename T, int D> __device__ __forceinline__ void make_outputs(const 
                     *reinterpret_cast<const uint4*>(walk.memory + gates + from);
         });
         __syncwarp();
-        if (chunk + S::kOutputGroups < walk.chunks) load_gates(chunk + S::kOutputGroups);
+        if (turn + 1 < turns) load_gates(chunk + S::kOutputGroups);
     }
 }
 
