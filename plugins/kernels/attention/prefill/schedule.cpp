@@ -95,7 +95,7 @@ Schedule schedule_slices(const dijiang_geometry& geometry, int batch, int chunks
     Schedule schedule{};
     schedule.path = Path::slices;
     schedule.set = 1;
-    schedule.threads = 512;
+    schedule.threads = 384;
     const int64_t heads = int64_t{batch} * geometry.num_heads, jobs = heads * SliceShape::kBlocks;
     const int segments = most_segments(jobs, chunks, device.multiprocessors);
     cut_in_segments(schedule, chunks, segments, 1);

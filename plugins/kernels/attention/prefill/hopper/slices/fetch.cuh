@@ -15,9 +15,9 @@ template <int D> __device__ __forceinline__ void fetch_keys(const Walk<D>& walk,
     const int before = walk.chunks_before(), share = walk.slice * kShare;
 #pragma unroll 1
     for (int i = 0; i < before + walk.chunks; ++i) {
-        const int chunk = i < before ? i : i - before, stage = i % S::kStages;
+        const int chunk = i < before ? i : i - before, stage = i % S::kKeyStages;
         const uint32_t full = walk.barriers.keys_full(stage);
-        await_phase(walk.barriers.keys_empty(stage), i / S::kStages & 1 ^ 1);
+        await_phase(walk.barriers.keys_empty(stage), i / S::kKeyStages & 1 ^ 1);
         expect_bytes(full, S::kTile);
         copy_bulk_to_all(walk.memory_at + S::kKeys + stage * S::kTile + share,
                          items + static_cast<int64_t>(chunk) * Item<D>::kBytes + Item<D>::kKeys + share, kShare, full,
@@ -32,24 +32,24 @@ template <int D> __device__ __forceinline__ void fetch_queries(const Walk<D>& wa
     const int parts = walk.parts(), share = walk.slice * kShare, score_share = walk.slice * kScoreShare;
 #pragma unroll 1
     for (int i = 0; i < parts; ++i) {  // what the segments before this one have left, to this block alone
-        const int stage = i % S::kStages;
+        const int stage = i % S::kQueryStages;
         const uint32_t full = walk.barriers.queries_full(stage);
         if (stage == 0) {
             while (!load_acquire(walk.flag(i / 2))) __nanosleep(40);
             meet_async_reads();
         }
-        await_phase(walk.barriers.queries_empty(stage), i / S::kStages & 1 ^ 1);
+        await_phase(walk.barriers.queries_empty(stage), i / S::kQueryStages & 1 ^ 1);
         expect_bytes(full, S::kPart);
         copy_bulk(walk.memory_at + S::kQueries + stage * S::kQueryStage,
                   reinterpret_cast<const char*>(walk.slot(i / 2 + 1)) + stage * S::kPart, S::kPart, full);
     }
 #pragma unroll 1
     for (int chunk = 0; chunk < walk.chunks; ++chunk) {
-        const int stage = chunk % S::kStages;
+        const int stage = chunk % S::kQueryStages;
         const uint32_t full = walk.barriers.queries_full(stage);
         const uint32_t to = walk.memory_at + S::kQueries + stage * S::kQueryStage;
         const char* const from = items + static_cast<int64_t>(chunk) * Item<D>::kBytes;
-        await_phase(walk.barriers.queries_empty(stage), (parts + chunk) / S::kStages & 1 ^ 1);
+        await_phase(walk.barriers.queries_empty(stage), (parts + chunk) / S::kQueryStages & 1 ^ 1);
         expect_bytes(full, S::kQueryStage);
         copy_bulk_to_all(to + S::kTile + score_share, from + Item<D>::kScores + score_share, kScoreShare, full,
                          S::kBlocks);

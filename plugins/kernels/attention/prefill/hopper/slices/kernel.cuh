@@ -3,8 +3,9 @@
 // A head's state is 256 KiB in float32, more than a block's registers hold. So a cluster of four blocks has a head, each
 // with 64 of its value columns, and what all of them need, features and scores, is made once, by the kernel before
 // (make_features.cuh), and brought from the L2 cache once. A block's groups of four warps:
-//   state    [64 values, 256 features] in accumulators: a copy for each chunk's queries, then S = gamma^64 S + v^T phi(k)
-//   outputs  two groups, chunks in turn: o = scores v + fade phi(q) S, GroupNorm and gate
+//   state    S^T [64 values, 256 features] in accumulators: o^T = v^T scores^T + S^T (fade phi(q))^T of each chunk, then
+//            S^T = gamma^64 S^T + v^T phi(k)
+//   outputs  GroupNorm and gate
 //   copies   what comes from device memory, by the bulk copy engine
 // Sequences are cut in segments as in fused.cuh: keys and states walk a segment that others follow twice.
 #pragma once
@@ -82,8 +83,9 @@ __device__ __forceinline__ void walk_slice(const AttentionParams& p, const Slice
     if (group == 0) {
         take_registers<S::kStateRegisters>();
         keep_state<T, D>(walk);
-    } else if (group <= S::kOutputGroups) {
-        make_outputs<T, D>(walk, group - 1);
+    } else if (group == 1) {
+        give_registers<S::kOutputRegisters>();
+        make_outputs<T, D>(walk);
     } else {
         give_registers<S::kCopyRegisters>();
         fetch<D>(walk, cut.items);

@@ -1,87 +1,82 @@
-// The two groups that make outputs of the slice's columns, chunks in turn: read-out, GroupNorm and gate.
+// The group that finishes outputs of the slice's columns: GroupNorm and gate.
+//
+// A lane has eight neighbouring channels of a token, 16 bytes of gates and of outputs: a group of GroupNorm is one lane,
+// or as many neighbours as it has times eight channels.
 #pragma once
 
-#include "attention/prefill/hopper/norm.cuh"
 #include "attention/prefill/hopper/slices/shape.cuh"
 
 namespace dijiang::prefill::hopper::slices {
 
-template <typename T, int D> __device__ __forceinline__ void make_outputs(const Walk<D>& walk, int group) {
+// Sum over `lanes` neighbours, 1, 2 or 4.
+__device__ __forceinline__ float sum_over(int lanes, float x) {
+    if (lanes > 1) x += __shfl_xor_sync(~0u, x, 1);
+    if (lanes > 2) x += __shfl_xor_sync(~0u, x, 2);
+    return x;
+}
+
+template <typename T, int D> __device__ __forceinline__ void make_outputs(const Walk<D>& walk) {
     using S = Slice<D>;
-    constexpr int kWide = S::kColumns;
+    constexpr int kUnits = kChunk / 16;  // of a lane: tokens 4 apart
     const AttentionParams& p = walk.p;
-    const SliceBarriers<D>& barriers = walk.barriers;
-    const int gates = S::kGates + group * S::kColumnTile;
+    const int lane = lane_of(), lanes = p.num_heads / 8;
+    // A quarter of a warp reads four lanes' channels of two tokens: no two from the same banks.
+    const int piece = lane % 4 + lane / 8 % 2 * 4, token = 16 * warp_of() + lane / 16 * 2 + lane / 4 % 2;
+    const int64_t first = static_cast<int64_t>(walk.at.first_chunk) * kChunk + token;
+    const uint16_t* gate = walk.at.gate + first * p.gate_token_stride + 8 * piece;
+    uint16_t* output = walk.at.output + first * p.output_token_stride + 8 * piece;
+    const float* const from = reinterpret_cast<const float*>(walk.memory + S::kOuts) + token * S::kOutPitch + 8 * piece;
+    const int channel = walk.at.first_head * D + walk.slice * S::kColumns + 8 * piece;
+    float weight[8], bias[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) weight[j] = p.norm_weight[channel + j], bias[j] = p.norm_bias[channel + j];
+    const float share = 1.0f / p.num_heads, floor = kUnit<T> * kUnit<T> * fmaxf(p.epsilon, kLeastEpsilon);
+    uint4 gates[kUnits];
     const auto load_gates = [&](int chunk) {
-        load_rows<kWide>(walk.memory_at + gates,
-                         walk.at.gate + static_cast<int64_t>(walk.at.first_chunk + chunk) * kChunk * p.gate_token_stride,
-                         p.gate_token_stride, walk.left(chunk));
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u)
+            gates[u] = token + 4 * u < walk.left(chunk)
+                           ? *reinterpret_cast<const uint4*>(gate + 4 * u * p.gate_token_stride)
+                           : make_uint4(0, 0, 0, 0);
+        gate += kChunk * p.gate_token_stride;
     };
-    if (group >= walk.chunks) return;
-    load_gates(group);
-    // Before that other things come through the stages of queries and values.
-    await_phase(barriers.state_full(group), 0);
-    static_assert(S::kStages == S::kOutputGroups);
-    const uint32_t queries = walk.memory_at + S::kQueries + group * S::kQueryStage;
-    const int turns = (walk.chunks - group + S::kOutputGroups - 1) / S::kOutputGroups;
+    load_gates(0);
 #pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn) {
-        const int chunk = turn * S::kOutputGroups + group, i = walk.chunks_before() + chunk;
-        const int value_stage = i % S::kValueStages;
-        const uint32_t values = walk.memory_at + S::kValues + value_stage * S::kColumnTile;
-        const uint32_t state = walk.memory_at + S::kState;
-        float out[kWide / 8][4];
-        await_phase(barriers.values_full(value_stage), i / S::kValueStages & 1);
-        await_phase(barriers.queries_full(group), walk.parts() / S::kStages + turn & 1);
-        begin_products();
+    for (int chunk = 0; chunk < walk.chunks; ++chunk) {
+        float x[kUnits][8];
+        await_phase(walk.barriers.outputs_full(), chunk & 1);
 #pragma unroll
-        for (int k = 0; k < kChunk / 16; ++k)
-            Wgmma<T, kWide>::template shared<0, 1>(out, S::Tile::across(queries + S::kTile, kChunk, k),
-                                                   S::Tile::down(values, kChunk, 0, k), k > 0);
-        end_products();
-        await_phase(barriers.state_full(group), turn & 1);
-        float scale = 1.0f;
-        if constexpr (kUnit<T> != 1.0f) {  // rarely not 1: see state.cuh
-            await_products<0>();
-            scale = *reinterpret_cast<const float*>(walk.memory + S::kScale);
-            if (scale != 1.0f) {
+        for (int u = 0; u < kUnits; ++u)
 #pragma unroll
-                for (int n = 0; n < kWide / 8; ++n)
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) out[n][j] *= scale;
+            for (int j = 0; j < 8; j += 4) {
+                const float4 four = *reinterpret_cast<const float4*>(from + 4 * u * S::kOutPitch + j);
+                x[u][j] = four.x, x[u][j + 1] = four.y, x[u][j + 2] = four.z, x[u][j + 3] = four.w;
             }
-        }
-        begin_products();
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k)
-            Wgmma<T, kWide>::template shared<0, 0>(out, S::Tile::across(queries, kChunk, k),
-                                                   S::Tile::across(state, kChunk, k), 1);
-        end_products();
-        await_products<0>();
-        warp_arrives(barriers.state_empty());
-        warp_arrives_everywhere<S::kBlocks>(barriers.queries_empty(group));
-        warp_arrives(barriers.values_empty(value_stage));
-        if (scale != 1.0f) {
-#pragma unroll
-            for (int n = 0; n < kWide / 8; ++n)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) out[n][j] *= 1.0f / scale;
-        }
-        wait_copies<0>();
-        __syncwarp();
-        normalise<T, kWide>(p, out, walk.at.first_head * D + walk.slice * kWide, walk.memory + gates);
-        __syncwarp();
-        // The warp's finished rows: 16 bytes a lane.
+        warp_arrives(walk.barriers.outputs_empty());
         const int left = walk.left(chunk);
-        uint16_t* to = walk.at.output
-                       + static_cast<int64_t>(walk.at.first_chunk + chunk) * kChunk * p.output_token_stride;
-        each_piece<kWide>([&](uint32_t from, int row, int piece) {
-            if (row < left)
-                *reinterpret_cast<uint4*>(to + row * p.output_token_stride + 8 * piece) =
-                    *reinterpret_cast<const uint4*>(walk.memory + gates + from);
-        });
-        __syncwarp();
-        if (turn + 1 < turns) load_gates(chunk + S::kOutputGroups);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum += x[u][j];
+            const float mean = sum_over(lanes, sum) * share;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                x[u][j] -= mean;
+                squares = fmaf(x[u][j], x[u][j], squares);
+            }
+            const float by = fast_rsqrt(fmaf(sum_over(lanes, squares), share, floor));
+            uint32_t* const words = reinterpret_cast<uint32_t*>(&gates[u]);
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                const float2 z = unpack<T>(words[j / 2]);
+                words[j / 2] = pack<T>(fmaf(x[u][j] * by, weight[j], bias[j]) * fast_silu(z.x),
+                                       fmaf(x[u][j + 1] * by, weight[j + 1], bias[j + 1]) * fast_silu(z.y));
+            }
+            if (token + 4 * u < left) *reinterpret_cast<uint4*>(output + 4 * u * p.output_token_stride) = gates[u];
+        }
+        output += kChunk * p.output_token_stride;
+        if (chunk + 1 < walk.chunks) load_gates(chunk + 1);
     }
 }
 

@@ -52,60 +52,59 @@ struct FeatureBarriers {
 // The second kernel: a cluster has a head, each of its blocks 64 value columns.
 template <int D> struct Slice {
     using Tile = Tiles<64>;
-    using Head = Shape<64>;  // such columns are like a small head
     static constexpr int kColumns = 64, kBlocks = D / kColumns;
-    static constexpr int kGroups = 4, kThreads = kGroups * kGroup;  // state, outputs twice, copies
-    static constexpr int kOutputGroups = 2;  // take chunks in turn
+    static constexpr int kGroups = 3, kThreads = kGroups * kGroup;  // state, outputs, copies
     static constexpr int kTiles = D / 8;
-    // Registers a thread: state, copies. Outputs: 128, as the launch gives.
-    static constexpr int kStateRegisters = 200, kCopyRegisters = 56;
+    // Registers a thread; 168 on average.
+    static constexpr int kStateRegisters = 240, kOutputRegisters = 152, kCopyRegisters = 112;
 
     static constexpr int kTile = Item<D>::kTile, kScoreTile = Item<D>::kScoreTile;
     static constexpr int kColumnTile = 2 * kChunk * kColumns;
-    static constexpr int kStages = 2, kValueStages = 3;
+    static constexpr int kKeyStages = 3, kQueryStages = 2, kValueStages = 3;
     static constexpr int kQueryStage = kTile + kScoreTile;
     static constexpr int kQueries = 0;  // and scores; before that, parts of states that other segments left
-    static constexpr int kKeys = kQueries + kStages * kQueryStage;
-    static constexpr int kState = kKeys + kStages * kTile;  // [value, feature]
-    static constexpr int kValues = kState + kTile;
-    static constexpr int kGates = kValues + kValueStages * kColumnTile;  // then outputs
-    static constexpr int kBarriers = kGates + kOutputGroups * kColumnTile;
-    static constexpr int kScale = kBarriers + 144;  // what the state's copy is multiplied by
-    static constexpr int kTicket = kScale + 4;
-    static constexpr int kPlace = kScale + 16;
+    static constexpr int kKeys = kQueries + kQueryStages * kQueryStage;
+    static constexpr int kValues = kKeys + kKeyStages * kTile;
+    // Outputs in float32, [token, value]: rows of so many that neither who writes nor who reads meets in a bank.
+    static constexpr int kOutPitch = kColumns + 4;
+    static constexpr int kOuts = kValues + kValueStages * kColumnTile;
+    static constexpr int kBarriers = kOuts + 4 * kChunk * kOutPitch;
+    static constexpr int kTicket = kBarriers + 8 * 18;
+    static constexpr int kPlace = kTicket + 16;
     static constexpr int kShared = kPlace + 96;
     static_assert(sizeof(Place) <= kShared - kPlace && kShared <= 227 << 10);
 
     // What segments leave each other, in the order of the group's registers: a slot, and half of it.
-    static constexpr int kSlotFloats = kTiles * 4 * kGroup, kPart = kSlotFloats * 2, kPartTiles = kTiles / 2;
+    static constexpr int kSlotFloats = kTiles * 4 * kGroup, kPart = kSlotFloats * 2;
     static_assert(kPart <= kQueryStage);
 };
 template <int D> struct SliceBarriers {
     using S = Slice<D>;
     uint32_t first;
     __device__ __forceinline__ uint32_t keys_full(int stage) const { return first + 8 * stage; }
-    __device__ __forceinline__ uint32_t keys_empty(int stage) const { return first + 16 + 8 * stage; }
-    __device__ __forceinline__ uint32_t queries_full(int stage) const { return first + 32 + 8 * stage; }
-    __device__ __forceinline__ uint32_t queries_empty(int stage) const { return first + 48 + 8 * stage; }
-    __device__ __forceinline__ uint32_t values_full(int stage) const { return first + 64 + 8 * stage; }
-    __device__ __forceinline__ uint32_t values_empty(int stage) const { return first + 88 + 8 * stage; }
-    // One for each group of outputs: whoever waits for every other phase of a barrier cannot tell them apart.
-    __device__ __forceinline__ uint32_t state_full(int group) const { return first + 112 + 8 * group; }
-    __device__ __forceinline__ uint32_t state_empty() const { return first + 128; }
+    __device__ __forceinline__ uint32_t keys_empty(int stage) const { return first + 24 + 8 * stage; }
+    __device__ __forceinline__ uint32_t values_full(int stage) const { return first + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t values_empty(int stage) const { return first + 72 + 8 * stage; }
+    __device__ __forceinline__ uint32_t queries_full(int stage) const { return first + 96 + 8 * stage; }
+    __device__ __forceinline__ uint32_t queries_empty(int stage) const { return first + 112 + 8 * stage; }
+    __device__ __forceinline__ uint32_t outputs_full() const { return first + 128; }
+    __device__ __forceinline__ uint32_t outputs_empty() const { return first + 136; }
     __device__ __forceinline__ void make() const {
         constexpr int kWarps = kGroup / 32;
-        for (int i = 0; i < S::kStages; ++i) {
+        for (int i = 0; i < S::kKeyStages; ++i) {
             make_barrier(keys_full(i), 1);  // and bytes
-            make_barrier(queries_full(i), 1);
             make_barrier(keys_empty(i), S::kBlocks * kWarps);  // in all blocks: tiles are copied to all
+        }
+        for (int i = 0; i < S::kQueryStages; ++i) {
+            make_barrier(queries_full(i), 1);
             make_barrier(queries_empty(i), S::kBlocks * kWarps);
         }
         for (int i = 0; i < S::kValueStages; ++i) {
             make_barrier(values_full(i), kWarps / 2);
-            make_barrier(values_empty(i), 2 * kWarps);  // of the state's group, and of the outputs' or of that again
+            make_barrier(values_empty(i), kWarps);
         }
-        for (int i = 0; i < S::kOutputGroups; ++i) make_barrier(state_full(i), kWarps);
-        make_barrier(state_empty(), kWarps);
+        make_barrier(outputs_full(), kWarps);
+        make_barrier(outputs_empty(), kWarps);
     }
 };
 

@@ -1,5 +1,5 @@
-// The group that keeps the slice's state, transposed, [value, feature], in accumulators: it publishes a copy as T before
-// each chunk, then adds the chunk. What segments tell each other of it.
+// The group that keeps the slice's state, transposed, [value, feature], in accumulators. Packed as T, these are the left
+// operand of outputs, [value, token]: the state never leaves its registers. What segments tell each other of it.
 #pragma once
 
 #include "attention/prefill/hopper/slices/shape.cuh"
@@ -43,31 +43,25 @@ template <int D> __device__ __forceinline__ void load_slot(const float* slot, St
     }
 }
 
-// A copy of the state times `scale`, as T, [value, feature]. Returns its largest magnitudes, of float16.
-template <typename T, int D>
-__device__ __forceinline__ uint32_t copy_state(const State<D>& state, float scale, uint32_t tile) {
-    using S = Slice<D>;
-    constexpr int kHalf = S::kTiles / 2;
-    const int lane = opaque(lane_of());
-    const uint32_t start = tile + (S::Tile::start(16 * warp_of() + lane % 16) ^ lane / 16 * 16);
-    uint32_t most[4] = {};
+// Half a state times `scale`, as T: rows of a product's left operand. Returns its largest magnitudes, of float16.
+template <typename T, bool kScaled, int N>
+__device__ __forceinline__ uint32_t pack_half(const float (&half)[N][4], float scale, uint32_t (&packed)[N][2]) {
+    uint32_t most = 0;
 #pragma unroll
-    for (int n = 0; n < S::kTiles; n += 2) {
-        uint32_t packed[4];
+    for (int n = 0; n < N; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float(&from)[4] = state[n / kHalf][n % kHalf + i / 2];
-            const float by = kUnit<T> != 1.0f ? scale : 1.0f;
-            packed[i] = pack<T>(from[i % 2 * 2] * by, from[i % 2 * 2 + 1] * by);
-            if (kUnit<T> != 1.0f) most[i] = larger(most[i], packed[i]);
+        for (int i = 0; i < 2; ++i) {
+            const float a = half[n][2 * i], b = half[n][2 * i + 1];
+            packed[n][i] = kScaled ? pack<T>(a * scale, b * scale) : pack<T>(a, b);
+            if (kUnit<T> != 1.0f) most = larger(most, packed[n][i]);
         }
-        stmatrix(S::Tile::piece(start, kChunk, n), packed[0], packed[1], packed[2], packed[3]);
-    }
-    return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    return most;
 }
 
 template <typename T, int D> struct StateKeeper {
     using S = Slice<D>;
+    using Half = float[S::kTiles / 2][4];
+    using Packed = uint32_t[S::kTiles / 2][2];
     const Walk<D>& walk;
 
     __device__ __forceinline__ void read_past(State<D>& state) const {
@@ -83,48 +77,131 @@ template <typename T, int D> struct StateKeeper {
         each_entry<D>(state, walk.slice, [&](int i, float& x) { present[i] = x * (1.0f / kStateUnit<T>); });
     }
 
-    // The copy for a chunk's queries, in float16 with a scale that it can hold, which the others are told.
-    __device__ __forceinline__ void show(const State<D>& state, float& scale, int chunk) const {
-        await_phase(walk.barriers.state_empty(), chunk & 1 ^ 1);
-        const uint32_t tile = walk.memory_at + S::kState;
-        uint32_t most = copy_state<T, D>(state, scale, tile);
-        if constexpr (kUnit<T> != 1.0f) {
+    // `half` as T for products. float16: times a scale that lets it hold all of the warp's values, which are the rows
+    // of its outputs too; `scale` may become smaller in the first half.
+    __device__ __forceinline__ void show(const State<D>& state, int half, float& scale, Packed& packed) const {
+        if constexpr (kUnit<T> == 1.0f) {
+            pack_half<T, false>(state[half], scale, packed);
+        } else if (half == 1) {
+            if (scale == 1.0f)
+                pack_half<T, false>(state[half], scale, packed);
+            else
+                pack_half<T, true>(state[half], scale, packed);
+        } else {
+            Packed other;
+            uint32_t most = scale == 1.0f ? larger(pack_half<T, false>(state[1], scale, other),
+                                                   pack_half<T, false>(state[0], scale, packed))
+                                          : larger(pack_half<T, true>(state[1], scale, other),
+                                                   pack_half<T, true>(state[0], scale, packed));
             while (true) {  // rare: float16 could not hold the state
                 const float2 largest = unpack<T>(most);
                 const bool over = !(fmaxf(largest.x, largest.y) <= 65504.0f);
-                // All know the same, and the compiler that they do.
-                const bool again = any_of(kStateGroup, kGroup, over) && scale > 1e-30f;
-                if (!__shfl_sync(~0u, again, 0)) break;
+                if (__ballot_sync(~0u, over) == 0 || scale < 1e-30f) break;
                 scale *= 0.0625f;
-                most = copy_state<T, D>(state, scale, tile);
+                most = larger(pack_half<T, true>(state[1], scale, other),
+                              pack_half<T, true>(state[0], scale, packed));
             }
-            if (threadIdx.x % kGroup == 0) *reinterpret_cast<float*>(walk.memory + S::kScale) = scale;
         }
-        show_to_products();
-        warp_arrives(walk.barriers.state_full(chunk % S::kOutputGroups));
     }
 
-    // state: also what the i-th chunk of all that are walked adds. alone: nobody else reads its values.
-    __device__ __forceinline__ void add(State<D>& state, int i, int chunk, bool alone) const {
-        const SliceBarriers<D>& barriers = walk.barriers;
-        const int stage = i % S::kStages, value_stage = i % S::kValueStages;
-        scale_state(state, fast_exp2(walk.decay * min(kChunk, walk.left(chunk))));
-        await_phase(barriers.values_full(value_stage), i / S::kValueStages & 1);
-        await_phase(barriers.keys_full(stage), i / S::kStages & 1);
-        const uint32_t keys = walk.memory_at + S::kKeys + stage * S::kTile;
-        const uint32_t values = walk.memory_at + S::kValues + value_stage * S::kColumnTile;
+    __device__ __forceinline__ uint32_t keys(int i) const {
+        return walk.memory_at + S::kKeys + i % S::kKeyStages * S::kTile;
+    }
+    __device__ __forceinline__ uint32_t values(int i) const {
+        return walk.memory_at + S::kValues + i % S::kValueStages * S::kColumnTile;
+    }
+    __device__ __forceinline__ void await_keys(int i) const {
+        await_phase(walk.barriers.keys_full(i % S::kKeyStages), i / S::kKeyStages & 1);
+    }
+    __device__ __forceinline__ void await_values(int i) const {
+        await_phase(walk.barriers.values_full(i % S::kValueStages), i / S::kValueStages & 1);
+    }
+    __device__ __forceinline__ void leave_keys_and_values(int i) const {
+        warp_arrives_everywhere<S::kBlocks>(walk.barriers.keys_empty(i % S::kKeyStages));
+        warp_arrives(walk.barriers.values_empty(i % S::kValueStages));
+    }
+    __device__ __forceinline__ float keep(int chunk) const {
+        return fast_exp2(walk.decay * min(kChunk, walk.left(chunk)));
+    }
+
+    // Half the state's features: also what the i-th chunk of all that are walked adds. Products of a batch.
+    __device__ __forceinline__ void add(Half& state, int half, int i) const {
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k)
+            Wgmma<T, D / 2>::template shared<1, 1>(state, S::Tile::down(values(i), kChunk, 0, k),
+                                                   S::Tile::down(keys(i), kChunk, half * (D / 2), k), 1);
+    }
+
+    // out [value, token] += half the state's features and the queries'. Products of a batch.
+    __device__ __forceinline__ void read(const Packed& packed, int half, uint32_t queries,
+                                         float (&out)[kChunk / 8][4]) const {
+#pragma unroll
+        for (int k = 0; k < D / 32; ++k)
+            Wgmma<T, kChunk>::template registers<0>(out, packed[2 * k][0], packed[2 * k][1], packed[2 * k + 1][0],
+                                                    packed[2 * k + 1][1],
+                                                    S::Tile::across(queries, kChunk, half * (D / 32) + k), 1);
+    }
+
+    // A chunk of the last walk: its outputs, for the other group, and what it adds. Products are never out of work: while
+    // one half's run, the other half is made ready.
+    __device__ __forceinline__ void step(State<D>& state, float& scale, int chunk) const {
+        const int i = walk.chunks_before() + chunk, stage = chunk % S::kQueryStages;
+        const uint32_t queries = walk.memory_at + S::kQueries + stage * S::kQueryStage, scores = queries + S::kTile;
+        const float fade = keep(chunk);
+        float out[kChunk / 8][4];
+        Packed packed;
+        await_values(i);
+        await_phase(walk.barriers.queries_full(stage), (walk.parts() + chunk) / S::kQueryStages & 1);
         begin_products();
 #pragma unroll
         for (int k = 0; k < kChunk / 16; ++k)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                Wgmma<T, D / 2>::template shared<1, 1>(state[half], S::Tile::down(values, kChunk, 0, k),
-                                                       S::Tile::down(keys, kChunk, half * (D / 2), k), 1);
+            Wgmma<T, kChunk>::template shared<1, 0>(out, S::Tile::down(values(i), kChunk, 0, k),
+                                                    S::Tile::across(scores, kChunk, k), k > 0);
         end_products();
+        show(state, 0, scale, packed);
+        if constexpr (kUnit<T> != 1.0f) {
+            await_products<0>();
+            if (scale != 1.0f) times(scale, out);  // rare
+        }
+        begin_products();
+        read(packed, 0, queries, out);
+        end_products();
+        times(fade, state[0]);
+        await_keys(i);
+        begin_products();
+        add(state[0], 0, i);
+        end_products();
+        await_products<1>();
+        show(state, 1, scale, packed);
+        begin_products();
+        read(packed, 1, queries, out);
+        end_products();
+        times(fade, state[1]);
+        begin_products();
+        add(state[1], 1, i);
+        end_products();
+        await_products<1>();
+        warp_arrives_everywhere<S::kBlocks>(walk.barriers.queries_empty(stage));
+        if (kUnit<T> != 1.0f && scale != 1.0f) times(1.0f / scale, out);
+        hand_over(out, chunk);
         await_products<0>();
-        warp_arrives_everywhere<S::kBlocks>(barriers.keys_empty(stage));
-        warp_arrives(barriers.values_empty(value_stage));
-        if (alone) warp_arrives(barriers.values_empty(value_stage));
+        leave_keys_and_values(i);
+    }
+    template <int N> static __device__ __forceinline__ void times(float factor, float (&x)[N][4]) {
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) x[n][j] *= factor;
+    }
+    // [value, token] in registers to [token, value] in shared memory.
+    __device__ __forceinline__ void hand_over(const float (&out)[kChunk / 8][4], int chunk) const {
+        await_phase(walk.barriers.outputs_empty(), chunk & 1 ^ 1);
+        float* to = reinterpret_cast<float*>(walk.memory + S::kOuts) + fragment_column() * S::kOutPitch + fragment_row();
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) to[(8 * n + j % 2) * S::kOutPitch + j / 2 * 8] = out[n][j];
+        warp_arrives(walk.barriers.outputs_full());
     }
 
     __device__ __forceinline__ void publish(const State<D>& state) const {
@@ -144,7 +221,7 @@ template <typename T, int D> struct StateKeeper {
                 await_phase(walk.barriers.queries_full(half), segment & 1);
                 const char* part = walk.memory + S::kQueries + half * S::kQueryStage + threadIdx.x % kGroup * 16;
 #pragma unroll
-                for (int n = 0; n < S::kPartTiles; ++n) {
+                for (int n = 0; n < S::kTiles / 2; ++n) {
                     const float4 x = *reinterpret_cast<const float4*>(part + n * (16 * kGroup));
                     float(&to)[4] = state[half][n];
                     to[0] = fmaf(to[0], keep, x.x), to[1] = fmaf(to[1], keep, x.y);
@@ -157,7 +234,7 @@ template <typename T, int D> struct StateKeeper {
 
 template <typename T, int D> __device__ __forceinline__ void keep_state(const Walk<D>& walk) {
     const StateKeeper<T, D> keeper{walk};
-    const int chunks = walk.chunks, before = walk.chunks_before();
+    const int chunks = walk.chunks;
     const bool cut = walk.cut.segments > 1;
     State<D> state;
     if (walk.at.segment == 0) {
@@ -168,7 +245,17 @@ template <typename T, int D> __device__ __forceinline__ void keep_state(const Wa
     }
     if (walk.followed) {
 #pragma unroll 1
-        for (int chunk = 0; chunk < chunks; ++chunk) keeper.add(state, chunk, chunk, true);
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            scale_state(state, keeper.keep(chunk));
+            keeper.await_values(chunk);
+            keeper.await_keys(chunk);
+            begin_products();
+            keeper.add(state[0], 0, chunk);
+            keeper.add(state[1], 1, chunk);
+            end_products();
+            await_products<0>();
+            keeper.leave_keys_and_values(chunk);
+        }
         keeper.publish(state);
         if (walk.at.segment == 0) load_slot<D>(walk.slot(0), state);
     }
@@ -176,12 +263,9 @@ template <typename T, int D> __device__ __forceinline__ void keep_state(const Wa
         if (walk.at.segment > 0) keeper.join(state);
         if (threadIdx.x % kGroup < 32) leave(walk.p, 1);
     }
-    float scale = 1.0f;  // of the copies
+    float scale = 1.0f;  // of the state as T
 #pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        keeper.show(state, scale, chunk);
-        keeper.add(state, before + chunk, chunk, false);
-    }
+    for (int chunk = 0; chunk < chunks; ++chunk) keeper.step(state, scale, chunk);
     if (!walk.followed) keeper.write_present(state);
 }
 
