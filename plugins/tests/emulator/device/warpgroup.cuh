@@ -46,6 +46,29 @@ template <typename T> float element(uint64_t descriptor, bool trans, int outer, 
     std::memcpy(&raw, shared_memory + at, 2);
     return dijiang::unpack<T>(raw).x;
 }
+// An operand of a group's product, [outer, inner]: read once, by the first of the group's threads to compute.
+struct Operand {
+    uint64_t descriptor;
+    bool trans;
+    int outer;
+    std::vector<float> elements;
+    template <typename T> const float* read() {
+        if (elements.empty())
+            for (int i = 0; i < 16 * outer; ++i)
+                elements.push_back(element<T>(descriptor, trans, i / 16, i % 16));
+        return elements.data();
+    }
+};
+// The same for all of the group's threads, which meet after it.
+inline std::shared_ptr<Operand> share_operand(int which, uint64_t descriptor, bool trans, int outer) {
+    static std::map<std::pair<std::pair<const Block*, int>, int>, std::shared_ptr<Operand>> shared;
+    std::shared_ptr<Operand>& it = shared[{{block, block->current / 128}, which}];
+    if (block->current % 128 == 0) it = std::make_shared<Operand>(Operand{descriptor, trans, outer, {}});
+    Meeting& all = block->named[64 + block->current / 128];
+    all.members = 128;
+    meet(all);
+    return it;
+}
 inline void product(std::function<void()> f) {
     if (eager) f();
     else open_batch[this_thread()].products.push_back(std::move(f));
@@ -59,12 +82,13 @@ template <typename T, int N> struct Wgmma {
     static void shared(float (&c)[N / 8][4], uint64_t a, uint64_t b, int add) {
         float(*to)[4] = c;
         const int thread = emulator::block->current;
-        meet();
+        const auto left = emulator::share_operand(0, a, kTransA, 64), right = emulator::share_operand(1, b, kTransB, N);
         emulator::product([=] {
-            multiply_add(to, thread, add, b, kTransB,
-                         [&](int row, int k) { return emulator::element<T>(a, kTransA, row, k); });
+            const float* const rows = left->template read<T>();
+            multiply_add(to, thread, add, right->template read<T>(),
+                         [=](int row, int k) { return rows[16 * row + k]; });
         });
-        meet();
+        emulator::share_operand(2, 0, false, 0);
     }
     template <int kTransB>
     static void registers(float (&c)[N / 8][4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
@@ -73,7 +97,7 @@ template <typename T, int N> struct Wgmma {
         const int thread = emulator::block->current, g = thread % 32 / 4;
         const uint32_t words[4] = {a0, a1, a2, a3};
         std::vector<float> rows(32);  // rows g and g + 8, 16 each
-        meet();
+        const auto right = emulator::share_operand(1, b, kTransB, N);
         emulator::exchange(words, 4, [&](auto of) {
             for (int i = 0; i < 2; ++i)
                 for (int k = 0; k < 16; ++k) {
@@ -82,19 +106,14 @@ template <typename T, int N> struct Wgmma {
                 }
         });
         emulator::product([=] {
-            multiply_add(to, thread, add, b, kTransB,
+            multiply_add(to, thread, add, right->template read<T>(),
                          [&](int row, int k) { return rows[static_cast<size_t>(row % 16 / 8 * 16 + k)]; });
         });
-        meet();
+        emulator::share_operand(2, 0, false, 0);
     }
 
 private:
-    static void meet() {
-        emulator::Meeting& all = emulator::block->named[64 + emulator::block->current / 128];
-        all.members = 128;
-        emulator::meet(all);
-    }
-    template <typename A> static void multiply_add(float (*c)[4], int thread, int add, uint64_t b, bool trans, A&& a) {
+    template <typename A> static void multiply_add(float (*c)[4], int thread, int add, const float* b, A&& a) {
         const int row = thread % 128 / 32 * 16 + thread % 32 / 4, column = 2 * (thread % 4);
         float left[2][16];
         for (int i = 0; i < 2; ++i)
@@ -102,10 +121,8 @@ private:
         for (int n = 0; n < N / 8; ++n)
             for (int j = 0; j < 2; ++j) {
                 float sum[2] = {add ? c[n][j] : 0.0f, add ? c[n][2 + j] : 0.0f};
-                for (int k = 0; k < 16; ++k) {
-                    const float right = emulator::element<T>(b, trans, 8 * n + column + j, k);
-                    sum[0] += left[0][k] * right, sum[1] += left[1][k] * right;
-                }
+                const float* const right = b + 16 * (8 * n + column + j);
+                for (int k = 0; k < 16; ++k) sum[0] += left[0][k] * right[k], sum[1] += left[1][k] * right[k];
                 c[n][j] = sum[0], c[n][2 + j] = sum[1];
             }
     }

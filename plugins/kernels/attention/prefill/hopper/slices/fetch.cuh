@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention/prefill/hopper/slices/shape.cuh"
+#include "device/overlap.cuh"
 
 namespace dijiang::prefill::hopper::slices {
 
@@ -95,10 +96,15 @@ template <int D> __device__ __forceinline__ void fetch_values(const Walk<D>& wal
 template <int D> __device__ __forceinline__ void fetch(const Walk<D>& walk, const char* items) {
     items += Item<D>::offset(walk.p, walk.at.row, walk.at.first_head, walk.at.first_chunk);
     const int warp = __shfl_sync(~0u, warp_of(), 0);
-    if (warp == 0) {
-        if (lane_of() == 0) fetch_keys<D>(walk, items);
-    } else if (warp == 1) {
-        if (lane_of() == 0) fetch_queries<D>(walk, items);
+    if (warp < 2) {
+        if (lane_of() == 0) {
+            wait_for_previous_kernel();
+            meet_async_reads();
+            if (warp == 0)
+                fetch_keys<D>(walk, items);
+            else
+                fetch_queries<D>(walk, items);
+        }
     } else {
         fetch_values<D>(walk, warp - 2);
     }

@@ -104,7 +104,7 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     let_next_kernel_start();
     if (threadIdx.x == 0) SliceBarriers<D>{memory_at + S::kBarriers}.make();
     appear_in_cluster();
-    wait_for_previous_kernel();
+    // Features alone are waited for, by who fetches them: the kernels before those had ended when this one began.
     const Glance seen(p);
     wait_for_cluster();
     int work = blockIdx.x / S::kBlocks;
@@ -130,6 +130,7 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     if (!walks && cut.cut.segments > 1 && threadIdx.x < 32) leave(p, 1);
     __syncwarp();
     if (walks) walk_slice<T, D>(p, cut, at, memory, memory_at, slice);
+    wait_for_previous_kernel();  // in blocks without work too: when this kernel has ended, so has that
     // No block ends before all are done with its memory and its barriers.
     __syncwarp();
     appear_in_cluster();

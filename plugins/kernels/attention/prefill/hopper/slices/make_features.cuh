@@ -104,6 +104,7 @@ template <typename T, int D> struct TaskFinder {
     }
 };
 
+// All threads of both blocks.
 template <typename T, int D>
 __device__ __forceinline__ void make_items(const AttentionParams& p, char* items, char* memory, uint32_t memory_at,
                                            int group) {
@@ -119,11 +120,15 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
     const float4* turns = reinterpret_cast<const float4*>(memory + S::kTurns);
     Task task;
     int work = finder.find(blockIdx.x, task);
-    if (work < all) finder.load(rows, task);
+    if (work < all) finder.load(rows, task);  // while P comes
+    share_proj<T, D>(p, memory + S::kProj);
+    prepare_turns<D>(p, reinterpret_cast<float4*>(memory + S::kTurns));
+    meet_async_reads();
+    arrive_at_cluster();
+    wait_for_cluster();
+    meet_async_reads();  // what the other block wrote is for products too
 #pragma unroll 1
     for (int turn = 0; work < all; ++turn) {
-        Task next;
-        const int following = finder.find(work + gridDim.x, next);
         float logits[D / 8][4];
         uint32_t packed[D / 8][2];
         wait_copies<0>();
@@ -140,6 +145,8 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
                                                Tile::down(memory_at + S::kProj, D, 0, k), k > 0);
         end_products();
         warp_arrives(barriers.projecting(group));
+        Task next;
+        const int following = finder.find(work + gridDim.x, next);
         await_products<0>();
         barrier_sync(meeting, kGroup);  // nobody reads the rows any more
         if (following < all) finder.load(rows, next);
@@ -173,17 +180,12 @@ slice_features_kernel(const __grid_constant__ AttentionParams p, char* items) {
     using S = FeatureShape<D>;
     char* const memory = block_memory();
     const uint32_t memory_at = shared_address(memory);
-    let_next_kernel_start();
     if (threadIdx.x == 0) FeatureBarriers{memory_at + S::kBarriers}.make();
     appear_in_cluster();
     wait_for_previous_kernel();
+    // Not before: the next kernel takes it that all before this one have ended.
+    let_next_kernel_start();
     wait_for_cluster();
-    share_proj<T, D>(p, memory + S::kProj);
-    prepare_turns<D>(p, reinterpret_cast<float4*>(memory + S::kTurns));
-    meet_async_reads();
-    arrive_at_cluster();
-    wait_for_cluster();
-    meet_async_reads();  // what the other block wrote is for products too
     const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);  // the same in all lanes, and known to be
     make_items<T, D>(p, items, memory, memory_at, group);
 #endif
