@@ -61,7 +61,7 @@ HopperShape hopper_shape(int64_t d) {
 
 // Heads of 256, whose kernels are hopper::slices::FeatureShape and Slice (hopper/slices/shape.cuh).
 struct SliceShape {
-    static constexpr int kBlocks = 4;         // of a head, a cluster
+    static constexpr int kSlices = 4;         // of a head, one a block
     static constexpr int kFeatureBlocks = 2;  // of a cluster of the kernel before
     static constexpr size_t kSlot = size_t{4} * 64 * 256;  // bytes: a block's part of a state
     static constexpr size_t kItem = size_t{2} * kChunk * (256 + 256 + kChunk);  // of a chunk and head
@@ -96,8 +96,9 @@ Schedule schedule_slices(const dijiang_geometry& geometry, int batch, int chunks
     schedule.path = Path::slices;
     schedule.set = 1;
     schedule.threads = 384;
-    const int64_t heads = int64_t{batch} * geometry.num_heads, jobs = heads * SliceShape::kBlocks;
-    const int segments = most_segments(jobs, chunks, device.multiprocessors);
+    const int64_t heads = int64_t{batch} * geometry.num_heads, jobs = heads * SliceShape::kSlices;
+    const int room = kSliceCluster > 2 ? device.multiprocessors * 7 / 8 : device.multiprocessors;
+    const int segments = most_segments(jobs, chunks, room);
     cut_in_segments(schedule, chunks, segments, 1);
     schedule.blocks = static_cast<int>(jobs * schedule.segments);
     const int64_t even = std::max(device.multiprocessors, SliceShape::kFeatureBlocks) / SliceShape::kFeatureBlocks;

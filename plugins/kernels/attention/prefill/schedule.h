@@ -32,6 +32,10 @@ struct Schedule {
 
 constexpr int kChunk = 64;
 
+// Path::slices: of how many blocks, each with a slice of a head, a cluster is. 4 would bring features from the L2 cache
+// once a head, not twice; but a GPU of 132 multiprocessors, whose groups have 14 to 18, has no room for 32 such clusters.
+constexpr int kSliceCluster = 2;
+
 Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, const dijiang_device& device);
 
 }  // namespace dijiang::prefill

@@ -13,7 +13,7 @@ namespace dijiang::prefill::hopper::slices {
 template <int D> __device__ __forceinline__ void fetch_keys(const Walk<D>& walk, const char* items) {
     using S = Slice<D>;
     constexpr int kShare = S::kTile / S::kBlocks;
-    const int before = walk.chunks_before(), share = walk.slice * kShare;
+    const int before = walk.chunks_before(), share = walk.rank * kShare;
 #pragma unroll 1
     for (int i = 0; i < before + walk.chunks; ++i) {
         const int chunk = i < before ? i : i - before, stage = i % S::kKeyStages;
@@ -30,7 +30,7 @@ template <int D> __device__ __forceinline__ void fetch_keys(const Walk<D>& walk,
 template <int D> __device__ __forceinline__ void fetch_queries(const Walk<D>& walk, const char* items) {
     using S = Slice<D>;
     constexpr int kShare = S::kTile / S::kBlocks, kScoreShare = S::kScoreTile / S::kBlocks;
-    const int parts = walk.parts(), share = walk.slice * kShare, score_share = walk.slice * kScoreShare;
+    const int parts = walk.parts(), share = walk.rank * kShare, score_share = walk.rank * kScoreShare;
 #pragma unroll 1
     for (int i = 0; i < parts; ++i) {  // what the segments before this one have left, to this block alone
         const int stage = i % S::kQueryStages;

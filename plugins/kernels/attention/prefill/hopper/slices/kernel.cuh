@@ -1,8 +1,8 @@
 // Prefill for compute capability 9.0 and heads of 256: features first, then the states, in slices of 64 value columns.
 //
-// A head's state is 256 KiB in float32, more than a block's registers hold. So a cluster of four blocks has a head, each
-// with 64 of its value columns, and what all of them need, features and scores, is made once, by the kernel before
-// (make_features.cuh), and brought from the L2 cache once. A block's groups of four warps:
+// A head's state is 256 KiB in float32, more than a block's registers hold. So each of four blocks has 64 of its value
+// columns, and what all of them need, features and scores, is made once, by the kernel before (make_features.cuh), and
+// brought from the L2 cache once for a cluster. A block's groups of four warps:
 //   state    S^T [64 values, 256 features] in accumulators: o^T = v^T scores^T + S^T (fade phi(q))^T of each chunk, then
 //            S^T = gamma^64 S^T + v^T phi(k)
 //   outputs  GroupNorm and gate
@@ -30,10 +30,9 @@ struct Glance {
 
 // A warp.
 template <int D>
-__device__ __forceinline__ void find_place(const AttentionParams& p, const Cut& cut, const Glance& seen, int work,
-                                           int slice, Place& at) {
-    const int lane = lane_of(), jobs = p.batch * p.num_heads, tokens = cut.segment_chunks * kChunk;
-    const int segment = work / jobs, job = work - segment * jobs;
+__device__ __forceinline__ void find_place(const AttentionParams& p, const Cut& cut, const Glance& seen, int segment,
+                                           int job, int slice, Place& at) {
+    const int lane = lane_of(), tokens = cut.segment_chunks * kChunk;
     const int row = job / p.num_heads, head = job - row * p.num_heads;
     int length = seen.length, position = seen.position;
     if (row >= 32) length = p.seq_lens[row], position = p.positions[row];
@@ -63,22 +62,22 @@ __device__ __forceinline__ void find_place(const AttentionParams& p, const Cut& 
 // A row without tokens: its state goes over as it is, a part of it by each block.
 template <int D> __device__ __forceinline__ void carry_slice_over(const AttentionParams& p, const Place& at, int slice) {
     using S = Slice<D>;
-    const int64_t first = static_cast<int64_t>(at.first_head) * D * D + slice * (D * D / S::kBlocks);
+    const int64_t first = static_cast<int64_t>(at.first_head) * D * D + slice * (D * D / S::kSlices);
     const float4* past = reinterpret_cast<const float4*>(p.past_state + at.row * p.past_batch_stride + first);
     float4* present = reinterpret_cast<float4*>(p.present_state + at.row * p.present_batch_stride + first);
     if (past == present || at.segment > 0) return;
-    for (int i = threadIdx.x; i < D * D / S::kBlocks / 4; i += S::kThreads) present[i] = past[i];
+    for (int i = threadIdx.x; i < D * D / S::kSlices / 4; i += S::kThreads) present[i] = past[i];
 }
 
 template <typename T, int D>
 __device__ __forceinline__ void walk_slice(const AttentionParams& p, const SliceCut& cut, const Place& at,
-                                           char* memory, uint32_t memory_at, int slice) {
+                                           char* memory, uint32_t memory_at, int rank, int slice) {
     using S = Slice<D>;
     // The same in all lanes, and known to be: what follows is for the uniform units.
     const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);
     const int chunks = __shfl_sync(~0u, at.last_chunk - at.first_chunk, 0);
     const bool followed = __shfl_sync(~0u, at.segment + 1 < at.segments, 0);
-    const Walk<D> walk{p, cut.cut, at, memory, memory_at, slice, chunks, followed, at.decay[0],
+    const Walk<D> walk{p, cut.cut, at, memory, memory_at, rank, slice, chunks, followed, at.decay[0],
                        SliceBarriers<D>{memory_at + S::kBarriers}};
     if (group == 0) {
         take_registers<S::kStateRegisters>();
@@ -100,7 +99,7 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     char* const memory = block_memory();
     const uint32_t memory_at = shared_address(memory);
     Place& at = *reinterpret_cast<Place*>(memory + S::kPlace);
-    const int slice = cluster_block();
+    const int rank = cluster_block();
     let_next_kernel_start();
     if (threadIdx.x == 0) SliceBarriers<D>{memory_at + S::kBarriers}.make();
     appear_in_cluster();
@@ -110,7 +109,7 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     int work = blockIdx.x / S::kBlocks;
     if (cut.cut.segments > 1) {  // the cluster's ticket, drawn by one block for all
         int& ticket = *reinterpret_cast<int*>(memory + S::kTicket);
-        if (slice == 0 && threadIdx.x < 32) {
+        if (rank == 0 && threadIdx.x < 32) {
             uint32_t drawn = 0;
             if (lane_of() == 0) drawn = atomicAdd(p.sync, 1u);
             drawn = __shfl_sync(~0u, drawn, 0);
@@ -121,7 +120,10 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
         wait_for_cluster();
         work = ticket;
     }
-    if (threadIdx.x < 32) find_place<D>(p, cut.cut, seen, work, slice, at);
+    constexpr int kParts = S::kSlices / S::kBlocks;  // clusters of a head
+    const int jobs = p.batch * p.num_heads, of_all = work / kParts, segment = of_all / jobs;
+    const int slice = (work - of_all * kParts) * S::kBlocks + rank;
+    if (threadIdx.x < 32) find_place<D>(p, cut.cut, seen, segment, of_all - segment * jobs, slice, at);
     __syncthreads();
     const bool walks = __shfl_sync(~0u, at.segment < at.segments && at.length > 0, 0);
     if (at.length == 0) carry_slice_over<D>(p, at, slice);
@@ -129,7 +131,7 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     if (padding < at.last_token) clear_padding<T, S::kColumns, S::kThreads>(p, at, padding);
     if (!walks && cut.cut.segments > 1 && threadIdx.x < 32) leave(p, 1);
     __syncwarp();
-    if (walks) walk_slice<T, D>(p, cut, at, memory, memory_at, slice);
+    if (walks) walk_slice<T, D>(p, cut, at, memory, memory_at, rank, slice);
     wait_for_previous_kernel();  // in blocks without work too: when this kernel has ended, so has that
     // No block ends before all are done with its memory and its barriers.
     __syncwarp();

@@ -49,10 +49,11 @@ struct FeatureBarriers {
     }
 };
 
-// The second kernel: a cluster has a head, each of its blocks 64 value columns.
+// The second kernel: a block has a slice of a head's state, 64 value columns, a cluster some slices of the same head.
 template <int D> struct Slice {
     using Tile = Tiles<64>;
-    static constexpr int kColumns = 64, kBlocks = D / kColumns;
+    static constexpr int kColumns = 64, kSlices = D / kColumns;
+    static constexpr int kBlocks = kSliceCluster;  // of a cluster
     static constexpr int kGroups = 3, kThreads = kGroups * kGroup;  // state, outputs, copies
     static constexpr int kTiles = D / 8;
     // Registers a thread; 168 on average.
@@ -127,7 +128,8 @@ template <int D> struct Walk {
     const Place& at;
     char* memory;
     uint32_t memory_at;
-    int slice, chunks;  // of the segment
+    int rank, slice;    // in the cluster, of the head
+    int chunks;         // of the segment
     bool followed;      // so the segment is walked twice
     float decay;        // log2 of a token's
     SliceBarriers<D> barriers;
@@ -139,11 +141,11 @@ template <int D> struct Walk {
         return at.length - (at.first_chunk + chunk) * kChunk;
     }
     __device__ __forceinline__ float* slot(int i) const {
-        return cut.states + (static_cast<int64_t>(at.job * Slice<D>::kBlocks + slice) * cut.segments + i)
+        return cut.states + (static_cast<int64_t>(at.job * Slice<D>::kSlices + slice) * cut.segments + i)
                                 * Slice<D>::kSlotFloats;
     }
     __device__ __forceinline__ unsigned* flag(int segment) const {
-        return p.sync + 2 + (at.job * Slice<D>::kBlocks + slice) * cut.segments + segment;
+        return p.sync + 2 + (at.job * Slice<D>::kSlices + slice) * cut.segments + segment;
     }
 };
 
