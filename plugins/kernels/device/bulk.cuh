@@ -28,8 +28,8 @@ __device__ __forceinline__ void copy_bulk_to_all(uint32_t to, const void* from, 
         : "memory");
 }
 
-// Arrives at the barrier at the same place in another block of the cluster, or in this one. It tells that memory has been
-// read, no more: a release of what was written, to all blocks, would wait for memory outside them too.
+// Arrives at the barrier at the same place in another block of the cluster, or in this one. It tells that memory has
+// been read, no more: a release of what was written, to all blocks, would wait for memory outside them too.
 __device__ __forceinline__ void arrive_in_block(uint32_t barrier, int rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"

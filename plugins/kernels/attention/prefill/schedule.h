@@ -32,8 +32,8 @@ struct Schedule {
 
 constexpr int kChunk = 64;
 
-// Path::slices: of how many blocks, each with a slice of a head, a cluster is. 4 would bring features from the L2 cache
-// once a head, not twice; but a GPU of 132 multiprocessors, whose groups have 14 to 18, has no room for 32 such clusters.
+// Path::slices: of how many blocks, each with a slice of a head, a cluster is: 2 or 4. With 4 features come from the L2
+// cache once a head, not twice, but 132 multiprocessors, which lie in groups of up to 18, may not hold 32 such clusters.
 constexpr int kSliceCluster = 2;
 
 Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, const dijiang_device& device);

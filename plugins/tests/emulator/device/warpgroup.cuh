@@ -6,8 +6,8 @@
 
 namespace emulator {
 inline bool eager = false;
-// A barrier in shared memory: a phase ends when all have arrived, and as many bytes as are expected. Bulk copies come as
-// late as they may: when somebody waits for them.
+// A barrier in shared memory: a phase ends when all have arrived, and as many bytes as are expected. Bulk copies come
+// as late as they may: when somebody waits for them.
 struct Phases {
     int members = 0, left = 0;
     uint32_t turn = 0;

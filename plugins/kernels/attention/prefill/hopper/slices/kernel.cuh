@@ -3,8 +3,8 @@
 // A head's state is 256 KiB in float32, more than a block's registers hold. So each of four blocks has 64 of its value
 // columns, and what all of them need, features and scores, is made once, by the kernel before (make_features.cuh), and
 // brought from the L2 cache once for a cluster. A block's groups of four warps:
-//   state    S^T [64 values, 256 features] in accumulators: o^T = v^T scores^T + S^T (fade phi(q))^T of each chunk, then
-//            S^T = gamma^64 S^T + v^T phi(k)
+//   state    S^T [64 values, 256 features] in accumulators: for each chunk o^T = v^T scores^T + S^T (fade phi(q))^T,
+//            then S^T = gamma^64 S^T + v^T phi(k)
 //   outputs  GroupNorm and gate
 //   copies   what comes from device memory, by the bulk copy engine
 // Sequences are cut in segments as in fused.cuh: keys and states walk a segment that others follow twice.
@@ -60,7 +60,8 @@ __device__ __forceinline__ void find_place(const AttentionParams& p, const Cut& 
 }
 
 // A row without tokens: its state goes over as it is, a part of it by each block.
-template <int D> __device__ __forceinline__ void carry_slice_over(const AttentionParams& p, const Place& at, int slice) {
+template <int D>
+__device__ __forceinline__ void carry_slice_over(const AttentionParams& p, const Place& at, int slice) {
     using S = Slice<D>;
     const int64_t first = static_cast<int64_t>(at.first_head) * D * D + slice * (D * D / S::kSlices);
     const float4* past = reinterpret_cast<const float4*>(p.past_state + at.row * p.past_batch_stride + first);
@@ -143,8 +144,9 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
 #ifdef __CUDACC__
 // Launches a kernel over clusters of so many blocks.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_clusters(void (*kernel)(Parameters...), SharedMemoryGrant& grant, int cluster, int blocks, int threads,
-                            size_t shared, bool overlap, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), SharedMemoryGrant& grant, int cluster, int blocks,
+                            int threads, size_t shared, bool overlap, cudaStream_t stream,
+                            const Arguments&... arguments) {
     const cudaError_t status = grant(reinterpret_cast<const void*>(kernel), shared);
     if (status != cudaSuccess) return status;
     cudaLaunchConfig_t config{};

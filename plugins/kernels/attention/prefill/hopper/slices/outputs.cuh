@@ -1,7 +1,7 @@
 // The group that finishes outputs of the slice's columns: GroupNorm and gate.
 //
-// A lane has eight neighbouring channels of a token, 16 bytes of gates and of outputs: a group of GroupNorm is one lane,
-// or as many neighbours as it has times eight channels.
+// A lane has eight neighbouring channels of a token, 16 bytes of gates and of outputs: a group of GroupNorm is one
+// lane, or as many neighbours as it has times eight channels.
 #pragma once
 
 #include "attention/prefill/hopper/slices/shape.cuh"

@@ -1,5 +1,5 @@
-// The group that keeps the slice's state, transposed, [value, feature], in accumulators. Packed as T, these are the left
-// operand of outputs, [value, token]: the state never leaves its registers. What segments tell each other of it.
+// The group that keeps the slice's state, transposed, [value, feature], in accumulators. Packed as T, these are the
+// left operand of outputs, [value, token]: the state never leaves its registers. What segments tell each other of it.
 #pragma once
 
 #include "attention/prefill/hopper/slices/shape.cuh"
@@ -7,8 +7,7 @@
 
 namespace dijiang::prefill::hopper::slices {
 
-// Times kStateUnit. 64 values; columns in the order of feature_of, in halves: an instruction cannot have all of a state's
-// registers where a thread begins with 128.
+// Times kStateUnit. 64 values; columns in the order of feature_of, in halves, which products take in turn.
 template <int D> using State = float[2][Slice<D>::kTiles / 2][4];
 
 // Calls f(index of [feature, value], register) for what this lane holds.
@@ -142,8 +141,8 @@ template <typename T, int D> struct StateKeeper {
                                                     S::Tile::across(queries, kChunk, half * (D / 32) + k), 1);
     }
 
-    // A chunk of the last walk: its outputs, for the other group, and what it adds. Products are never out of work: while
-    // one half's run, the other half is made ready.
+    // A chunk of the last walk: its outputs, for the other group, and what it adds. While one half's products run, the
+    // other half is made ready.
     __device__ __forceinline__ void step(State<D>& state, float& scale, int chunk) const {
         const int i = walk.chunks_before() + chunk, stage = chunk % S::kQueryStages;
         const uint32_t queries = walk.memory_at + S::kQueries + stage * S::kQueryStage, scores = queries + S::kTile;
@@ -196,7 +195,8 @@ template <typename T, int D> struct StateKeeper {
     // [value, token] in registers to [token, value] in shared memory.
     __device__ __forceinline__ void hand_over(const float (&out)[kChunk / 8][4], int chunk) const {
         await_phase(walk.barriers.outputs_empty(), chunk & 1 ^ 1);
-        float* to = reinterpret_cast<float*>(walk.memory + S::kOuts) + fragment_column() * S::kOutPitch + fragment_row();
+        float* to =
+            reinterpret_cast<float*>(walk.memory + S::kOuts) + fragment_column() * S::kOutPitch + fragment_row();
 #pragma unroll
         for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
