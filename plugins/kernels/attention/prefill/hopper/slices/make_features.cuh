@@ -118,6 +118,14 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
     const uint32_t rows = memory_at + S::kRows + group * S::kTile, for_scores = memory_at + S::kKeys;
     char* const tile = memory + S::kRows + group * S::kTile;
     const float4* turns = reinterpret_cast<const float4*>(memory + S::kTurns);
+    // Rows that this warp has loaded, as products shall find them.
+    const auto rotate = [&](const Task& task) {
+        wait_copies<0>();
+        __syncwarp();
+        rotate_rows<T, D>(low, half, turns, tile, task.position);
+        rotate_rows<T, D>(high, half, turns, tile, task.position);
+        show_to_products();
+    };
     Task task;
     int work = finder.find(blockIdx.x, task);
     if (work < all) finder.load(rows, task);  // while P comes
@@ -127,15 +135,11 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
     arrive_at_cluster();
     wait_for_cluster();
     meet_async_reads();  // what the other block wrote is for products too
+    if (work < all) rotate(task);
 #pragma unroll 1
     for (int turn = 0; work < all; ++turn) {
         float logits[D / 8][4];
         uint32_t packed[D / 8][2];
-        wait_copies<0>();
-        __syncwarp();
-        rotate_rows<T, D>(low, half, turns, tile, task.position);
-        rotate_rows<T, D>(high, half, turns, tile, task.position);
-        show_to_products();
         barrier_sync(meeting, kGroup);
         await_phase(barriers.projecting(1 - group), keys ? turn & 1 ^ 1 : turn & 1);
         begin_products();
@@ -152,21 +156,36 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
         if (following < all) finder.load(rows, next);
         softmax_rows<T, D / 8>(logits, packed);
         char* const item = items + Item<D>::offset(p, task.row, task.head, task.chunk);
+        const int end = min(kChunk, task.left);
         if (keys) {
             await_phase(barriers.keys_empty(), turn & 1 ^ 1);
             store_fragment<Tile>(for_scores, packed);
             show_to_products();
             warp_arrives(barriers.keys_full());
-            weigh_rows<T>(min(kChunk, task.left), true, task.decay, packed);
+            weigh_rows<T>(end, true, task.decay, packed);
             store_features<Tile>(item + Item<D>::kKeys, packed);
+            if (following < all) rotate(next);
         } else {
+            float sum[kChunk / 8][4];
+            uint32_t weighted[D / 8][2], scores[kChunk / 8][2];
             await_phase(barriers.keys_full(), turn & 1);
-            uint32_t scores[kChunk / 8][2];
-            find_scores<T, D>(packed, for_scores, task.decay, scores);
+            begin_products();
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k)
+                Wgmma<T, kChunk>::template registers<0>(sum, packed[2 * k][0], packed[2 * k][1], packed[2 * k + 1][0],
+                                                        packed[2 * k + 1][1], Tile::across(for_scores, kChunk, k),
+                                                        k > 0);
+            end_products();
+            // They wait for the other group's, and this group has what to do.
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) weighted[n][0] = packed[n][0], weighted[n][1] = packed[n][1];
+            weigh_rows<T>(end, false, task.decay, weighted);
+            store_features<Tile>(item + Item<D>::kQueries, weighted);
+            if (following < all) rotate(next);
+            await_products<0>();
             warp_arrives(barriers.keys_empty());
+            fade_scores<T>(sum, task.decay, scores);
             store_scores<Tile>(item + Item<D>::kScores, scores);
-            weigh_rows<T>(min(kChunk, task.left), false, task.decay, packed);
-            store_features<Tile>(item + Item<D>::kQueries, packed);
         }
         task = next;
         work = following;
