@@ -423,6 +423,7 @@ def test_hopper_s_own_prefill(kernels: Kernels) -> None:
 
     if "sm_90" not in kernels.architectures:
         assert family(16, 64) == family(32, 128) == family(32, 80, 8) == "fused"
+        assert family(8, 256) == "wide"
         return
     assert family(16, 64) == family(8, 64, 300) == "spans"
     assert family(32, 128) == family(32, 80, 8) == "hopper"
@@ -432,11 +433,30 @@ def test_hopper_s_own_prefill(kernels: Kernels) -> None:
     )
     assert family(16, 64, device=replace(H200, compute_capability=100)) == "fused"
     assert family(16, 64, device=replace(H200, shared_memory=99 << 10)) == "fused"
-    assert family(8, 256) == "wide"
-    assert family(16, 64, dtype="float32") == "generic"
+    assert family(8, 256) == family(32, 256) == family(16, 256, 8) == "slices"
+    assert family(12, 256) == family(8, 256, rotary_dim=6) == family(8, 256, table_rows=9) == "wide"
+    assert family(8, 256, device=replace(H200, compute_capability=100)) == "wide"
+    assert family(16, 64, dtype="float32") == family(8, 256, dtype="float32") == "generic"
 
 
-@pytest.mark.parametrize(("heads", "d"), [(16, 64), (32, 80), (32, 128)])
+def test_heads_of_256_are_cut_in_slices(kernels: Kernels) -> None:
+    """Four blocks a head, a cluster; as many segments of one row as fill the GPU; the features' memory."""
+    if "sm_90" not in kernels.architectures:
+        pytest.skip("a library without code for compute capability 9.0")
+    geometry = Geometry(8, 4, 256, rotary_dim=64, dtype="float16")
+
+    def plan(batch: int, length: int) -> str:
+        return kernels.plan(geometry, batch, length, H200)
+
+    assert plan(1, 2048) == "prefill slices heads=1 segments=4x512 ctas=128 threads=384 shared=0"
+    assert plan(1, 500) == "prefill slices heads=1 segments=4x128 ctas=128 threads=384 shared=0"
+    assert plan(8, 2048) == "prefill slices heads=1 segments=1x2048 ctas=256 threads=384 shared=0"
+    items, slots = 8 * 32 * 64 * 2 * (2 * 256 + 64), 128 * 4 * 64 * 256
+    assert kernels.workspace_size(geometry, 1, 2048, H200) == items + slots
+    assert kernels.sync_size(geometry, 1, 2048, H200) == 4 * (2 + 128)
+
+
+@pytest.mark.parametrize(("heads", "d"), [(16, 64), (32, 80), (32, 128), (8, 256)])
 def test_sizes_of_hopper_s_prefill_never_shrink(kernels: Kernels, heads: int, d: int) -> None:
     geometry = Geometry(heads, heads, d, rotary_dim=16, dtype="float16")
     for size in (kernels.workspace_size, kernels.sync_size):
