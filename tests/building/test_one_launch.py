@@ -188,9 +188,10 @@ def test_a_layer_for_another_gpu_has_other_blocks(
 
 
 def test_the_fields_are_the_plugins() -> None:
-    """Those of plugins/tensorrt/step/fields.cpp; one is of quantised weights alone."""
+    """Those of plugins/tensorrt/step/fields.cpp; one is of quantised weights alone, one of plans alone."""
     text = (Path(__file__).parents[2] / "plugins/tensorrt/step/fields.cpp").read_text()
     rules = dict(re.findall(r'\{"(\w+)", k(Integer|Real), \w+\}', text))
+    assert rules.pop("packing") == "Integer"
     constants: Any = SimpleNamespace(size=SimpleNamespace(blocks=7))
     parts = formats_of(SMALL, "int4")
     made = fields(StepModel.of(SMALL, "float16", parts), 3, constants)

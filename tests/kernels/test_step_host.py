@@ -182,6 +182,36 @@ def test_a_step_with_quantised_weights(
     assert max(steps(emulated, MODELS[name], dtype, rows, 2, kind=kind)) <= ALLOWED[dtype]
 
 
+@pytest.mark.parametrize("kind", ["int8", "all int4"])
+def test_activations_that_are_all_positive(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Integers with a constant are multiplied, and the constant's share subtracted: of these it is the most.
+
+    With eight rows the kernel multiplies the integers themselves, so that is what else the error would be.
+    """
+    spec = RAGGED["neox"]
+    model = random_model(spec, 1, torch.float16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attention_norm.bias", "mlp_norm.bias", "final_norm.bias")):
+            parameter.data.fill_(8.0)
+    quantised = quantise_model(spec, model, kind)
+    ids, positions, lens, states = random_call(spec, 8, 1, 3)
+    found = {}
+    for rows in (2, 8):
+        step = PackedStep(emulated, spec, model, "float16", rows, "cpu", quantised)
+        step.start(
+            ids[:rows], positions[:rows], np.ones(rows, lens.dtype), [state[:rows] for state in states]
+        )
+        step.run()
+        expected, _ = reference_step(
+            model, ids[:rows], positions[:rows], np.ones(rows, lens.dtype), [state[:rows] for state in states]
+        )
+        found[rows] = relative_error(step.logits[:2], expected[:2])
+    assert found[8] <= ALLOWED["float16"]
+    assert found[2] <= 1.25 * found[8]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_rounds_that_are_not_full(

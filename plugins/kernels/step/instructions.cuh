@@ -96,6 +96,9 @@ __device__ __forceinline__ void prefetch(const uint8_t* from, uint32_t bytes) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
 }
 
+// Four matrices of 8 x 8, a row of them from each lane, transposed.
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* row) { ldmatrix_trans(r, shared_address(row)); }
+
 // --- slots: 8 or 16 bytes at once, by all of the GPU's blocks ---
 __device__ __forceinline__ void put(uint2* slot, uint32_t value, uint32_t tag) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(slot), "l"(uint64_t{tag} << 32 | value) : "memory");

@@ -43,7 +43,7 @@ def unit(packed: Any, at: int, eight: bool) -> tuple[Any, Any]:
     if eight:
         q = packed[lane + column % 8].astype(np.int64) - 128
     else:
-        bit = column % 8 // 2 * 4 + column % 2 * 16
+        bit = column % 2 * 16 + column // 2 % 2 * 8 + column % 8 // 4 * 4
         q = (packed[lane + bit // 8].astype(np.int64) >> (bit % 8) & 15) - 8
     scales = np.ascontiguousarray(packed[at + 2048 : at + 2048 + 16 * blocks]).view(np.float16)
     return q, scales.reshape(8, 2, blocks // 2).transpose(0, 2, 1).reshape(8, blocks)

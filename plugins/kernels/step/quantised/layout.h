@@ -4,8 +4,8 @@
 // groups of one format that follow each other in a batch. A unit is 8 rows x 512 columns in int4, 8 x 256 in int8: four times 512 bytes of weights, 16 of each lane (g, t), and behind them the scales,
 // float16, of row 0's blocks of 32 columns, the even ones, then the odd ones, then row 1's ... So 2304 or 2176 bytes: few
 // instructions are beside those that multiply. Of each block in turn lane (g, t) has columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte
-// each; int4 as q + 8 in a word whose bits from 4 p on are column 8 t + 2 p, those from 16 + 4 p column 8 t + 2 p + 1. The
-// operand of mma.m16n8k16 is made of it by device/widen.cuh.
+// each; int4 as q + 8 in a word whose bits from 0, 8, 4, 12 on are columns 8 t, 8 t + 2, + 4, + 6, and those 16 above them the
+// next one each: so what one mask finds is an operand of mma.m16n8k16 (integers.cuh).
 //
 // The last unit of a group ends with its columns: its blocks that the one before it has too are zeros. Where there are fewer
 // columns than a unit has, the rest are zeros, and so is what they are multiplied with (Memory::padded).

@@ -36,7 +36,7 @@ DIJIANG_BOTH void pack_eight(const QuantisedSource& from, int64_t block, int qua
         const uint8_t byte = from.eight ? from.values[block * 32 + quarter * 8 + i] : from.values[block * 16 + quarter * 4 + i / 2];
         const uint32_t four = i % 2 ? byte >> 4 : byte & 15;
         if (eight) words[i / 4] |= (from.eight ? byte : four + 120u) << (8 * (i % 4));
-        else words[0] |= four << (i % 2 * 16 + i / 2 * 4);
+        else words[0] |= four << (i % 2 * 16 + i / 2 % 2 * 8 + i / 4 * 4);
     }
 }
 

@@ -4,8 +4,8 @@
 // columns are float32, and scaled when they are added to the others: never is a weight rounded.
 #pragma once
 
-#include "device/widen.cuh"
 #include "step/context.cuh"
+#include "step/quantised/integers.cuh"
 
 namespace dijiang {
 namespace step {
@@ -20,16 +20,21 @@ template <int R> struct QuantisedUnit {
 // Are there registers enough to have all of it before it is needed?
 template <int R> constexpr bool kUnitAhead = R < 8 || kManyLooks == 16;
 
+// What a lane has of the sums of a group, by pairs of columns (Integers).
+template <int R> struct QuantisedSums {
+    float first[4], last[4];
+    float constants[R];  // over the lanes of an output
+};
+
 template <typename T, int R> class QuantisedMultiplier {
 public:
     __device__ __forceinline__ QuantisedMultiplier(Cursor& cursor, int chunks_of_x)
-        : at(cursor), thread(kept(threadIdx.x)), warp(thread / 32), lane(thread % 32), chunks(chunks_of_x) {}
+        : at(cursor), thread(kept(threadIdx.x)), warp(thread / 32), lane(thread % 32), chunks(chunks_of_x),
+          of_lane((kHalves ? lane / 4 % R : lane / 4) * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? R * kChunk : 0)) {}
 
     // So many groups; bit i of `int8` says of which format group i is. Each warp leaves a sum for each output, in its part of
     // `sums`.
     __device__ __forceinline__ void run(const BlockFacts& facts, int matrix, int groups, uint32_t int8, const T* x, float* sums) {
-        const int row = kHalves ? lane / 4 % R : lane / 4;  // beyond the rows others again, whose results are left
-        x += row * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? R * kChunk : 0);
 #pragma unroll 1
         for (;;) {  // groups of one format that follow each other
             const bool eight = int8 & 1u;
@@ -48,6 +53,7 @@ private:
     Cursor& at;
     const uint32_t thread;
     const int warp, lane, chunks;
+    const int of_lane;  // of x, from a block's first row on: rows beyond those that there are are others again
 
     // Reads this warp's unit of a round, if there are registers to have it in.
     template <int kFormat> __device__ __forceinline__ void load(QuantisedUnit<R>& to, const uint8_t* unit) const {
@@ -88,7 +94,8 @@ private:
         const int skip = turns.skip * (R * kGroup), rest = turns.rest;
         to += lane / 4 + start / 256 * (R * kGroup);
         const uint8_t* const units = at.bytes + warp * unit_bytes(kEight);
-        float sum[4] = {};
+        QuantisedSums<R> sum{};
+        const Correction<R, kEight> correction(lane);
         QuantisedUnit<R> present;
         at.template arrive<1>(at.slot, at.parity);
         if (mine > 0) load<kFormat>(present, units + at.slot * kRoundBytes);
@@ -102,13 +109,13 @@ private:
             to += skip;
             const bool carry = unit >= each, ends = skip > 0 || carry;
             if (carry) unit -= each, to += R * kGroup;
-            multiply<kFormat>(sum, present, of_group, x);
+            multiply<kFormat>(sum, present, of_group, x, correction);
             at.leave(slot);
             if (left > 1) {
                 at.template arrive<1>(at.slot, at.parity);
                 load<kFormat>(present, units + at.slot * kRoundBytes);
             }
-            if (ends) leave_sum(sum, here);
+            if (ends) leave_sum<kFormat>(sum, here);
         }
         if (mine < rounds) {
             if (mine > 0) at.template arrive<1>(at.slot, at.parity);
@@ -117,10 +124,12 @@ private:
     }
     // Adds a unit's products. What is loaded and multiplied when is the compiler's choice: it needs registers for it.
     template <int kFormat>
-    __device__ __forceinline__ void multiply(float (&sum)[4], const QuantisedUnit<R>& it, int unit, const T* x) const {
+    __device__ __forceinline__ void multiply(QuantisedSums<R>& sum, const QuantisedUnit<R>& it, int unit, const T* x,
+                                             const Correction<R, kFormat == DIJIANG_INT8>& correction) const {
+        using It = Integers<T, kFormat, kConstantsStay<T, R>>;
         constexpr int kBlocks = blocks_of_unit(kFormat == DIJIANG_INT8), kWords = 4 * kLoads / kBlocks;  // of a block
         const int chunk = max(min(unit * kBlocks, chunks - kBlocks), 0);  // the last unit ends with the columns
-        const T* const from = x + chunk * (R * kChunk);
+        const T* const from = x + of_lane + chunk * (R * kChunk);
         uint32_t words[4 * kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
@@ -141,22 +150,24 @@ private:
         };
 #pragma unroll
         for (int b = 0; b < kBlocks; b += 2) {
+            if constexpr (It::kConstant != 0.0f)  // in the middle it waits for nobody
+                if (b == kBlocks / 2) correction.add(sum.constants, x + chunk * (R * kChunk), it.scales);
             uint32_t w[2][4];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const uint32_t* const q = words + kWords * (b + i);
-                if constexpr (kFormat == DIJIANG_INT4) widen4<T>(q[0], w[i]);
-                else widen8<T>(q[0], q[1], w[i]);
-            }
+            for (int i = 0; i < 2; ++i) It::widen(words + kWords * (b + i), w[i]);
             const uint4 v = *reinterpret_cast<const uint4*>(from + b * (R * kChunk));
             float c[4] = {};
-            mma<T>(c, {w[0][0], w[1][0], w[0][1], w[1][1]}, v.x, v.y);
-            mma<T>(c, {w[0][2], w[1][2], w[0][3], w[1][3]}, v.z, v.w);
+            if constexpr (It::kFirst != It::kLast) {
+                float d[4] = {};
+                mma<T>(c, {w[0][0], w[1][0], w[0][1], w[1][1]}, v.x, v.y);
+                mma<T>(d, {w[0][2], w[1][2], w[0][3], w[1][3]}, v.z, v.w);
+                add_scaled(sum.last, scale_of(b / 2), d);
+            } else {
+                mma<T>(c, {w[0][0], w[1][0], w[0][1], w[1][1]}, v.x, v.y);
+                mma<T>(c, {w[0][2], w[1][2], w[0][3], w[1][3]}, v.z, v.w);
+            }
             if (kHalves) {
-                const float scale = scale_of(b / 2);
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (R > 1 || i % 2 == 0) sum[i] = fmaf(scale, c[i], sum[i]);
+                add_scaled(sum.first, scale_of(b / 2), c);
             } else {  // half of what both blocks' weights make with one block's x is of use
                 const uint4 u = *reinterpret_cast<const uint4*>(from + (b + 1) * (R * kChunk));
                 float d[4] = {};
@@ -165,17 +176,31 @@ private:
                 const float even = scale_of(b / 2), odd = scale_of(kBlocks / 2 + b / 2);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    sum[i] = fmaf(even, c[i], sum[i]);
-                    sum[2 + i] = fmaf(odd, d[2 + i], sum[2 + i]);
+                    sum.first[i] = fmaf(even, c[i], sum.first[i]);
+                    sum.first[2 + i] = fmaf(odd, d[2 + i], sum.first[2 + i]);
                 }
             }
         }
     }
-    __device__ __forceinline__ void leave_sum(float (&sum)[4], float* to) const {
+    // Of one row a lane has one sum of two in use; the compiler drops the others.
+    static __device__ __forceinline__ void add_scaled(float (&sum)[4], float scale, const float (&c)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (R > 1 || i % 2 == 0) sum[i] = fmaf(scale, c[i], sum[i]);
+    }
+    template <int kFormat> __device__ __forceinline__ void leave_sum(QuantisedSums<R>& of, float* to) const {
+        using It = Integers<T, kFormat, kConstantsStay<T, R>>;
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = It::kFirst != It::kLast ? of.first[i] * It::kFirst + of.last[i] * It::kLast : of.first[i] * It::kFirst;
         const int row = lane % 4 * 2;
         float one = sum[0], other = sum[1];
         if (kHalves) {
             if (lane % 4 >= 2) one = sum[2], other = sum[3];
+            if constexpr (It::kConstant != 0.0f) {  // both lanes of a half have its blocks' products
+                one -= It::kConstant * (of.constants[0] + __shfl_xor_sync(~0u, of.constants[0], 1));
+                if (R > 1) other -= It::kConstant * (of.constants[R - 1] + __shfl_xor_sync(~0u, of.constants[R - 1], 1));
+            }
             one += __shfl_xor_sync(~0u, one, 2);
             if (R > 1) other += __shfl_xor_sync(~0u, other, 2);
         } else {
@@ -184,7 +209,7 @@ private:
         }
         if (row < R) to[row * kGroup] = one;
         if (row + 1 < R) to[(row + 1) * kGroup] = other;
-        sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        of = {};
     }
 };
 
