@@ -244,12 +244,12 @@ template <bool kParallel, typename T, int R> __device__ __forceinline__ void wal
         });
         if (kParallel) {  // x + attention(norm x) + mlp(norm' x); meet(): q, k, v and gate have been added up
             product<kUp, kParallel>(c, [] { meet(); }, [&] { attention.request_proj(c, asked); });
-            attention.run(c, asked, layer);
+            attention.template run<false>(c, asked, layer);
             product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);
             product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
         } else {  // y = x + attention(norm x), then y + mlp(norm' y)
             attention.request_proj(c, asked);
-            attention.run(c, asked, layer);
+            attention.template run<false>(c, asked, layer);
             product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
             product<kUp, kParallel>(c, [&] { hidden(c.tag, p.places.mlp_norm, false); }, nothing);
             product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);

@@ -53,6 +53,7 @@ inline void copy_piece(uint8_t* to, const uint8_t* from, uint32_t bytes, uint64_
     mbarrier_arrive(m);
 }
 inline void prefetch(const uint8_t*, uint32_t) {}
+inline void prefetch(const void* from) { (void)*static_cast<const volatile uint8_t*>(from); }  // a CUDA one may be anywhere
 
 // Rows of 16 bytes, one from each lane: lane (g, t) has of matrix i elements (2 t, g) and (2 t + 1, g).
 inline void load_transposed(uint32_t (&r)[4], const void* row) {

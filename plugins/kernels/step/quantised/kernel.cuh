@@ -118,6 +118,7 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
     const bool parallel = p.layout.parallel != 0;
     const int before_attention = parallel ? 1 : 0;  // the turn that attention follows
     int layer = 0, turn = 0;
+    attention.prefetch_state(c, 0);
 #pragma unroll 1
     for (;;) {
         const bool head = layer == p.layout.layers;
@@ -137,14 +138,14 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
             }
         };
         quantised_product(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {
-            if (!head && turn == 0) prefetch_constants(c, layer + 1);
+            if (head || turn != 0) return;
+            prefetch_constants(c, layer + 1);
+            attention.prefetch_state(c, layer + 1);
         });
         if (head) return;
         if (turn == before_attention) {  // what it needs is not asked for earlier: there are no registers to keep it in
             Requests<R> asked;
-            attention.request_state(c, asked, layer);
-            attention.request_proj(c, asked);
-            attention.run(c, asked, layer);
+            attention.template run<true>(c, asked, layer);
         }
         if (++turn < kOfLayer) continue;
         turn = 0;
