@@ -156,7 +156,7 @@ def test_quantised_weights_lie_where_the_header_says(emulated: EmulatedKernels, 
     model = random_model(spec, 1, torch.float32)
     step = PackedStep(emulated, spec, model, "float16", 1, "cpu", quantise_model(spec, model, kind))
     state = model.state_dict()
-    found = unpacked(step.model, step.packed.numpy())
+    found = unpacked(step.model, step.packed.numpy(), step.size.blocks)
     q, kv = spec.attention_size, spec.num_kv_heads * spec.head_dim
     for layer in range(spec.num_layers):
         at = f"layers.{layer}."

@@ -25,8 +25,9 @@
  *       on have column 8 t, + 2, + 4, + 6, and those 16 above them the next one each;
  *   scales, float16, of each g = 0..7 in turn: of the unit's even blocks, then of its odd ones.
  * A row's last unit ends with its columns: blocks that the unit before it has are zeros in it, scales too, and so is what
- * a row shorter than a unit lacks. Rows of q, k, v and gate take turns: the groups of these, in that order, are 2 H/Hkv + 2
- * stripes of Hkv d / 8, and the packed ones are the first of each stripe, then the second of each, and so on. With
+ * a row shorter than a unit lacks. Groups of q, k, v and gate are dealt out to the blocks (dijiang_step_size) in turns: H/Hkv
+ * of q, one of k, H/Hkv of gate, one of v, and so on; of all n, block b has those from floor(b n / blocks) to below
+ * floor((b + 1) n / blocks), and they lie block after block, of each those of q first, then of k, gate and v. With
  * DIJIANG_SWIGLU a group is four rows of mlp_gate and the same four of up. A group is int8 if a matrix of its rows is; rows
  * of the other keep their q and scales, in 8 bits. The head's last group has zeros beyond V.
  */
@@ -43,9 +44,9 @@ extern "C" {
 #define DIJIANG_STEP_MAX_ROWS 8
 #define DIJIANG_STEP_MAX_LAYERS 128
 
-/* Which order of quantised weights this header describes: 1 had the bits of int4 by column. Who keeps packed weights keeps
- * the number with them, since nothing in them tells. */
-#define DIJIANG_STEP_PACKING 2
+/* Which order of quantised weights this header describes: 1 had the bits of int4 by column, 2 the groups of q, k, v and
+ * gate in turns for all blocks. Who keeps packed weights keeps the number with them, since nothing in them tells. */
+#define DIJIANG_STEP_PACKING 3
 
 /* Matrices of a quantised model. */
 typedef enum {

@@ -197,7 +197,7 @@ public:
     __device__ __forceinline__ void prefetch_state(const Context<T, R>& c, int layer) const {
         const Params& p = c.p;
         const int d = p.layout.head_dim;
-        const ItemPlace at = R == 1 ? place_ : ItemPlace(p, blockIdx.x);
+        const ItemPlace at(p, blockIdx.x);
         if (!at.item || layer >= p.layout.layers) return;
         const float* const first = p.states[layer] + at.head * d * d + at.split * p.columns;
 #pragma unroll 1
@@ -214,7 +214,7 @@ public:
 #pragma unroll 1
         for (int item = blockIdx.x;;) {
             const bool first = item == static_cast<int>(blockIdx.x), last = item + static_cast<int>(gridDim.x) >= items;
-            const ItemPlace at = first && R == 1 ? place_ : ItemPlace(p, item);
+            const ItemPlace at = !kAsks && first && R == 1 ? place_ : ItemPlace(p, item);
             c.set_waiting(true);
             take<kAsks>(c, at, first, asked, p.states[layer]);
             meet();

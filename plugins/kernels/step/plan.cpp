@@ -190,8 +190,7 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     Params& p = plan.params;
     p.layout = {m.layers, m.hidden, m.inner, m.vocabulary, m.num_heads, m.num_kv_heads, m.head_dim, m.rotary_dim,
                 m.activation == DIJIANG_SWIGLU, m.parallel_residual, m.table_rows, 1, m.quantised,
-                m.head_format == DIJIANG_INT8, 1, {}};
-    if (m.quantised) p.layout.stripes = stripes_of(p.layout);
+                m.head_format == DIJIANG_INT8, {}};
     std::copy(std::begin(m.int8_matrices), std::end(m.int8_matrices), p.layout.int8);
     p.layout.blocks = choose_blocks(p.layout, device);
     p.places = Constants(p.layout);
@@ -213,8 +212,6 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     p.by_columns = inverse_of(p.columns);
     p.by_taken = inverse_of(m.head_dim + p.columns);
     p.by_fours = inverse_of(m.inner / 4);
-    p.stripe_groups = p.layout.groups(kAttention) / p.layout.stripes;
-    p.by_stripes = inverse_of(p.layout.stripes);
     p.embedding_format = m.embedding_format;
     p.by_sharing = inverse_of(m.num_heads / m.num_kv_heads);
     p.entries = p.columns <= 32 && power_of_two(p.columns) ? kWarps : p.sets;

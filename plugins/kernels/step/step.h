@@ -58,8 +58,6 @@ struct Params {
     int32_t splits, columns, sets;       // blocks that share a head, its columns that each has, threads of a column
     // To divide by: splits, columns, query heads of a key/value head, pairs that an item takes of a row.
     uint64_t by_splits, by_columns, by_sharing, by_taken, by_fours;  // and fours of inner values
-    uint64_t by_stripes;                 // and stripes of attention's groups, if quantised
-    int32_t stripe_groups;               // groups of each
     int32_t entries;                     // partial sums of an output: warps, or sets of threads
     int32_t slots;                       // in the ring, or rounds
     int32_t flight, flight_busy;         // pieces under way at most, while a block waits for others and else

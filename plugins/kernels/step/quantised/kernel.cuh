@@ -15,32 +15,37 @@ public:
         : Asker(params, to, waits), matrix_begin(params.packed) {}
 
     // The next matrix in the order of a step.
-    __device__ __forceinline__ void copy(const Part& part, int matrix, uint32_t formats) {
+    __device__ __forceinline__ void copy(const BlockFacts& facts, int matrix, uint32_t formats) {
         const Layout& layout = p.layout;
-        const uint8_t* from = matrix_begin + bytes_before(layout, formats, matrix, part.first);
+        const Part part = facts.of[matrix];
+        const uint8_t* from = matrix_begin + bytes_ahead(facts, part, matrix, formats);
         matrix_begin += matrix_bytes(layout, formats, matrix);
-        int stripe = matrix == kAttention ? stripe_of(p, part.first) : 0;
-        bool eight = group_is_int8(layout, formats, matrix, stripe);
+        bool eight = group_is_int8(layout, formats, matrix, 0);
 #pragma unroll 1
-        for (int group = 0, same; group < part.groups; group += same) {  // groups of one format, of one batch
-            const int most = min(part.groups - group, kBatch - group % kBatch);
-            bool next = eight;
-            if (matrix != kAttention) {
-                same = most;
-            } else {
+        for (int group = 0, same, end = part.groups; group < part.groups; group += same) {  // groups of one format, of one batch
+            if (matrix == kAttention) {
+                int of = part_of(facts, group);
+                eight = group_is_int8(layout, formats, matrix, of);
 #pragma unroll 1
-                for (same = 0; same < most && next == eight; ++same) {
-                    if (++stripe == layout.stripes) stripe = 0;
-                    next = group_is_int8(layout, formats, matrix, stripe);
-                }
+                for (end = facts.part_ends[of]; ++of < kParts; end = facts.part_ends[of])
+                    if (facts.part_ends[of] > end && group_is_int8(layout, formats, matrix, of) != eight) break;
             }
+            same = min(end - group, kBatch - group % kBatch);
             copy_rounds(from, same * units_of_group(part.chunks, eight), unit_bytes(eight));
-            eight = next;
         }
     }
 
 private:
     const uint8_t* matrix_begin;
+
+    // Bytes of a matrix that other blocks before this one have.
+    __device__ __forceinline__ int64_t bytes_ahead(const BlockFacts& facts, const Part& part, int matrix, uint32_t formats) const {
+        if (matrix != kAttention) return bytes_before(p.layout, formats, matrix, part.first);
+        int eights = 0;
+#pragma unroll 1
+        for (int of = 0; of < kParts; ++of) eights += group_is_int8(p.layout, formats, matrix, of) ? facts.part_before[of] : 0;
+        return attention_bytes(p.layout, part.first, eights);
+    }
 
     __device__ __forceinline__ void copy_rounds(const uint8_t*& from, int units, int bytes_of_unit) {
 #pragma unroll 1
@@ -62,16 +67,16 @@ template <typename T, int R> __device__ __forceinline__ void copy_rounds(const C
 #pragma unroll 1
     for (int i = 0; i <= all; ++i) {
         const int matrix = i == all ? static_cast<int>(kHead) : layout.at(i % kOfLayer);
-        copier.copy(c.facts().of[matrix], matrix, formats_of(layout, i / kOfLayer));
+        copier.copy(c.facts(), matrix, formats_of(layout, i / kOfLayer));
     }
 }
 
 // Of a batch's groups, bit i: that group i is int8. Where they differ, a lane asks for one of them.
-__device__ __forceinline__ uint32_t int8_groups(const Params& p, uint32_t formats, int matrix, int first) {
+__device__ __forceinline__ uint32_t int8_groups(const Params& p, const BlockFacts& facts, uint32_t formats, int matrix, int batch) {
     static_assert(kBatch <= 32, "a lane for each");
     if (matrix != kAttention) return (formats & p.int8_bits[matrix]) != 0 ? ~0u : 0u;
-    const int stripe = stripe_of(p, first + static_cast<int>(threadIdx.x % 32));
-    return __ballot_sync(~0u, group_is_int8(p.layout, formats, matrix, stripe));
+    const int part = part_of(facts, batch + static_cast<int>(threadIdx.x % 32));
+    return __ballot_sync(~0u, group_is_int8(p.layout, formats, matrix, part));
 }
 
 // As product() of step/kernel.cuh, of whatever matrix.
@@ -94,12 +99,13 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
     const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
     float bias = bias_of(mine);
     wait();
+    uint32_t eights = int8_groups(p, c.facts(), formats, matrix, 0);
     const T* const x = c.template in_shared<T>(p.inputs[matrix]);
     float* const sums = c.template in_shared<float>(p.memory.sums) + thread / 32 * kSumsOfWarp<R>;
 #pragma unroll 1
     for (int batch = 0;;) {
         const int groups = min(kBatch, part.groups - batch);
-        if (groups > 0) multiplier.run(c.facts(), matrix, groups, int8_groups(p, formats, matrix, part.first + batch), x, sums);
+        if (groups > 0) multiplier.run(c.facts(), matrix, groups, eights, x, sums);
         if (batch == 0) meanwhile();
         if (groups <= 0) break;
         meet();
@@ -107,6 +113,7 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
         batch += kBatch;
         if (batch >= part.groups) break;
         bias = bias_of(batch + mine);
+        eights = int8_groups(p, c.facts(), formats, matrix, batch);
         meet();
     }
 }
