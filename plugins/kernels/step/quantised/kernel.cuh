@@ -98,8 +98,13 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
     const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + thread % kGroup;
     const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
     float bias = bias_of(mine);
+    uint32_t eights = 0;
+    if constexpr (kUnitWhileWaiting<R>) {
+        eights = int8_groups(p, c.facts(), formats, matrix, 0);
+        multiplier.look_ahead(c.facts(), matrix, min(kBatch, part.groups), eights);
+    }
     wait();
-    uint32_t eights = int8_groups(p, c.facts(), formats, matrix, 0);
+    if constexpr (!kUnitWhileWaiting<R>) eights = int8_groups(p, c.facts(), formats, matrix, 0);
     const T* const x = c.template in_shared<T>(p.inputs[matrix]);
     float* const sums = c.template in_shared<float>(p.memory.sums) + thread / 32 * kSumsOfWarp<R>;
 #pragma unroll 1

@@ -17,8 +17,9 @@ template <int R> struct QuantisedUnit {
     uint32_t scales[kMostBlocks / (R <= 4 ? 4 : 2)];  // of its row: the even blocks', the odd ones'; int8 has half as many
     const uint8_t* at;                                // where this lane's weights lie
 };
-// Are there registers enough to have all of it before it is needed?
+// Are there registers enough to have all of it before it is needed? And while x is waited for?
 template <int R> constexpr bool kUnitAhead = R < 8 || kManyLooks == 16;
+template <int R> constexpr bool kUnitWhileWaiting = R < 8 && kManyLooks == 16;
 
 // What a lane has of the sums of a group, by pairs of columns (Integers).
 template <int R> struct QuantisedSums {
@@ -32,15 +33,28 @@ public:
         : at(cursor), thread(kept(threadIdx.x)), warp(thread / 32), lane(thread % 32), chunks(chunks_of_x),
           of_lane((kHalves ? lane / 4 % R : lane / 4) * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? R * kChunk : 0)) {}
 
-    // So many groups; bit i of `int8` says of which format group i is. Each warp leaves a sum for each output, in its part of
-    // `sums`.
+    // Reads this warp's first unit of so many groups if it is there by now: before x is waited for. Bit i of `int8` says of which
+    // format group i is.
+    __device__ __forceinline__ void look_ahead(const BlockFacts& facts, int matrix, int groups, uint32_t int8) {
+        ahead = false;
+        if (!kUnitWhileWaiting<R> || groups <= 0) return;
+        const bool eight = int8 & 1u;
+        if (warp >= alike(int8, groups) * facts.turns[matrix][eight].units) return;
+        ahead = __ballot_sync(~0u, at.template there<1>(at.slot, at.parity)) == ~0u;
+        if (!ahead) return;
+        const uint8_t* const unit = at.bytes + at.slot * kRoundBytes + warp * unit_bytes(eight);
+        if (eight) load<DIJIANG_INT8>(first, unit);
+        else load<DIJIANG_INT4>(first, unit);
+    }
+    // So many groups. Each warp leaves a sum for each output, in its part of `sums`.
     __device__ __forceinline__ void run(const BlockFacts& facts, int matrix, int groups, uint32_t int8, const T* x, float* sums) {
 #pragma unroll 1
         for (;;) {  // groups of one format that follow each other
             const bool eight = int8 & 1u;
-            const int others = __ffs(static_cast<int>(eight ? ~int8 : int8)) - 1, some = others < 0 ? groups : min(others, groups);
+            const int some = alike(int8, groups);
             if (eight) run_groups<DIJIANG_INT8>(facts.turns[matrix][1], facts.starts[matrix][1][warp], x, sums, some);
             else run_groups<DIJIANG_INT4>(facts.turns[matrix][0], facts.starts[matrix][0][warp], x, sums, some);
+            ahead = false;
             groups -= some;
             if (groups == 0) break;
             sums += some * (R * kGroup);
@@ -55,6 +69,14 @@ private:
     const int warp, lane, chunks;
     const int of_lane;  // of x, from a block's first row on: rows beyond those that there are are others again
 
+    QuantisedUnit<R> first;  // of the groups that come next, if `ahead`
+    bool ahead = false;
+
+    // How many of so many groups, from the first on, have its format.
+    static __device__ __forceinline__ int alike(uint32_t int8, int groups) {
+        const int others = __ffs(static_cast<int>(int8 & 1u ? ~int8 : int8)) - 1;
+        return others < 0 ? groups : min(others, groups);
+    }
     // Reads this warp's unit of a round, if there are registers to have it in.
     template <int kFormat> __device__ __forceinline__ void load(QuantisedUnit<R>& to, const uint8_t* unit) const {
         constexpr int kScales = blocks_of_unit(kFormat == DIJIANG_INT8) * 2, kBytes = kHalves ? kScales / 2 : kScales;
@@ -97,8 +119,11 @@ private:
         QuantisedSums<R> sum{};
         const Correction<R, kEight> correction(lane);
         QuantisedUnit<R> present;
-        at.template arrive<1>(at.slot, at.parity);
-        if (mine > 0) load<kFormat>(present, units + at.slot * kRoundBytes);
+        if constexpr (kUnitWhileWaiting<R>) present = first;
+        if (!kUnitWhileWaiting<R> || !ahead) {
+            at.template arrive<1>(at.slot, at.parity);
+            if (mine > 0) load<kFormat>(present, units + at.slot * kRoundBytes);
+        }
 #pragma unroll 1
         for (int left = mine; left > 0; --left) {
             const uint32_t slot = at.slot;
