@@ -224,6 +224,27 @@ def test_rounds_that_are_not_full(
         assert max(found) <= ALLOWED["float16"]
 
 
+def test_blocks_with_half_of_a_single_unit(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is nothing, and some of them have no rows of the head behind it either."""
+    monkeypatch.setenv("EMULATED_MULTIPROCESSORS", "16")
+    for name in ("neox", "neox, sequential"):
+        assert max(steps(emulated, MODELS[name], "float16", 1, 2, kind="any")) <= ALLOWED["float16"]
+
+
+@pytest.mark.parametrize("blocks", [5, 7])
+@pytest.mark.parametrize("name", ["neox", "llama", "neox, sequential"])
+def test_groups_of_the_residual_stream_that_blocks_share(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, name: str, blocks: int
+) -> None:
+    """Eight groups, or six, for 5 or 7 blocks: some have but halves, or two of different groups."""
+    monkeypatch.setenv("EMULATED_MULTIPROCESSORS", str(blocks))
+    monkeypatch.setenv("EMULATED_ORDER", "3")
+    for spec, kind, rows in ((MODELS[name], "any", 1), (RAGGED.get(name, MODELS[name]), "int4", 2)):
+        assert max(steps(emulated, spec, "float16", rows, 2, kind=kind)) <= ALLOWED["float16"]
+
+
 @pytest.mark.parametrize(("kind", "least"), [(None, 2 * 16384), ("int4", 4 * 18432), ("int8", 4 * 18432)])
 def test_a_ring_smaller_than_what_may_be_under_way(
     emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, kind: str | None, least: int

@@ -31,7 +31,10 @@ public:
                     if (facts.part_ends[of] > end && group_is_int8(layout, formats, matrix, of) != eight) break;
             }
             same = min(end - group, kBatch - group % kBatch);
-            copy_rounds(from, same * units_of_group(part.chunks, eight), unit_bytes(eight));
+            const int each = units_of_group(part.chunks, eight);
+            const Span span(facts, matrix, group, same, each);
+            from += span.skipped * unit_bytes(eight);
+            copy_rounds(from, span.units, unit_bytes(eight));
         }
     }
 
@@ -91,12 +94,15 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
         take();
         c.set_waiting(false);
     };
-    const Part part = c.facts().of[matrix];
+    const Part& part = c.facts().of[matrix];
     QuantisedMultiplier<T, R> multiplier(c.at, part.chunks);
     const uint32_t thread = kept(threadIdx.x);
     const int mine = thread / (kGroup * R);  // this thread's first group of a batch
-    const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + thread % kGroup;
-    const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
+    const auto biases = [&] { return c.constant(p.biases[matrix]) + part.first * kGroup + kept(threadIdx.x) % kGroup; };
+    const auto bias_of = [&](int group) {  // of a group of which this block has the second half another block adds them
+        const bool late = group == 0 && (matrix == kDown || matrix == kDense) && c.facts().late;
+        return matrix != kHead && group < part.groups && !late ? __ldg(biases() + group * kGroup) : 0.0f;
+    };
     float bias = bias_of(mine);
     uint32_t eights = 0;
     if constexpr (kUnitWhileWaiting<R>) {
@@ -110,11 +116,11 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
 #pragma unroll 1
     for (int batch = 0;;) {
         const int groups = min(kBatch, part.groups - batch);
-        if (groups > 0) multiplier.run(c.facts(), matrix, groups, eights, x, sums);
+        if (groups > 0) multiplier.run(c.facts(), matrix, batch, groups, eights, x, sums);
         if (batch == 0) meanwhile();
         if (groups <= 0) break;
         meet();
-        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases + batch * kGroup, bias);
+        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases() + batch * kGroup, bias);
         batch += kBatch;
         if (batch >= part.groups) break;
         bias = bias_of(batch + mine);
@@ -146,7 +152,7 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
                 const bool up = matrix == kUp;
                 const uint32_t tag = up ? c.tag : layer == 0 ? 0 : c.tag - 1;
                 const int64_t norm = up ? p.places.mlp_norm : head ? 0 : p.places.attention_norm;
-                take_normalised(c, tag, norm, parallel && !head);
+                take_normalised<true>(c, tag, norm, parallel && !head);
             }
         };
         quantised_product(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {

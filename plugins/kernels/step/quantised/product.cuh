@@ -27,6 +27,19 @@ template <int R> struct QuantisedSums {
     float constants[R];  // over the lanes of an output
 };
 
+// The units that a block has of some groups of one format, from one of its groups of a matrix on: all, but where it shares the
+// first or the last with another block.
+struct Span {
+    int skipped, units;
+
+    __device__ __forceinline__ Span(const BlockFacts& facts, int matrix, int first, int groups, int each) {
+        const bool halved = matrix == kDown || matrix == kDense;
+        skipped = halved && first == 0 && facts.late ? each / 2 : 0;
+        units = groups * each - skipped;
+        if (halved && first + groups == facts.of[matrix].groups && facts.early) units -= each - each / 2;
+    }
+};
+
 template <typename T, int R> class QuantisedMultiplier {
 public:
     __device__ __forceinline__ QuantisedMultiplier(Cursor& cursor, int chunks_of_x)
@@ -39,21 +52,25 @@ public:
         ahead = false;
         if (!kUnitWhileWaiting<R> || groups <= 0) return;
         const bool eight = int8 & 1u;
-        if (warp >= alike(int8, groups) * facts.turns[matrix][eight].units) return;
+        if (warp >= Span(facts, matrix, 0, alike(int8, groups), facts.turns[matrix][eight].units).units) return;
         ahead = __ballot_sync(~0u, at.template there<1>(at.slot, at.parity)) == ~0u;
         if (!ahead) return;
         const uint8_t* const unit = at.bytes + at.slot * kRoundBytes + warp * unit_bytes(eight);
         if (eight) load<DIJIANG_INT8>(first, unit);
         else load<DIJIANG_INT4>(first, unit);
     }
-    // So many groups. Each warp leaves a sum for each output, in its part of `sums`.
-    __device__ __forceinline__ void run(const BlockFacts& facts, int matrix, int groups, uint32_t int8, const T* x, float* sums) {
+    // So many groups, from one on. Each warp leaves a sum for each output, in its part of `sums`.
+    __device__ __forceinline__ void run(const BlockFacts& facts, int matrix, int number, int groups, uint32_t int8, const T* x, float* sums) {
 #pragma unroll 1
         for (;;) {  // groups of one format that follow each other
             const bool eight = int8 & 1u;
             const int some = alike(int8, groups);
-            if (eight) run_groups<DIJIANG_INT8>(facts.turns[matrix][1], facts.starts[matrix][1][warp], x, sums, some);
-            else run_groups<DIJIANG_INT4>(facts.turns[matrix][0], facts.starts[matrix][0][warp], x, sums, some);
+            const Turns turns = facts.turns[matrix][eight];
+            const Span span(facts, matrix, number, some, turns.units);
+            const uint32_t start = span.skipped > 0 ? facts.late_starts[matrix == kDense][eight][warp] : facts.starts[matrix][eight][warp];
+            if (eight) run_groups<DIJIANG_INT8>(turns, start, x, sums, some, span.units);
+            else run_groups<DIJIANG_INT4>(turns, start, x, sums, some, span.units);
+            number += some;
             ahead = false;
             groups -= some;
             if (groups == 0) break;
@@ -103,14 +120,15 @@ private:
         }
     }
     // Groups of one format: warp w takes units w, w + 8, .. of all of them.
-    template <int kFormat> __device__ __forceinline__ void run_groups(const Turns turns, uint32_t start, const T* x, float* to, int groups) {
+    template <int kFormat> __device__ __forceinline__ void run_groups(const Turns turns, uint32_t start, const T* x, float* to, int groups, int total) {
         constexpr bool kEight = kFormat == DIJIANG_INT8;
-        const int each = turns.units, total = groups * each;
+        const int each = turns.units;
         const int rounds = (total + kWarps - 1u) / kWarps, mine = (total - warp + kWarps - 1u) / kWarps;
-        if (each < kWarps) {  // then some warps have nothing of some groups
+        if (each < kWarps || total != groups * each) {  // then some warps have nothing of some groups
 #pragma unroll 1
             for (int i = lane; i < groups * R * kGroup; i += 32) to[i] = 0.0f;
             __syncwarp();
+            if (total == 0) return;  // half of a single unit is none, and behind it no round may come
         }
         int unit = start % 256;  // of the group
         const int skip = turns.skip * (R * kGroup), rest = turns.rest;
@@ -132,7 +150,7 @@ private:
             at.next();
             unit += rest;
             to += skip;
-            const bool carry = unit >= each, ends = skip > 0 || carry;
+            const bool carry = unit >= each, ends = skip > 0 || carry || left == 1;
             if (carry) unit -= each, to += R * kGroup;
             multiply<kFormat>(sum, present, of_group, x, correction);
             at.leave(slot);
