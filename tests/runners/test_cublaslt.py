@@ -22,19 +22,20 @@ from dijiang_engines.runners.tensorrt import cublaslt
 from dijiang_engines.runners.tensorrt.cublaslt import NAMES
 
 SCRIPT = """
-import ctypes, json, sys
+import ctypes, json, os, sys
 from pathlib import Path
 from dijiang_engines.runners.tensorrt import cublaslt
+kept = [ctypes.CDLL(path) for path in os.environ.get("LOADED_BEFORE", "").split(":") if path]
 loaded = cublaslt.load_from_wheels()
 again = cublaslt.load_from_wheels()
 print(json.dumps([str(loaded), str(again), cublaslt.missing(Path(sys.argv[1]))]))
 """
 
 
-def ask(library: Path, site: Path, **variables: str) -> Any:
+def ask(library: Path, site: Path, script: str = SCRIPT, **variables: str) -> Any:
     """What was loaded, what a second time, and what is missing."""
     variables["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT / "engines")])
-    command = [sys.executable, "-c", SCRIPT, str(library)]
+    command = [sys.executable, "-c", script, str(library)]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -73,6 +74,17 @@ def test_what_the_environment_says_counts(wheel: Path, kernels_library: Path) ->
     assert loaded == "None" and "DIJIANG_CUBLASLT is none" in said
     path = str(wheel / "nvidia/cu13/lib/libcublasLt.so.13")
     assert ask(kernels_library, wheel, DIJIANG_CUBLASLT=path) == ["None", "None", None]
+
+
+def test_what_the_process_has_comes_first(wheel: Path, kernels_library: Path, tmp_path: Path) -> None:
+    """An older one that TensorRT brought, though the linker knows a newer one: as the plugin chooses."""
+    older = tmp_path / "libcublasLt.so.12"
+    compiled(older, ("tests/emulator/cublaslt.cpp",), f"-Xlinker=-soname={older.name}")
+    linker = {"LD_LIBRARY_PATH": str(wheel / "nvidia/cu13/lib"), "LOADED_BEFORE": str(older)}
+    script = SCRIPT.replace("print(", "mapped = Path('/proc/self/maps').read_text()\nprint(").replace(
+        "cublaslt.missing(Path(sys.argv[1]))", "'.so.12' in mapped, '.so.13' in mapped"
+    )
+    assert ask(kernels_library, wheel, script, **linker) == ["None", "None", True, False]
 
 
 def test_a_wheel_whose_library_does_not_load(wheel: Path, kernels_library: Path, tmp_path: Path) -> None:

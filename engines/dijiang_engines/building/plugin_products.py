@@ -18,7 +18,7 @@ from dijiang_engines.building.product_layers import Output, Product, Rewritten, 
 from dijiang_engines.building.step_graph import POINTWISE, Floats, Graph, Node, read_graph
 from dijiang_engines.errors import RunnerError
 from dijiang_engines.kernels import abi
-from dijiang_engines.weight_formats import BLOCK, ZERO
+from dijiang_engines.kernels.packing import as_int8
 
 MAX_BATCH = 8
 """Rows of a step above which TensorRT's products are used: more do not share one reading of the weights."""
@@ -195,25 +195,15 @@ def _whole_matrices(graph: Graph, products: list[Product]) -> list[Product]:
             continue
         formats = {part.weight_format for part in parts}
         form = parts[0].weight_format if len(formats) == 1 else "int8"
+        same = [part.weight if part.weight_format == form else as_int8(part.weight) for part in parts]
         one = Product(
-            parts[0].input, np.concatenate([_stored_as(form, part) for part in parts]), made,
+            parts[0].input, np.concatenate(same), made,
             weight_format=form, scales=np.concatenate([part.scales for part in parts]),
         )  # fmt: skip
         _take_along(graph, one, norms=False)
         products = [one, *(product for product in products if product not in parts)]
         by_result = {product.result.name: product for product in products}
     return products
-
-
-def _stored_as(form: str, part: Product) -> Any:
-    """The same integers, with the same scales."""
-    if part.weight_format == form:
-        return part.weight
-    more = ZERO["int8"] - ZERO["int4"]
-    wide = np.empty((*part.weight.shape[:2], BLOCK), np.uint8)
-    wide[..., 0::2] = (part.weight & 15) + more
-    wide[..., 1::2] = (part.weight >> 4) + more
-    return wide
 
 
 def _biases_behind_parts(graph: Graph, products: list[Product]) -> None:

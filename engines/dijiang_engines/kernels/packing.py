@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dijiang_engines.errors import KernelError
-from dijiang_engines.weight_formats import BLOCK, ZERO_BYTE
+from dijiang_engines.weight_formats import BLOCK, ZERO, ZERO_BYTE
 
 TILE = 8
 """Output elements that lie together."""
@@ -61,6 +61,15 @@ def pack(weight_format: str, values: Any, scales: Any) -> Any:
     scales = scales.reshape(tiles, 4, 2, chunks, of_chunk).transpose(0, 3, 1, 4, 2)
     parts = [np.ascontiguousarray(x).view(np.uint8).reshape(tiles, chunks, -1) for x in (words, scales)]
     return np.concatenate(parts, axis=2).reshape(-1)
+
+
+def as_int8(values: Any) -> Any:
+    """int4 values of `pack` as int8 ones, the same integers: uint8 [N, K/32, 32] from [N, K/32, 16]."""
+    values = np.asarray(values)
+    wide = np.empty((*values.shape[:2], BLOCK), np.uint8)
+    wide[..., 0::2] = (values & 15) + (ZERO["int8"] - ZERO["int4"])
+    wide[..., 1::2] = (values >> 4) + (ZERO["int8"] - ZERO["int4"])
+    return wide
 
 
 def _nibbles(pairs: Any) -> Any:

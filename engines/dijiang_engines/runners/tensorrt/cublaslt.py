@@ -35,9 +35,12 @@ def is_wanted(engine: EngineFolder) -> bool:
 def load_from_wheels() -> Path | None:
     """Load a wheel's library into the process if there is none without; the file that was loaded.
 
-    Only before the plugin looks for it: it does so once.
+    Only before the plugin looks for it, which it does once: it takes what the process has before what the
+    linker knows, and so does this.
     """
-    if os.environ.get(ENVIRONMENT) or any(map(_loads, NAMES)):
+    if os.environ.get(ENVIRONMENT) or any(_loads(name, os.RTLD_NOLOAD) for name in NAMES):
+        return None
+    if any(map(_loads, NAMES)):
         return None
     return next((path for path in _in_wheels() if _loads(str(path))), None)
 
@@ -58,10 +61,10 @@ def missing(library: Path) -> str | None:
     return None
 
 
-def _loads(name: str) -> bool:
+def _loads(name: str, flags: int = 0) -> bool:
     """Into the process, where it stays."""
     with suppress(OSError):
-        ctypes.CDLL(name)
+        ctypes.CDLL(name, mode=os.RTLD_NOW | flags)
         return True
     return False
 

@@ -77,10 +77,10 @@ class TensorRTRunner:
         self._facts = facts
         self.tensorrt = open_runtime(engine, facts)
         self.rtx = self._rtx(facts)
-        if cublaslt.is_wanted(engine):
-            cublaslt.load_from_wheels()
         free = cuda.memory()[0]
         plans = {name: self._load_plan(name) for name in engine.plans}
+        if cublaslt.is_wanted(engine):  # after TensorRT, which may have brought one, and before any call
+            cublaslt.load_from_wheels()
         for place in (engine.prefill, engine.step):
             check_tensors(engine, place, plans[place.file])
         self._weight_bytes = free - cuda.memory()[0]

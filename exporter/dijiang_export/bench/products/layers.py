@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from dijiang_engines.kernels import packing
 from dijiang_engines.kernels.linear import LinearKernels, LinearOutput, LinearTerm
+from dijiang_engines.kernels.packing import as_int8, pack
 from dijiang_engines.spec import ModelSpec
-from dijiang_engines.weight_formats import Matrix, MatrixFormat
+from dijiang_engines.weight_formats import Matrix
 from dijiang_export.bench.cells.device import relative_error
 from dijiang_export.bench.kernels.peers import PeerError
 from dijiang_export.bench.products.cells import FEW, planned
 from dijiang_export.bench.step.shapes import Weights, formats
 from dijiang_export.bench.step.weights import QuantisedWeights, quantise_model, random_model
-from dijiang_export.quantise import blocks
 from dijiang_export.reference.model import ACTIVATIONS, DTYPES
 
 Part = Literal["first", "second", "head"]
@@ -191,20 +191,18 @@ class Layers:
         for part in plan[name]:
             rows = range(part.first_row, part.first_row + part.rows)
             stored = [it for it in quantised.parts[name] if it.first_row in rows]
-            values = [_stored_as(part.format, quantised.values[it.name], it.format) for it in stored]
+            values = [quantised.values[it.name].cpu().numpy() for it in stored]
+            same = [
+                v if it.format == part.format else as_int8(v) for it, v in zip(stored, values, strict=True)
+            ]
             scales = torch.cat([quantised.scales[it.name] for it in stored])
-            packed = packing.pack(part.format, torch.cat(values).cpu().numpy(), scales.cpu().numpy())
+            packed = pack(part.format, np.concatenate(same), scales.cpu().numpy())
             tensor = torch.from_numpy(packed).to(self._device)
             found.append(Weight(tensor, part.format, part.first_row, part.rows))
         return found
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(self._rows, size, dtype=self._kind, device=self._device)
-
-
-def _stored_as(kind: MatrixFormat, values: Tensor, before: MatrixFormat) -> Tensor:
-    """The same integers."""
-    return values if kind == before else blocks.pack(blocks.unpack(values, before), kind)
 
 
 def _copy(weight: Weight) -> Weight:
