@@ -27,8 +27,9 @@ def choose(
     logits: Floats,
     options: SamplingOptions,
     *,
+    threads: int = 512,
     team: int = 1,
-    staged: bool = True,
+    staged: int = 1,
     backwards: bool = False,
     first_draw: int = 0,
     allowed: Any = None,
@@ -50,7 +51,9 @@ def choose(
         row_options=ctypes.addressof(given) if of_row else None, tokens=tokens.ctypes.data,
         row_status=status.ctypes.data, batch=batch, vocabulary=vocabulary, integers=1,
     )  # fmt: skip
-    emulated.emulate_sample(ctypes.byref(given), ctypes.byref(buffers), team, int(staged), int(backwards))
+    emulated.emulate_sample(
+        ctypes.byref(given), ctypes.byref(buffers), threads, team, int(staged), int(backwards)
+    )
     return tokens.tolist(), status.tolist()
 
 

@@ -7,9 +7,9 @@
 namespace dijiang {
 
 struct DrawMemory {
-    uint64_t warps[kWarps];    // what the ids of each of this block's warps weigh
-    uint64_t shares[kWarps];   // and blocks' listed tokens, in parts
-    uint64_t finally[kWarps];  // and of each warp with those listed
+    uint64_t warps[kMostWarps];    // what the ids of each of this block's warps weigh
+    uint64_t shares[kMostWarps];   // and blocks' listed tokens, in parts
+    uint64_t finally[kMostWarps];  // and of each warp with those listed
     uint4 sums[kMostTeam];     // what the ids of each block weigh, in two words, and how many it has listed
     uint64_t random;
 };
@@ -25,7 +25,7 @@ __device__ __forceinline__ void tell_sums(const Team& team, DrawMemory& memory, 
     if (lane == 0) memory.warps[thread >> 5] = sum;
     __syncthreads();
     if (thread >= 32) return;
-    const uint64_t block = warp_sum(lane < kWarps ? memory.warps[lane] : 0);
+    const uint64_t block = warp_sum(lane < block_warps() ? memory.warps[lane] : 0);
     const uint4 words = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), listed, 0};
     team.tell(sums, words, arrival);
 }
@@ -37,6 +37,15 @@ __device__ __forceinline__ bool lies_in(uint64_t weight, int index, int mine, ui
     if (place < before || place - before >= own) return false;
     place -= before;
     return true;
+}
+
+// Which of the weights of this block's warps a place lies in, which it then is a place within.
+__device__ __forceinline__ int index_at(const uint64_t* weights, uint64_t& place) {
+    const int lane = fresh_lane();
+    const uint64_t weight = lane < block_warps() ? weights[lane] : 0, end = warp_running(weight);
+    const int index = __popc(__ballot_sync(~0u, end <= place));
+    place -= shuffle(end - weight, index);
+    return index;
 }
 
 // The id at a place within this warp's weight, by all its lanes: 32 ids at a time, several times at once where scores

@@ -1,6 +1,7 @@
 // Where filters cut a row, exactly: the tokens of the bins in question are listed in every block and compared.
 #pragma once
 
+#include "sampling/order.cuh"
 #include "sampling/sampler.cuh"
 
 namespace dijiang {
@@ -72,7 +73,7 @@ __device__ __forceinline__ bool list_tokens(const Sampler& it, const Bounds& bou
     const int thread = fresh_thread(), listed = min(static_cast<int>(memory.listed), capacity);
     if (team.size > 1) {
 #pragma unroll 1
-        for (int i = thread; i < listed << team.bits(); i += kThreads) {
+        for (int i = thread; i < listed << team.bits(); i += block_threads()) {
             const int to = i & (team.size - 1);
             if (to != rank) send(own + (i >> team.bits()), own[i >> team.bits()], to, &it.memory.arrivals.entries);
         }
@@ -89,7 +90,7 @@ __device__ __forceinline__ bool list_tokens(const Sampler& it, const Bounds& bou
     const bool cut_off = lane < team.size && sums[lane].z > static_cast<uint32_t>(capacity);
     if (all > kListed || __ballot_sync(~0u, cut_off) != 0) return false;
 
-    const int slice_bits = kWarpBits - team.bits(), warp = thread >> 5, block = warp >> slice_bits;
+    const int slice_bits = warp_bits() - team.bits(), warp = thread >> 5, block = warp >> slice_bits;
     const int start = lists.before(block), length = static_cast<int>(__shfl_sync(~0u, lists.length, block));
 #pragma unroll 1
     for (int i = thread & ((32 << slice_bits) - 1); i < length; i += 32 << slice_bits) {
@@ -101,30 +102,18 @@ __device__ __forceinline__ bool list_tokens(const Sampler& it, const Bounds& bou
 }
 
 // Finds memory.place, from which on tokens are kept: of the listed ones the last that top-k keeps, and of what that
-// leaves the last that top-p wants. Each is compared with all, by as many lanes as there are for it.
+// leaves the last that top-p wants.
 __device__ __forceinline__ void cut_list(const Sampler& it) {
+    constexpr int kCompared = 64;  // more take less time in order
     SelectMemory& memory = it.memory.select;
     const Bounds& bounds = memory.bounds;
-    const int thread = fresh_thread();
     const int count = Lists::of(it.team(), it.memory.draw.sums).before(it.team().size);
-    const int bits = min(__clz(max(count - 1, 1)) - (32 - kThreadBits), 5), each = 1 << bits;  // 1 to 32 lanes
-    const int index = thread >> bits;
-    Entry own = {};
-    if (index < count) own = memory.entries[index];
-    Tally before = {};
-    if (index < count) {
-#pragma unroll 4
-        for (int i = thread & (each - 1); i < count; i += each) {
-            const Entry other = memory.entries[i];
-            if (other.place > own.place) before = before + Tally{1, 0, other.weight};
-        }
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int by = each / 2; by > 0; by /= 2) before = before + shuffle_xor(before, by);
-    const bool speaks = index < count && (thread & (each - 1)) == 0;
+    const Ordered one = count <= kCompared ? compare_all(memory.entries, count) : order(memory, count);
+    const Entry own = one.own;
+    const bool speaks = one.there;
     const float exponent = memory.row.softmax.exponent(score_of_place(own.place));
-    before = before + (speaks && memory.row.bin_at(exponent) == bounds.other ? bounds.between : bounds.before);
+    const bool behind = speaks && memory.row.bin_at(exponent) == bounds.other;
+    const Tally before = one.before + (behind ? bounds.between : bounds.before);
     uint64_t total = memory.kept;
     if (bounds.by_count) {
         if (speaks && before.count + 1 == static_cast<uint32_t>(it.choice().top_k)) {
@@ -149,7 +138,7 @@ __device__ __forceinline__ void share_out(const Sampler& it, uint64_t kept_from)
     const Team team = it.team();
     const Lists lists = Lists::of(team, sums);
     const int thread = fresh_thread(), warp = thread >> 5;
-    const int slice_bits = kWarpBits - team.bits(), block = warp >> slice_bits;
+    const int slice_bits = warp_bits() - team.bits(), block = warp >> slice_bits;
     const int start = lists.before(block), length = static_cast<int>(__shfl_sync(~0u, lists.length, block));
     const uint64_t least_weight = it.choice().least_weight;
     uint64_t sum = 0;

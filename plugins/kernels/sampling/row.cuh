@@ -72,12 +72,13 @@ struct Part {
     int first, last, count;  // this warp's ids, and how many times 32 they are
     int vocabulary;
 
-    // staging: where the block's scores are, if they are kept.
-    static __device__ Part make(const Team& team, const SampleCut& cut, int vocabulary, int staging) {
-        const int thread = fresh_thread(), warp = thread >> 5;
+    // staging: where the block's scores are; 0 if they are not kept. Of a warp's ids `most` from `skipped` on, or fewer.
+    static __device__ Part make(const Team& team, int per_warp, int vocabulary, int staging, int warp, int skipped,
+                                int most) {
         Part it{};
-        it.set_ids((team.rank() * kWarps + warp) * cut.per_warp, cut.per_warp, vocabulary);
-        it.kept = cut.staged_bytes > 0 ? staging + 4 * (warp * cut.per_warp + (thread & 31)) : 0;
+        skipped = min(skipped, per_warp);
+        it.set_ids((team.rank() * block_warps() + warp) * per_warp + skipped, min(most, per_warp - skipped), vocabulary);
+        it.kept = staging > 0 ? staging + 4 * (warp * per_warp + skipped + fresh_lane()) : 0;
         return it;
     }
     // 64-bit products: too many instructions for a pass that does not need them.

@@ -8,21 +8,19 @@
 namespace dijiang {
 namespace {
 
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kMostThreads)
     sample_kernel(const __grid_constant__ SampleParams params, const __grid_constant__ SampleCut cut) {
     sample_row(params, cut);
 }
-
-constexpr int kMemory = sizeof(SampleMemory);
 
 // What every launch has in common.
 struct Launch {
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config{};
 
-    Launch(int rows, int team, int memory) {
+    Launch(int rows, int team, int threads, int memory) {
         config.gridDim = dim3(static_cast<unsigned>(rows * team));
-        config.blockDim = dim3(kThreads);
+        config.blockDim = dim3(static_cast<unsigned>(threads));
         config.dynamicSmemBytes = static_cast<size_t>(memory);
         config.attrs = attributes;
         if (team == 1) return;
@@ -46,12 +44,22 @@ cudaError_t ask_large_clusters(const dijiang_device& device, int& count) {
     if (error != cudaSuccess) return error;
     error = cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
-    const Launch launch(1, kMostTeam, device.shared_memory);  // as if each block had a multiprocessor of its own
+    const Launch launch(1, kMostTeam, kLeastThreads, device.shared_memory);  // as if each block had a multiprocessor of its own
     error = cudaOccupancyMaxActiveClusters(&count, sample_kernel, &launch.config);
     if (error == cudaSuccess) return error;
     cudaGetLastError();  // such clusters are not for this GPU
     count = 0;
     return cudaSuccess;
+}
+
+// The threads of a block and the blocks of a row.
+void shape(SampleCut& cut, int32_t batch, int32_t vocabulary, const dijiang_device& device, int large) {
+    constexpr int kEnough = 2048;  // ids for a block; fewer do not pay for another one
+    const int most = large >= batch ? kMostTeam : kPortableTeam;
+    if (!has_clusters(device)) return;
+    if (int64_t{most} * batch <= device.multiprocessors) cut.threads = kLeastThreads;
+    while (cut.team < most && vocabulary / cut.team > kEnough && int64_t{2} * cut.team * batch <= device.multiprocessors)
+        cut.team *= 2;
 }
 
 }  // namespace
@@ -76,22 +84,24 @@ cudaError_t large_clusters(const dijiang_device& device, int& count) {
     return cudaSuccess;
 }
 
-SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device& device, int large, bool greedy) {
-    constexpr int kEnough = 2048;  // ids for a block; fewer do not pay for another one
-    const auto per_warp = [&](int team) { return 32 * ((vocabulary - 1) / (kThreads * team) + 1); };
-    const int most = large >= batch ? kMostTeam : kPortableTeam;
-    const int blocks = device.shared_memory >= kBlocks * kMemory ? kBlocks : 1;  // of a multiprocessor
-    const int64_t room = int64_t{blocks} * device.multiprocessors;
-    int team = 1;
-    while (has_clusters(device) && team < most && vocabulary / team > kEnough && int64_t{2} * team * batch <= room) team *= 2;
-    SampleCut cut{team, per_warp(team), 0};
-    const int64_t bytes = int64_t{4} * kWarps * cut.per_warp;
+SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device& device, int large, const SampleNeeds& needs) {
+    SampleCut cut{kMostThreads, 1, 0, 0, 0, false};
+    shape(cut, batch, vocabulary, device, large);
+    cut.per_warp = 32 * ((vocabulary - 1) / (cut.threads * cut.team) + 1);
+    const bool few = are_few(needs.top_k, cut.threads * cut.team);
+    cut.slim = !needs.filters || few;
+    cut.bytes = needs.filters ? kFullMemory : kSlimMemory;
+    const int blocks = kMostThreads / cut.threads;
     // With more blocks than multiprocessors, two of them share one, and scores that leave no room for the other are
     // read again instead.
     constexpr int kReserved = 1024;  // of a multiprocessor's shared memory for each block: CUDA programming guide, 9.0
     int memory = device.shared_memory;
-    if (int64_t{team} * batch > device.multiprocessors) memory = (memory + kReserved) / blocks - kReserved;
-    if (!greedy && kMemory + bytes <= memory) cut.staged_bytes = static_cast<int>(bytes);
+    if (int64_t{cut.team} * batch > device.multiprocessors) memory = (memory + kReserved) / blocks - kReserved;
+    const int staging = cut.slim ? kSlimMemory : kFullMemory;
+    const int64_t end = staging + int64_t{4} * (cut.threads / 32) * cut.per_warp;
+    if (needs.greedy || end > memory) return cut;
+    cut.staging = staging;
+    cut.bytes = std::max(cut.bytes, static_cast<int>(end));
     return cut;
 }
 
@@ -99,7 +109,7 @@ cudaError_t launch_sample(const SampleParams& params, const SampleCut& cut, cons
                           cudaStream_t stream) {
     const cudaError_t error = allow_memory(device);
     if (error != cudaSuccess) return error;
-    Launch launch(params.buffers.batch, cut.team, kMemory + cut.staged_bytes);
+    Launch launch(params.buffers.batch, cut.team, cut.threads, cut.bytes);
     launch.config.stream = stream;
     if (overlap) {
         launch.attributes[launch.config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;

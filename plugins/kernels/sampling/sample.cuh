@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/overlap.cuh"
+#include "sampling/few.cuh"
 #include "sampling/filter.cuh"
 
 namespace dijiang {
@@ -39,14 +40,15 @@ struct Found {
     }
 };
 
-// Reads the logits, keeps the scores where there is room for them, and tells all threads of the team.
-__device__ __forceinline__ Report survey(const Sampler& it, Part part) {
+// Reads the logits, keeps the scores where there is room for them, and tells all threads of the team. best: what this
+// thread's best score is.
+__device__ __forceinline__ Report survey(const Sampler& it, Part part, float& best) {
     SampleMemory& memory = it.memory;
     const Team team = it.team();
     const int lane = static_cast<int>(threadIdx.x % 32);
     // One thread makes the random number, while others wait: it takes most of a microsecond. What it is made of is on
     // its way with the logits.
-    const bool makes_random = threadIdx.x == kThreads - 1 && !it.greedy();
+    const bool makes_random = static_cast<int>(threadIdx.x) == block_threads() - 1 && !it.greedy();
     RandomNumber number{};
     if (makes_random) number = it.number();
     Found found;
@@ -72,12 +74,13 @@ __device__ __forceinline__ Report survey(const Sampler& it, Part part) {
             });
         }
     }
+    best = found.best;
     const Report mine = warp_report(found.words());
     if (lane == 0) memory.warps[threadIdx.x / 32] = mine.words();
     team.have_appeared();
     __syncthreads();
     if (threadIdx.x < 32) {
-        const uint4 words = lane < kWarps ? memory.warps[lane] : Report::none();
+        const uint4 words = lane < block_warps() ? memory.warps[lane] : Report::none();
         team.tell(memory.blocks, warp_report(words).words(), &memory.arrivals.reports);
     }
     if (makes_random && !it.choice().filters()) memory.draw.random = number.bits();  // filters wait for longer later
@@ -100,8 +103,8 @@ __device__ __forceinline__ void draw(const Sampler& it, const Softmax& softmax, 
     int block = lane;
     if (listed) {
         share_out(it, kept_from);
-        if (lane < kWarps) weight = memory.shares[lane];
-        block = lane >> (kWarpBits - team.bits());
+        if (lane < block_warps()) weight = memory.shares[lane];
+        block = lane >> (warp_bits() - team.bits());
     } else {
         // Where a filter has told sums in vain, the reports' place serves, which all blocks have read long ago.
         uint4* const sums = filtered ? it.memory.blocks : memory.sums;
@@ -121,9 +124,29 @@ __device__ __forceinline__ void draw(const Sampler& it, const Softmax& softmax, 
     if (!lies_in(weight, block, team.rank(), place)) return;
     if (listed) add_listed(it, kept_from);
     const uint64_t* const warps = listed ? memory.finally : memory.warps;
-    if (!lies_in(lane < kWarps ? warps[lane] : 0, lane, warp, place)) return;
-    const int token = id_at(it.part(), place, weight_of_token);
+    // The whole block looks for it among the ids of one warp, in slices.
+    const int chosen = index_at(warps, place), slice = 32 * ((it.cut.per_warp / 32 - 1) / block_warps() + 1);
+    const Part part = it.part_of(chosen, warp * slice, slice);
+    uint64_t sum = 0;
+    part.each([&](int id, const auto& scores) {
+        constexpr int kCount = sizeof scores / sizeof *scores;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) sum += weight_of_token(id + 32 * j, scores[j]);
+    });
+    sum = warp_sum(sum);
+    if (lane == 0) memory.shares[warp] = sum;  // as they were all have read them
+    __syncthreads();
+    if (index_at(memory.shares, place) != warp) return;
+    const int token = id_at(part, place, weight_of_token);
     if (lane == 0) it.write(DIJIANG_ROW_OK, token);
+}
+
+// What filters need takes the scores' place.
+__device__ __forceinline__ void forget_scores(SampleMemory& memory) {
+    __syncthreads();
+    if (threadIdx.x == 0) memory.staging = 0;
+    clear(memory.select);
+    __syncthreads();
 }
 
 __device__ __forceinline__ void sample_row(const SampleParams& params, const SampleCut& cut) {
@@ -131,14 +154,15 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
     const Sampler it = {params, cut, memory};
     const Team team = it.team();
     if (threadIdx.x == 0) {
-        memory.select.listed = 0;
-        memory.select.place = 0;
+        memory.staging = cut.staging;
+        memory.few.listed = 0;
         if (!params.options_per_row) memory.choice = Choice(params.options, params.numbers, params.buffers.vocabulary);
-        if (team.size > 1) memory.arrivals.make(team.size, kBins);
+        if (team.size > 1) memory.arrivals.make(team.size, kBins, kFewBins);
     }
     team.appear();
     let_next_kernel_start();
-    clear(memory.select);
+    if (static_cast<int>(threadIdx.x) < kFewBins) memory.few.counts[threadIdx.x] = 0;
+    if (!cut.slim) clear(memory.select);
     Part part = it.ids();
     part.find_logits(team, params.buffers);
     keep_before(part.logits);
@@ -149,7 +173,8 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
         if (reports) it.write(DIJIANG_ROW_BAD_OPTIONS, -1);
         return;
     }
-    const Report found = survey(it, part);
+    float best;
+    const Report found = survey(it, part, best);
     if (found.wrong != 0 || found.nothing() || it.greedy()) {
         const int status = found.wrong != 0    ? DIJIANG_ROW_NOT_FINITE
                            : found.nothing() ? DIJIANG_ROW_NOTHING_ALLOWED
@@ -163,7 +188,13 @@ __device__ __forceinline__ void sample_row(const SampleParams& params, const Sam
     if (it.choice().filters()) {
         const float range = fminf(-softmax.exponent(score_of(found.least_key)), -softmax.least_exponent);
         const float per_bin = range > 0 ? fminf(__fdividef(float{kBins}, range), FLT_MAX) : 0.0f;
-        listed = filter(it, {softmax, found.best(), per_bin});
+        SelectedRow row = {softmax, found.best(), per_bin};
+        if (it.few()) {
+            if (choose_of_few(it, row, best)) return;
+            if (cut.slim) forget_scores(memory);
+            row = memory.few.row;
+        }
+        listed = filter(it, row);
         filtered = true;
         softmax = memory.select.row.softmax;  // not kept in registers meanwhile
         kept_from = memory.select.place;

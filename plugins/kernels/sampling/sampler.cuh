@@ -46,14 +46,35 @@ struct Choice {
     }
 };
 
+constexpr int kFewBins = 256;
+constexpr int kFewListed = 256;           // tokens of a row
+constexpr int kFewLists = 4 * kFewListed;  // places for them in its blocks' lists
+
+struct FewMemory {
+    alignas(16) uint32_t counts[kFewBins];  // of this block's threads
+    uint4 told[kMostTeam * 32];             // and of all blocks', in halves of words
+    uint4 lengths[kMostTeam];               // of their lists
+    uint64_t lists[kFewLists];
+    Entry entries[kFewListed];
+    uint64_t weights[kFewListed];  // of those that are kept
+    SelectedRow row;
+    uint64_t wanted;
+    float end;
+    uint32_t listed;
+};
+
 struct SampleMemory {
-    SelectMemory select;               // first, so that it has the block's address
     dijiang_sampling_options options;  // of the row, where each has its own
     Choice choice;
     Arrivals arrivals;
-    uint4 warps[kWarps], blocks[kMostTeam];  // reports
+    uint4 warps[kMostWarps], blocks[kMostTeam];  // reports
     DrawMemory draw;
+    int staging;  // as in the cut, or 0 from when on scores are not kept any more
+    FewMemory few;
+    SelectMemory select;  // last: scores may take its place where it is hardly ever needed
 };
+constexpr int kSlimMemory = offsetof(SampleMemory, select), kFullMemory = sizeof(SampleMemory);
+static_assert(kSlimMemory % 16 == 0);
 
 // One launch's arguments, and where this block's memory is. Options of all rows are read where they lie.
 struct Sampler {
@@ -68,12 +89,14 @@ struct Sampler {
     }
     __device__ const Choice& choice() const { return memory.choice; }
     __device__ bool greedy() const { return option(&dijiang_sampling_options::temperature) == 0; }
+    __device__ bool few() const { return are_few(choice().top_k, block_threads() * team().size); }
     __device__ Part ids() const {
-        constexpr int kStaging = sizeof(SampleMemory);
-        return Part::make(team(), cut, params.buffers.vocabulary, kStaging);
+        return Part::make(team(), cut.per_warp, params.buffers.vocabulary, cut.staging, fresh_thread() >> 5, 0, cut.per_warp);
     }
-    __device__ Part part() const {
-        Part it = ids();
+    __device__ Part part() const { return part_of(fresh_thread() >> 5, 0, cut.per_warp); }
+    // Of another warp's ids some: `most` from `skipped` on, or fewer.
+    __device__ Part part_of(int warp, int skipped, int most) const {
+        Part it = Part::make(team(), cut.per_warp, params.buffers.vocabulary, memory.staging, warp, skipped, most);
         if (it.kept != 0) return it;
         it.find_logits(team(), params.buffers);
         it.penalise(option(&dijiang_sampling_options::repetition_penalty));

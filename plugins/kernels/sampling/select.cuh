@@ -62,7 +62,7 @@ struct SelectMemory {
     Tally parts[kPadded];    // all blocks' tallies of this block's share of the bins
     Tally running[kPadded];  // of the whole row: of the bins up to each, of the 32 that a warp has; padded
     Entry entries[kListed];  // the tokens that are listed, of all blocks in their order
-    uint64_t lists[kLists];  // their places, as blocks send them: each has as many as there is room for
+    alignas(16) uint64_t lists[kLists];  // their places, as blocks send them: each has as many as there is room for
     uint32_t listed;         // this block's, also those that its list has no room for
     SelectedRow row;
     Bounds bounds;
@@ -75,9 +75,10 @@ struct SelectMemory {
 
 __device__ __forceinline__ void clear(SelectMemory& memory) {
     static_assert(offsetof(SelectMemory, parts) == 12 * kAllBins);
+    if (threadIdx.x == 0) memory.listed = 0, memory.place = 0;
     uint4* const words = reinterpret_cast<uint4*>(&memory);
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < 12 * kAllBins / 16; i += kThreads) words[i] = {0, 0, 0, 0};
+    for (int i = static_cast<int>(threadIdx.x); i < 12 * kAllBins / 16; i += block_threads()) words[i] = {0, 0, 0, 0};
 }
 
 __device__ __forceinline__ uint64_t amount(const Tally& tally, bool by_count) {
@@ -115,15 +116,15 @@ __device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, Sel
     __syncthreads();
     if (team.size == 1) {
 #pragma unroll 1
-        for (int bin = thread; bin < kBins; bin += kThreads)
+        for (int bin = thread; bin < kBins; bin += block_threads())
             memory.running[padded(bin)] = warp_running(tally_of(memory, bin));
-        if (thread == kThreads - 1) meanwhile();
+        if (thread == block_threads() - 1) meanwhile();
         __syncthreads();
         return;
     }
     const int share_bits = kBinBits - team.bits(), share = 1 << share_bits, start = team.rank() << share_bits;
 #pragma unroll 1
-    for (int bin = thread; bin < kBins; bin += kThreads)
+    for (int bin = thread; bin < kBins; bin += block_threads())
         send(reinterpret_cast<uint4*>(memory.parts + start + (bin & (share - 1))), tally_of(memory, bin).words(),
              bin >> share_bits, &arrivals.parts);
     if (thread < share) {
@@ -136,7 +137,7 @@ __device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, Sel
 #pragma unroll 4
         for (int rank = 0; rank < team.size; ++rank) send(to, words, rank, &arrivals.totals);
     }
-    if (thread == kThreads - 1) meanwhile();
+    if (thread == block_threads() - 1) meanwhile();
     await_arrival(&arrivals.totals);
 }
 
@@ -193,7 +194,7 @@ __device__ __noinline__ void narrow(SelectMemory& memory, int per_warp, int team
         });
         team.sync();
 #pragma unroll 1
-        for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) {
+        for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += block_threads()) {
             Tally sum = {};
 #pragma unroll 1
             for (int rank = 0; rank < team.size; ++rank) sum = sum + tally_of(*team.of(&memory, rank), bin);

@@ -9,14 +9,16 @@
 
 namespace dijiang {
 
-constexpr int kThreadBits = 9;
-constexpr int kThreads = 1 << kThreadBits;  // all do what is not a token's: with fewer threads that is done less often
-constexpr int kWarpBits = kThreadBits - 5;
-constexpr int kWarps = 1 << kWarpBits;
-constexpr int kBlocks = 2;        // of a multiprocessor, where there are many rows
+constexpr int kLeastThreads = 512, kMostThreads = 1024;  // of a block: the one or the other, see cut_sample
+constexpr int kMostWarps = kMostThreads / 32;
 constexpr int kPortableTeam = 8;  // the largest cluster that every such GPU takes
 constexpr int kMostTeam = 16;     // where the GPU says that it takes them
-static_assert(kMostTeam <= kWarps);
+static_assert(kMostTeam <= kLeastThreads / 32);
+
+// Of this block; launches tell, so that there is one kernel for both.
+__device__ __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
+__device__ __forceinline__ int block_warps() { return static_cast<int>(blockDim.x / 32); }
+__device__ __forceinline__ int warp_bits() { return 31 - __clz(block_warps()); }
 
 struct Team {
     int size;
@@ -66,21 +68,26 @@ struct Team {
 
 // The counters of what blocks send, each used once.
 struct Arrivals {
-    uint64_t reports, parts, totals, sums[2], entries;
+    uint64_t reports, parts, totals, sums[2], entries, few_counts, few_lengths, few_entries;
 
     // By one thread, before the blocks appear. How many entries there are is not known yet.
-    __device__ void make(int team, int bins) {
+    __device__ void make(int team, int bins, int few_bins) {
         make_arrival(&reports);
         make_arrival(&parts);
         make_arrival(&totals);
         make_arrival(&sums[0]);
         make_arrival(&sums[1]);
         make_arrival(&entries);
+        make_arrival(&few_counts);
+        make_arrival(&few_lengths);
+        make_arrival(&few_entries);
         expect_arrival(&reports, 16 * team);
         expect_arrival(&parts, 16 * bins);
         expect_arrival(&totals, 16 * bins);
         expect_arrival(&sums[0], 16 * team);
         expect_arrival(&sums[1], 16 * team);
+        expect_arrival(&few_counts, 2 * few_bins * team);
+        expect_arrival(&few_lengths, 16 * team);
     }
 };
 
