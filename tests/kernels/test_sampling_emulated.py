@@ -140,20 +140,49 @@ def the_same(emulated: Any, logits: Floats, options: SamplingOptions, draw: int,
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "team", "staged", "backwards"),
-    [(1, 1, True, False), (33, 1, False, True), (1024, 1, True, False), (2049, 2, True, True),
-     (3001, 4, False, False), (6001, 8, True, False), (10007, 16, True, True)],
+    ("vocabulary", "threads", "team", "staged", "backwards"),
+    [(1, 512, 1, 1, False), (33, 1024, 1, 0, True), (1024, 512, 1, 2, False), (2049, 1024, 2, 1, True),
+     (3001, 512, 4, 0, False), (6001, 1024, 4, 1, False), (10007, 512, 16, 1, True)],
 )  # fmt: skip
 def test_tokens_are_those_of_exact_integers(
-    emulated: Any, vocabulary: int, team: int, staged: bool, backwards: bool
+    emulated: Any, vocabulary: int, threads: int, team: int, staged: int, backwards: bool
 ) -> None:
     for number, kind in enumerate(list(KINDS)[:: 1 if team < 4 else 3 if team < 16 else 4]):
         logits = KINDS[kind](np.random.default_rng([number, vocabulary]), 1, vocabulary)[0]
         for draw in range(1 if team > 4 else 2):
             options = FILTERS[(number + 3 * draw + vocabulary) % len(FILTERS)]
             the_same(
-                emulated, logits, options, number + 8 * draw, team=team, staged=staged, backwards=backwards
-            )
+                emulated, logits, options, number + 8 * draw, threads=threads, team=team, staged=staged,
+                backwards=backwards,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("threads", "team", "staged"), [(512, 1, 0), (1024, 1, 2), (1024, 2, 2), (512, 16, 1)]
+)
+def test_top_k_of_few_tokens(emulated: Any, threads: int, team: int, staged: int) -> None:
+    """They are listed and drawn from without a histogram of all."""
+    logits = KINDS["wide"](np.random.default_rng(team), 1, 5003)[0]
+    for draw, options in enumerate([
+        SamplingOptions(0.9, top_k=50), SamplingOptions(0.9, top_k=50, top_p=0.95), SamplingOptions(2.0, top_k=1),
+        SamplingOptions(1.5, top_k=120, top_p=0.9, min_p=0.01), SamplingOptions(1.0, top_k=2, top_p=0.01),
+    ]):  # fmt: skip
+        the_same(emulated, logits, options, draw, threads=threads, team=team, staged=staged)
+    few = np.full(5003, -np.inf, np.float32)
+    few[::251] = np.arange(20, dtype=np.float32) / 8  # fewer than are kept
+    the_same(emulated, few, SamplingOptions(1.0, top_k=50, top_p=0.9), 1, team=team, staged=staged)
+
+
+@pytest.mark.parametrize(("threads", "team", "staged"), [(1024, 1, 2), (512, 1, 0), (512, 16, 1)])
+def test_few_tokens_that_cannot_be_listed(emulated: Any, threads: int, team: int, staged: int) -> None:
+    """Too many are about as good, or one block has most of them: filters of many tokens go on from there."""
+    rng = np.random.default_rng(5)
+    logits = normal(1)(rng, 1, 5003)[0] - np.float32(30)
+    logits[rng.choice(5003, 400, replace=False)] = normal(1e-4)(rng, 1, 400)[0]
+    in_order = np.sort(normal(2.5)(rng, 1, 5003)[0])
+    for options in (SamplingOptions(1.0, top_k=50), SamplingOptions(1.0, top_k=100, top_p=0.9)):
+        the_same(emulated, logits, options, 1, threads=threads, team=team, staged=staged)
+        the_same(emulated, in_order, options, 3, threads=threads, team=team, staged=staged)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +229,12 @@ def test_more_tokens_in_a_bin_than_can_be_sorted(emulated: Any, width: float, te
 def test_the_cut_does_not_change_the_token(emulated: Any) -> None:
     logits = normal(2)(np.random.default_rng(3), 1, 6001)
     for name in ("plain", "all", "few"):
-        cuts = ((1, False), (1, True), (2, False), (4, True), (8, True), (16, True))
+        cuts = ((512, 1, 0), (1024, 1, 2), (1024, 2, 0), (512, 4, 1), (1024, 8, 2), (512, 16, 1))
         found = {
-            choose(emulated, logits, OPTIONS[name], team=team, staged=staged, first_draw=5)[0][0]
-            for team, staged in cuts
+            choose(emulated, logits, OPTIONS[name], threads=threads, team=team, staged=staged, first_draw=5)[
+                0
+            ][0]
+            for threads, team, staged in cuts
         }
         assert len(found) == 1, (name, found)
 

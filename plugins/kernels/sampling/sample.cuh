@@ -56,11 +56,9 @@ __device__ __forceinline__ Report survey(const Sampler& it, Part part, float& be
         part.penalise(it.option(&dijiang_sampling_options::repetition_penalty));
         float* const scores = part.scores();
         const bool kept = part.kept != 0, masked = part.masked();
-        if (kept || !masked)
-            part.each_read([&](int i, int id, float logit, bool there) {
-                if (kept && there) scores[32 * i] = logit;
-                found.see(id, logit);
-            });
+        const auto see = [&](int id, float logit) { found.see(id, logit); };
+        if (kept) part.each_copied(see);
+        else if (!masked) part.each_read(see);
         if (masked) {
             found = Found{};
             float* to = scores;

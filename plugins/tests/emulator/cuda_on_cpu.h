@@ -34,6 +34,7 @@ struct Copy {
     uint32_t to;
     const void* from;
     bool there;
+    size_t bytes = 16;
 };
 
 struct Fiber {
