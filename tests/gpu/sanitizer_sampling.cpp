@@ -94,10 +94,15 @@ int main(int count, char** words) {
         cases.push_back({"top-p", 1, vocabulary, options(1.0, 0, 0.9), false, false, 2.5f});
         cases.push_back({"all", 1, vocabulary, options(0.7, 400, 0.95, 0.002), false, false, 2.5f});
         cases.push_back({"in order", 1, vocabulary, options(1.0, 900, 0.9), false, false, 0.01f, true});
+        cases.push_back({"few", 1, vocabulary, options(0.8, 40, 0.9), false, false, 2.5f});
+        cases.push_back({"no few", 1, vocabulary, options(0.8, 40, 0.9), false, false, 0.01f, true});
     }
+    cases.push_back({"rows", 70, 2500, options(0.9, 0, 0.9), false, false, 2.5f});  // blocks of 1,024 threads
     if (!quick) {
         cases.push_back({"many rows", 140, 9000, options(0.7, 40, 0.9), false, false, 1.0f});
         cases.push_back({"top-p rows", 70, 50304, options(1.0, 0, 0.9), false, false, 2.5f});
+        cases.push_back({"rows of few", 70, 50304, options(0.7, 40, 0.9), false, false, 2.5f});  // scores fill a block's memory
+        cases.push_back({"no few left", 70, 50304, options(0.7, 40, 0.9), false, false, 1e-7f});
     }
     int bad = 0;
     for (const Case& c : cases) bad += !run(c);

@@ -164,8 +164,9 @@ def test_top_k_of_few_tokens(emulated: Any, threads: int, team: int, staged: int
     """They are listed and drawn from without a histogram of all."""
     logits = KINDS["wide"](np.random.default_rng(team), 1, 5003)[0]
     for draw, options in enumerate([
-        SamplingOptions(0.9, top_k=50), SamplingOptions(0.9, top_k=50, top_p=0.95), SamplingOptions(2.0, top_k=1),
-        SamplingOptions(1.5, top_k=120, top_p=0.9, min_p=0.01), SamplingOptions(1.0, top_k=2, top_p=0.01),
+        SamplingOptions(0.9, top_k=50), SamplingOptions(0.9, top_k=50, top_p=0.95),
+        SamplingOptions(2.0, top_k=1), SamplingOptions(1.0, top_k=2, top_p=0.01),
+        SamplingOptions(1.5, top_k=120, top_p=0.9, min_p=0.01),
     ]):  # fmt: skip
         the_same(emulated, logits, options, draw, threads=threads, team=team, staged=staged)
     few = np.full(5003, -np.inf, np.float32)
