@@ -169,6 +169,14 @@ def test_top_k_of_few_tokens(emulated: Any, threads: int, team: int, staged: int
         SamplingOptions(1.5, top_k=120, top_p=0.9, min_p=0.01),
     ]):  # fmt: skip
         the_same(emulated, logits, options, draw, threads=threads, team=team, staged=staged)
+    for draw in range(6):  # one token more or less would be chosen, or missed, as often as any other
+        options = SamplingOptions(1e6, top_k=2 + draw % 2, top_p=1 if draw < 3 else 0.6)
+        the_same(emulated, logits, options, draw, threads=threads, team=team, staged=staged)
+    twice = logits.copy()
+    twice[[7, 4001]] = logits.max() + 1
+    for draw in range(1, 6):  # half of what two equal ones weigh: the first alone
+        options = SamplingOptions(1.0, top_k=2, top_p=0.5)
+        the_same(emulated, twice, options, draw, threads=threads, team=team, staged=staged)
     few = np.full(5003, -np.inf, np.float32)
     few[::251] = np.arange(20, dtype=np.float32) / 8  # fewer than are kept
     the_same(emulated, few, SamplingOptions(1.0, top_k=50, top_p=0.9), 1, team=team, staged=staged)
