@@ -17,10 +17,6 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool t
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-// A word, wherever it is.
-__device__ __forceinline__ void copy_word_async(uint32_t to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
 // The same where all 256 bytes around them will be read: L2 may fetch them at once.
 __device__ __forceinline__ void copy_async_256(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared_address(shared)),

@@ -177,10 +177,10 @@ dijiang_status sample(const dijiang_sampling_options* options, const dijiang_sam
     dijiang_device device{};
     DIJIANG_TRY(current_device(device));
     const SampleNeeds needs = needs_of(params);
-    int large = 0;
-    cudaError_t error = large_clusters(device, large);
+    SampleTeams teams{};
+    cudaError_t error = sample_teams(device, teams);
     if (error != cudaSuccess) return fail_cuda(error, "asking CUDA about clusters of sampling");
-    const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, large, needs);
+    const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, teams, needs);
     error = launch_sample(params, cut, device, can_overlap(device), stream);
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the sampling kernel");
 }
@@ -215,12 +215,12 @@ dijiang_status dijiang_sample_plan(int32_t batch, int32_t vocabulary, const diji
         DIJIANG_TRY(check_text(text, size));
         dijiang_device known{};
         DIJIANG_TRY(given_or_current(device, known));
-        int large = 0;
+        SampleTeams teams = SampleTeams::guess(known);
         if (device == nullptr) {
-            const cudaError_t error = large_clusters(known, large);
+            const cudaError_t error = sample_teams(known, teams);
             if (error != cudaSuccess) return fail_cuda(error, "asking CUDA about clusters of sampling");
         }
-        const SampleCut cut = cut_sample(batch, vocabulary, known, large, {false, true, 0});
+        const SampleCut cut = cut_sample(batch, vocabulary, known, teams, {false, true, 0});
         std::snprintf(text, size, "sample threads=%d team=%d ctas=%d ids_per_warp=%d staged=%d", cut.threads,
                       cut.team, batch * cut.team, cut.per_warp,
                       cut.staging > 0 ? cut.threads / 8 * cut.per_warp : 0);

@@ -24,7 +24,6 @@ __device__ __forceinline__ void bound_few(const Sampler& it, float at, bool weig
     if (weighs) atomicAdd(&memory.counts[min(kFewBins - 1, __float2int_rz(at * (1.0f / kFewPerBin)))], 1u);
     __syncthreads();
     const int thread = fresh_thread(), lane = thread & 31, warp = thread >> 5;
-    if (thread == block_threads() - 1 && team.rank() == 0) it.memory.draw.random = it.number().bits();
     if (warp < team.size) {  // to a block each
         const uint4 low = *reinterpret_cast<const uint4*>(memory.counts + 8 * lane);
         const uint4 high = *reinterpret_cast<const uint4*>(memory.counts + 8 * lane + 4);

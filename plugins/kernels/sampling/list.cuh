@@ -104,7 +104,7 @@ __device__ __forceinline__ bool list_tokens(const Sampler& it, const Bounds& bou
 // Finds memory.place, from which on tokens are kept: of the listed ones the last that top-k keeps, and of what that
 // leaves the last that top-p wants.
 __device__ __forceinline__ void cut_list(const Sampler& it) {
-    constexpr int kCompared = 64;  // more take less time in order
+    constexpr int kCompared = 160;  // more take less time in order
     SelectMemory& memory = it.memory.select;
     const Bounds& bounds = memory.bounds;
     const int count = Lists::of(it.team(), it.memory.draw.sums).before(it.team().size);

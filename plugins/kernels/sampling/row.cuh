@@ -4,7 +4,6 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "device/copies.cuh"
 #include "device/math.cuh"
 #include "device/registers.cuh"
 #include "device/shared.cuh"
@@ -185,32 +184,8 @@ struct Part {
         return id < last ? prepare(read(id), id) : -INFINITY;
     }
 
-    // Logits as they are in memory, copied to where scores are kept: visit(id, logit) of this lane's, and of some behind
-    // them, which come with -inf. Copies on their way take no registers, so there are many.
-    template <typename Visit> __device__ void each_copied(Visit&& visit) const {
-        constexpr int kGroup = 8, kAhead = 3;  // groups on their way
-        const int id = first + static_cast<int>(threadIdx.x % 32);
-        float* const scores = this->scores();
-        const uint32_t to = shared_address(scores);
-        const auto copy = [&](int from) {
-#pragma unroll
-            for (int i = from; i < from + kGroup; ++i) {
-                if (id + 32 * i < last) copy_word_async(to + 128 * i, logits + id + 32 * i);
-                else if (i < count) scores[32 * i] = -INFINITY;
-            }
-            commit_copies();
-        };
-#pragma unroll 1
-        for (int i = 0; i < kAhead * kGroup; i += kGroup) copy(i);
-#pragma unroll 1
-        for (int i = 0; i < count; i += kGroup) {
-            copy(i + kAhead * kGroup);
-            wait_copies<kAhead>();
-#pragma unroll
-            for (int j = i; j < i + kGroup; ++j) visit(id + 32 * j, j < count ? scores[32 * j] : -INFINITY);
-        }
-    }
-    // Logits as they are in memory, with several of a lane on their way: visit(id, logit), as above.
+    // Logits as they are in memory, with several of a lane on their way: visit(i, id, logit, there), i from 0 to
+    // count - 1 and some more, of which none is there: they come with -inf.
     template <typename Visit> __device__ void each_read(Visit&& visit) const {
         constexpr int kAhead = 8;
         int id = first + static_cast<int>(threadIdx.x % 32);
@@ -220,7 +195,7 @@ struct Part {
 #pragma unroll
             for (int j = 0; j < kAhead; ++j) logits_[j] = read(id + 32 * j);
 #pragma unroll
-            for (int j = 0; j < kAhead; ++j, id += 32) visit(id, logits_[j]);
+            for (int j = 0; j < kAhead; ++j, id += 32) visit(i + j, id, logits_[j], i + j < count);
         }
     }
 };

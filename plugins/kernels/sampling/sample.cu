@@ -39,67 +39,87 @@ cudaError_t allow_memory(const dijiang_device& device) {
     return cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory);
 }
 
-cudaError_t ask_large_clusters(const dijiang_device& device, int& count) {
+cudaError_t ask_teams(const dijiang_device& device, SampleTeams& teams) {
     cudaError_t error = allow_memory(device);
     if (error != cudaSuccess) return error;
     error = cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
-    const Launch launch(1, kMostTeam, kLeastThreads, device.shared_memory);  // as if each block had a multiprocessor of its own
-    error = cudaOccupancyMaxActiveClusters(&count, sample_kernel, &launch.config);
-    if (error == cudaSuccess) return error;
-    cudaGetLastError();  // such clusters are not for this GPU
-    count = 0;
+    for (int bits = 1; bits < SampleTeams::kSizes; ++bits) {
+        const Launch launch(1, 1 << bits, kLeastThreads, device.shared_memory);  // no two blocks on a multiprocessor
+        if (cudaOccupancyMaxActiveClusters(&teams.rows[bits], sample_kernel, &launch.config) == cudaSuccess) continue;
+        cudaGetLastError();  // such clusters are not for this GPU
+        teams.rows[bits] = 0;
+    }
     return cudaSuccess;
 }
 
-// The threads of a block and the blocks of a row.
-void shape(SampleCut& cut, int32_t batch, int32_t vocabulary, const dijiang_device& device, int large) {
-    constexpr int kEnough = 2048;  // ids for a block; fewer do not pay for another one
-    const int most = large >= batch ? kMostTeam : kPortableTeam;
-    if (!has_clusters(device)) return;
-    if (int64_t{most} * batch <= device.multiprocessors) cut.threads = kLeastThreads;
-    while (cut.team < most && vocabulary / cut.team > kEnough && int64_t{2} * cut.team * batch <= device.multiprocessors)
-        cut.team *= 2;
+// A block's dynamic shared memory where two share a multiprocessor, each with some that is the system's: CUDA programming
+// guide, 9.0.
+int half_of_memory(const dijiang_device& device) {
+    constexpr int kReserved = 1024;
+    return (device.shared_memory + kReserved) / 2 - kReserved;
+}
+
+// The threads of a block and the blocks of a row. Times of all of them: docs/evidence/sampling-cuts-h100.txt.
+void shape(SampleCut& cut, int32_t batch, int32_t vocabulary, const dijiang_device& device, const SampleTeams& teams) {
+    constexpr int kEnough = 2048;   // ids for a block; fewer do not pay for another one
+    constexpr int kMany = 1 << 15;  // from more on, what is done once by each warp is little beside its ids
+    int bits = 0;
+    while (bits + 1 < SampleTeams::kSizes && teams.rows[bits + 1] >= batch && vocabulary >> bits > kEnough) ++bits;
+    cut.team = 1 << bits;
+    // Two blocks of few threads, of a row each, on a multiprocessor.
+    const bool shared = batch > device.multiprocessors && half_of_memory(device) >= kFullMemory;
+    cut.threads = vocabulary >> bits <= kMany && (bits > 0 || shared) ? kLeastThreads : kMostThreads;
 }
 
 }  // namespace
 
-cudaError_t large_clusters(const dijiang_device& device, int& count) {
+SampleTeams SampleTeams::guess(const dijiang_device& device) {
+    SampleTeams teams{};
+    for (int bits = 1; has_clusters(device) && 1 << bits <= kPortableTeam; ++bits)
+        teams.rows[bits] = device.multiprocessors >> bits;
+    return teams;
+}
+
+cudaError_t sample_teams(const dijiang_device& device, SampleTeams& teams) {
     constexpr int kRemembered = 64;  // devices; those beyond are asked every time
     static std::mutex mutex;
-    static int known[kRemembered];  // 1 more than there are; 0: not asked yet
-    count = 0;
+    static struct {
+        bool asked;
+        SampleTeams teams;
+    } known[kRemembered];
+    teams = {};
     if (!has_clusters(device)) return cudaSuccess;
     int index = 0;
     const cudaError_t error = cudaGetDevice(&index);
     if (error != cudaSuccess) return error;
-    if (index >= kRemembered) return ask_large_clusters(device, count);
+    if (index >= kRemembered) return ask_teams(device, teams);
     const std::lock_guard<std::mutex> lock(mutex);
-    if (known[index] == 0) {
-        const cudaError_t asked = ask_large_clusters(device, count);
+    if (!known[index].asked) {
+        const cudaError_t asked = ask_teams(device, known[index].teams);
         if (asked != cudaSuccess) return asked;
-        known[index] = count + 1;
+        known[index].asked = true;
     }
-    count = known[index] - 1;
+    teams = known[index].teams;
     return cudaSuccess;
 }
 
-SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device& device, int large, const SampleNeeds& needs) {
+SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device& device, const SampleTeams& teams,
+                     const SampleNeeds& needs) {
     SampleCut cut{kMostThreads, 1, 0, 0, 0, false};
-    shape(cut, batch, vocabulary, device, large);
+    shape(cut, batch, vocabulary, device, teams);
     cut.per_warp = 32 * ((vocabulary - 1) / (cut.threads * cut.team) + 1);
-    const bool few = are_few(needs.top_k, cut.threads * cut.team);
-    cut.slim = !needs.filters || few;
+    cut.slim = !needs.filters || are_few(needs.top_k, cut.threads * cut.team);
     cut.bytes = needs.filters ? kFullMemory : kSlimMemory;
-    const int blocks = kMostThreads / cut.threads;
-    // With more blocks than multiprocessors, two of them share one, and scores that leave no room for the other are
-    // read again instead.
-    constexpr int kReserved = 1024;  // of a multiprocessor's shared memory for each block: CUDA programming guide, 9.0
-    int memory = device.shared_memory;
-    if (int64_t{cut.team} * batch > device.multiprocessors) memory = (memory + kReserved) / blocks - kReserved;
+    // With more blocks than multiprocessors, those of few threads share one, and scores that leave no room for the other
+    // are read again instead. With fewer each gets one of its own, by as much memory as no two can have: blocks of a
+    // cluster would share one otherwise, and leave another idle.
+    const int half = half_of_memory(device);
+    const bool shared = int64_t{cut.team} * batch > device.multiprocessors && cut.threads == kLeastThreads;
+    if (!shared && cut.team > 1) cut.bytes = std::max(cut.bytes, half + 16);
     const int staging = cut.slim ? kSlimMemory : kFullMemory;
     const int64_t end = staging + int64_t{4} * (cut.threads / 32) * cut.per_warp;
-    if (needs.greedy || end > memory) return cut;
+    if (needs.greedy || end > (shared ? half : device.shared_memory)) return cut;
     cut.staging = staging;
     cut.bytes = std::max(cut.bytes, static_cast<int>(end));
     return cut;

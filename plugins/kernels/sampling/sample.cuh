@@ -56,9 +56,11 @@ __device__ __forceinline__ Report survey(const Sampler& it, Part part, float& be
         part.penalise(it.option(&dijiang_sampling_options::repetition_penalty));
         float* const scores = part.scores();
         const bool kept = part.kept != 0, masked = part.masked();
-        const auto see = [&](int id, float logit) { found.see(id, logit); };
-        if (kept) part.each_copied(see);
-        else if (!masked) part.each_read(see);
+        if (kept || !masked)
+            part.each_read([&](int i, int id, float logit, bool there) {
+                if (kept && there) scores[32 * i] = logit;
+                found.see(id, logit);
+            });
         if (masked) {
             found = Found{};
             float* to = scores;
@@ -81,7 +83,8 @@ __device__ __forceinline__ Report survey(const Sampler& it, Part part, float& be
         const uint4 words = lane < block_warps() ? memory.warps[lane] : Report::none();
         team.tell(memory.blocks, warp_report(words).words(), &memory.arrivals.reports);
     }
-    if (makes_random && !it.choice().filters()) memory.draw.random = number.bits();  // filters wait for longer later
+    if (makes_random && (!it.choice().filters() || it.few()))  // filters of many tokens wait for longer later
+        memory.draw.random = number.bits();
     team.await(&memory.arrivals.reports);
     return warp_report(lane < team.size ? memory.blocks[lane] : Report::none());
 }
@@ -89,6 +92,7 @@ __device__ __forceinline__ Report survey(const Sampler& it, Part part, float& be
 // Writes the token: of those from `kept_from` on that have as much weight as min-p wants.
 __device__ __forceinline__ void draw(const Sampler& it, const Softmax& softmax, uint64_t kept_from, bool listed,
                                      bool filtered) {
+    constexpr int kSliced = 1024;  // ids of a warp; fewer it looks at as fast alone
     DrawMemory& memory = it.memory.draw;
     const Team team = it.team();
     const uint64_t least_weight = it.choice().least_weight;
@@ -122,20 +126,24 @@ __device__ __forceinline__ void draw(const Sampler& it, const Softmax& softmax, 
     if (!lies_in(weight, block, team.rank(), place)) return;
     if (listed) add_listed(it, kept_from);
     const uint64_t* const warps = listed ? memory.finally : memory.warps;
-    // The whole block looks for it among the ids of one warp, in slices.
-    const int chosen = index_at(warps, place), slice = 32 * ((it.cut.per_warp / 32 - 1) / block_warps() + 1);
-    const Part part = it.part_of(chosen, warp * slice, slice);
-    uint64_t sum = 0;
-    part.each([&](int id, const auto& scores) {
-        constexpr int kCount = sizeof scores / sizeof *scores;
+    int chosen = index_at(warps, place), slice = it.cut.per_warp, number = 0;
+    if (slice < kSliced) {
+        if (chosen != warp) return;
+    } else {  // the whole block looks for it among the ids of that warp
+        slice = 32 * ((slice / 32 - 1) / block_warps() + 1);
+        uint64_t sum = 0;
+        it.part_of(chosen, warp * slice, slice).each([&](int id, const auto& scores) {
+            constexpr int kCount = sizeof scores / sizeof *scores;
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) sum += weight_of_token(id + 32 * j, scores[j]);
-    });
-    sum = warp_sum(sum);
-    if (lane == 0) memory.shares[warp] = sum;  // as they were all have read them
-    __syncthreads();
-    if (index_at(memory.shares, place) != warp) return;
-    const int token = id_at(part, place, weight_of_token);
+            for (int j = 0; j < kCount; ++j) sum += weight_of_token(id + 32 * j, scores[j]);
+        });
+        sum = warp_sum(sum);
+        if (lane == 0) memory.shares[warp] = sum;  // as they were all have read them
+        __syncthreads();
+        number = index_at(memory.shares, place);
+        if (number != warp) return;
+    }
+    const int token = id_at(it.part_of(chosen, number * slice, slice), place, weight_of_token);
     if (lane == 0) it.write(DIJIANG_ROW_OK, token);
 }
 

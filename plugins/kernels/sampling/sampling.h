@@ -73,9 +73,16 @@ DIJIANG_BOTH inline bool are_few(int32_t top_k, int threads) {
     return top_k > 0 && top_k <= kMost && top_k + top_k * top_k / threads <= kMost;
 }
 
-// How many rows can have sixteen blocks at once, which the GPU itself must say; 0 where none can.
-cudaError_t large_clusters(const dijiang_device&, int& count);
-SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device&, int large_clusters, const SampleNeeds&);
+// How many rows can have teams at once whose blocks have a multiprocessor each: of 2, 4, 8 and 16 blocks.
+struct SampleTeams {
+    static constexpr int kSizes = 5;
+    int rows[kSizes];  // by the size's logarithm; 0: no row can; the first does not count
+
+    static SampleTeams guess(const dijiang_device&);  // of a device that cannot be asked
+};
+cudaError_t sample_teams(const dijiang_device&, SampleTeams&);  // the current device says
+
+SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device&, const SampleTeams&, const SampleNeeds&);
 // overlap: programmatic dependent launch.
 cudaError_t launch_sample(const SampleParams&, const SampleCut&, const dijiang_device&, bool overlap, cudaStream_t);
 cudaError_t launch_advance(const dijiang_advance_buffers&, cudaStream_t);  // strides are filled in

@@ -34,7 +34,6 @@ struct Copy {
     uint32_t to;
     const void* from;
     bool there;
-    size_t bytes = 16;
 };
 
 struct Fiber {

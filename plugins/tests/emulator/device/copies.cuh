@@ -13,10 +13,6 @@ inline void copy_async(uint32_t to, const void* from, bool there = true) {
     if (to % 16 != 0 || to + 16 > emulator::kSharedMemory || reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
     mine().open.push_back({to, from, there});
 }
-inline void copy_word_async(uint32_t to, const void* from) {
-    if (to % 4 != 0 || to + 4 > emulator::kSharedMemory) std::abort();
-    mine().open.push_back({to, from, true, 4});
-}
 inline void commit_copies() {
     mine().groups.push_back(mine().open);
     mine().open.clear();
@@ -24,7 +20,7 @@ inline void commit_copies() {
 template <int kPending> void wait_copies() {
     while (mine().groups.size() > kPending) {
         for (const emulator::Copy& copy : mine().groups.front()) {
-            if (copy.there) std::memcpy(emulator::shared_memory + copy.to, copy.from, copy.bytes);
+            if (copy.there) std::memcpy(emulator::shared_memory + copy.to, copy.from, 16);
             else std::memset(emulator::shared_memory + copy.to, 0, 16);
         }
         mine().groups.pop_front();
