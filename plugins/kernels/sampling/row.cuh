@@ -184,18 +184,29 @@ struct Part {
         return id < last ? prepare(read(id), id) : -INFINITY;
     }
 
-    // Logits as they are in memory, with several of a lane on their way: visit(i, id, logit, there), i from 0 to
-    // count - 1 and some more, of which none is there: they come with -inf.
+    // Logits as they are in memory: visit(i, id, logit, there), i from 0 to count - 1 and some more, of which none is
+    // there: they come with -inf. Several of a lane are on their way, and the next ones before these are visited.
     template <typename Visit> __device__ void each_read(Visit&& visit) const {
         constexpr int kAhead = 8;
-        int id = first + static_cast<int>(threadIdx.x % 32);
+        const int id = first + static_cast<int>(threadIdx.x % 32);
+        float some[kAhead], others[kAhead];
+        const auto ask = [&](float (&logits_)[kAhead], int i) {
+            if (i >= count) return;
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) logits_[j] = read(id + 32 * (i + j));
+        };
+        const auto show = [&](const float (&logits_)[kAhead], int i) {
+            if (i >= count) return;
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) visit(i + j, id + 32 * (i + j), logits_[j], i + j < count);
+        };
+        ask(some, 0);
 #pragma unroll 1
-        for (int i = 0; i < count; i += kAhead) {
-            float logits_[kAhead];
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j) logits_[j] = read(id + 32 * j);
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j, id += 32) visit(i + j, id, logits_[j], i + j < count);
+        for (int i = 0; i < count; i += 2 * kAhead) {
+            ask(others, i + kAhead);
+            show(some, i);
+            ask(some, i + 2 * kAhead);
+            show(others, i + kAhead);
         }
     }
 };
