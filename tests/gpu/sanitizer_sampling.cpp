@@ -101,7 +101,8 @@ int main(int count, char** words) {
     if (!quick) {
         cases.push_back({"many rows", 140, 9000, options(0.7, 40, 0.9), false, false, 1.0f});
         cases.push_back({"top-p rows", 70, 50304, options(1.0, 0, 0.9), false, false, 2.5f});
-        cases.push_back({"rows of few", 70, 50304, options(0.7, 40, 0.9), false, false, 2.5f});  // scores fill a block's memory
+        // Scores fill a block's memory.
+        cases.push_back({"rows of few", 70, 50304, options(0.7, 40, 0.9), false, false, 2.5f});
         cases.push_back({"no few left", 70, 50304, options(0.7, 40, 0.9), false, false, 1e-7f});
     }
     int bad = 0;

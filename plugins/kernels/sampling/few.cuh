@@ -44,7 +44,8 @@ __device__ __forceinline__ void bound_few(const Sampler& it, float at, bool weig
         uint32_t own = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) own += (words[i] & 0xFFFF) + (words[i] >> 16);
-        const auto all = static_cast<uint32_t>(warp_running(uint64_t{own})), top_k = static_cast<uint32_t>(it.choice().top_k);
+        const auto all = static_cast<uint32_t>(warp_running(uint64_t{own}));
+        const auto top_k = static_cast<uint32_t>(it.choice().top_k);
         const int at_lane = __popc(__ballot_sync(~0u, all < top_k));
         if (lane == min(at_lane, 31)) {
             int bin = 8 * lane;
@@ -61,7 +62,7 @@ __device__ __forceinline__ void bound_few(const Sampler& it, float at, bool weig
 }
 
 // Lists the tokens that lie before memory.end, in memory.entries of the row's first block. -1: they are too many;
-// otherwise how many they are. `best`: whether this thread has any.
+// otherwise how many they are. any: this thread may have some.
 __device__ __forceinline__ int list_few(const Sampler& it, const SelectedRow& row, bool any) {
     FewMemory& memory = it.memory.few;
     const Team team = it.team();
@@ -85,8 +86,10 @@ __device__ __forceinline__ int list_few(const Sampler& it, const SelectedRow& ro
     const uint32_t found = memory.listed;
     const int listed = min(static_cast<int>(found), capacity);
     if (warp == 0) team.tell(memory.lengths, {found, 0, 0, 0}, &it.memory.arrivals.few_lengths);
-    if (rank != 0)
-        for (int i = thread; i < listed; i += block_threads()) send(own + i, own[i], 0, &it.memory.arrivals.few_entries);
+    if (rank != 0) {
+        uint64_t* const arrival = &it.memory.arrivals.few_entries;
+        for (int i = thread; i < listed; i += block_threads()) send(own + i, own[i], 0, arrival);
+    }
     team.await(&it.memory.arrivals.few_lengths);
     const uint32_t told = lane < team.size ? memory.lengths[lane].x : 0;
     const uint32_t length = min(told, static_cast<uint32_t>(capacity));

@@ -56,9 +56,9 @@ __device__ __forceinline__ Ordered order(SelectMemory& memory, int count) {
     if (it.there) {
         it.own = memory.entries[thread];
         const float at = memory.row.place_at(memory.row.softmax.exponent(score_of_place(it.own.place)));
-        const bool behind = bounds.other >= 0 && at >= static_cast<float>(bounds.other);
-        const float within = behind ? at - static_cast<float>(bounds.other)
-                                    : __fdividef(at - static_cast<float>(bounds.first), static_cast<float>(bounds.span + 1));
+        const auto first = static_cast<float>(bounds.first), other = static_cast<float>(bounds.other);
+        const bool behind = bounds.other >= 0 && at >= other;
+        const float within = behind ? at - other : __fdividef(at - first, static_cast<float>(bounds.span + 1));
         bin = min(__float2int_rz(within * kHalf), kHalf - 1) + (behind ? kHalf : 0);
         slot = static_cast<int>(atomicAdd(&memory.counts[bin], 1u));
     }

@@ -72,12 +72,14 @@ struct Part {
     int first, last, count;  // this warp's ids, and how many times 32 they are
     int vocabulary;
 
-    // staging: where the block's scores are; 0 if they are not kept. Of a warp's ids `most` from `skipped` on, or fewer.
+    // staging: where the block's scores are; 0 if they are not kept. Of a warp's ids `most` from `skipped` on, or
+    // fewer.
     static __device__ Part make(const Team& team, int per_warp, int vocabulary, int staging, int warp, int skipped,
                                 int most) {
         Part it{};
         skipped = min(skipped, per_warp);
-        it.set_ids((team.rank() * block_warps() + warp) * per_warp + skipped, min(most, per_warp - skipped), vocabulary);
+        const int start = (team.rank() * block_warps() + warp) * per_warp;
+        it.set_ids(start + skipped, min(most, per_warp - skipped), vocabulary);
         it.kept = staging > 0 ? staging + 4 * (warp * per_warp + skipped + fresh_lane()) : 0;
         return it;
     }

@@ -53,8 +53,8 @@ cudaError_t ask_teams(const dijiang_device& device, SampleTeams& teams) {
     return cudaSuccess;
 }
 
-// A block's dynamic shared memory where two share a multiprocessor, each with some that is the system's: CUDA programming
-// guide, 9.0.
+// A block's dynamic shared memory where two share a multiprocessor, each with some that is the system's: CUDA
+// programming guide, 9.0.
 int half_of_memory(const dijiang_device& device) {
     constexpr int kReserved = 1024;
     return (device.shared_memory + kReserved) / 2 - kReserved;
@@ -111,9 +111,9 @@ SampleCut cut_sample(int32_t batch, int32_t vocabulary, const dijiang_device& de
     cut.per_warp = 32 * ((vocabulary - 1) / (cut.threads * cut.team) + 1);
     cut.slim = !needs.filters || are_few(needs.top_k, cut.threads * cut.team);
     cut.bytes = needs.filters ? kFullMemory : kSlimMemory;
-    // With more blocks than multiprocessors, those of few threads share one, and scores that leave no room for the other
-    // are read again instead. With fewer each gets one of its own, by as much memory as no two can have: blocks of a
-    // cluster would share one otherwise, and leave another idle.
+    // With more blocks than multiprocessors, those of few threads share one, and scores that leave no room for the
+    // other are read again instead. With fewer each gets one of its own, by as much memory as no two can have: blocks
+    // of a cluster may share one otherwise, and leave another idle.
     const int half = half_of_memory(device);
     const bool shared = int64_t{cut.team} * batch > device.multiprocessors && cut.threads == kLeastThreads;
     if (!shared && cut.team > 1) cut.bytes = std::max(cut.bytes, half + 16);

@@ -91,7 +91,8 @@ struct Sampler {
     __device__ bool greedy() const { return option(&dijiang_sampling_options::temperature) == 0; }
     __device__ bool few() const { return are_few(choice().top_k, block_threads() * team().size); }
     __device__ Part ids() const {
-        return Part::make(team(), cut.per_warp, params.buffers.vocabulary, cut.staging, fresh_thread() >> 5, 0, cut.per_warp);
+        const int warp = fresh_thread() >> 5;
+        return Part::make(team(), cut.per_warp, params.buffers.vocabulary, cut.staging, warp, 0, cut.per_warp);
     }
     __device__ Part part() const { return part_of(fresh_thread() >> 5, 0, cut.per_warp); }
     // Of another warp's ids some: `most` from `skipped` on, or fewer.
