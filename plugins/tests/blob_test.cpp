@@ -123,7 +123,7 @@ void quantised_step() {
         "quantised step: the model has the formats");
     std::vector<unsigned char> blob(step::blob_size(attributes));
     step::write_blob(attributes, blob.data());
-    expect(blob.size() == 108 && blob[4] == 2 && blob[76] == 5 && blob[88] == 1 && blob[92] == 2 && blob[96] == 0x14,
+    expect(blob.size() == 108 && blob[4] == 1 + DIJIANG_STEP_PACKING && blob[76] == 5 && blob[88] == 1 && blob[92] == 2 && blob[96] == 0x14,
         "quantised step: 88 bytes and a word for each format");
     step::Attributes read;
     expect(step::read_blob(blob.data(), blob.size(), read).empty() &&
@@ -139,7 +139,7 @@ void quantised_step() {
     auto longer = blob;
     longer.push_back(0);
     expect(all && !refused_as(longer).empty(), "quantised step: every other size is refused");
-    for (const auto& [at, value, text] : {std::tuple<size_t, int, const char*>{4, 1, "format 1"}, {8, 2, "2 layers"},
+    for (const auto& [at, value, text] : {std::tuple<size_t, int, const char*>{4, 1, "format 1"}, {4, 2, "format 2"}, {8, 2, "2 layers"},
              {8, 0, "0 layers"}, {11, 0x80, "expected 2 and one for each layer"}, {76, 4, "expected 104"},
              {79, 0x80, "expected 0 to 130"}, {97, 1, "a bit for each"}, {107, 0x80, "a bit for each"}}) {
         auto other = blob;

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <memory>
 
+#include "dijiang/step.h"
 #include "registry_cases.h"
 #include "registry_host.h"
 
@@ -204,22 +205,34 @@ void shapes(IPluginV3* plugin, test::Logger& logger, bool learned, int32_t embed
 }
 
 // What a plan keeps of a plugin, of which it can be made again; the plugin's identity.
-std::string kept(nvinfer1::IPluginCreatorV3One& creator, IPluginV3* plugin, int32_t formats) {
+std::string kept(nvinfer1::IPluginCreatorV3One& creator, IPluginV3* plugin, int32_t formats, test::Logger& logger) {
     const std::unique_ptr<IPluginV3> copy(plugin->clone());
     const std::string identity = test::build_of(plugin)->getTimingCacheID();
     expect(copy != nullptr && identity == test::build_of(copy.get())->getTimingCacheID(), "step: a clone is the same");
     const PluginFieldCollection* fields = test::runtime_of(copy.get())->getFieldsToSerialize();
-    expect(fields->nbFields == 20 && std::strcmp(fields->fields[19].name, "weight_formats") == 0 &&
-               fields->fields[19].length == formats,
+    expect(fields->nbFields == 21 && std::strcmp(fields->fields[19].name, "weight_formats") == 0 &&
+               fields->fields[19].length == formats && std::strcmp(fields->fields[20].name, "packing") == 0,
         "step: a plan keeps every field");
     const std::unique_ptr<IPluginV3> rebuilt(creator.createPlugin("step0", fields, TensorRTPhase::kRUNTIME));
     expect(rebuilt != nullptr && identity == test::build_of(rebuilt.get())->getTimingCacheID(),
         "step: rebuilt of what a plan keeps");
+    // Quantised weights of another order, such as those of plans that keep no number for it.
+    const bool quantised = formats != 1;
+    std::vector<nvinfer1::PluginField> older(fields->fields, fields->fields + 20);
+    PluginFieldCollection given{20, older.data()};
+    const std::unique_ptr<IPluginV3> unnumbered(creator.createPlugin("step0", &given, TensorRTPhase::kRUNTIME));
+    expect((unnumbered == nullptr) == quantised && (!quantised || logger.said("packed in the order of another version", kName)),
+        "step refused: a plan of another packing, if its weights are quantised");
+    const int32_t other = DIJIANG_STEP_PACKING + 1;
+    older.emplace_back("packing", &other, PluginFieldType::kINT32, 1);
+    given = {21, older.data()};
+    const std::unique_ptr<IPluginV3> later(creator.createPlugin("step0", &given, TensorRTPhase::kRUNTIME));
+    expect((later == nullptr) == quantised && (!quantised || logger.said("got packing", kName)), "step: and of a later one");
     return identity;
 }
 
 void lifecycle(nvinfer1::IPluginCreatorV3One& creator, IPluginV3* plugin, test::Logger& logger) {
-    const std::string identity = kept(creator, plugin, 1);
+    const std::string identity = kept(creator, plugin, 1, logger);
     for (const char* name : {"rows", "blocks", "inner", "parallel_residual"}) {
         Node other;
         other[name] = std::strcmp(name, "inner") == 0 ? 160 : std::strcmp(name, "parallel_residual") == 0 ? 0 : 7;
@@ -259,7 +272,7 @@ void run_step(test::Runtime& runtime) {
             if (plugin == nullptr) return;
             shapes(plugin.get(), runtime.logger, learned, embedding);
             if (embedding != 0) {
-                const std::string identity = kept(*creator, plugin.get(), 2 + kLayers);
+                const std::string identity = kept(*creator, plugin.get(), 2 + kLayers, runtime.logger);
                 Node other(learned, embedding);
                 other.formats[3] = 1;
                 const std::unique_ptr<IPluginV3> different(other.create(*creator));

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,7 +49,7 @@ class Emulated:
             integers=1,
         )  # fmt: skip
         assert not stream
-        self._emulate(ctypes.byref(given), ctypes.byref(buffers), 1, 1, 0)
+        self._emulate(ctypes.byref(given), ctypes.byref(buffers), 512, 1, 1, 0)
         tokens += self.fault
 
     def sample_plan(self, batch: int, vocabulary: int) -> str:
@@ -98,13 +100,21 @@ def test_the_floor_is_the_logits() -> None:
     assert Cell(50304, 8, "top-p").nbytes == 4 * 8 * 50304
 
 
-def test_what_fails_at_another_s_is_a_reason_and_at_ours_an_error() -> None:
+def test_what_fails_at_another_s_is_a_reason_and_at_ours_an_error(
+    caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Without what it logs, warns of and advises."""
+
     def fail() -> dict[str, Any]:
-        raise TypeError("broken\n  badly")
+        logging.getLogger("torch._inductor").critical("code that could not be made")
+        warnings.warn("slow", stacklevel=1)
+        raise TypeError("broken\n  badly\n\nSet VERBOSE=1")
 
     assert result_of(fail, ours=False) == {"skipped": "failed: TypeError: broken badly"}
+    assert not caplog.records and not recwarn.list
     with pytest.raises(TypeError):
         result_of(fail)
+    assert len(caplog.records) == len(recwarn.list) == 1
 
 
 def test_everybody_runs(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

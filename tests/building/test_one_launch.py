@@ -152,7 +152,8 @@ def test_quantised_weights_keep_their_bits(
     mine, theirs = packed.view(np.uint8).reshape(-1), step.packed.numpy()
     written = theirs != 0xFF
     assert np.array_equal(mine[written], theirs[written]) and not mine[~written & (mine != 0xFF)].any()
-    found, state = unpacked(StepModel.of(spec, "float16", quantised.parts), mine), model.state_dict()
+    found = unpacked(StepModel.of(spec, "float16", quantised.parts), mine, step.size.blocks)
+    state = model.state_dict()
     head = torch.from_numpy(found[0, "head"])
     assert relative_error(head, state["lm_head.weight"].double()) < 1e-3  # of float16
     for layer in range(spec.num_layers):
@@ -188,9 +189,10 @@ def test_a_layer_for_another_gpu_has_other_blocks(
 
 
 def test_the_fields_are_the_plugins() -> None:
-    """Those of plugins/tensorrt/step/fields.cpp; one is of quantised weights alone."""
+    """Those of plugins/tensorrt/step/fields.cpp; one is of quantised weights alone, one of plans alone."""
     text = (Path(__file__).parents[2] / "plugins/tensorrt/step/fields.cpp").read_text()
     rules = dict(re.findall(r'\{"(\w+)", k(Integer|Real), \w+\}', text))
+    assert rules.pop("packing") == "Integer"
     constants: Any = SimpleNamespace(size=SimpleNamespace(blocks=7))
     parts = formats_of(SMALL, "int4")
     made = fields(StepModel.of(SMALL, "float16", parts), 3, constants)

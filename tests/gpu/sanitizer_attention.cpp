@@ -143,6 +143,8 @@ int main(int count, char** words) {
         cases.push_back({8, 8, 128, 32, dtype, 0, 130, {130}, false});
         cases.push_back({8, 8, 128, 128, dtype, 0, 330, one_of(17, 330), true});
         cases.push_back({16, 16, 80, 20, dtype, 0, 270, one_of(9, 270), false});
+        cases.push_back({8, 4, 256, 64, dtype, 0, 130, {130}, true});
+        cases.push_back({8, 8, 256, 256, dtype, 0, 330, one_of(5, 330), false});
     }
     // Enough rows for the plans that a full GPU gets, and a long text.
     if (!quick && !decode) {

@@ -1,5 +1,6 @@
 // Calls of dijiang_sample and dijiang_advance for compute-sanitizer: every filter, rows over one block and over several,
 // more tokens in a bin than are compared with each other, masks, options of each row.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -16,6 +17,7 @@ struct Case {
     dijiang_sampling_options options;
     bool masks, of_each_row;
     float width;  // of the logits
+    bool in_order = false;  // the logits ascend, so that all tokens near a cut are one block's
 };
 
 dijiang_sampling_options options(double temperature, int top_k, double top_p, double min_p = 0, double penalty = 1) {
@@ -31,7 +33,9 @@ std::vector<uint32_t> bits(size_t count, uint32_t out_of) {
 
 bool run(const Case& c) {
     const size_t rows = static_cast<size_t>(c.rows), words = (static_cast<size_t>(c.vocabulary) + 31) / 32;
-    const Device logits(normal(rows * static_cast<size_t>(c.vocabulary), c.width));
+    std::vector<float> scores = normal(rows * static_cast<size_t>(c.vocabulary), c.width);
+    if (c.in_order) std::sort(scores.begin(), scores.end());
+    const Device logits(scores);
     std::vector<uint32_t> may = bits(rows * words, 3);
     for (size_t row = 0; row < rows; ++row) may[row * words] |= 1;
     const Device allowed(may), seen(bits(rows * words, 10)), draws(std::vector<int64_t>(rows, 5));
@@ -85,7 +89,21 @@ int main(int count, char** words) {
         cases.push_back({"crowded", 1, vocabulary, options(1.0, 2000, 0.5), false, false, 1e-7f});
         cases.push_back({"no few", 1, vocabulary, options(1.0, 50, 0.5), false, false, 1e-7f});
     }
-    if (!quick) cases.push_back({"many rows", 140, 9000, options(0.7, 40, 0.9), false, false, 1.0f});
+    // Sixteen blocks a row, where the GPU has them.
+    for (const int vocabulary : quick ? std::vector<int>{33000} : std::vector<int>{33000, 128256}) {
+        cases.push_back({"top-p", 1, vocabulary, options(1.0, 0, 0.9), false, false, 2.5f});
+        cases.push_back({"all", 1, vocabulary, options(0.7, 400, 0.95, 0.002), false, false, 2.5f});
+        cases.push_back({"in order", 1, vocabulary, options(1.0, 900, 0.9), false, false, 0.01f, true});
+        cases.push_back({"few", 1, vocabulary, options(0.8, 40, 0.9), false, false, 2.5f});
+        cases.push_back({"no few", 1, vocabulary, options(0.8, 40, 0.9), false, false, 0.01f, true});
+    }
+    if (!quick) {
+        cases.push_back({"many rows", 140, 9000, options(0.7, 40, 0.9), false, false, 1.0f});
+        cases.push_back({"top-p rows", 70, 50304, options(1.0, 0, 0.9), false, false, 2.5f});
+        // Blocks of 1,024 threads, whose memory scores fill.
+        cases.push_back({"rows of few", 70, 50304, options(0.7, 40, 0.9), false, false, 2.5f});
+        cases.push_back({"no few left", 70, 50304, options(0.7, 40, 0.9), false, false, 1e-7f});
+    }
     int bad = 0;
     for (const Case& c : cases) bad += !run(c);
     std::printf("%zu calls, %d bad\n", cases.size(), bad);

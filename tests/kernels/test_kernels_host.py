@@ -423,6 +423,7 @@ def test_hopper_s_own_prefill(kernels: Kernels) -> None:
 
     if "sm_90" not in kernels.architectures:
         assert family(16, 64) == family(32, 128) == family(32, 80, 8) == "fused"
+        assert family(8, 256) == "wide"
         return
     assert family(16, 64) == family(8, 64, 300) == "spans"
     assert family(32, 128) == family(32, 80, 8) == "hopper"
@@ -432,11 +433,31 @@ def test_hopper_s_own_prefill(kernels: Kernels) -> None:
     )
     assert family(16, 64, device=replace(H200, compute_capability=100)) == "fused"
     assert family(16, 64, device=replace(H200, shared_memory=99 << 10)) == "fused"
-    assert family(8, 256) == "wide"
-    assert family(16, 64, dtype="float32") == "generic"
+    assert family(8, 256) == family(32, 256) == family(16, 256, 8) == "slices"
+    assert family(12, 256) == family(8, 256, rotary_dim=6) == family(8, 256, table_rows=9) == "wide"
+    assert family(8, 256, device=replace(H200, compute_capability=100)) == "wide"
+    assert family(16, 64, dtype="float32") == family(8, 256, dtype="float32") == "generic"
 
 
-@pytest.mark.parametrize(("heads", "d"), [(16, 64), (32, 80), (32, 128)])
+def test_heads_of_256_are_cut_in_slices(kernels: Kernels) -> None:
+    """Four blocks a head, a cluster; as many segments of one row as fill the GPU; the features' memory."""
+    geometry = Geometry(8, 4, 256, rotary_dim=64, dtype="float16")
+
+    def plan(batch: int, length: int) -> str:
+        return kernels.plan(geometry, batch, length, H200)
+
+    if "sm_90" not in kernels.architectures:
+        assert plan(1, 2048).startswith("prefill wide")
+        return
+    assert plan(1, 2048) == "prefill slices heads=1 segments=4x512 ctas=128 threads=384 shared=0"
+    assert plan(1, 500) == "prefill slices heads=1 segments=4x128 ctas=128 threads=384 shared=0"
+    assert plan(8, 2048) == "prefill slices heads=1 segments=1x2048 ctas=256 threads=384 shared=0"
+    items, slots = 8 * 32 * 64 * 2 * (2 * 256 + 64), 128 * 4 * 64 * 256
+    assert kernels.workspace_size(geometry, 1, 2048, H200) == items + slots
+    assert kernels.sync_size(geometry, 1, 2048, H200) == 4 * (2 + 128)
+
+
+@pytest.mark.parametrize(("heads", "d"), [(16, 64), (32, 80), (32, 128), (8, 256)])
 def test_sizes_of_hopper_s_prefill_never_shrink(kernels: Kernels, heads: int, d: int) -> None:
     geometry = Geometry(heads, heads, d, rotary_dim=16, dtype="float16")
     for size in (kernels.workspace_size, kernels.sync_size):
@@ -570,13 +591,14 @@ def test_sample_plans_cover_the_vocabulary(
     kernels: Kernels, batch: int, vocabulary: int, device: Device
 ) -> None:
     plan = kernels.sample_plan(batch, vocabulary, device)
-    found = re.fullmatch(r"sample team=(\d+) ctas=(\d+) ids_per_warp=(\d+) staged=(\d+)", plan)
+    found = re.fullmatch(r"sample threads=(\d+) team=(\d+) ctas=(\d+) ids_per_warp=(\d+) staged=(\d+)", plan)
     assert found is not None, plan
-    team, ctas, per_warp, staged = map(int, found.groups())
+    threads, team, ctas, per_warp, staged = map(int, found.groups())
+    assert threads in (512, 1024) and (threads == 1024 or device.compute_capability >= 90)
     assert team in (1, 2, 4, 8) and (team == 1 or device.compute_capability >= 90)
     assert ctas == team * batch and (team == 1 or ctas <= device.multiprocessors)
-    assert per_warp % 32 == 0 and team * 32 * per_warp >= vocabulary
-    assert staged in (0, 128 * per_warp) and staged < device.shared_memory - 40_000
+    assert per_warp % 32 == 0 and team * threads // 32 * per_warp >= vocabulary
+    assert staged in (0, threads // 8 * per_warp) and staged < max(device.shared_memory - 88_000, 1)
 
 
 # -- arrays --------------------------------------------------------------------------------------------

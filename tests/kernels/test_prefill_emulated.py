@@ -108,10 +108,49 @@ def test_groups_of_channels_in_two_heads(emulated: Any) -> None:
     run(emulated, Case(heads=32, d=80, dtype="float16", rotary=20, length=70, lens=(70,)), 16)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_heads_of_256(emulated: Any, dtype: str) -> None:
+    """Features first, then four blocks a head: rows of many lengths; segments of one chunk."""
+    base = Case(heads=8, d=256, dtype=dtype, rotary=64, seed=256)
+    lens = (2, 63, 0, 64, 65, 70)
+    case = replace(
+        base, length=70, batch=6, lens=lens, magnitude="peaked", kv_heads=2, rotary=256, position=999_990
+    )
+    assert run(emulated, case, 8, eager=True, in_place=False) == 4 * 8 * 6
+    case = replace(base, length=130, lens=(130,), magnitude="small", decay="mixed", rotary=0)
+    assert run(emulated, case, 96, backwards=True) == 3 * 32
+
+
+@pytest.mark.slow
+def test_segments_of_heads_of_256(emulated: Any) -> None:
+    """What they leave each other; a row that ends before the second; a last one that is shorter."""
+    base = Case(heads=8, d=256, rotary=64, dtype="bfloat16", seed=256)
+    case = replace(base, length=330, batch=2, lens=(330, 100), decay="slowest", rotary=192)
+    assert run(emulated, case, 128, eager=True, backwards=True) == 2 * 64
+    case = replace(base, length=700, lens=(700,), kv_heads=4, dtype="float16")
+    assert run(emulated, case, 132, in_place=False) == 4 * 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "dtype"), [(16, "bfloat16"), (32, "float16")])
+def test_wide_groups_of_heads_of_256(emulated: Any, heads: int, dtype: str) -> None:
+    """GroupNorm's groups of 16 and 32 channels are several lanes."""
+    case = Case(heads=heads, d=256, dtype=dtype, rotary=64, length=70, lens=(70,), decay="mixed")
+    assert run(emulated, case, 132) == 4 * heads * (2 if heads == 16 else 1)
+
+
 def test_a_state_beyond_float16(emulated: Any) -> None:
     case = Case(heads=8, d=64, dtype="float16", length=130, lens=(130,), magnitude="large-v", decay="none")
     run(emulated, case, 8)
     run(emulated, case, 24)
+
+
+@pytest.mark.slow
+def test_a_state_of_256_beyond_float16(emulated: Any) -> None:
+    case = Case(heads=8, d=256, dtype="float16", length=130, lens=(130,), magnitude="large-v", decay="none")
+    run(emulated, case, 32)
+    run(emulated, case, 96)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +160,9 @@ def test_a_state_beyond_float16(emulated: Any) -> None:
         Case(heads=12, d=64, dtype="float16", length=70),
         Case(heads=8, d=64, dtype="float16", length=70, rotary=6),
         Case(heads=8, d=96, dtype="float16", length=70),
-        Case(heads=8, d=256, dtype="float16", length=70),
+        Case(heads=12, d=256, dtype="float16", length=70),
+        Case(heads=8, d=256, dtype="float16", length=70, rotary=6),
+        Case(heads=8, d=240, dtype="float16", length=70),
         Case(heads=16, d=80, dtype="float16", length=70, rotary=20),
     ],
     ids=str,

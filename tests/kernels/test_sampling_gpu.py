@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.oracles import integer_sampling
 from support.sampling_cases import KINDS, NEAR, OPTIONS, SEED, bitmask, gap, normal
 
 from dijiang_engines import sampling
@@ -173,6 +174,44 @@ def test_the_cut_does_not_change_the_token(kernels: Kernels) -> None:
             assert not status.any()
             results.append(tokens.unique().tolist())
         assert results[0] == results[1] and len(results[0]) == 1, name
+
+
+@pytest.mark.parametrize("vocabulary", [5000, 50304, 256000])
+def test_the_number_of_rows_does_not_change_the_token(kernels: Kernels, vocabulary: int) -> None:
+    """By how many rows there are, a row has one to sixteen blocks: exactly the tokens of one."""
+    row = cuda(normal(2.5)(np.random.default_rng(vocabulary), 1, vocabulary))
+    fewer = {1, 2, 8, 9, 16, 17, 33, 66, 67, 132, 133}
+    for name in ("plain", "top-k", "top-p", "large top-k", "min-p", "all", "few", "high top-p"):
+        options = replace(OPTIONS[name], repetition_penalty=1.0)
+        for draw in range(3):
+            found = {}
+            for batch in fewer | {256}:
+                streams = torch.full((batch,), 9, dtype=torch.int64, device="cuda")
+                draws = torch.full((batch,), draw, dtype=torch.int64, device="cuda")
+                tokens = torch.full((batch,), -77, dtype=torch.int64, device="cuda")
+                status = torch.full((batch,), -77, dtype=torch.int32, device="cuda")
+                kernels.sample(options, logits=row.expand(batch, vocabulary).contiguous(), tokens=tokens,
+                               row_status=status, seed=3, streams=streams, draws=draws)  # fmt: skip
+                assert not status.any()
+                found[batch] = set(tokens.tolist())
+            assert all(tokens == found[256] and len(tokens) == 1 for tokens in found.values()), (name, found)
+
+
+def test_tokens_are_those_of_exact_integers(kernels: Kernels) -> None:
+    """Nearly all: the oracle's exponentials are the C library's, not the GPU's to the last bit."""
+    different = checked = 0
+    for vocabulary in (1, 100, 3001, 50304):
+        for kind in ("normal", "wide", "ties", "zeros", "equal"):
+            logits = KINDS[kind](np.random.default_rng([vocabulary, 1]), 2, vocabulary)
+            for name in ("plain", "top-p", "all", "few", "large top-k"):
+                got, status = on_device(kernels, cuda(logits), replace(OPTIONS[name], repetition_penalty=1.0))
+                assert not status.any()
+                for row in range(2):
+                    options = replace(OPTIONS[name], repetition_penalty=1.0)
+                    expected = integer_sampling.choose(logits[row], options, uniform(SEED, row, row))
+                    checked += 1
+                    different += int(got[row] != expected)
+    assert different <= checked / 50
 
 
 def test_distribution(kernels: Kernels) -> None:

@@ -156,7 +156,7 @@ def test_quantised_weights_lie_where_the_header_says(emulated: EmulatedKernels, 
     model = random_model(spec, 1, torch.float32)
     step = PackedStep(emulated, spec, model, "float16", 1, "cpu", quantise_model(spec, model, kind))
     state = model.state_dict()
-    found = unpacked(step.model, step.packed.numpy())
+    found = unpacked(step.model, step.packed.numpy(), step.size.blocks)
     q, kv = spec.attention_size, spec.num_kv_heads * spec.head_dim
     for layer in range(spec.num_layers):
         at = f"layers.{layer}."
@@ -182,6 +182,36 @@ def test_a_step_with_quantised_weights(
     assert max(steps(emulated, MODELS[name], dtype, rows, 2, kind=kind)) <= ALLOWED[dtype]
 
 
+@pytest.mark.parametrize("kind", ["int8", "all int4"])
+def test_activations_that_are_all_positive(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Integers with a constant are multiplied, and the constant's share subtracted: of these it is the most.
+
+    With eight rows the kernel multiplies the integers themselves, so that is what else the error would be.
+    """
+    spec = RAGGED["neox"]
+    model = random_model(spec, 1, torch.float16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attention_norm.bias", "mlp_norm.bias", "final_norm.bias")):
+            parameter.data.fill_(8.0)
+    quantised = quantise_model(spec, model, kind)
+    ids, positions, lens, states = random_call(spec, 8, 1, 3)
+    found = {}
+    for rows in (2, 8):
+        step = PackedStep(emulated, spec, model, "float16", rows, "cpu", quantised)
+        step.start(
+            ids[:rows], positions[:rows], np.ones(rows, lens.dtype), [state[:rows] for state in states]
+        )
+        step.run()
+        expected, _ = reference_step(
+            model, ids[:rows], positions[:rows], np.ones(rows, lens.dtype), [state[:rows] for state in states]
+        )
+        found[rows] = relative_error(step.logits[:2], expected[:2])
+    assert found[8] <= ALLOWED["float16"]
+    assert found[2] <= 1.25 * found[8]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_rounds_that_are_not_full(
@@ -192,6 +222,27 @@ def test_rounds_that_are_not_full(
     for name, rows in (("neox", 1), ("llama", 2)):
         found = steps(emulated, RAGGED[name], "float16", rows, 1, kind=kind)
         assert max(found) <= ALLOWED["float16"]
+
+
+def test_blocks_with_half_of_a_single_unit(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is nothing, and some of them have no rows of the head behind it either."""
+    monkeypatch.setenv("EMULATED_MULTIPROCESSORS", "16")
+    for name in ("neox", "neox, sequential"):
+        assert max(steps(emulated, MODELS[name], "float16", 1, 2, kind="any")) <= ALLOWED["float16"]
+
+
+@pytest.mark.parametrize("blocks", [5, 7])
+@pytest.mark.parametrize("name", ["neox", "llama", "neox, sequential"])
+def test_groups_of_the_residual_stream_that_blocks_share(
+    emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch, name: str, blocks: int
+) -> None:
+    """Eight groups, or six, for 5 or 7 blocks: some have but halves, or two of different groups."""
+    monkeypatch.setenv("EMULATED_MULTIPROCESSORS", str(blocks))
+    monkeypatch.setenv("EMULATED_ORDER", "3")
+    for spec, kind, rows in ((MODELS[name], "any", 1), (RAGGED.get(name, MODELS[name]), "int4", 2)):
+        assert max(steps(emulated, spec, "float16", rows, 2, kind=kind)) <= ALLOWED["float16"]
 
 
 @pytest.mark.parametrize(("kind", "least"), [(None, 2 * 16384), ("int4", 4 * 18432), ("int8", 4 * 18432)])

@@ -106,7 +106,8 @@ def test_the_report_is_of_every_kernel_and_architecture(folder: Path) -> None:
     expected = set(expected_architectures())
     if "sm_90" in expected:
         expected.add("sm_90a")
-        assert {row["architecture"] for row in report if row["file"].startswith("hopper_")} == {"sm_90a"}
+        for name in ("hopper_", "spans_", "slices_"):
+            assert {row["architecture"] for row in report if row["file"].startswith(name)} == {"sm_90a"}
     assert {row["architecture"] for row in report} == expected
     text = (folder / "resource-report.txt").read_text().splitlines()
     assert len(text) == len(report) + 1

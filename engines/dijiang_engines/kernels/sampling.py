@@ -21,7 +21,7 @@ class SamplingKernels(Library):
         Args:
             batch: B.
             vocabulary: V.
-            device: None for the current one; given, no GPU is needed.
+            device: None for the current one; given, no GPU is needed, and a row has at most eight blocks.
 
         Raises:
             KernelError: an argument is out of range.

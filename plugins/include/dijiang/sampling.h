@@ -78,7 +78,8 @@ typedef struct {
 DIJIANG_API dijiang_status dijiang_sample(const dijiang_sampling_options* options,
                                           const dijiang_sample_buffers* buffers, dijiang_stream stream);
 
-/* One line that says how dijiang_sample would cut the work; see dijiang_attention_plan. Reserved. */
+/* One line that says how dijiang_sample would cut the work; see dijiang_attention_plan. Reserved. Of a device that
+ * is given it says at most eight blocks a row: only the GPU itself says whether it takes clusters of sixteen. */
 DIJIANG_API dijiang_status dijiang_sample_plan(int32_t batch, int32_t vocabulary,
                                                const dijiang_device* device, char* text, size_t size);
 

@@ -21,12 +21,13 @@
  * in which a step takes them (q, k, v and gate together, up with mlp_gate, down, dense; without parallel residual dense
  * before up), by group of 8 rows, by unit of 512 columns (int4) or 256 (int8); the head comes last. A unit is dense:
  *   four times 512 bytes, 16 of each lane 4 g + t, g = 0..7, t = 0..3: of row g, of each block of 32 in turn, the columns 8 t
- *       to 8 t + 7. int8: u = q + 128, a byte each. int4: u = q + 8; of a 32-bit word, little-endian, the bits from 4 p on
- *       have column 8 t + 2 p, those from 16 + 4 p on 8 t + 2 p + 1;
+ *       to 8 t + 7. int8: u = q + 128, a byte each. int4: u = q + 8; of a 32-bit word, little-endian, the bits from 0, 8, 4, 12
+ *       on have column 8 t, + 2, + 4, + 6, and those 16 above them the next one each;
  *   scales, float16, of each g = 0..7 in turn: of the unit's even blocks, then of its odd ones.
  * A row's last unit ends with its columns: blocks that the unit before it has are zeros in it, scales too, and so is what
- * a row shorter than a unit lacks. Rows of q, k, v and gate take turns: the groups of these, in that order, are 2 H/Hkv + 2
- * stripes of Hkv d / 8, and the packed ones are the first of each stripe, then the second of each, and so on. With
+ * a row shorter than a unit lacks. Groups of q, k, v and gate are dealt out to the blocks (dijiang_step_size) in turns: H/Hkv
+ * of q, one of k, H/Hkv of gate, one of v, and so on; of all n, block b has those from floor(b n / blocks) to below
+ * floor((b + 1) n / blocks), and they lie block after block, of each those of q first, then of k, gate and v. With
  * DIJIANG_SWIGLU a group is four rows of mlp_gate and the same four of up. A group is int8 if a matrix of its rows is; rows
  * of the other keep their q and scales, in 8 bits. The head's last group has zeros beyond V.
  */
@@ -42,6 +43,10 @@ extern "C" {
 
 #define DIJIANG_STEP_MAX_ROWS 8
 #define DIJIANG_STEP_MAX_LAYERS 128
+
+/* Which order of quantised weights this header describes: 1 had the bits of int4 by column, 2 the groups of q, k, v and
+ * gate in turns for all blocks. Who keeps packed weights keeps the number with them, since nothing in them tells. */
+#define DIJIANG_STEP_PACKING 3
 
 /* Matrices of a quantised model. */
 typedef enum {

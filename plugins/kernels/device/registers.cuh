@@ -24,5 +24,6 @@ __device__ __forceinline__ int fresh_lane() {
 
 // x is computed before the next barrier, not after it.
 __device__ __forceinline__ void keep_before(uint32_t& x) { asm volatile("" : "+r"(x)); }
+template <typename T> __device__ __forceinline__ void keep_before(T*& x) { asm volatile("" : "+l"(x)); }
 
 }  // namespace dijiang

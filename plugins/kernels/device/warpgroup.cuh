@@ -19,6 +19,10 @@ template <typename T, int N> struct Wgmma;
 #define DIJIANG_C40 DIJIANG_C32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define DIJIANG_C64 \
     DIJIANG_C40 ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DIJIANG_C128 \
+    DIJIANG_C64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, " \
+    "%88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // Wgmma<T, N>: c [64, N] = a [64, 16] b [16, N] (+ c if `add`), float32. Warp w of the four holds rows 16 w to 16 w +
 // 15 of c, and of a in registers, as mma.cuh's fragments. Operands in shared memory are named by descriptors
@@ -63,6 +67,11 @@ template <typename T, int N> struct Wgmma;
                        DIJIANG_ACC4(12)) \
         DIJIANG_REGISTERS(TYPE, 128, DIJIANG_C64, 64, 65, 66, 67, 68, 69, 70, DIJIANG_ACC4(0), DIJIANG_ACC4(4), \
                           DIJIANG_ACC4(8), DIJIANG_ACC4(12)) \
+    }; \
+    template <> struct Wgmma<TYPE, 256> { \
+        DIJIANG_SHARED(TYPE, 256, DIJIANG_C128, 128, 129, 130, 131, 132, DIJIANG_ACC4(0), DIJIANG_ACC4(4), \
+                       DIJIANG_ACC4(8), DIJIANG_ACC4(12), DIJIANG_ACC4(16), DIJIANG_ACC4(20), DIJIANG_ACC4(24), \
+                       DIJIANG_ACC4(28)) \
     };
 DIJIANG_EACH_WGMMA(__half)
 DIJIANG_EACH_WGMMA(__nv_bfloat16)
@@ -70,6 +79,7 @@ DIJIANG_EACH_WGMMA(__nv_bfloat16)
 #undef DIJIANG_REGISTERS
 #undef DIJIANG_SHARED
 #undef DIJIANG_WGMMA
+#undef DIJIANG_C128
 #undef DIJIANG_C64
 #undef DIJIANG_C40
 #undef DIJIANG_C32

@@ -158,6 +158,13 @@ dijiang_status check_advance(dijiang_advance_buffers& b) {
     return check_apart(regions, sizeof regions / sizeof *regions, in_place ? 0 : -1, in_place ? 1 : -1);
 }
 
+SampleNeeds needs_of(const SampleParams& params) {
+    if (params.options_per_row) return {false, true, 0};
+    const dijiang_sampling_options& o = params.options;
+    const int32_t top_k = o.top_k < params.buffers.vocabulary ? o.top_k : 0;
+    return {o.temperature == 0, o.temperature != 0 && (top_k > 0 || o.top_p < 1), top_k};
+}
+
 dijiang_status sample(const dijiang_sampling_options* options, const dijiang_sample_buffers* buffers,
                       cudaStream_t stream) {
     if (buffers == nullptr)
@@ -169,9 +176,12 @@ dijiang_status sample(const dijiang_sampling_options* options, const dijiang_sam
     if (buffers->batch == 0) return DIJIANG_OK;
     dijiang_device device{};
     DIJIANG_TRY(current_device(device));
-    const bool greedy = !params.options_per_row && params.options.temperature == 0;
-    const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, greedy);
-    const cudaError_t error = launch_sample(params, cut, device, can_overlap(device), stream);
+    const SampleNeeds needs = needs_of(params);
+    SampleTeams teams{};
+    cudaError_t error = sample_teams(device, teams);
+    if (error != cudaSuccess) return fail_cuda(error, "asking CUDA about clusters of sampling");
+    const SampleCut cut = cut_sample(buffers->batch, buffers->vocabulary, device, teams, needs);
+    error = launch_sample(params, cut, device, can_overlap(device), stream);
     return error == cudaSuccess ? DIJIANG_OK : fail_cuda(error, "the sampling kernel");
 }
 
@@ -205,9 +215,15 @@ dijiang_status dijiang_sample_plan(int32_t batch, int32_t vocabulary, const diji
         DIJIANG_TRY(check_text(text, size));
         dijiang_device known{};
         DIJIANG_TRY(given_or_current(device, known));
-        const SampleCut cut = cut_sample(batch, vocabulary, known, false);
-        std::snprintf(text, size, "sample team=%d ctas=%d ids_per_warp=%d staged=%d", cut.team,
-                      batch * cut.team, cut.per_warp, cut.staged_bytes);
+        SampleTeams teams = SampleTeams::guess(known);
+        if (device == nullptr) {
+            const cudaError_t error = sample_teams(known, teams);
+            if (error != cudaSuccess) return fail_cuda(error, "asking CUDA about clusters of sampling");
+        }
+        const SampleCut cut = cut_sample(batch, vocabulary, known, teams, {false, true, 0});
+        std::snprintf(text, size, "sample threads=%d team=%d ctas=%d ids_per_warp=%d staged=%d", cut.threads,
+                      cut.team, batch * cut.team, cut.per_warp,
+                      cut.staging > 0 ? cut.threads / 8 * cut.per_warp : 0);
         return DIJIANG_OK;
     });
 }

@@ -25,6 +25,12 @@ __device__ __forceinline__ uint64_t philox_first(uint64_t seed, uint64_t stream,
     return counter[0];
 }
 
+struct RandomNumber {
+    uint64_t seed, stream, draw;
+
+    __device__ uint64_t bits() const { return philox_first(seed, stream, draw); }
+};
+
 // floor(u * total) for u in [0, 1) made of the number's upper 53 bits: exact.
 __device__ __forceinline__ uint64_t place_below(uint64_t total, uint64_t random) {
     return __umul64hi(random & ~uint64_t{0x7FF}, total);

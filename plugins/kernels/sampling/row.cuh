@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "device/math.cuh"
 #include "device/registers.cuh"
 #include "device/shared.cuh"
 #include "sampling/team.cuh"
@@ -27,6 +28,7 @@ __device__ __forceinline__ float score_of(uint32_t key) {
 __device__ __forceinline__ uint64_t place_of(float score, int id) {
     return uint64_t{key_of(score)} << 32 | ~static_cast<uint32_t>(id);
 }
+__device__ __forceinline__ int id_of_place(uint64_t place) { return static_cast<int>(~static_cast<uint32_t>(place)); }
 __device__ __forceinline__ float score_of_place(uint64_t place) { return score_of(static_cast<uint32_t>(place >> 32)); }
 
 // exp((score - best) / temperature) as an integer, 2^weight_bits for the best. Sums of integers do not depend on their
@@ -42,8 +44,11 @@ struct Softmax {
     // log2 of the weight relative to the best, <= 0. Rounded step by step, so that it is the same wherever it is asked.
     __device__ float exponent(float score) const { return __fmul_rn(__fsub_rn(score, best), rate); }
     __device__ bool has_weight(float exponent) const { return exponent >= least_exponent; }
-    // Of an exponent that has weight; may be 0 for the least.
-    __device__ uint64_t weight_at(float exponent) const { return __float2ull_rn(__fmul_rn(exp2f(exponent), scale)); }
+    // Of an exponent; may be 0 for the least that has weight, and is for what has none: that is below 2^-(bits + 1) by
+    // more than exponentials are off.
+    __device__ uint64_t weight_at(float exponent) const {
+        return __float2ull_rn(__fmul_rn(fast_exp2(exponent), scale));
+    }
     __device__ uint64_t weight(float score) const {
         const float e = exponent(score);
         return has_weight(e) ? weight_at(e) : 0;
@@ -59,7 +64,7 @@ __device__ __noinline__ float penalised(float logit, double penalty) {
 // This block's part of a row: `per_warp` ids for each of its warps, one after another. Made anew for each pass, from
 // what the compiler cannot know to be the same, since registers are scarce between them.
 struct Part {
-    const float* logits;
+    const float* logits;      // of the row; this and the next two only where they are read
     const uint32_t* allowed;  // or null
     const uint32_t* seen;     // null where there is no penalty
     double penalty;
@@ -67,33 +72,41 @@ struct Part {
     int first, last, count;  // this warp's ids, and how many times 32 they are
     int vocabulary;
 
-    // staging: where the block's scores are, if they are kept.
-    static __device__ Part make(const SampleParams& params, const SampleCut& cut, double penalty, int staging) {
-        const dijiang_sample_buffers& b = params.buffers;
-        const Team team{cut.team};
-        const int thread = fresh_thread();
-        const int64_t row = opaque(static_cast<int>(blockIdx.x)) >> team.bits();
-        const int64_t place = int64_t{team.rank() * kWarps + thread / 32} * cut.per_warp;
-        Part it;
-        it.logits = b.logits + row * b.logits_row_stride;
-        it.allowed = b.allowed == nullptr ? nullptr : b.allowed + row * b.allowed_row_stride;
-        it.seen = b.seen == nullptr || penalty == 1 ? nullptr : b.seen + row * b.seen_row_stride;
-        it.penalty = penalty;
-        it.first = static_cast<int>(min(place, int64_t{b.vocabulary}));
-        it.last = static_cast<int>(min(place + cut.per_warp, int64_t{b.vocabulary}));
-        it.count = (it.last - it.first + 31) / 32;
-        it.vocabulary = b.vocabulary;
-        it.kept = cut.staged_bytes > 0 ? staging + 4 * (thread / 32 * cut.per_warp + thread % 32) : 0;
+    // staging: where the block's scores are; 0 if they are not kept. Of a warp's ids `most` from `skipped` on, or
+    // fewer.
+    static __device__ Part make(const Team& team, int per_warp, int vocabulary, int staging, int warp, int skipped,
+                                int most) {
+        Part it{};
+        skipped = min(skipped, per_warp);
+        const int start = (team.rank() * block_warps() + warp) * per_warp;
+        it.set_ids(start + skipped, min(most, per_warp - skipped), vocabulary);
+        it.kept = staging > 0 ? staging + 4 * (warp * per_warp + skipped + fresh_lane()) : 0;
         return it;
+    }
+    // 64-bit products: too many instructions for a pass that does not need them.
+    __device__ void find_logits(const Team& team, const dijiang_sample_buffers& b) {
+        const int64_t row = opaque(static_cast<int>(blockIdx.x)) >> team.bits();
+        logits = b.logits + row * b.logits_row_stride;
+        if (b.allowed != nullptr) allowed = b.allowed + row * b.allowed_row_stride;
+        if (b.seen != nullptr) seen = b.seen + row * b.seen_row_stride;
+    }
+    __device__ void penalise(double factor) {
+        penalty = factor;
+        if (factor == 1) seen = nullptr;
+    }
+    // From `id`, which may lie behind the row: all blocks' ids are not many more than a row has.
+    __device__ void set_ids(int id, int per_warp, int row) {
+        vocabulary = row;
+        first = min(id, row);
+        last = min(id + per_warp, row);
+        count = (last - first + 31) >> 5;
     }
 
     // Of the first thread's part.
     __device__ Part of_this_warp(int per_warp) const {
         const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
         Part it = *this;
-        it.first = min(first + warp * per_warp, vocabulary);
-        it.last = min(first + (warp + 1) * per_warp, vocabulary);
-        it.count = (it.last - it.first + 31) / 32;
+        it.set_ids(first + warp * per_warp, per_warp, vocabulary);
         if (kept != 0) it.kept += 4 * (warp * per_warp + lane);
         return it;
     }
@@ -109,38 +122,93 @@ struct Part {
         return penalised(logit, penalty);
     }
 
-    // Calls visit(id, score) for this warp's ids, in all lanes together and in the ids' order within each; ids that are
-    // not there come with -inf. Rolled up: the code is long, and a launch that fetches less of it is faster.
+    // Calls visit(id, scores) for this warp's ids, in all lanes together and in the ids' order within each; `scores` is
+    // an array, of ids that are 32 apart, and what is not there comes with -inf. Several at once where scores are at
+    // hand, so that what one waits for the others do not; not all, since the code is long, and a launch that fetches
+    // less of it is faster.
     template <typename Visit> __device__ void each(Visit&& visit) const {
+        constexpr int kAtOnce = 4;
+        int id = first + static_cast<int>(threadIdx.x % 32);
+        if (kept != 0 || !masked()) {
+            const float* from = scores();
+#pragma unroll 1
+            for (int i = 0; i < count; i += kAtOnce, id += 32 * kAtOnce, from += 32 * kAtOnce) {
+                float some[kAtOnce];
+                if (kept != 0) {
+#pragma unroll
+                    for (int j = 0; j < kAtOnce; ++j) some[j] = count - i > j ? from[32 * j] : -INFINITY;
+                } else {
+#pragma unroll
+                    for (int j = 0; j < kAtOnce; ++j) some[j] = read(id + 32 * j);
+                }
+                visit(id, some);
+            }
+        } else {
+            each_of_memory(visit);
+        }
+    }
+    // The same, of one at a time.
+    template <typename Visit> __device__ void each_one(Visit&& visit) const {
         int id = first + static_cast<int>(threadIdx.x % 32);
         if (kept != 0) {
             const float* from = scores();
 #pragma unroll 1
-            for (int i = 0; i < count; ++i, id += 32, from += 32) visit(id, *from);
-        } else {
-            float next = read(id);
-#pragma unroll 1
-            for (int i = 0; i < count; ++i, id += 32) {
-                const float logit = next;
-                next = read(id + 32);
-                visit(id, id < last ? prepare(logit, id) : -INFINITY);
+            for (int i = 0; i < count; ++i, id += 32, from += 32) {
+                const float one[1] = {*from};
+                visit(id, one);
             }
+        } else {
+            each_of_memory(visit);
+        }
+    }
+    // And of logits that are read again.
+    template <typename Visit> __device__ void each_of_memory(Visit&& visit) const {
+        constexpr int kAhead = 2;  // on their way
+        int id = first + static_cast<int>(threadIdx.x % 32);
+        float next[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) next[j] = read(id + 32 * j);
+#pragma unroll 1
+        for (int i = 0; i < count; ++i, id += 32) {
+            const float logit = next[0];
+#pragma unroll
+            for (int j = 1; j < kAhead; ++j) next[j - 1] = next[j];
+            next[kAhead - 1] = read(id + 32 * kAhead);
+            const float one[1] = {id < last ? prepare(logit, id) : -INFINITY};
+            visit(id, one);
         }
     }
     __device__ float read(int id) const { return id < last ? __ldg(logits + id) : -INFINITY; }
+    // One of this lane's scores, i from 0 to count - 1.
+    __device__ float score(int i) const {
+        if (kept != 0) return scores()[32 * i];
+        const int id = first + 32 * i + static_cast<int>(threadIdx.x % 32);
+        return id < last ? prepare(read(id), id) : -INFINITY;
+    }
 
-    // Logits as they are in memory, with several of a lane on their way: visit(i, id, logit), i from 0 to count - 1.
+    // Logits as they are in memory: visit(i, id, logit, there), i from 0 to count - 1 and some more, of which none is
+    // there: they come with -inf. Several of a lane are on their way, and the next ones before these are visited.
     template <typename Visit> __device__ void each_read(Visit&& visit) const {
         constexpr int kAhead = 8;
-        int id = first + static_cast<int>(threadIdx.x % 32);
+        const int id = first + static_cast<int>(threadIdx.x % 32);
+        float some[kAhead], others[kAhead];
+        const auto ask = [&](float (&logits_)[kAhead], int i) {
+            if (i >= count) return;
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) logits_[j] = read(id + 32 * (i + j));
+        };
+        const auto show = [&](const float (&logits_)[kAhead], int i) {
+            if (i >= count) return;
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) visit(i + j, id + 32 * (i + j), logits_[j], i + j < count);
+        };
+        ask(some, 0);
 #pragma unroll 1
-        for (int i = 0; i < count; i += kAhead) {
-            float logits_[kAhead];
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j) logits_[j] = read(id + 32 * j);
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j, id += 32)
-                if (i + j < count) visit(i + j, id, logits_[j]);
+        for (int i = 0; i < count; i += 2 * kAhead) {
+            ask(others, i + kAhead);
+            show(some, i);
+            ask(some, i + 2 * kAhead);
+            show(others, i + kAhead);
         }
     }
 };

@@ -27,14 +27,54 @@ __device__ __forceinline__ Report warp_report(const uint4& words) {
                    __reduce_min_sync(~0u, mine.least_key), __reduce_or_sync(~0u, mine.wrong)});
 }
 
-struct SampleMemory {
-    SelectMemory select;               // first, so that it has the block's address
-    dijiang_sampling_options options;  // of the row, where each has its own
-    SampleNumbers numbers;
-    Arrivals arrivals;
-    uint4 warps[kWarps], blocks[kMostTeam];  // reports
-    DrawMemory draw;
+// What follows from a row's options but the random number.
+struct Choice {
+    double top_p;
+    uint64_t least_weight;  // that min-p keeps
+    float rate;
+    int top_k, has_top_p;  // top_k: 0 if it keeps all
+
+    __device__ Choice(const dijiang_sampling_options& o, const SampleNumbers& numbers, int vocabulary)
+        : top_p(o.top_p), least_weight(numbers.least_weight), rate(numbers.rate),
+          top_k(o.top_k < vocabulary ? o.top_k : 0), has_top_p(o.top_p < 1 ? 1 : 0) {}
+
+    __device__ bool filters() const { return top_k > 0 || has_top_p != 0; }
+    // What top-p wants of tokens that weigh `total` together, 1 or more.
+    __device__ uint64_t top_p_of(uint64_t total) const {
+        const double share = ceil(top_p * static_cast<double>(total));
+        return min(max(static_cast<uint64_t>(share), uint64_t{1}), total);
+    }
 };
+
+constexpr int kFewBins = 256;
+constexpr int kFewListed = 256;           // tokens of a row
+constexpr int kFewLists = 4 * kFewListed;  // places for them in its blocks' lists
+
+struct FewMemory {
+    alignas(16) uint32_t counts[kFewBins];  // of this block's threads
+    uint4 told[kMostTeam * 32];             // and of all blocks', in halves of words
+    uint4 lengths[kMostTeam];               // of their lists
+    uint64_t lists[kFewLists];
+    Entry entries[kFewListed];
+    uint64_t weights[kFewListed];  // of those that are kept
+    SelectedRow row;
+    uint64_t wanted;
+    float end;
+    uint32_t listed;
+};
+
+struct SampleMemory {
+    dijiang_sampling_options options;  // of the row, where each has its own
+    Choice choice;
+    Arrivals arrivals;
+    uint4 warps[kMostWarps], blocks[kMostTeam];  // reports
+    DrawMemory draw;
+    int staging;  // as in the cut, or 0 from when on scores are not kept any more
+    FewMemory few;
+    SelectMemory select;  // last: scores may take its place where it is hardly ever needed
+};
+constexpr int kSlimMemory = offsetof(SampleMemory, select), kFullMemory = sizeof(SampleMemory);
+static_assert(kSlimMemory % 16 == 0);
 
 // One launch's arguments, and where this block's memory is. Options of all rows are read where they lie.
 struct Sampler {
@@ -47,17 +87,28 @@ struct Sampler {
     template <typename Field> __device__ Field option(Field dijiang_sampling_options::*field) const {
         return params.options_per_row ? memory.options.*field : params.options.*field;
     }
-    __device__ SampleNumbers numbers() const { return params.options_per_row ? memory.numbers : params.numbers; }
+    __device__ const Choice& choice() const { return memory.choice; }
     __device__ bool greedy() const { return option(&dijiang_sampling_options::temperature) == 0; }
-    __device__ Part part() const {
-        constexpr int kStaging = sizeof(SampleMemory);
-        return Part::make(params, cut, option(&dijiang_sampling_options::repetition_penalty), kStaging);
+    __device__ bool few() const { return are_few(choice().top_k, block_threads() * team().size); }
+    __device__ Part ids() const {
+        const int warp = fresh_thread() >> 5;
+        return Part::make(team(), cut.per_warp, params.buffers.vocabulary, cut.staging, warp, 0, cut.per_warp);
     }
-    __device__ bool has_top_k() const {
-        const int top_k = option(&dijiang_sampling_options::top_k);
-        return top_k > 0 && top_k < params.buffers.vocabulary;
+    __device__ Part part() const { return part_of(fresh_thread() >> 5, 0, cut.per_warp); }
+    // Of another warp's ids some: `most` from `skipped` on, or fewer.
+    __device__ Part part_of(int warp, int skipped, int most) const {
+        Part it = Part::make(team(), cut.per_warp, params.buffers.vocabulary, memory.staging, warp, skipped, most);
+        if (it.kept != 0) return it;
+        it.find_logits(team(), params.buffers);
+        it.penalise(option(&dijiang_sampling_options::repetition_penalty));
+        return it;
     }
-    __device__ bool has_top_p() const { return option(&dijiang_sampling_options::top_p) < 1; }
+    // Which random number the row's is.
+    __device__ RandomNumber number() const {
+        const dijiang_sample_buffers& b = params.buffers;
+        const uint64_t stream = b.streams == nullptr ? static_cast<uint64_t>(row()) : b.streams[row()];
+        return {option(&dijiang_sampling_options::seed), stream, static_cast<uint64_t>(b.draws[row()])};
+    }
     __device__ void write(int status, int token) const {
         const dijiang_sample_buffers& b = params.buffers;
         b.row_status[row()] = status;

@@ -1,4 +1,4 @@
-// Where top-k and top-p cut a row: a histogram narrows the place down to few tokens, which are then compared.
+// Where filters cut a row, nearly: the tokens that have weight are counted and weighed in bins of scores.
 #pragma once
 
 #include "sampling/row.cuh"
@@ -6,10 +6,17 @@
 namespace dijiang {
 
 constexpr int kBinBits = 10;
-constexpr int kBins = 1 << kBinBits;  // one of a thread
-static_assert(kBins == kThreads);
-constexpr int kListed = 256;  // tokens that are compared with each other
-constexpr int kFilters = 2;   // top-k, top-p
+constexpr int kBins = 1 << kBinBits;
+constexpr int kNowhere = kBins;  // and 31 more, one of each lane: bins for what has no weight
+constexpr int kAllBins = kBins + 32;
+constexpr int kListed = 512;         // tokens that are compared with each other
+constexpr int kLists = 2 * kListed;  // places for them in the lists of a row's blocks
+
+// Where bins begin, for SelectedRow::place_at; behind the last there is nothing.
+__device__ __forceinline__ float beginning_of(int bin) { return bin < kBins ? static_cast<float>(bin) : INFINITY; }
+
+__device__ __forceinline__ int padded(int bin) { return bin + (bin >> 5); }  // every 32nd in a bank of its own
+constexpr int kPadded = kBins + kBins / 32;
 
 // What all threads know alike of a row that tokens are selected from: in shared memory, since registers are scarce.
 struct SelectedRow {
@@ -17,7 +24,9 @@ struct SelectedRow {
     uint64_t best;  // the highest place
     float per_bin;  // bins per unit of -exponent, equally wide in score
 
-    __device__ int bin_at(float exponent) const { return min(kBins - 1, __float2int_rz(__fmul_rn(-exponent, per_bin))); }
+    // Where among the bins, which all are 1 wide but the last, which has no end.
+    __device__ float place_at(float exponent) const { return __fmul_rn(-exponent, per_bin); }
+    __device__ int bin_at(float exponent) const { return min(kBins - 1, __float2int_rz(place_at(exponent))); }
 
     // The lowest key whose token would fall into bin `last` or a better one. All lanes search together.
     __device__ uint32_t lowest_key(int last) const {
@@ -36,190 +45,169 @@ struct SelectedRow {
     }
 };
 
+struct alignas(16) Entry {
+    uint64_t place, weight;
+};
+
+// What the bins say of where a row is cut. Tokens in bins before `first` are better than any cut. Those of the bins
+// first to first + span, and of bin `other` behind them, are listed; those elsewhere are not kept.
+struct Bounds {
+    int first, span, other;  // other: -1 if there is none
+    bool by_count;           // top-k keeps not all of them
+    Tally before, between;   // of the tokens before bin `first`; before bin `other` without those of `first` and on
+};
+
 struct SelectMemory {
-    uint32_t counts[kBins], low[kBins], high[kBins];  // this block's bins; weights in two halves
-    Tally parts[kBins];    // all blocks' tallies of this block's share of the bins
-    Tally running[kBins];  // of the whole row: of the bins up to each, of the 32 that a warp has
-    uint64_t lists[kFilters][kMostTeam][kListed];  // of each block
-    uint64_t lengths[kFilters][kMostTeam];
-    uint64_t places[kListed], weights[kListed];  // all of them
-    uint32_t listed[kFilters];                   // how many of this block's have a place
+    uint32_t counts[kAllBins], low[kAllBins], high[kAllBins];  // this block's bins; weights in two halves
+    Tally parts[kPadded];    // all blocks' tallies of this block's share of the bins
+    Tally running[kPadded];  // of the whole row: of the bins up to each, of the 32 that a warp has; padded
+    Entry entries[kListed];  // the tokens that are listed, of all blocks in their order
+    alignas(16) uint64_t lists[kLists];  // their places, as blocks send them: each has as many as there is room for
+    uint32_t listed;         // this block's, also those that its list has no room for
     SelectedRow row;
-    Part part;               // for `narrow`
-    Tally all;               // tokens that have weight
-    Tally before, inside;    // what was found: the tally before it and of it
-    int bin;
-    uint64_t target;         // of a filter
-    uint64_t place, kept;    // tokens from this place on are kept, and what they weigh together
-    uint64_t low_place, high_place;
+    Bounds bounds;
+    Part part;             // for `narrow`
+    int bin;               // and where it begins
+    Tally before;
+    uint64_t target;
+    uint64_t place, kept;  // tokens from this place on are kept, and what they weigh together
 };
 
 __device__ __forceinline__ void clear(SelectMemory& memory) {
-    memory.counts[threadIdx.x] = memory.low[threadIdx.x] = memory.high[threadIdx.x] = 0;
+    static_assert(offsetof(SelectMemory, parts) == 12 * kAllBins);
+    if (threadIdx.x == 0) memory.listed = 0, memory.place = 0;
+    uint4* const words = reinterpret_cast<uint4*>(&memory);
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < 12 * kAllBins / 16; i += block_threads()) words[i] = {0, 0, 0, 0};
 }
 
 __device__ __forceinline__ uint64_t amount(const Tally& tally, bool by_count) {
     return by_count ? uint64_t{tally.count} : tally.weight;
 }
 
-// Counts, or counts and weighs, the tokens that have weight: bin(exponent, score, id) says where; negative: nowhere.
-template <bool kWeights, typename Bin>
-__device__ __forceinline__ void histogram(const Part& part, const Softmax& softmax, SelectMemory& memory, Bin&& bin_of) {
-    part.each([&](int id, float score) {
-        const float exponent = softmax.exponent(score);
-        if (!softmax.has_weight(exponent)) return;
-        const int bin = bin_of(exponent, score, id);
-        if (bin < 0) return;
-        if (!kWeights) {
-            atomicAdd(&memory.counts[bin], 1u);
-            return;
-        }
-        const uint64_t weight = softmax.weight_at(exponent);
-        const uint32_t low = static_cast<uint32_t>(weight);
-        atomicAdd(&memory.counts[bin], 1u);
-        const uint32_t carry = atomicAdd(&memory.low[bin], low) > ~low ? 1 : 0;
-        const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
-        if (high != 0) atomicAdd(&memory.high[bin], high);
-    });
+// More weight in some bins. Sums of 64 bits in two words, as there is no addition of 64 bits in shared memory; the
+// second words wait for the first ones together. No branches: what is 0 goes into a bin of the lane's own.
+template <int kCount>
+__device__ __forceinline__ void add_weights(SelectMemory& memory, const int (&bins)[kCount],
+                                            const uint64_t (&weights)[kCount]) {
+    const int nowhere = kNowhere + fresh_lane();
+    uint32_t before[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+        before[j] = atomicAdd(&memory.low[bins[j]], static_cast<uint32_t>(weights[j]));
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+        const uint32_t carry = before[j] > ~static_cast<uint32_t>(weights[j]) ? 1 : 0;
+        const uint32_t high = static_cast<uint32_t>(weights[j] >> 32) + carry;
+        atomicAdd(&memory.high[high != 0 ? bins[j] : nowhere], high);
+    }
 }
 
 __device__ __forceinline__ Tally tally_of(const SelectMemory& memory, int bin) {
     return {memory.counts[bin], 0, uint64_t{memory.high[bin]} << 32 | memory.low[bin]};
 }
 
-// memory.running of all blocks' bins. Each block adds up its share of them and tells all. Once as turn 0, once as 1.
-__device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, SelectMemory& memory, int turn) {
-    const int thread = fresh_thread(), share_bits = kBinBits - team.bits(), share = 1 << share_bits;
+// memory.running of all blocks' bins. Each block adds up its share of them and tells all. meanwhile(): what the last
+// thread has to do besides.
+template <typename Meanwhile>
+__device__ __forceinline__ void add_up(const Team& team, Arrivals& arrivals, SelectMemory& memory,
+                                       Meanwhile&& meanwhile) {
+    const int thread = fresh_thread();
     __syncthreads();
-    const Tally own = tally_of(memory, thread);
     if (team.size == 1) {
-        memory.running[thread] = warp_running(own);
+#pragma unroll 1
+        for (int bin = thread; bin < kBins; bin += block_threads())
+            memory.running[padded(bin)] = warp_running(tally_of(memory, bin));
+        if (thread == block_threads() - 1) meanwhile();
         __syncthreads();
         return;
     }
-    const int start = team.rank() << share_bits;
-    send(reinterpret_cast<uint4*>(memory.parts + start + (thread & (share - 1))), own.words(), thread >> share_bits,
-         &arrivals.parts[turn]);
+    const int share_bits = kBinBits - team.bits(), share = 1 << share_bits, start = team.rank() << share_bits;
+#pragma unroll 1
+    for (int bin = thread; bin < kBins; bin += block_threads())
+        send(reinterpret_cast<uint4*>(memory.parts + start + (bin & (share - 1))), tally_of(memory, bin).words(),
+             bin >> share_bits, &arrivals.parts);
     if (thread < share) {
-        await_arrival(&arrivals.parts[turn]);
+        await_arrival(&arrivals.parts);
         Tally sum = {};
-#pragma unroll
-        for (int rank = 0; rank < kMostTeam; ++rank)
-            if (rank < team.size) sum = sum + memory.parts[(rank << share_bits) + thread];
+#pragma unroll 4
+        for (int rank = 0; rank < team.size; ++rank) sum = sum + memory.parts[(rank << share_bits) + thread];
         const uint4 words = warp_running(sum).words();
-        uint4* const to = reinterpret_cast<uint4*>(memory.running + start + thread);
-#pragma unroll
-        for (int rank = 0; rank < kMostTeam; ++rank)
-            if (rank < team.size) send(to, words, rank, &arrivals.totals[turn]);
+        uint4* const to = reinterpret_cast<uint4*>(memory.running + padded(start + thread));
+#pragma unroll 4
+        for (int rank = 0; rank < team.size; ++rank) send(to, words, rank, &arrivals.totals);
     }
-    await_arrival(&arrivals.totals[turn]);
+    if (thread == block_threads() - 1) meanwhile();
+    await_arrival(&arrivals.totals);
 }
 
-// The first bin up to which the target is reached, which some is; `start` lies before all bins.
-__device__ __forceinline__ void reach(SelectMemory& memory, const Tally* running, const Tally& start, bool by_count) {
-    const int thread = fresh_thread(), lane = thread % 32;
-    Tally before = {};  // the warps before this one
-    if (lane < thread / 32) before = running[32 * lane + 31];
-    before = start + warp_sum(before);
-    const Tally end = before + running[thread];
-    if (lane > 0) before = before + running[thread - 1];
-    if (amount(before, by_count) < memory.target && memory.target <= amount(end, by_count)) {
-        memory.bin = thread;
-        memory.before = before;
-        memory.inside = end - before;
-    }
-    __syncthreads();
-}
+// A bin, and the tallies of what comes before it and of that with it.
+struct Cut {
+    int bin;
+    Tally before, end;
+};
 
-// A bin with more tokens than can be compared: bins of places, until one has few enough. Rare, and out of line; the
-// first thread's part is in shared memory, lest it takes registers from the others. Leaves the range of places in
-// memory.low_place and .high_place, and .before and .inside.
+// The bins of a row, `start` before them, as each warp looks at them: without waiting for others.
+struct Bins {
+    const Tally* running;
+    Tally before, all;  // what comes before the 32 bins that this lane stands for; everything
+
+    static __device__ Bins of(const Tally* running, const Tally& start) {
+        const Tally own = running[padded(32 * fresh_lane() + 31)], end = start + warp_running(own);
+        return {running, end - own, shuffle(end, 31)};
+    }
+    // The first bin up to which the target is reached, which is 1 or more and not more than there is.
+    __device__ Cut find(uint64_t target, bool by_count) const {
+        const int group = 31 - __clz(static_cast<int>(__ballot_sync(~0u, amount(before, by_count) < target)));
+        const Tally base = shuffle(before, group);
+        const Tally end = base + running[padded(32 * group + fresh_lane())];
+        const int at = __popc(__ballot_sync(~0u, amount(end, by_count) < target));
+        const Tally previous = shuffle(end, max(at - 1, 0));
+        return {32 * group + at, at == 0 ? base : previous, shuffle(end, at)};
+    }
+};
+
+// Finds where memory.target is reached in bin memory.bin, before which memory.before lies, however many tokens are in
+// it: bins of places, until one has a single token. Rare, and out of line; the first thread's part is in shared memory,
+// lest it takes registers from the others. Leaves memory.place and .kept.
 __device__ __noinline__ void narrow(SelectMemory& memory, int per_warp, int team_size, bool by_count) {
     const Team team{team_size};
     const Part part = memory.part.of_this_warp(per_warp);
     const SelectedRow row = memory.row;
     uint64_t low = uint64_t{row.lowest_key(memory.bin)} << 32;
     uint64_t high = memory.bin == 0 ? row.best : (uint64_t{row.lowest_key(memory.bin - 1)} << 32) - 1;
-    Tally start = memory.before;
+    Cut cut = {0, memory.before, {}};
 #pragma unroll 1
-    while (memory.inside.count > kListed) {
+    do {
         const int shift = max(0, 64 - __clzll(static_cast<long long>(high - low)) - kBinBits);
         __syncthreads();
         clear(memory);
         __syncthreads();
-        histogram<true>(part, row.softmax, memory, [&](float, float score, int id) {
-            const uint64_t place = place_of(score, id);
-            return place >= low && place <= high ? static_cast<int>((high - place) >> shift) : -1;
+        part.each_one([&](int id, const float (&score)[1]) {
+            const uint64_t place = place_of(score[0], id);
+            const float exponent = row.softmax.exponent(score[0]);
+            if (!row.softmax.has_weight(exponent) || place < low || place > high) return;
+            const int bins[1] = {static_cast<int>((high - place) >> shift)};
+            const uint64_t weights[1] = {row.softmax.weight_at(exponent)};
+            atomicAdd(&memory.counts[bins[0]], 1u);
+            add_weights(memory, bins, weights);
         });
         team.sync();
-        Tally sum = {};
 #pragma unroll 1
-        for (int rank = 0; rank < team.size; ++rank) sum = sum + tally_of(*team.of(&memory, rank), threadIdx.x);
-        memory.parts[threadIdx.x] = warp_running(sum);  // the others' are not needed any more
-        team.sync();                                    // and the bins may be filled anew
-        reach(memory, memory.parts, start, by_count);
-        start = memory.before;
-        high -= static_cast<uint64_t>(memory.bin) << shift;
+        for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += block_threads()) {
+            Tally sum = {};
+#pragma unroll 1
+            for (int rank = 0; rank < team.size; ++rank) sum = sum + tally_of(*team.of(&memory, rank), bin);
+            memory.parts[padded(bin)] = warp_running(sum);  // the others' are not needed any more
+        }
+        team.sync();  // and the bins may be filled anew
+        cut = Bins::of(memory.parts, cut.before).find(memory.target, by_count);
+        high -= static_cast<uint64_t>(cut.bin) << shift;
         const uint64_t width = uint64_t{1} << shift;
         if (high - low >= width) low = high - width + 1;
-    }
-    if (threadIdx.x == 0) memory.low_place = low, memory.high_place = high;
+    } while (cut.end.count - cut.before.count > 1);
     __syncthreads();
-}
-
-// The places of all blocks that are chosen, memory.inside.count <= kListed of them, in no order: memory.places, and
-// what they weigh.
-template <typename Choose>
-__device__ __forceinline__ void list_places(const Part& part, const Team& team, Arrivals& arrivals, SelectMemory& memory,
-                                            int filter, Choose&& chosen) {
-    uint64_t* const arrival = &arrivals.lists[filter];
-    const Softmax softmax = memory.row.softmax;
-    if (threadIdx.x == 0 && team.size > 1) expect_arrival(arrival, 8 * (memory.inside.count + team.size));
-    part.each([&](int id, float score) {
-        const float exponent = softmax.exponent(score);
-        if (!softmax.has_weight(exponent) || !chosen(exponent, score, id)) return;
-        uint64_t* const to = memory.lists[filter][team.rank()] + atomicAdd(&memory.listed[filter], 1u);
-#pragma unroll 1
-        for (int rank = 0; rank < team.size; ++rank) team.give(to, place_of(score, id), rank, arrival);
-    });
-    __syncthreads();
-    if (threadIdx.x < 32) team.tell(memory.lengths[filter], uint64_t{memory.listed[filter]}, arrival);
-    team.await(arrival);
-    const int thread = fresh_thread();
-    int at = thread;
-    if (at < static_cast<int>(memory.inside.count)) {
-        int rank = 0;
-        for (; at >= static_cast<int>(memory.lengths[filter][rank]); ++rank) at -= memory.lengths[filter][rank];
-        const uint64_t place = memory.lists[filter][rank][at];
-        memory.places[thread] = place;
-        memory.weights[thread] = memory.row.softmax.weight(score_of_place(place));
-    }
-    __syncthreads();
-}
-
-// Of those places, behind others that are better: the one that reaches the target becomes memory.place. Each is
-// compared with all, by as many threads as there are for it.
-__device__ __forceinline__ void cut_list(SelectMemory& memory, bool by_count) {
-    const int thread = fresh_thread(), count = static_cast<int>(memory.inside.count);
-    const int bits = min(__clz(max(count - 1, 1)) - 22, 5), each = 1 << bits, candidate = thread >> bits;  // 4 to 32 lanes
-    const uint64_t place = candidate < count ? memory.places[candidate] : ~uint64_t{0};
-    uint32_t better = 0;
-    uint64_t weight = 0;
-#pragma unroll 2
-    for (int i = thread & (each - 1); i < count; i += each)
-        if (memory.places[i] > place) ++better, weight += memory.weights[i];
-#pragma unroll 1
-    for (int by = each / 2; by > 0; by /= 2) {
-        better += __shfl_xor_sync(~0u, better, by);
-        weight += shuffle_xor(weight, by);
-    }
-    if (candidate < count && (thread & (each - 1)) == 0) {
-        const Tally begin = memory.before + Tally{better, 0, weight}, end = begin + Tally{1, 0, memory.weights[candidate]};
-        if (amount(begin, by_count) < memory.target && memory.target <= amount(end, by_count)) {
-            memory.place = place;
-            memory.kept = end.weight;
-        }
-    }
+    if (threadIdx.x == 0) memory.place = low, memory.kept = cut.end.weight;
     __syncthreads();
 }
 

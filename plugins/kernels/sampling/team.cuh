@@ -9,9 +9,16 @@
 
 namespace dijiang {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
-constexpr int kMostTeam = 8;  // the largest cluster that every such GPU takes
+constexpr int kLeastThreads = 512, kMostThreads = 1024;  // of a block: the one or the other, see cut_sample
+constexpr int kMostWarps = kMostThreads / 32;
+constexpr int kPortableTeam = 8;  // the largest cluster that every such GPU takes
+constexpr int kMostTeam = 16;     // where the GPU says that it takes them
+static_assert(kMostTeam <= kLeastThreads / 32);
+
+// Of this block; launches tell, so that there is one kernel for both.
+__device__ __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
+__device__ __forceinline__ int block_warps() { return static_cast<int>(blockDim.x / 32); }
+__device__ __forceinline__ int warp_bits() { return 31 - __clz(block_warps()); }
 
 struct Team {
     int size;
@@ -46,13 +53,11 @@ struct Team {
 
     // One warp of each block calls: what all its lanes hold is in places[rank] of all blocks, for those who have
     // awaited that.
-    template <typename T> __device__ void tell(T* places, const T& mine, uint64_t* arrival) const {
+    __device__ void tell(uint4* places, const uint4& mine, uint64_t* arrival) const {
         const int lane = static_cast<int>(threadIdx.x % 32);
-        if (lane < size) give(places + rank(), mine, lane, arrival);
-    }
-    template <typename T> __device__ void give(T* to, const T& value, int block, uint64_t* arrival) const {
-        if (size > 1) send(to, value, block, arrival);
-        else *to = value;
+        if (lane >= size) return;
+        if (size > 1) send(places + rank(), mine, lane, arrival);
+        else *places = mine;
     }
     // What all blocks have sent is here. Alone: what all threads have.
     __device__ void await(uint64_t* arrival) const {
@@ -63,21 +68,26 @@ struct Team {
 
 // The counters of what blocks send, each used once.
 struct Arrivals {
-    uint64_t reports, parts[2], totals[2], lists[2], weights;
+    uint64_t reports, parts, totals, sums[2], entries, few_counts, few_lengths, few_entries;
 
-    // By one thread, before the blocks appear. The lists' lengths are not known yet.
-    __device__ void make(int team, int bins) {
+    // By one thread, before the blocks appear. How many entries there are is not known yet.
+    __device__ void make(int team, int bins, int few_bins) {
         make_arrival(&reports);
-        make_arrival(&weights);
+        make_arrival(&parts);
+        make_arrival(&totals);
+        make_arrival(&sums[0]);
+        make_arrival(&sums[1]);
+        make_arrival(&entries);
+        make_arrival(&few_counts);
+        make_arrival(&few_lengths);
+        make_arrival(&few_entries);
         expect_arrival(&reports, 16 * team);
-        expect_arrival(&weights, 8 * team);
-        for (int i = 0; i < 2; ++i) {
-            make_arrival(&parts[i]);
-            make_arrival(&totals[i]);
-            make_arrival(&lists[i]);
-            expect_arrival(&parts[i], 16 * bins);
-            expect_arrival(&totals[i], 16 * bins);
-        }
+        expect_arrival(&parts, 16 * bins);
+        expect_arrival(&totals, 16 * bins);
+        expect_arrival(&sums[0], 16 * team);
+        expect_arrival(&sums[1], 16 * team);
+        expect_arrival(&few_counts, 2 * few_bins * team);
+        expect_arrival(&few_lengths, 16 * team);
     }
 };
 
@@ -97,13 +107,18 @@ __device__ __forceinline__ uint64_t shuffle(uint64_t x, int lane) {
     const uint32_t low = __shfl_sync(~0u, static_cast<uint32_t>(x), lane);
     return uint64_t{__shfl_sync(~0u, static_cast<uint32_t>(x >> 32), lane)} << 32 | low;
 }
-__device__ __forceinline__ uint64_t shuffle_xor(uint64_t x, int by) {
-    const uint32_t low = __shfl_xor_sync(~0u, static_cast<uint32_t>(x), by);
-    return uint64_t{__shfl_xor_sync(~0u, static_cast<uint32_t>(x >> 32), by)} << 32 | low;
+__device__ __forceinline__ Tally shuffle_xor(const Tally& x, int by) {
+    const uint32_t low = __shfl_xor_sync(~0u, static_cast<uint32_t>(x.weight), by);
+    const uint32_t high = __shfl_xor_sync(~0u, static_cast<uint32_t>(x.weight >> 32), by);
+    return {__shfl_xor_sync(~0u, x.count, by), 0, uint64_t{high} << 32 | low};
 }
 __device__ __forceinline__ uint64_t shuffle_up(uint64_t x, int by) {
     const uint32_t low = __shfl_up_sync(~0u, static_cast<uint32_t>(x), by);
     return uint64_t{__shfl_up_sync(~0u, static_cast<uint32_t>(x >> 32), by)} << 32 | low;
+}
+
+__device__ __forceinline__ Tally shuffle(const Tally& x, int lane) {
+    return {__shfl_sync(~0u, x.count, lane), 0, shuffle(x.weight, lane)};
 }
 
 // Sums over the lanes up to this one.
@@ -132,10 +147,6 @@ __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
     const uint32_t middle = __reduce_add_sync(~0u, static_cast<uint32_t>(x >> 21) & kPart);
     const uint32_t high = __reduce_add_sync(~0u, static_cast<uint32_t>(x >> 42));
     return low + (uint64_t{middle} << 21) + (uint64_t{high} << 42);
-}
-
-__device__ __forceinline__ Tally warp_sum(const Tally& x) {
-    return {__reduce_add_sync(~0u, x.count), 0, warp_sum(x.weight)};
 }
 
 }  // namespace dijiang

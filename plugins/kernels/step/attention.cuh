@@ -167,7 +167,8 @@ template <int R> struct Requests {
     ProjPart proj;
 };
 
-// This block's part of attention. What does not change from layer to layer is found once.
+// This block's part of attention. What does not change from layer to layer is found once, where there are registers for it: of
+// float weights with one row.
 template <typename T, int R> class Attention {
 public:
     __device__ __forceinline__ explicit Attention(const Context<T, R>& c)
@@ -192,30 +193,44 @@ public:
     __device__ __forceinline__ void request_proj(const Context<T, R>& c, Requests<R>& asked) const {
         asked.proj.request(c, kept(threadIdx.x) / 32, 0);
     }
-    // All of this block's items.
-    __device__ __forceinline__ void run(Context<T, R>& c, Requests<R>& asked, int layer) {
+    // Has the state of this block's first item brought to L2: of each feature the line that its columns begin in, and that
+    // they end in.
+    __device__ __forceinline__ void prefetch_state(const Context<T, R>& c, int layer) const {
+        const Params& p = c.p;
+        const int d = p.layout.head_dim;
+        const ItemPlace at(p, blockIdx.x);
+        if (!at.item || layer >= p.layout.layers) return;
+        const float* const first = p.states[layer] + at.head * d * d + at.split * p.columns;
+#pragma unroll 1
+        for (int i = kept(threadIdx.x); i < 2 * d * p.rows; i += kThreads) {
+            const int row = R == 1 ? 0 : i / (2 * d), rest = i - row * 2 * d;
+            prefetch(first + row * p.state_row_stride + rest / 2 * d + rest % 2 * (p.columns - 1));
+        }
+    }
+    // All of this block's items. kAsks: nothing was asked for; each item asks for its state and P behind its first looks.
+    template <bool kAsks> __device__ __forceinline__ void run(Context<T, R>& c, Requests<R>& asked, int layer) {
         const Params& p = c.p;
         const int items = p.layout.heads * p.splits;
         if (static_cast<int>(blockIdx.x) >= items) return;
 #pragma unroll 1
         for (int item = blockIdx.x;;) {
             const bool first = item == static_cast<int>(blockIdx.x), last = item + static_cast<int>(gridDim.x) >= items;
-            const ItemPlace at = first && R == 1 ? place_ : ItemPlace(p, item);
+            const ItemPlace at = !kAsks && first && R == 1 ? place_ : ItemPlace(p, item);
             c.set_waiting(true);
-            take(c, at, first);
+            take<kAsks>(c, at, first, asked, p.states[layer]);
             meet();
             c.set_waiting(false);
             project(c, asked.proj);
             meet();
             softmax<R>(c.template in_shared<float>(p.memory.features), p.layout.head_dim);
             meet();
-            update(c, at, first, asked.state, p.states[layer]);
+            update(c, at, kAsks || first, asked.state, p.states[layer]);
             meet();
             send(c, at);
             if (last) return;
             meet();  // or the next item's values would be here too early
             item += gridDim.x;
-            request_proj(c, asked);
+            if (!kAsks) request_proj(c, asked);
         }
     }
 
@@ -225,23 +240,32 @@ private:
 
     // q and k of a head: RoPE, then each number as the sum of two of T, as A of an mma: rows 0 to 7 are the rows' q, 8 to
     // 15 their k. Values, gates and the recurrence's terms besides.
-    __device__ __forceinline__ void take(Context<T, R>& c, const ItemPlace& at, bool first) {
+    template <bool kAsks>
+    __device__ __forceinline__ void take(Context<T, R>& c, const ItemPlace& at, bool first, Requests<R>& asked, const float* states) {
         const Params& p = c.p;
         T* const high = c.template in_shared<T>(p.memory.turned);
         T* const low = high + Constants::proj_chunks(p.layout) * 2 * R * kChunk;
         const int all = R * (p.layout.head_dim + p.columns);
         Taken it = taken_;
         // Threads beyond the last look at nothing of their own either: what is not theirs may be written meanwhile.
-        if (R > 1 || !first) it = Taken(c, at, min(static_cast<int>(kept(threadIdx.x)), all - 1));
+        if (kAsks || R > 1 || !first) it = Taken(c, at, min(static_cast<int>(kept(threadIdx.x)), all - 1));
+        uint2 one, other;
+        const auto look_at_both = [&] {
+            const uint2* const from = c.template in_sync<uint2>(p.exchange.qkvg) + it.from;
+            one = look(from);
+            other = look(from + it.apart);
+            return one.y == c.tag && other.y == c.tag;
+        };
+        bool there = false;
+        if (kAsks) {  // all of it is under way at once: looks behind what was asked for would wait for that
+            there = look_at_both();
+            asked.state.request(p, at.active, states + at.state, at.first);
+            request_proj(c, asked);
+        }
 #pragma unroll 1
         for (int i = kept(threadIdx.x); i < all;) {
-            const uint2* const from = c.template in_sync<uint2>(p.exchange.qkvg) + it.from;
-            uint2 one, other;
-            await([&] {
-                one = look(from);
-                other = look(from + it.apart);
-                return one.y == c.tag && other.y == c.tag;
-            });
+            if (!kAsks || !there) await(look_at_both);
+            there = false;
             const float u = __uint_as_float(one.x), v = __uint_as_float(other.x);
             if (it.turned) {
                 const auto leave = [&](int to, float w) {
@@ -275,7 +299,7 @@ private:
     }
 
     // Fades and writes this thread's part of the state, and reads it: partial outputs for the block.
-    __device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, bool first_item, StatePart<R>& ahead,
+    __device__ __forceinline__ void update(Context<T, R>& c, const ItemPlace& at, bool asked, StatePart<R>& ahead,
                                            float* states) {
         const Params& p = c.p;
         const int d = p.layout.head_dim, columns = p.columns;
@@ -287,7 +311,7 @@ private:
 #pragma unroll 1
         for (int start = at.first; at.active && start < d; start += each) {
             float* const mine = states + at.state + (start - at.first) * d;
-            if (!first_item || start != at.first) ahead.request(p, true, mine, start);
+            if (!asked || start != at.first) ahead.request(p, true, mine, start);
 #pragma unroll
             for (int j = 0; j < kStatesAhead<R>; ++j) {
                 const int f = start + j * p.sets;

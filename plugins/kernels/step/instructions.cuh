@@ -90,11 +90,15 @@ __device__ __forceinline__ void copy_piece(uint8_t* to, const uint8_t* from, uin
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(m)) : "memory");
 }
 #endif
-// Has what is there brought to L2, by a warp. A bulk prefetch would wait behind all bulk copies that are under way.
+// Has what is there brought to L2: a line, or so many bytes by a warp. A bulk prefetch would wait behind all bulk copies that
+// are under way.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
 __device__ __forceinline__ void prefetch(const uint8_t* from, uint32_t bytes) {
-    for (uint32_t at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
+    for (uint32_t at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) prefetch(from + at);
 }
+
+// Four matrices of 8 x 8, a row of them from each lane, transposed.
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* row) { ldmatrix_trans(r, shared_address(row)); }
 
 // --- slots: 8 or 16 bytes at once, by all of the GPU's blocks ---
 __device__ __forceinline__ void put(uint2* slot, uint32_t value, uint32_t tag) {

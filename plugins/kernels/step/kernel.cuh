@@ -47,21 +47,18 @@ template <typename Value, Value kValue> struct Constant {
     __device__ __forceinline__ constexpr operator Value() const { return kValue; }
 };
 
-// Quantised weights: the stripe of one of attention's groups.
-__device__ __forceinline__ int stripe_of(const Params& p, int group) {
-    return group - divide(group, p.by_stripes) * p.layout.stripes;
+// Quantised weights: the part that one of this block's groups of attention is of.
+__device__ __forceinline__ int part_of(const BlockFacts& facts, int group) {
+    return (group >= facts.part_ends[0]) + (group >= facts.part_ends[1]) + (group >= facts.part_ends[2]);
 }
 
 // What becomes of an output's sum. Whole warps call this, with neighbouring outputs in neighbouring lanes.
-template <bool kStriped, typename Matrix, typename Parallel, typename T, int R>
+template <bool kDealt, typename Matrix, typename Parallel, typename T, int R>
 __device__ __forceinline__ void finish(Context<T, R>& c, Matrix matrix, Parallel parallel, bool there, int group, int row,
                                        float y) {
     const Params& p = c.p;
     const int output = threadIdx.x % kGroup;
-    if (kStriped && matrix == kAttention) {
-        const int whole = divide(group, p.by_stripes);
-        group = (group - whole * p.layout.stripes) * p.stripe_groups + whole;
-    }
+    if (kDealt && matrix == kAttention) group += c.facts().part_shift[part_of(c.facts(), group - c.first_group(kAttention))];
     const int at = group * kGroup + output;
     if (matrix == kAttention) {  // to the blocks of the head
         if (there)
@@ -79,12 +76,12 @@ __device__ __forceinline__ void finish(Context<T, R>& c, Matrix matrix, Parallel
         if (there && row < p.rows && at < p.layout.vocabulary) p.logits[row * p.logits_row_stride + at] = y;
     } else if (there) {  // with parallel residual dense completes what the MLP's second product began
         const bool last = (matrix == kDown) != parallel;
-        add_to_own(c, row, at, y, last || matrix == kDense, last ? c.tag + 1 : c.tag);
+        add_to_own<kDealt>(c, row, at, y, last || matrix == kDense, last ? c.tag + 1 : c.tag);
     }
 }
 
 // Adds up a batch's sums of warps, and has each output go where it belongs. `bias` is of this thread's first output.
-template <bool kStriped, typename Matrix, typename Parallel, typename T, int R>
+template <bool kDealt, typename Matrix, typename Parallel, typename T, int R>
 __device__ __forceinline__ void finish_batch(Context<T, R>& c, Matrix matrix, Parallel parallel, int first, int groups,
                                              const float* biases, float bias) {
     const float* const sums = c.template in_shared<float>(c.p.memory.sums);
@@ -99,7 +96,7 @@ __device__ __forceinline__ void finish_batch(Context<T, R>& c, Matrix matrix, Pa
             y += sums[v + w * kSumsOfWarp<R>];
             other += sums[v + (w + 1) * kSumsOfWarp<R>];
         }
-        finish<kStriped>(c, matrix, parallel, v < total, first + group, row, y + other);
+        finish<kDealt>(c, matrix, parallel, v < total, first + group, row, y + other);
         v += kThreads;
         start += kThreads;
         if (start >= total) break;
@@ -158,13 +155,32 @@ __device__ __forceinline__ int64_t integer_at(const void* from, int index, int i
 }
 
 // A thread for each matrix finds out which rows of it this block has.
-template <typename T, int R> __device__ __forceinline__ void set_parts(Context<T, R>& c) {
+template <bool kQuantised, typename T, int R> __device__ __forceinline__ void set_parts(Context<T, R>& c) {
     const int matrix = static_cast<int>(threadIdx.x) - 32;
     if (matrix < 0 || matrix >= kMatrices) return;
     const Layout& layout = c.p.layout;
-    const int first = layout.share(matrix, blockIdx.x), groups = layout.share(matrix, blockIdx.x + 1) - first;
+    int first = layout.share(matrix, blockIdx.x), groups = layout.share(matrix, blockIdx.x + 1) - first;
     const int chunks = layout.chunks(matrix);
-    const_cast<BlockFacts&>(c.facts()).of[matrix] = {first, groups, chunks, groups * chunks};
+    if (kQuantised && (matrix == kDown || matrix == kDense)) {
+        const int begin = layout.half(blockIdx.x), end = layout.half(blockIdx.x + 1);
+        first = begin / 2;
+        groups = end > begin ? (end + 1) / 2 - first : 0;
+        const_cast<BlockFacts&>(c.facts()).late = end > begin ? begin % 2 : 0;  // the same of both matrices
+        const_cast<BlockFacts&>(c.facts()).early = end > begin ? end % 2 : 0;
+    }
+    BlockFacts& facts = const_cast<BlockFacts&>(c.facts());
+    facts.of[matrix] = {first, groups, chunks, groups * chunks};
+    if constexpr (kQuantised) {
+        if (matrix != kAttention) return;
+        int end = 0;
+#pragma unroll 1
+        for (int part = 0; part < kParts; ++part) {
+            const int before = layout.dealt(part, first);
+            facts.part_before[part] = before;
+            facts.part_shift[part] = layout.part_begin(part) + before - (first + end);
+            facts.part_ends[part] = end += layout.dealt(part, first + groups) - before;
+        }
+    }
 }
 
 // A thread for each matrix and format, and one for each warp besides.
@@ -175,7 +191,9 @@ template <typename T, int R> __device__ __forceinline__ void set_turns(Context<T
     BlockFacts& facts = const_cast<BlockFacts&>(c.facts());
     if (warp == 0)
         facts.turns[matrix][eight] = {static_cast<uint16_t>(units), static_cast<uint16_t>(kWarps / units), static_cast<uint16_t>(kWarps % units), 0};
-    facts.starts[matrix][eight][warp] = static_cast<uint16_t>(warp / units * 256 + warp % units);
+    const auto start = [&](int unit) { return static_cast<uint16_t>(unit / units * 256 + unit % units); };
+    facts.starts[matrix][eight][warp] = start(warp);
+    if (matrix == kDown || matrix == kDense) facts.late_starts[matrix == kDense][eight][warp] = start(units / 2 + warp);
 }
 
 // The walk of who copies.
@@ -234,7 +252,7 @@ template <bool kParallel, typename T, int R> __device__ __forceinline__ void wal
     Attention<T, R> attention(c);
     Requests<R> asked{};
     const auto nothing = [] {};
-    const auto hidden = [&](uint32_t tag, int64_t norm, bool both) { take_normalised(c, tag, norm, both); };
+    const auto hidden = [&](uint32_t tag, int64_t norm, bool both) { take_normalised<false>(c, tag, norm, both); };
 #pragma unroll 1
     for (int layer = 0; layer < p.layout.layers; ++layer) {
         const uint32_t before = layer == 0 ? 0 : c.tag - 1;
@@ -244,12 +262,12 @@ template <bool kParallel, typename T, int R> __device__ __forceinline__ void wal
         });
         if (kParallel) {  // x + attention(norm x) + mlp(norm' x); meet(): q, k, v and gate have been added up
             product<kUp, kParallel>(c, [] { meet(); }, [&] { attention.request_proj(c, asked); });
-            attention.run(c, asked, layer);
+            attention.template run<false>(c, asked, layer);
             product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);
             product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
         } else {  // y = x + attention(norm x), then y + mlp(norm' y)
             attention.request_proj(c, asked);
-            attention.run(c, asked, layer);
+            attention.template run<false>(c, asked, layer);
             product<kDense, kParallel>(c, [&] { take_outputs(c); }, nothing);
             product<kUp, kParallel>(c, [&] { hidden(c.tag, p.places.mlp_norm, false); }, nothing);
             product<kDown, kParallel>(c, [&] { take_inner(c); }, nothing);
@@ -272,7 +290,7 @@ __device__ __forceinline__ void walk(const Params& p, Copy copy, Layers layers) 
     if (threadIdx.x == 0) ring.init();
     Context<T, R> c(p, shared, ring);
     c.set_waiting(false);
-    set_parts(c);
+    set_parts<kQuantised>(c);
     if (kQuantised) set_turns(c);
     __syncthreads();
     if (threadIdx.x >= kCopier) {

@@ -35,12 +35,13 @@ constexpr int kBatch = 16;           // groups of rows that a block multiplies a
 
 enum Matrix { kAttention, kUp, kDown, kDense, kHead, kMatrices };
 constexpr int kOfLayer = 4;          // but for the head
+// Of attention's rows, in the order in which a block has them if they are quantised.
+enum AttentionPart { kPartQ, kPartK, kPartGate, kPartV, kParts };
 
 struct Layout {
     int32_t layers, hidden, inner, vocabulary, heads, kv_heads, head_dim, rotary_dim;
     int32_t gated, parallel, table_rows, blocks;
     int32_t quantised, head_int8;  // 1: matrices are int8 or int4; the head is int8
-    int32_t stripes;               // in which attention's groups of rows are dealt out: 1, or as quantised/layout.h says
     uint8_t int8[DIJIANG_STEP_MAX_LAYERS];  // if quantised, of each layer: bit m for a dijiang_step_matrix m in int8
 
     DIJIANG_BOTH int width() const { return heads * head_dim; }
@@ -67,9 +68,39 @@ struct Layout {
     DIJIANG_BOTH int units(int matrix, int block) const {
         return (share(matrix, block + 1) - share(matrix, block)) * chunks(matrix);
     }
+    // Quantised: the residual stream's groups (dense's and the MLP's second product's) are shared out in halves of their columns,
+    // and block b has halves half(b) to half(b + 1). Who reads an element of a group that two blocks share adds their sums.
+    DIJIANG_BOTH int half(int block) const {
+        return static_cast<int>(static_cast<uint32_t>(block) * static_cast<uint32_t>(2 * groups(kDense)) / blocks);
+    }
+    // Quantised: how many groups of a part are among the first so many that are dealt out, in turns (quantised/layout.h).
+    DIJIANG_BOTH int dealt(int part, int groups) const {
+        const int sharing = heads / kv_heads, turn = 2 * sharing + 2, whole = groups / turn;
+        const int size = part % 2 == 0 ? sharing : 1, some = groups - whole * turn - part / 2 * (sharing + 1) - part % 2 * sharing;
+        return whole * size + (some < 0 ? 0 : some < size ? some : size);
+    }
+    DIJIANG_BOTH int part_groups(int part) const { return (part % 2 == 0 ? heads : kv_heads) * head_dim / kGroup; }
+    // A part's first group of the rows of q, k, v and gate.
+    DIJIANG_BOTH int part_begin(int part) const {
+        const int before = part == kPartQ ? 0 : part == kPartK ? width() : part == kPartGate ? qkv() : width() + kv_heads * head_dim;
+        return before / kGroup;
+    }
+    // Quantised: the part that the packed group `group` is of, and which of that part's groups it is.
+    DIJIANG_BOTH int part_of(int group, int& which) const {
+        const int block = owner(kAttention, group), first = share(kAttention, block), next = share(kAttention, block + 1);
+        which = group - first;
+        for (int part = 0;; ++part) {
+            const int before = dealt(part, first), some = dealt(part, next) - before;
+            if (which < some) return which += before, part;
+            which -= some;
+        }
+    }
     // Which group of the rows of q, k, v and gate is the packed group `group`.
     DIJIANG_BOTH int attention_group(int group) const {
-        return stripes == 1 ? group : group % stripes * (groups(kAttention) / stripes) + group / stripes;
+        if (!quantised) return group;
+        int which;
+        const int part = part_of(group, which);
+        return part_begin(part) + which;
     }
     // The order of a layer's matrices: attention, up, down, dense, or one after the other attention, dense, up, down.
     DIJIANG_BOTH int at(int turn) const { return parallel || turn == 0 ? turn : (turn + 1) % 3 + 1; }

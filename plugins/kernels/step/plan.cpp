@@ -77,6 +77,8 @@ dijiang_status check_model(const dijiang_step_model& m) {
 }
 
 int64_t most_units(const Layout& layout, int matrix) {
+    if (layout.quantised && (matrix == kDown || matrix == kDense))  // in halves
+        return (int64_t{2 * layout.groups(matrix)} + layout.blocks - 1) / layout.blocks * layout.chunks(matrix) / 2;
     return (int64_t{layout.groups(matrix)} + layout.blocks - 1) / layout.blocks * layout.chunks(matrix);
 }
 // What the slowest block streams of a layer, in units.
@@ -154,7 +156,8 @@ void place_memory(const Params& p, int rows, Memory& memory) {
     memory.gates = others.take(in_lanes ? 0 : 2 * r * width);
     Places<int32_t> rest(std::max(places.end(), others.end()));
     memory.sums = rest.take(4 * int64_t{kWarps} * kBatch * r * kGroup);
-    memory.own = rest.take(4 * r * kGroup * ((layout.groups(kDown) + layout.blocks - 1) / layout.blocks));
+    const int64_t shared = layout.quantised ? 1 : 0;  // groups, at the most, that a block has only half of besides
+    memory.own = rest.take(4 * r * kGroup * ((layout.groups(kDown) + layout.blocks - 1) / layout.blocks + shared));
     memory.statistics = rest.take(8 * r * kWarps);
     memory.means = rest.take(4 * r);
     memory.rotary = rest.take(8 * r * (layout.rotary_dim / 2));
@@ -171,6 +174,7 @@ void place_exchange(const Layout& layout, Exchange& exchange) {
     const int64_t r = DIJIANG_STEP_MAX_ROWS;
     Places<int64_t> places(128);
     exchange.hidden = places.take(8 * r * layout.hidden);
+    exchange.halves = places.take(layout.quantised ? 8 * r * layout.hidden : 0);
     exchange.qkvg = places.take(8 * r * (layout.qkv() + layout.width()));
     exchange.up = places.take(8 * r * layout.inner / 2);
     exchange.attention = places.take(16 * r * layout.width() / 2);
@@ -190,8 +194,7 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     Params& p = plan.params;
     p.layout = {m.layers, m.hidden, m.inner, m.vocabulary, m.num_heads, m.num_kv_heads, m.head_dim, m.rotary_dim,
                 m.activation == DIJIANG_SWIGLU, m.parallel_residual, m.table_rows, 1, m.quantised,
-                m.head_format == DIJIANG_INT8, 1, {}};
-    if (m.quantised) p.layout.stripes = stripes_of(p.layout);
+                m.head_format == DIJIANG_INT8, {}};
     std::copy(std::begin(m.int8_matrices), std::end(m.int8_matrices), p.layout.int8);
     p.layout.blocks = choose_blocks(p.layout, device);
     p.places = Constants(p.layout);
@@ -212,9 +215,9 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     p.by_splits = inverse_of(p.splits);
     p.by_columns = inverse_of(p.columns);
     p.by_taken = inverse_of(m.head_dim + p.columns);
+    p.by_halves = inverse_of(2 * p.layout.groups(kDense));
+    for (int block = 1; p.layout.quantised && block < p.layout.blocks; ++block) p.halved |= p.layout.half(block) % 2;
     p.by_fours = inverse_of(m.inner / 4);
-    p.stripe_groups = p.layout.groups(kAttention) / p.layout.stripes;
-    p.by_stripes = inverse_of(p.layout.stripes);
     p.embedding_format = m.embedding_format;
     p.by_sharing = inverse_of(m.num_heads / m.num_kv_heads);
     p.entries = p.columns <= 32 && power_of_two(p.columns) ? kWarps : p.sets;

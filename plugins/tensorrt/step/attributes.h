@@ -21,11 +21,12 @@ struct Attributes {
     // As nodes and plans have them, and the model too: 2 + layers, or where matrices are T a single 0.
     int32_t formats = 1;
     int32_t weight_formats[kMostFormats] = {};
+    int32_t packing = DIJIANG_STEP_PACKING;  // of quantised weights in a plan
 };
 
 constexpr int32_t kIntegers = 17, kReals = 2;
 
-// The attributes but for weight_formats, in the order of the fields and of the blob.
+// The attributes but for weight_formats and packing, in the order of the fields and of the blob.
 template <typename A>
 auto integers(A& a) {
     auto& m = a.model;

@@ -19,7 +19,7 @@ namespace dijiang::trt::step {
 constexpr int32_t kInputIds = 0, kPositions = 1, kSeqLens = 2, kPastStates = 3;
 constexpr int32_t kLogits = 0, kPresentStates = 1;
 
-class Layer : public LayerBase<Attributes, kFields, kFields> {
+class Layer : public LayerBase<Attributes, kNodeFields, kFields> {
 public:
     static constexpr const char* kName = step::kName;
 

@@ -6,7 +6,7 @@ namespace dijiang::trt::step {
 namespace {
 
 constexpr uint32_t kMagic = 0x53544a44;  // "DJTS", first byte first
-constexpr uint32_t kFormat = 1, kQuantisedFormat = 2;
+constexpr uint32_t kFormat = 1, kQuantisedFormat = 1 + DIJIANG_STEP_PACKING;
 constexpr size_t kFormatsAt = 4 * (2 + kIntegers);
 static_assert(kBlobSize == 4 * (3 + kIntegers + kReals), "every attribute is in the blob");
 

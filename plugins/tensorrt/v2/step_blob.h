@@ -1,6 +1,6 @@
 // How a TensorRT 8.6 plan keeps DijiangStep: little-endian words, whatever the machine.
 //
-//   0  magic "DJTS", format version: 1, or 2 where matrices are quantised
+//   0  magic "DJTS", format version: 1, or where matrices are quantised 1 + DIJIANG_STEP_PACKING
 //   8  layers, hidden, inner, vocabulary, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, norm, activation,
 //      parallel_residual, table_rows, position_rows, position_offset, rows, blocks
 //  76  how many weight_formats follow: 0, or 2 + layers

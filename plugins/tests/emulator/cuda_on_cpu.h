@@ -116,7 +116,7 @@ inline void prepare(Block& it, dim3 index, dim3 size, unsigned char* shared) {
     it.shared = shared;
     std::memset(shared, 0xff, kSharedMemory);  // NaN, whatever the type
     for (Fiber& fiber : it.fibers) {
-        fiber.stack = std::make_unique<unsigned char[]>(kStack);
+        fiber.stack.reset(new unsigned char[kStack]);  // not zeroed: there are thousands
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = kStack;
@@ -259,6 +259,7 @@ inline uint32_t atomicInc(uint32_t* at, uint32_t most) {
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline uint64_t __umul64hi(uint64_t x, uint64_t y) {
     return static_cast<uint64_t>(static_cast<unsigned __int128>(x) * y >> 64);
 }

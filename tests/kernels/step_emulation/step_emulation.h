@@ -53,6 +53,20 @@ inline void copy_piece(uint8_t* to, const uint8_t* from, uint32_t bytes, uint64_
     mbarrier_arrive(m);
 }
 inline void prefetch(const uint8_t*, uint32_t) {}
+inline void prefetch(const void* from) { (void)*static_cast<const volatile uint8_t*>(from); }  // a CUDA one may be anywhere
+
+// Rows of 16 bytes, one from each lane: lane (g, t) has of matrix i elements (2 t, g) and (2 t + 1, g).
+inline void load_transposed(uint32_t (&r)[4], const void* row) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) std::abort();
+    uint32_t mine[4];
+    std::memcpy(mine, row, 16);
+    auto* words = emulator::exchange(mine, 4);
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t low = words[8 * i + 2 * t][g / 2] >> (g % 2 * 16), high = words[8 * i + 2 * t + 1][g / 2] >> (g % 2 * 16);
+        r[i] = (low & 0xffff) | high << 16;
+    }
+}
 
 template <typename U> U kept(U value) { return value; }
 inline void put(uint2* slot, uint32_t value, uint32_t tag) { *slot = make_uint2(value, tag); ++emulator::progress; }
@@ -63,6 +77,12 @@ inline uint4 look_at_two(const uint2* slots) { return make_uint4(slots[0].x, slo
 
 }  // namespace step
 
+// A sum as tensor cores make it: terms are cut off where the largest one's float32 ends, and so is the sum.
+inline double cut_off(double x, double largest) {
+    int exponent;
+    std::frexp(largest, &exponent);
+    return std::ldexp(std::trunc(std::ldexp(x, 24 - exponent)), exponent - 24);
+}
 // A [16, 16] row-major, B [16, 8] column-major, float32 sums: the fragments are those of plugins/kernels/device/mma.cuh.
 template <typename T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t mine[] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -70,13 +90,15 @@ template <typename T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-        float sum = c[i];
+        double terms[17], largest = std::fabs(terms[16] = c[i]), sum = 0;
         for (int k = 0; k < 16; ++k) {
             const float2 x = unpack<T>(words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2]);
             const float2 y = unpack<T>(words[column * 4 + k % 8 / 2][4 + k / 8]);
-            sum += k % 2 ? x.y * y.y : x.x * y.x;
+            terms[k] = k % 2 ? double(x.y) * y.y : double(x.x) * y.x;
+            largest = std::fmax(largest, std::fabs(terms[k]));
         }
-        c[i] = sum;
+        for (const double term : terms) sum += std::isfinite(term) ? cut_off(term, largest) : term;
+        c[i] = static_cast<float>(std::isfinite(sum) ? cut_off(sum, sum) : sum);
     }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
@@ -16,7 +17,7 @@ from dijiang_engines.kernels.attention import load_kernels
 from dijiang_engines.plugin.cache import library_hash
 from dijiang_export.bench.cells.measure import C
 from dijiang_export.bench.kernels.gpu import time_graph
-from dijiang_export.bench.kernels.peers import Prepared
+from dijiang_export.bench.kernels.peers import Prepared, in_short, quiet
 from dijiang_export.bench.memory_rate import memory_rate
 
 Contestant = Callable[[], dict[str, Any]]
@@ -100,10 +101,11 @@ def result_of(contestant: Contestant, *, ours: bool = True) -> dict[str, Any]:
 
     Args:
         contestant: who.
-        ours: False: whatever is wrong with another's code is a reason.
+        ours: False: whatever is wrong with another's code is a reason, and it runs without warnings and logs.
     """
     try:
-        return contestant()
+        with nullcontext() if ours else quiet():
+            return contestant()
     except DijiangError as error:
         return {"skipped": error.sentence()}
     except torch.OutOfMemoryError:
@@ -111,8 +113,7 @@ def result_of(contestant: Contestant, *, ours: bool = True) -> dict[str, Any]:
     except Exception as error:
         if ours:
             raise
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        return {"skipped": f"failed: {words[:300]}"}
+        return {"skipped": f"failed: {in_short(error)}"}
 
 
 def timed(run: Callable[[], object], seconds: float, calls: int = 1) -> Timing:

@@ -23,7 +23,7 @@ from dijiang_engines.bench.timing import Timing
 from dijiang_engines.errors import DijiangError, RunnerError
 from dijiang_export.bench.kernels.cells import Cell, Dtype, Shape, buffer_sets, cell_bytes
 from dijiang_export.bench.kernels.inputs import Call, Layer, make_calls, make_layer, within
-from dijiang_export.bench.kernels.peers import Contestant, Prepared
+from dijiang_export.bench.kernels.peers import Contestant, Prepared, in_short
 from dijiang_export.bench.memory_rate import TorchCopy
 from dijiang_export.reference.model import DTYPES
 
@@ -118,8 +118,7 @@ class Gpu:
                 except DijiangError as error:
                     found[contestant.name] = "; ".join(x for x in (error.what, error.got) if x)
                 except Exception as error:  # noqa: BLE001 - others' code; the other figures still count
-                    words = " ".join(f"{type(error).__name__}: {error}".split())
-                    found[contestant.name] = f"failed: {words[:300]}"
+                    found[contestant.name] = f"failed: {in_short(error)}"
                 torch.cuda.empty_cache()
         return found
 

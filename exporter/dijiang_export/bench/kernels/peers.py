@@ -12,8 +12,11 @@ Its choice is forgotten before each cell, so that every cell gets the configurat
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +38,25 @@ QUADRATIC_BYTES = 24 << 30
 
 class PeerError(DijiangError):
     """A peer that is not installed, or that cannot do what is asked of it."""
+
+
+def in_short(error: Exception) -> str:
+    """What went wrong in another's code, on one line: the first paragraph, without the advice behind it."""
+    paragraph = f"{type(error).__name__}: {error}".split("\n\n")[0]
+    return " ".join(paragraph.split())[:200]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Another's code runs without its warnings and log lines, which would stand between ours."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @dataclass(frozen=True)
@@ -70,9 +92,10 @@ class Fla:
         try:
             from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
         except Exception as error:  # another's package may fail to import in any way
-            summary = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise PeerError(
-                "flash-linear-attention is not here", got=summary, hint="pip install flash-linear-attention"
+                "flash-linear-attention is not here",
+                got=in_short(error),
+                hint="pip install flash-linear-attention",
             ) from error
         self._step, self._chunk = fused_recurrent_simple_gla, chunk_simple_gla
         self.tuners = _autotuners()

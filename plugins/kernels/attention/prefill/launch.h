@@ -24,6 +24,8 @@ cudaError_t launch_wide_256_bf16(const AttentionParams&, const Schedule&, cudaSt
 // The same for compute capability 9.0 alone, geometric decay and heads of exactly that size.
 cudaError_t launch_spans_64_f16(const AttentionParams&, const Schedule&, cudaStream_t);
 cudaError_t launch_spans_64_bf16(const AttentionParams&, const Schedule&, cudaStream_t);
+cudaError_t launch_slices_256_f16(const AttentionParams&, const Schedule&, cudaStream_t);
+cudaError_t launch_slices_256_bf16(const AttentionParams&, const Schedule&, cudaStream_t);
 cudaError_t launch_hopper_80_f16(const AttentionParams&, const Schedule&, cudaStream_t);
 cudaError_t launch_hopper_128_f16(const AttentionParams&, const Schedule&, cudaStream_t);
 cudaError_t launch_hopper_80_bf16(const AttentionParams&, const Schedule&, cudaStream_t);

@@ -20,7 +20,11 @@ Needs needs(const dijiang_geometry& geometry, int32_t max_batch, int32_t max_len
 std::string describe(const dijiang_geometry& geometry, int32_t batch, int32_t length, const dijiang_device& device) {
     const Schedule schedule = make_schedule(geometry, batch, length, device);
     if (schedule.path == Path::generic) return "prefill generic float32: features, scan, norm";
-    const char* name = schedule.path == Path::spans ? "spans" : schedule.path == Path::hopper ? "hopper" : schedule.path == Path::wide ? "wide" : "fused";
+    const char* name = schedule.path == Path::slices   ? "slices"
+                       : schedule.path == Path::spans  ? "spans"
+                       : schedule.path == Path::hopper ? "hopper"
+                       : schedule.path == Path::wide   ? "wide"
+                                                       : "fused";
     return std::string("prefill ") + name + " heads=" + std::to_string(schedule.set) + " segments=" + std::to_string(schedule.segments) + "x"
            + std::to_string(schedule.segment_chunks * kChunk) + " ctas=" + std::to_string(schedule.blocks)
            + " threads=" + std::to_string(schedule.threads) + " shared=" + std::to_string(schedule.shared)
@@ -42,6 +46,8 @@ cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device
     const bool half = dtype == DIJIANG_FLOAT16;
     const int d = p.head_dim;
 #ifdef DIJIANG_SM90A
+    if (schedule.path == Path::slices)
+        return (half ? launch_slices_256_f16 : launch_slices_256_bf16)(p, schedule, stream);
     if (schedule.path == Path::spans)
         return (half ? launch_spans_64_f16 : launch_spans_64_bf16)(p, schedule, stream);
     if (schedule.path == Path::hopper)

@@ -59,6 +59,14 @@ HopperShape hopper_shape(int64_t d) {
     return {d == 80 ? 2 : 1, static_cast<size_t>((d + 63) / 64 * (d / 8) * 4 * 128)};
 }
 
+// Heads of 256, whose kernels are hopper::slices::FeatureShape and Slice (hopper/slices/shape.cuh).
+struct SliceShape {
+    static constexpr int kSlices = 4;         // of a head, one a block
+    static constexpr int kFeatureBlocks = 2;  // of a cluster of the kernel before
+    static constexpr size_t kSlot = size_t{4} * 64 * 256;  // bytes: a block's part of a state
+    static constexpr size_t kItem = size_t{2} * kChunk * (256 + 256 + kChunk);  // of a chunk and head
+};
+
 // Two heads of 80 in a block pay only where blocks fill the GPU and no sequence is cut (docs/performance.md).
 bool hopper_pays(const dijiang_geometry& geometry, int batch, const dijiang_device& device) {
     return geometry.head_dim != 80 || int64_t{batch} * geometry.num_heads > device.multiprocessors;
@@ -68,10 +76,39 @@ bool hopper_pays(const dijiang_geometry& geometry, int batch, const dijiang_devi
 bool hopper_takes(const dijiang_geometry& geometry, const dijiang_device& device) {
     constexpr int kShared = 227 << 10;
     const int64_t heads = geometry.num_heads, d = geometry.head_dim;
-    const bool sizes = d == 64 || d == 80 || d == 128;
+    const bool sizes = d == 64 || d == 80 || d == 128 || d == 256;
     const bool groups = heads == 16 || heads == 32 || (heads == 8 && d != 80);
     return kHopperCode && device.compute_capability == 90 && device.shared_memory >= kShared && sizes && groups
            && geometry.dtype != DIJIANG_FLOAT32 && geometry.table_rows == 0 && geometry.rotary_dim % 4 == 0;
+}
+
+// Cuts `chunks` for at most `segments`; whole `unit`s. Memory is for `segments` even if rounding makes fewer of them:
+// that number alone grows with length.
+void cut_in_segments(Schedule& schedule, int chunks, int segments, int unit) {
+    schedule.segment_chunks = (chunks + segments - 1) / segments;
+    unit = std::min(schedule.segment_chunks, unit);
+    schedule.segment_chunks = (schedule.segment_chunks + unit - 1) / unit * unit;
+    schedule.segments = (chunks + schedule.segment_chunks - 1) / schedule.segment_chunks;
+}
+
+Schedule schedule_slices(const dijiang_geometry& geometry, int batch, int chunks, const dijiang_device& device) {
+    Schedule schedule{};
+    schedule.path = Path::slices;
+    schedule.set = 1;
+    schedule.threads = 384;
+    const int64_t heads = int64_t{batch} * geometry.num_heads, jobs = heads * SliceShape::kSlices;
+    const int room = kSliceCluster > 2 ? device.multiprocessors * 7 / 8 : device.multiprocessors;
+    const int segments = most_segments(jobs, chunks, room);
+    cut_in_segments(schedule, chunks, segments, 1);
+    schedule.blocks = static_cast<int>(jobs * schedule.segments);
+    const int64_t even = std::max(device.multiprocessors, SliceShape::kFeatureBlocks) / SliceShape::kFeatureBlocks;
+    const int64_t clusters = (heads * chunks + SliceShape::kFeatureBlocks - 1) / SliceShape::kFeatureBlocks;
+    schedule.feature_blocks = static_cast<int>(std::min(even, clusters) * SliceShape::kFeatureBlocks);
+    const size_t slots = segments > 1 ? jobs * segments : 0;
+    schedule.sync = segments > 1 ? sizeof(uint32_t) * (2 + slots) : 0;
+    schedule.features = aligned(slots * SliceShape::kSlot);
+    schedule.workspace = schedule.features + aligned(heads * chunks * SliceShape::kItem);
+    return schedule;
 }
 
 }  // namespace
@@ -82,6 +119,8 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
     schedule.set = 1;
     schedule.segments = 1;
     schedule.segment_chunks = (length + kChunk - 1) / kChunk;
+    if (hopper_takes(geometry, device) && d == 256)
+        return schedule_slices(geometry, batch, schedule.segment_chunks, device);
     if (hopper_takes(geometry, device) && hopper_pays(geometry, batch, device)) {
         const HopperShape hopper = hopper_shape(d);
         const bool spans = d == 64;
@@ -89,14 +128,8 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
         schedule.set = hopper.heads;
         schedule.threads = 512;
         const int64_t jobs = batch * (heads / schedule.set);
-        // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.
         const int chunks = schedule.segment_chunks, segments = most_segments(jobs, chunks, device.multiprocessors);
-        schedule.segment_chunks = (chunks + segments - 1) / segments;
-        if (spans) {  // whole ones
-            const int span = std::min(schedule.segment_chunks, kSpan);
-            schedule.segment_chunks = (schedule.segment_chunks + span - 1) / span * span;
-        }
-        schedule.segments = (chunks + schedule.segment_chunks - 1) / schedule.segment_chunks;
+        cut_in_segments(schedule, chunks, segments, spans ? kSpan : 1);
         schedule.blocks = static_cast<int>(jobs * schedule.segments);
         const size_t states = segments > 1 ? jobs * segments : 0;
         schedule.workspace = aligned(states * hopper.heads * hopper.state_floats * sizeof(float));
@@ -128,10 +161,8 @@ Schedule make_schedule(const dijiang_geometry& geometry, int batch, int length, 
         schedule.shared = shape.bytes(schedule.set, schedule.stages);
         const int64_t jobs = batch * (heads / schedule.set) * (shape.wide() ? d / shape.own() : 1);
         const int64_t room = int64_t{device.multiprocessors} * resident;
-        // Memory for `segments` even if rounding makes fewer of them: that number alone grows with length.
         const int chunks = schedule.segment_chunks, segments = most_segments(jobs, chunks, room);
-        schedule.segment_chunks = (chunks + segments - 1) / segments;
-        schedule.segments = (chunks + schedule.segment_chunks - 1) / schedule.segment_chunks;
+        cut_in_segments(schedule, chunks, segments, 1);
         schedule.blocks = static_cast<int>(jobs * schedule.segments);
         const int consumers = shape.consumers * schedule.set;
         const size_t states = segments > 1 ? jobs * segments : 0;

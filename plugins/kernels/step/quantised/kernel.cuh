@@ -15,32 +15,40 @@ public:
         : Asker(params, to, waits), matrix_begin(params.packed) {}
 
     // The next matrix in the order of a step.
-    __device__ __forceinline__ void copy(const Part& part, int matrix, uint32_t formats) {
+    __device__ __forceinline__ void copy(const BlockFacts& facts, int matrix, uint32_t formats) {
         const Layout& layout = p.layout;
-        const uint8_t* from = matrix_begin + bytes_before(layout, formats, matrix, part.first);
+        const Part part = facts.of[matrix];
+        const uint8_t* from = matrix_begin + bytes_ahead(facts, part, matrix, formats);
         matrix_begin += matrix_bytes(layout, formats, matrix);
-        int stripe = matrix == kAttention ? stripe_of(p, part.first) : 0;
-        bool eight = group_is_int8(layout, formats, matrix, stripe);
+        bool eight = group_is_int8(layout, formats, matrix, 0);
 #pragma unroll 1
-        for (int group = 0, same; group < part.groups; group += same) {  // groups of one format, of one batch
-            const int most = min(part.groups - group, kBatch - group % kBatch);
-            bool next = eight;
-            if (matrix != kAttention) {
-                same = most;
-            } else {
+        for (int group = 0, same, end = part.groups; group < part.groups; group += same) {  // groups of one format, of one batch
+            if (matrix == kAttention) {
+                int of = part_of(facts, group);
+                eight = group_is_int8(layout, formats, matrix, of);
 #pragma unroll 1
-                for (same = 0; same < most && next == eight; ++same) {
-                    if (++stripe == layout.stripes) stripe = 0;
-                    next = group_is_int8(layout, formats, matrix, stripe);
-                }
+                for (end = facts.part_ends[of]; ++of < kParts; end = facts.part_ends[of])
+                    if (facts.part_ends[of] > end && group_is_int8(layout, formats, matrix, of) != eight) break;
             }
-            copy_rounds(from, same * units_of_group(part.chunks, eight), unit_bytes(eight));
-            eight = next;
+            same = min(end - group, kBatch - group % kBatch);
+            const int each = units_of_group(part.chunks, eight);
+            const Span span(facts, matrix, group, same, each);
+            from += span.skipped * unit_bytes(eight);
+            copy_rounds(from, span.units, unit_bytes(eight));
         }
     }
 
 private:
     const uint8_t* matrix_begin;
+
+    // Bytes of a matrix that other blocks before this one have.
+    __device__ __forceinline__ int64_t bytes_ahead(const BlockFacts& facts, const Part& part, int matrix, uint32_t formats) const {
+        if (matrix != kAttention) return bytes_before(p.layout, formats, matrix, part.first);
+        int eights = 0;
+#pragma unroll 1
+        for (int of = 0; of < kParts; ++of) eights += group_is_int8(p.layout, formats, matrix, of) ? facts.part_before[of] : 0;
+        return attention_bytes(p.layout, part.first, eights);
+    }
 
     __device__ __forceinline__ void copy_rounds(const uint8_t*& from, int units, int bytes_of_unit) {
 #pragma unroll 1
@@ -62,16 +70,16 @@ template <typename T, int R> __device__ __forceinline__ void copy_rounds(const C
 #pragma unroll 1
     for (int i = 0; i <= all; ++i) {
         const int matrix = i == all ? static_cast<int>(kHead) : layout.at(i % kOfLayer);
-        copier.copy(c.facts().of[matrix], matrix, formats_of(layout, i / kOfLayer));
+        copier.copy(c.facts(), matrix, formats_of(layout, i / kOfLayer));
     }
 }
 
 // Of a batch's groups, bit i: that group i is int8. Where they differ, a lane asks for one of them.
-__device__ __forceinline__ uint32_t int8_groups(const Params& p, uint32_t formats, int matrix, int first) {
+__device__ __forceinline__ uint32_t int8_groups(const Params& p, const BlockFacts& facts, uint32_t formats, int matrix, int batch) {
     static_assert(kBatch <= 32, "a lane for each");
     if (matrix != kAttention) return (formats & p.int8_bits[matrix]) != 0 ? ~0u : 0u;
-    const int stripe = stripe_of(p, first + static_cast<int>(threadIdx.x % 32));
-    return __ballot_sync(~0u, group_is_int8(p.layout, formats, matrix, stripe));
+    const int part = part_of(facts, batch + static_cast<int>(threadIdx.x % 32));
+    return __ballot_sync(~0u, group_is_int8(p.layout, formats, matrix, part));
 }
 
 // As product() of step/kernel.cuh, of whatever matrix.
@@ -86,27 +94,37 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
         take();
         c.set_waiting(false);
     };
-    const Part part = c.facts().of[matrix];
+    const Part& part = c.facts().of[matrix];
     QuantisedMultiplier<T, R> multiplier(c.at, part.chunks);
     const uint32_t thread = kept(threadIdx.x);
     const int mine = thread / (kGroup * R);  // this thread's first group of a batch
-    const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + thread % kGroup;
-    const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
+    const auto biases = [&] { return c.constant(p.biases[matrix]) + part.first * kGroup + kept(threadIdx.x) % kGroup; };
+    const auto bias_of = [&](int group) {  // of a group of which this block has the second half another block adds them
+        const bool late = group == 0 && (matrix == kDown || matrix == kDense) && c.facts().late;
+        return matrix != kHead && group < part.groups && !late ? __ldg(biases() + group * kGroup) : 0.0f;
+    };
     float bias = bias_of(mine);
+    uint32_t eights = 0;
+    if constexpr (kUnitWhileWaiting<R>) {
+        eights = int8_groups(p, c.facts(), formats, matrix, 0);
+        multiplier.look_ahead(c.facts(), matrix, min(kBatch, part.groups), eights);
+    }
     wait();
+    if constexpr (!kUnitWhileWaiting<R>) eights = int8_groups(p, c.facts(), formats, matrix, 0);
     const T* const x = c.template in_shared<T>(p.inputs[matrix]);
     float* const sums = c.template in_shared<float>(p.memory.sums) + thread / 32 * kSumsOfWarp<R>;
 #pragma unroll 1
     for (int batch = 0;;) {
         const int groups = min(kBatch, part.groups - batch);
-        if (groups > 0) multiplier.run(c.facts(), matrix, groups, int8_groups(p, formats, matrix, part.first + batch), x, sums);
+        if (groups > 0) multiplier.run(c.facts(), matrix, batch, groups, eights, x, sums);
         if (batch == 0) meanwhile();
         if (groups <= 0) break;
         meet();
-        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases + batch * kGroup, bias);
+        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases() + batch * kGroup, bias);
         batch += kBatch;
         if (batch >= part.groups) break;
         bias = bias_of(batch + mine);
+        eights = int8_groups(p, c.facts(), formats, matrix, batch);
         meet();
     }
 }
@@ -118,6 +136,7 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
     const bool parallel = p.layout.parallel != 0;
     const int before_attention = parallel ? 1 : 0;  // the turn that attention follows
     int layer = 0, turn = 0;
+    attention.prefetch_state(c, 0);
 #pragma unroll 1
     for (;;) {
         const bool head = layer == p.layout.layers;
@@ -133,18 +152,18 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
                 const bool up = matrix == kUp;
                 const uint32_t tag = up ? c.tag : layer == 0 ? 0 : c.tag - 1;
                 const int64_t norm = up ? p.places.mlp_norm : head ? 0 : p.places.attention_norm;
-                take_normalised(c, tag, norm, parallel && !head);
+                take_normalised<true>(c, tag, norm, parallel && !head);
             }
         };
         quantised_product(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {
-            if (!head && turn == 0) prefetch_constants(c, layer + 1);
+            if (head || turn != 0) return;
+            prefetch_constants(c, layer + 1);
+            attention.prefetch_state(c, layer + 1);
         });
         if (head) return;
         if (turn == before_attention) {  // what it needs is not asked for earlier: there are no registers to keep it in
             Requests<R> asked;
-            attention.request_state(c, asked, layer);
-            attention.request_proj(c, asked);
-            attention.run(c, asked, layer);
+            attention.template run<true>(c, asked, layer);
         }
         if (++turn < kOfLayer) continue;
         turn = 0;

@@ -1,17 +1,20 @@
 // Where quantised weights lie in the packed stream. Plain arithmetic, for host and device.
 //
 // A ROUND is what a block's eight warps multiply at a time: up to eight UNITS that follow each other, one for each warp, of
-// groups of one format that follow each other in a batch. A unit is 8 rows x 512 columns in int4, 8 x 256 in int8: four times 512 bytes of weights, 16 of each lane (g, t), and behind them the scales,
-// float16, of row 0's blocks of 32 columns, the even ones, then the odd ones, then row 1's ... So 2304 or 2176 bytes: few
-// instructions are beside those that multiply. Of each block in turn lane (g, t) has columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte
-// each; int4 as q + 8 in a word whose bits from 4 p on are column 8 t + 2 p, those from 16 + 4 p column 8 t + 2 p + 1. The
-// operand of mma.m16n8k16 is made of it by device/widen.cuh.
+// groups of one format that follow each other in a batch. A unit is 8 rows x 512 columns in int4, 8 x 256 in int8: four times
+// 512 bytes of weights, 16 of each lane (g, t), and behind them the scales, float16, of row 0's blocks of 32 columns, the
+// even ones, then the odd ones, then row 1's ... So 2304 or 2176 bytes: few instructions are beside those that multiply. Of
+// each block in turn lane (g, t) has columns 8 t to 8 t + 7 of row g: int8 as q + 128, a byte each; int4 as q + 8 in a word
+// whose bits from 0, 8, 4, 12 on are columns 8 t, 8 t + 2, + 4, + 6, and those 16 above them the next one each: so what one
+// mask finds is an operand of mma.m16n8k16 (integers.cuh).
 //
 // The last unit of a group ends with its columns: its blocks that the one before it has too are zeros. Where there are fewer
 // columns than a unit has, the rest are zeros, and so is what they are multiplied with (Memory::padded).
 //
 // A group has one format. Where rows of a group come from an int4 and an int8 matrix (SwiGLU), it is int8: no bit is lost.
-// Attention's groups are dealt out in stripes as tall as v, one of each in turn, so that all blocks have as many in int8.
+// Attention's groups are dealt out in turns, of q as many as query heads share a key/value head, one of k, as many of gate as
+// of q and one of v, so that all blocks have as many in int8; in a block those of q come first, then of k, gate and v, so that
+// those of a format follow each other.
 //
 // The stream goes by layer, by matrix in the order of a step, by group, by unit.
 #pragma once
@@ -33,20 +36,19 @@ DIJIANG_BOTH int units_of_group(int chunks, bool eight) {
 }
 DIJIANG_BOTH int group_bytes(int chunks, bool eight) { return units_of_group(chunks, eight) * unit_bytes(eight); }
 
-// Stripes of attention's groups: q and gate have as many as query heads share a key/value head, k and v one each.
-DIJIANG_BOTH int stripes_of(const Layout& it) { return 2 * (it.heads / it.kv_heads) + 2; }
-
 DIJIANG_BOTH uint32_t formats_of(const Layout& it, int layer) { return layer < it.layers ? it.int8[layer] : it.head_int8 ? ~0u : 0u; }
 
 DIJIANG_BOTH bool bit(uint32_t bits, int number) { return (bits >> number & 1u) != 0; }
 
-// Is a group int8? formats: of its layer. stripe: of one of attention's groups.
-DIJIANG_BOTH bool group_is_int8(const Layout& it, uint32_t formats, int matrix, int stripe) {
+// The dijiang_step_matrix of a part of attention, without branches.
+DIJIANG_BOTH constexpr int matrix_of(int part) { return part ^ part >> 1; }
+static_assert(matrix_of(kPartQ) == DIJIANG_STEP_Q && matrix_of(kPartK) == DIJIANG_STEP_K, "q and k");
+static_assert(matrix_of(kPartGate) == DIJIANG_STEP_GATE && matrix_of(kPartV) == DIJIANG_STEP_V, "gate and v");
+
+// Is a group int8? formats: of its layer. part: of one of attention's groups.
+DIJIANG_BOTH bool group_is_int8(const Layout& it, uint32_t formats, int matrix, int part) {
     switch (matrix) {
-        case kAttention: {
-            const int sharing = it.stripes / 2 - 1, from = stripe - sharing;
-            return bit(formats, from < 0 ? DIJIANG_STEP_Q : from == 0 ? DIJIANG_STEP_K : from == 1 ? DIJIANG_STEP_V : DIJIANG_STEP_GATE);
-        }
+        case kAttention: return bit(formats, matrix_of(part));
         case kUp: return bit(formats, DIJIANG_STEP_UP) || (it.gated != 0 && bit(formats, DIJIANG_STEP_MLP_GATE));
         case kDown: return bit(formats, DIJIANG_STEP_DOWN);
         case kDense: return bit(formats, DIJIANG_STEP_DENSE);
@@ -54,22 +56,28 @@ DIJIANG_BOTH bool group_is_int8(const Layout& it, uint32_t formats, int matrix, 
     }
 }
 
-// Bytes of a matrix' groups before one.
+// Bytes of so many groups of attention, of which so many are int8.
+DIJIANG_BOTH int64_t attention_bytes(const Layout& it, int groups, int eights) {
+    const int64_t four = group_bytes(it.chunks(kAttention), false);
+    return groups * four + eights * (group_bytes(it.chunks(kAttention), true) - four);
+}
+// Bytes of a matrix' packed groups before one.
 DIJIANG_BOTH int64_t bytes_before(const Layout& it, uint32_t formats, int matrix, int group) {
-    const int chunks = it.chunks(matrix);
-    if (matrix != kAttention) return int64_t{group} * group_bytes(chunks, group_is_int8(it, formats, matrix, 0));
-    const int whole = group / it.stripes, rest = group - whole * it.stripes, sharing = it.stripes / 2 - 1;
-    int eights = 0, begin = 0;
-    for (int part = 0; part < 4; ++part) {  // q, k, v, gate
-        const int size = part % 3 == 0 ? sharing : 1, some = rest - begin;
-        if (group_is_int8(it, formats, kAttention, begin)) eights += whole * size + (some < 0 ? 0 : some < size ? some : size);
-        begin += size;
+    if (matrix != kAttention) return int64_t{group} * group_bytes(it.chunks(matrix), group_is_int8(it, formats, matrix, 0));
+    const int block = it.owner(matrix, group), first = it.share(matrix, block), next = it.share(matrix, block + 1);
+    int eights = 0, left = group - first;
+    for (int part = 0; part < kParts; ++part) {
+        const int before = it.dealt(part, first), all = it.dealt(part, next) - before, some = left < all ? left : all;
+        if (group_is_int8(it, formats, kAttention, part)) eights += before + some;
+        left -= some;
     }
-    const int64_t four = group_bytes(chunks, false);
-    return group * four + eights * (group_bytes(chunks, true) - four);
+    return attention_bytes(it, group, eights);
 }
 DIJIANG_BOTH int64_t matrix_bytes(const Layout& it, uint32_t formats, int matrix) {
-    return bytes_before(it, formats, matrix, it.groups(matrix));
+    if (matrix != kAttention) return bytes_before(it, formats, matrix, it.groups(matrix));
+    int eights = 0;
+    for (int part = 0; part < kParts; ++part) eights += group_is_int8(it, formats, matrix, part) ? it.part_groups(part) : 0;
+    return attention_bytes(it, it.groups(matrix), eights);
 }
 // Of layers before one, or of all of them.
 DIJIANG_BOTH int64_t layer_begin(const Layout& it, int layer) {

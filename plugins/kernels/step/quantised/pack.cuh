@@ -36,7 +36,7 @@ DIJIANG_BOTH void pack_eight(const QuantisedSource& from, int64_t block, int qua
         const uint8_t byte = from.eight ? from.values[block * 32 + quarter * 8 + i] : from.values[block * 16 + quarter * 4 + i / 2];
         const uint32_t four = i % 2 ? byte >> 4 : byte & 15;
         if (eight) words[i / 4] |= (from.eight ? byte : four + 120u) << (8 * (i % 4));
-        else words[0] |= four << (i % 2 * 16 + i / 2 * 4);
+        else words[0] |= four << (i % 2 * 16 + i / 2 % 2 * 8 + i / 4 * 4);
     }
 }
 
@@ -46,7 +46,8 @@ __global__ void pack_quantised_matrix(Layout it, uint32_t formats, int matrix, i
     const int64_t total = int64_t{it.groups(matrix)} * most * 32, step = int64_t{gridDim.x} * blockDim.x;
     for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += step) {
         const int lane = static_cast<int>(i % 32), unit = static_cast<int>(i / 32 % most), group = static_cast<int>(i / 32 / most);
-        const bool eight = group_is_int8(it, formats, matrix, matrix == kAttention ? group % it.stripes : 0);
+        int which;
+        const bool eight = group_is_int8(it, formats, matrix, matrix == kAttention ? it.part_of(group, which) : 0);
         const int row = row_of(it, matrix, group * kGroup + lane / 4, from.matrix);
         if (row == -1 || unit >= units_of_group(chunks, eight)) continue;
         const int blocks = blocks_of_unit(eight), last = chunks - blocks;

@@ -16,6 +16,13 @@ struct RotaryLane {
         group = opaque(lane_of() / units);
         i = 2 * (lane_of() - group * units);
     }
+    // Of more pairs than a warp turns at once: the 64 from `first` on, which is a multiple of 64.
+    __device__ __forceinline__ RotaryLane(int half, int first) {
+        const int units = max(1, min(32, (half - first) / 2));
+        groups = opaque(half > first ? 32 / units : 0);
+        group = opaque(lane_of() / units);
+        i = first + 2 * (lane_of() - group * units);
+    }
     // Kept in memory, where registers are short.
     __device__ __forceinline__ explicit RotaryLane(const uint32_t* kept) {
         const uint32_t word = kept[lane_of()];
