@@ -12,6 +12,7 @@ inline void expect_bytes(uint32_t barrier, uint32_t bytes) {
 }
 
 inline void copy_bulk_to(emulator::Block* block, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    to = emulator::offset_of(to);
     const bool aligned = to % 16 == 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
     if (!aligned || to + bytes > emulator::kSharedMemory) std::abort();
     emulator::Phases& it = emulator::phases_of(barrier, block);

@@ -116,6 +116,7 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
     const int meeting = 1 + group, half = p.rotary_dim / 2, all = finder.count();
     const RotaryLane low(half, 0), high(half, 64);
     const uint32_t rows = memory_at + S::kRows + group * S::kTile, for_scores = memory_at + S::kKeys;
+    const uint32_t operands = operand_address(memory_at);
     char* const tile = memory + S::kRows + group * S::kTile;
     const float4* turns = reinterpret_cast<const float4*>(memory + S::kTurns);
     // Rows that this warp has loaded, as products shall find them.
@@ -145,8 +146,8 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
         begin_products();
 #pragma unroll
         for (int k = 0; k < D / 16; ++k)
-            Wgmma<T, D>::template shared<0, 1>(logits, Tile::across(rows, kChunk, k),
-                                               Tile::down(memory_at + S::kProj, D, 0, k), k > 0);
+            Wgmma<T, D>::template shared<0, 1>(logits, Tile::across(operands + S::kRows + group * S::kTile, kChunk, k),
+                                               Tile::down(operands + S::kProj, D, 0, k), k > 0);
         end_products();
         warp_arrives(barriers.projecting(group));
         Task next;
@@ -173,7 +174,7 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
 #pragma unroll
             for (int k = 0; k < D / 16; ++k)
                 Wgmma<T, kChunk>::template registers<0>(sum, packed[2 * k][0], packed[2 * k][1], packed[2 * k + 1][0],
-                                                        packed[2 * k + 1][1], Tile::across(for_scores, kChunk, k),
+                                                        packed[2 * k + 1][1], Tile::across(operands + S::kKeys, kChunk, k),
                                                         k > 0);
             end_products();
             // They wait for the other group's, and this group has what to do.

@@ -134,6 +134,7 @@ template <int D> struct Walk {
     float decay;        // log2 of a token's
     SliceBarriers<D> barriers;
 
+    __device__ __forceinline__ uint32_t operands() const { return operand_address(memory_at); }
     // Halves of slots that go through the queries' stages before queries do.
     __device__ __forceinline__ int parts() const { return cut.segments > 1 ? 2 * at.segment : 0; }
     __device__ __forceinline__ int chunks_before() const { return followed ? chunks : 0; }  // of the second walk
