@@ -34,6 +34,11 @@ inline void copy_bulk_to_all(uint32_t to, const void* from, uint32_t bytes, uint
         copy_bulk_to(emulator::cluster.at(static_cast<size_t>(rank)).get(), to, from, bytes, barrier);
 }
 
+inline void copy_bulk_to_block(uint32_t from, uint32_t bytes, uint32_t barrier, int rank) {
+    const unsigned char* const source = emulator::shared_memory + emulator::offset_of(from);
+    copy_bulk_to(emulator::cluster.at(static_cast<size_t>(rank)).get(), from, source, bytes, barrier);
+}
+
 inline void arrive_in_block(uint32_t barrier, int rank) {
     emulator::Phases& it = emulator::phases_of(barrier, emulator::cluster.at(static_cast<size_t>(rank)).get());
     --it.left;
