@@ -28,6 +28,15 @@ __device__ __forceinline__ void copy_bulk_to_all(uint32_t to, const void* from, 
         : "memory");
 }
 
+// `bytes` of this block's shared memory to the same place in another block of the cluster, whose barrier counts them.
+__device__ __forceinline__ void copy_bulk_to_block(uint32_t from, uint32_t bytes, uint32_t barrier, int rank) {
+    asm volatile(
+        "{\n.reg .b32 to, there;\nmapa.shared::cluster.u32 to, %0, %3;\nmapa.shared::cluster.u32 there, %2, %3;\n"
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%0], %1, [there];\n}" ::"r"(from),
+        "r"(bytes), "r"(barrier), "r"(rank)
+        : "memory");
+}
+
 // Arrives at the barrier at the same place in another block of the cluster, or in this one. It tells that memory has
 // been read, no more: a release of what was written, to all blocks, would wait for memory outside them too.
 __device__ __forceinline__ void arrive_in_block(uint32_t barrier, int rank) {

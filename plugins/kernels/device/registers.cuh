@@ -22,8 +22,10 @@ __device__ __forceinline__ int fresh_lane() {
     return lane;
 }
 
-// x is computed before the next barrier, not after it.
+// x is computed, or asked for, before the next barrier or branch, not after it.
 __device__ __forceinline__ void keep_before(uint32_t& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep_before(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep_before(float& x) { asm volatile("" : "+f"(x)); }
 template <typename T> __device__ __forceinline__ void keep_before(T*& x) { asm volatile("" : "+l"(x)); }
 
 }  // namespace dijiang

@@ -13,6 +13,10 @@
 
 namespace dijiang {
 
+// An address in shared memory as operands have it. Addresses have the block's number in its cluster from bit 24 on, which
+// would be added to the bytes from block to block of an operand's columns.
+__device__ __forceinline__ uint32_t operand_address(uint32_t address) { return address & 0xffffff; }
+
 template <int W> struct Tiles {
     static constexpr int kRow = 2 * W;  // bytes
     static constexpr uint64_t kCode = W == 64 ? 1 : W == 32 ? 2 : 3;
@@ -28,6 +32,7 @@ template <int W> struct Tiles {
     static __device__ __forceinline__ uint32_t piece(uint32_t start, int rows, int n) {
         return (start ^ n % (W / 8) * 16) + n / (W / 8) * (rows * kRow);
     }
+    // `tile`, where blocks have neighbours in a cluster: operand_address().
     // The operand whose 16 inner elements, the tile's columns 16 k to 16 k + 15, are neighbours; its outer ones are
     // rows.
     static __device__ __forceinline__ uint64_t across(uint32_t tile, int rows, int k) {

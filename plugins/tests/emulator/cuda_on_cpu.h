@@ -60,8 +60,17 @@ struct Block {
     int current = 0;
     dim3 index, size;
     unsigned char* shared = nullptr;  // its shared memory
+    uint32_t rank = 0;                // in its cluster
 };
 inline Block* block = nullptr;
+
+// Addresses in shared memory have the block's number in its cluster above bit 24, as on compute capability 9.0.
+inline uint32_t address_of(uint32_t offset) { return offset | (block == nullptr ? 0 : block->rank) << 24; }
+inline uint32_t offset_of(uint32_t address) {
+    if (address >> 24 != block->rank) std::abort();  // another block's
+    return address & 0xffffff;
+}
+
 // The blocks of a cluster, which run at the same time, and all their threads.
 inline std::vector<std::unique_ptr<Block>> cluster;
 inline Meeting all_of_cluster;
@@ -159,6 +168,7 @@ inline void run_cluster(unsigned first, int count, dim3 size, unsigned char* sha
         cluster.push_back(std::make_unique<Block>());
         prepare(*cluster.back(), {first + static_cast<unsigned>(rank), 1, 1}, size,
                 shared + static_cast<size_t>(rank) * kSharedMemory);
+        cluster.back()->rank = static_cast<uint32_t>(rank);
     }
     for (int left = 1; left > 0;) {
         left = 0;

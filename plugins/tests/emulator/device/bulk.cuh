@@ -12,6 +12,7 @@ inline void expect_bytes(uint32_t barrier, uint32_t bytes) {
 }
 
 inline void copy_bulk_to(emulator::Block* block, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    to = emulator::offset_of(to);
     const bool aligned = to % 16 == 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
     if (!aligned || to + bytes > emulator::kSharedMemory) std::abort();
     emulator::Phases& it = emulator::phases_of(barrier, block);
@@ -31,6 +32,11 @@ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
 inline void copy_bulk_to_all(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, int blocks) {
     for (int rank = 0; rank < blocks; ++rank)
         copy_bulk_to(emulator::cluster.at(static_cast<size_t>(rank)).get(), to, from, bytes, barrier);
+}
+
+inline void copy_bulk_to_block(uint32_t from, uint32_t bytes, uint32_t barrier, int rank) {
+    const unsigned char* const source = emulator::shared_memory + emulator::offset_of(from);
+    copy_bulk_to(emulator::cluster.at(static_cast<size_t>(rank)).get(), from, source, bytes, barrier);
 }
 
 inline void arrive_in_block(uint32_t barrier, int rank) {

@@ -6,10 +6,12 @@
 namespace dijiang {
 
 inline uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emulator::shared_memory);
+    const auto offset = static_cast<const unsigned char*>(pointer) - emulator::shared_memory;
+    return emulator::address_of(static_cast<uint32_t>(offset));
 }
 inline emulator::Fiber& mine() { return emulator::block->fibers[static_cast<size_t>(emulator::block->current)]; }
 inline void copy_async(uint32_t to, const void* from, bool there = true) {
+    to = emulator::offset_of(to);
     if (to % 16 != 0 || to + 16 > emulator::kSharedMemory || reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
     mine().open.push_back({to, from, there});
 }

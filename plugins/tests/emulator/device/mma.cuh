@@ -30,7 +30,7 @@ inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {
     if (address % 16 != 0) std::abort();
     emulator::exchange(&address, 1, [&](auto of) {
         for (int m = 0; m < 4; ++m)
-            std::memcpy(&r[m], emulator::shared_memory + of(8 * m + lane / 4, 0) + 4 * (lane % 4), 4);
+            std::memcpy(&r[m], emulator::shared_memory + emulator::offset_of(of(8 * m + lane / 4, 0)) + 4 * (lane % 4), 4);
     });
 }
 
@@ -41,7 +41,7 @@ inline void ldmatrix_trans(uint32_t (&r)[4], uint32_t address) {
         for (int m = 0; m < 4; ++m)
             for (int half = 0; half < 2; ++half)
                 std::memcpy(reinterpret_cast<unsigned char*>(&r[m]) + 2 * half,
-                            emulator::shared_memory + of(8 * m + 2 * (lane % 4) + half, 0) + 2 * (lane / 4), 2);
+                            emulator::shared_memory + emulator::offset_of(of(8 * m + 2 * (lane % 4) + half, 0)) + 2 * (lane / 4), 2);
     });
 }
 

@@ -19,7 +19,7 @@ struct Phases {
     }
 };
 inline std::map<std::pair<const Block*, uint32_t>, Phases> phases;
-inline Phases& phases_of(uint32_t barrier, const Block* of = block) { return phases.at({of, barrier}); }
+inline Phases& phases_of(uint32_t barrier, const Block* of = block) { return phases.at({of, offset_of(barrier)}); }
 struct Batch {
     std::vector<std::function<void()>> products;
 };
@@ -148,7 +148,7 @@ inline void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint3
     const int lane = emulator::block->current % 32;
     if (address % 16 != 0) std::abort();
     emulator::exchange(words, 5, [&](auto of) {
-        const uint32_t to = of(lane, 0);  // the row of matrix lane / 8
+        const uint32_t to = emulator::offset_of(of(lane, 0));  // the row of matrix lane / 8
         for (int piece = 0; piece < 4; ++piece) {
             const uint32_t word = of(lane % 8 * 4 + piece, 1 + lane / 8);
             std::memcpy(emulator::shared_memory + to + 4 * piece, &word, 4);
@@ -157,7 +157,7 @@ inline void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint3
 }
 
 inline void make_barrier(uint32_t barrier, int arrivals) {
-    emulator::phases[{emulator::block, barrier}] = {arrivals, arrivals, 0, 0, {}};
+    emulator::phases[{emulator::block, emulator::offset_of(barrier)}] = {arrivals, arrivals, 0, 0, {}};
 }
 inline void arrive_at(uint32_t barrier) {
     emulator::Phases& it = emulator::phases_of(barrier);

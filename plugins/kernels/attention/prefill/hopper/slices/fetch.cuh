@@ -35,10 +35,6 @@ template <int D> __device__ __forceinline__ void fetch_queries(const Walk<D>& wa
     for (int i = 0; i < parts; ++i) {  // what the segments before this one have left, to this block alone
         const int stage = i % S::kQueryStages;
         const uint32_t full = walk.barriers.queries_full(stage);
-        if (stage == 0) {
-            while (!load_acquire(walk.flag(i / 2))) __nanosleep(40);
-            meet_async_reads();
-        }
         await_phase(walk.barriers.queries_empty(stage), i / S::kQueryStages & 1 ^ 1);
         expect_bytes(full, S::kPart);
         copy_bulk(walk.memory_at + S::kQueries + stage * S::kQueryStage,
@@ -97,6 +93,10 @@ template <int D> __device__ __forceinline__ void fetch(const Walk<D>& walk, cons
     items += Item<D>::offset(walk.p, walk.at.row, walk.at.first_head, walk.at.first_chunk);
     const int warp = __shfl_sync(~0u, warp_of(), 0);
     if (warp < 2) {
+        // What the segments before this one leave: each lane waits for one.
+        if (warp == 1 && lane_of() < walk.parts() / 2)
+            while (!load_acquire(walk.flag(lane_of()))) __nanosleep(40);
+        __syncwarp();
         if (lane_of() == 0) {
             wait_for_previous_kernel();
             meet_async_reads();

@@ -102,24 +102,31 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
     Place& at = *reinterpret_cast<Place*>(memory + S::kPlace);
     const int rank = cluster_block();
     let_next_kernel_start();
-    if (threadIdx.x == 0) SliceBarriers<D>{memory_at + S::kBarriers}.make();
+    // The cluster's ticket, drawn by one block for all.
+    uint64_t& ticket = *reinterpret_cast<uint64_t*>(memory + S::kTicket);
+    uint64_t* const told = &ticket + 1;
+    if (threadIdx.x == 0) {
+        SliceBarriers<D>{memory_at + S::kBarriers}.make();
+        if (cut.cut.segments > 1) {
+            make_arrival(told);
+            expect_arrival(told, sizeof ticket);
+        }
+    }
     appear_in_cluster();
+    uint32_t drawn = 0;
+    if (cut.cut.segments > 1 && rank == 0 && threadIdx.x == 0) drawn = atomicAdd(p.sync, 1u);
     // Features alone are waited for, by who fetches them: the kernels before those had ended when this one began.
     const Glance seen(p);
     wait_for_cluster();
     int work = blockIdx.x / S::kBlocks;
-    if (cut.cut.segments > 1) {  // the cluster's ticket, drawn by one block for all
-        int& ticket = *reinterpret_cast<int*>(memory + S::kTicket);
+    if (cut.cut.segments > 1) {
         if (rank == 0 && threadIdx.x < 32) {
-            uint32_t drawn = 0;
-            if (lane_of() == 0) drawn = atomicAdd(p.sync, 1u);
             drawn = __shfl_sync(~0u, drawn, 0);
-            if (lane_of() < S::kBlocks) *in_block(&ticket, lane_of()) = static_cast<int>(drawn);
+            if (lane_of() < S::kBlocks) send(&ticket, uint64_t{drawn}, lane_of(), told);
         }
+        await_arrival(told);
         __syncwarp();
-        arrive_at_cluster();
-        wait_for_cluster();
-        work = ticket;
+        work = static_cast<int>(ticket);
     }
     constexpr int kParts = S::kSlices / S::kBlocks;  // clusters of a head
     const int jobs = p.batch * p.num_heads, of_all = work / kParts, segment = of_all / jobs;

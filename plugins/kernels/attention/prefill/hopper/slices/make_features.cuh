@@ -10,23 +10,40 @@
 
 namespace dijiang::prefill::hopper::slices {
 
-// All threads of both blocks: P, rounded to T, of which each block reads half.
-template <typename T, int D> __device__ __forceinline__ void share_proj(const AttentionParams& p, char* proj) {
+// This block's half of P's rows, rounded to T, in two parts: a thread asks for one, and stores it when it has come.
+template <typename T, int D> struct HalfOfProj {
     using S = FeatureShape<D>;
-    const int rank = cluster_block();
-    char* const others = in_block(proj, rank ^ 1);
-    constexpr int kPieces = D / S::kBlocks * D / 8;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < kPieces; i += S::kThreads) {
-        const int row = rank * (D / S::kBlocks) + i / (D / 8), column = i % (D / 8) * 8;
-        const float4 x = *reinterpret_cast<const float4*>(p.proj + row * D + column);
-        const float4 y = *reinterpret_cast<const float4*>(p.proj + row * D + column + 4);
-        const uint4 packed = make_uint4(pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w));
-        const uint32_t to = Item<D>::Tile::offset(D, row, column);
-        *reinterpret_cast<uint4*>(proj + to) = packed;
-        *reinterpret_cast<uint4*>(others + to) = packed;
+    static constexpr int kRows = D / S::kBlocks, kColumnPieces = D / 8;
+    static constexpr int kParts = 2, kTurns = kRows * kColumnPieces / S::kThreads / kParts;
+    static constexpr int kStep = S::kThreads / kColumnPieces;  // rows between a thread's pieces of 8 columns
+    float4 asked[kTurns][2];
+    int row, column;
+
+    __device__ __forceinline__ HalfOfProj()
+        : row(cluster_block() * kRows + threadIdx.x / kColumnPieces), column(threadIdx.x % kColumnPieces * 8) {}
+    __device__ __forceinline__ void ask(const AttentionParams& p, int part) {
+        const float4* from = reinterpret_cast<const float4*>(p.proj + (row + part * kTurns * kStep) * D + column);
+#pragma unroll
+        for (int j = 0; j < kTurns; ++j)
+            asked[j][0] = from[j * (kStep * D / 4)], asked[j][1] = from[j * (kStep * D / 4) + 1];
     }
-}
+    __device__ __forceinline__ void store(char* proj, int part) const {
+#pragma unroll
+        for (int j = 0; j < kTurns; ++j) {
+            const float4 x = asked[j][0], y = asked[j][1];
+            *reinterpret_cast<uint4*>(proj + Item<D>::Tile::offset(D, row + (part * kTurns + j) * kStep, column)) =
+                make_uint4(pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w));
+        }
+    }
+    // One thread, when all have stored theirs: the half to the other block, a piece from each block of columns.
+    static __device__ __forceinline__ void send(uint32_t proj, uint32_t barrier) {
+        constexpr int kRow = Item<D>::Tile::kRow;
+        const int rank = cluster_block();
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i)
+            copy_bulk_to_block(proj + (i * D + rank * kRows) * kRow, kRows * kRow, barrier, rank ^ 1);
+    }
+};
 
 // As prepare_rotation, for more pairs than a warp turns at once.
 template <int D> __device__ __forceinline__ void prepare_turns(const AttentionParams& p, float4* turns) {
@@ -87,10 +104,14 @@ template <typename T, int D> struct TaskFinder {
             task.row = of_all / chunks;
             task.chunk = of_all - task.row * chunks;
             const int first = task.chunk * kChunk;
-            task.left = min(max(p.seq_lens[task.row], 0), p.length) - first;
+            // All three are asked for at once.
+            int length = p.seq_lens[task.row], position = p.positions[task.row];
+            float log_decay = p.log_decay[task.head];
+            keep_before(position), keep_before(log_decay);
+            task.left = min(max(length, 0), p.length) - first;
             if (task.left <= 0) continue;
-            task.position = p.positions[task.row] + first;
-            task.decay = fmaxf(p.log_decay[task.head], kLeastLogDecay) * kLog2E;
+            task.position = position + first;
+            task.decay = fmaxf(log_decay, kLeastLogDecay) * kLog2E;
             break;
         }
         return work;
@@ -116,6 +137,7 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
     const int meeting = 1 + group, half = p.rotary_dim / 2, all = finder.count();
     const RotaryLane low(half, 0), high(half, 64);
     const uint32_t rows = memory_at + S::kRows + group * S::kTile, for_scores = memory_at + S::kKeys;
+    const uint32_t operands = operand_address(memory_at);
     char* const tile = memory + S::kRows + group * S::kTile;
     const float4* turns = reinterpret_cast<const float4*>(memory + S::kTurns);
     // Rows that this warp has loaded, as products shall find them.
@@ -127,15 +149,26 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
         show_to_products();
     };
     Task task;
-    int work = finder.find(blockIdx.x, task);
-    if (work < all) finder.load(rows, task);  // while P comes
-    share_proj<T, D>(p, memory + S::kProj);
-    prepare_turns<D>(p, reinterpret_cast<float4*>(memory + S::kTurns));
-    meet_async_reads();
-    arrive_at_cluster();
-    wait_for_cluster();
-    meet_async_reads();  // what the other block wrote is for products too
+    int work;
+    {
+        HalfOfProj<T, D> half_of_proj;
+        half_of_proj.ask(p, 0);
+        work = finder.find(blockIdx.x, task);  // while it comes
+        if (work < all) finder.load(rows, task);
+        half_of_proj.store(memory + S::kProj, 0);
+        half_of_proj.ask(p, 1);
+        prepare_turns<D>(p, reinterpret_cast<float4*>(memory + S::kTurns));
+        half_of_proj.store(memory + S::kProj, 1);
+        show_to_products();
+        __syncthreads();
+        wait_for_cluster();  // the other block has made its barriers
+        if (threadIdx.x == 0) half_of_proj.send(memory_at + S::kProj, barriers.proj_full());
+        __syncwarp();
+    }
     if (work < all) rotate(task);
+    await_phase(barriers.proj_full(), 0);
+    __syncwarp();
+    appear_in_cluster();  // nothing more is sent here: the other block may end
 #pragma unroll 1
     for (int turn = 0; work < all; ++turn) {
         float logits[D / 8][4];
@@ -145,8 +178,8 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
         begin_products();
 #pragma unroll
         for (int k = 0; k < D / 16; ++k)
-            Wgmma<T, D>::template shared<0, 1>(logits, Tile::across(rows, kChunk, k),
-                                               Tile::down(memory_at + S::kProj, D, 0, k), k > 0);
+            Wgmma<T, D>::template shared<0, 1>(logits, Tile::across(operands + S::kRows + group * S::kTile, kChunk, k),
+                                               Tile::down(operands + S::kProj, D, 0, k), k > 0);
         end_products();
         warp_arrives(barriers.projecting(group));
         Task next;
@@ -173,8 +206,8 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
 #pragma unroll
             for (int k = 0; k < D / 16; ++k)
                 Wgmma<T, kChunk>::template registers<0>(sum, packed[2 * k][0], packed[2 * k][1], packed[2 * k + 1][0],
-                                                        packed[2 * k + 1][1], Tile::across(for_scores, kChunk, k),
-                                                        k > 0);
+                                                        packed[2 * k + 1][1],
+                                                        Tile::across(operands + S::kKeys, kChunk, k), k > 0);
             end_products();
             // They wait for the other group's, and this group has what to do.
 #pragma unroll
@@ -190,6 +223,8 @@ __device__ __forceinline__ void make_items(const AttentionParams& p, char* items
         task = next;
         work = following;
     }
+    __syncwarp();
+    wait_for_cluster();  // what was sent from here has been read
 }
 
 template <typename T, int D>
@@ -199,12 +234,11 @@ slice_features_kernel(const __grid_constant__ AttentionParams p, char* items) {
     using S = FeatureShape<D>;
     char* const memory = block_memory();
     const uint32_t memory_at = shared_address(memory);
-    if (threadIdx.x == 0) FeatureBarriers{memory_at + S::kBarriers}.make();
+    if (threadIdx.x == 0) FeatureBarriers{memory_at + S::kBarriers}.make(S::kProjBytes / S::kBlocks);
     appear_in_cluster();
     wait_for_previous_kernel();
     // Not before: the next kernel takes it that all before this one have ended.
     let_next_kernel_start();
-    wait_for_cluster();
     const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0);  // the same in all lanes, and known to be
     make_items<T, D>(p, items, memory, memory_at, group);
 #endif

@@ -26,17 +26,17 @@ template <int D> struct Item {
 // tiles of 8 columns, are neighbours: the feature of column 8 n + 2 c + i, i < 2, where lanes have c = lane % 4.
 __device__ __forceinline__ int feature_of(int n, int c, int i) { return n / 4 * 32 + 8 * c + n % 4 * 2 + i; }
 
-// The first kernel: blocks of two groups, keys and queries, which share P with one neighbour's.
+// The first kernel: blocks of two groups, keys and queries. Two blocks share what they read of P.
 template <int D> struct FeatureShape {
     static constexpr int kGroups = 2, kThreads = kGroups * kGroup;
     static constexpr int kBlocks = 2;  // of a cluster
     static constexpr int kTile = Item<D>::kTile;
-    static constexpr int kProj = 0;
-    static constexpr int kRows = kProj + 2 * D * D;  // of keys, of queries
+    static constexpr int kProj = 0, kProjBytes = 2 * D * D;
+    static constexpr int kRows = kProj + kProjBytes;  // of keys, of queries
     static constexpr int kKeys = kRows + kGroups * kTile;  // features for the scores
     static constexpr int kTurns = kKeys + kTile;
     static constexpr int kBarriers = kTurns + 16 * (D / 2);
-    static constexpr int kShared = kBarriers + 8 * 4;
+    static constexpr int kShared = kBarriers + 8 * 5;
     static_assert(kShared <= 227 << 10);
 };
 struct FeatureBarriers {
@@ -44,8 +44,11 @@ struct FeatureBarriers {
     __device__ __forceinline__ uint32_t projecting(int group) const { return first + 8 * group; }  // has been asked for
     __device__ __forceinline__ uint32_t keys_full() const { return first + 16; }
     __device__ __forceinline__ uint32_t keys_empty() const { return first + 24; }
-    __device__ __forceinline__ void make() const {
+    __device__ __forceinline__ uint32_t proj_full() const { return first + 32; }  // the other block's half
+    __device__ __forceinline__ void make(uint32_t half_of_proj) const {
         for (int i = 0; i < 4; ++i) make_barrier(first + 8 * i, kGroup / 32);
+        make_barrier(proj_full(), 1);
+        expect_bytes(proj_full(), half_of_proj);
     }
 };
 
@@ -134,6 +137,7 @@ template <int D> struct Walk {
     float decay;        // log2 of a token's
     SliceBarriers<D> barriers;
 
+    __device__ __forceinline__ uint32_t operands() const { return operand_address(memory_at); }
     // Halves of slots that go through the queries' stages before queries do.
     __device__ __forceinline__ int parts() const { return cut.segments > 1 ? 2 * at.segment : 0; }
     __device__ __forceinline__ int chunks_before() const { return followed ? chunks : 0; }  // of the second walk

@@ -104,10 +104,10 @@ template <typename T, int D> struct StateKeeper {
     }
 
     __device__ __forceinline__ uint32_t keys(int i) const {
-        return walk.memory_at + S::kKeys + i % S::kKeyStages * S::kTile;
+        return walk.operands() + S::kKeys + i % S::kKeyStages * S::kTile;
     }
     __device__ __forceinline__ uint32_t values(int i) const {
-        return walk.memory_at + S::kValues + i % S::kValueStages * S::kColumnTile;
+        return walk.operands() + S::kValues + i % S::kValueStages * S::kColumnTile;
     }
     __device__ __forceinline__ void await_keys(int i) const {
         await_phase(walk.barriers.keys_full(i % S::kKeyStages), i / S::kKeyStages & 1);
@@ -145,7 +145,7 @@ template <typename T, int D> struct StateKeeper {
     // other half is made ready.
     __device__ __forceinline__ void step(State<D>& state, float& scale, int chunk) const {
         const int i = walk.chunks_before() + chunk, stage = chunk % S::kQueryStages;
-        const uint32_t queries = walk.memory_at + S::kQueries + stage * S::kQueryStage, scores = queries + S::kTile;
+        const uint32_t queries = walk.operands() + S::kQueries + stage * S::kQueryStage, scores = queries + S::kTile;
         const float fade = keep(chunk);
         float out[kChunk / 8][4];
         Packed packed;

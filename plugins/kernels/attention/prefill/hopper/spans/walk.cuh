@@ -221,7 +221,7 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
             warp_arrives(shown);
             await_phase(shown, turn & 1);
             walker.add_chunks(span, 0, sum);
-            warp_arrives(finished);
+            if (!single) warp_arrives(finished);  // else nothing of it is written anew
         }
         Exchange<D>(p, cut, at, group).publish(segment, sum);
         if (!single) {
@@ -234,6 +234,7 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
     }
     float scale = 1.0f;  // of the state's copy
     uint32_t before = 0;  // how many blocks have left
+    const bool known = single && followed;  // the keys: from the first walk
     // Before anybody reads a span: the state's copy is there, and what all have made.
     const auto meet = [&](int span) {
         if (span == 0 && segment > 0)
@@ -254,7 +255,6 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
                 wait_copies<3>();
             else
                 wait_copies<1>();
-            const bool known = single && followed;  // the keys: from the first walk
             if (known) walker.load_values(span + 1), wait_copies<2>();
 #pragma unroll 1
             for (int queries = known; queries < 2; ++queries) {  // keys, then queries: the same code
@@ -287,7 +287,7 @@ __device__ __forceinline__ void walk_spans(const AttentionParams& p, const Cut& 
             walker.load_gates(span + 1);
         } else {  // the last span
             wait_copies<0>();
-            await_phase(finished, turn & 1 ^ 1);
+            if (!known) await_phase(finished, turn & 1 ^ 1);
             meet(span);
             walker.add_chunks(span, 0, part);
             warp_arrives(finished);
