@@ -44,9 +44,9 @@ extern "C" {
 #define DIJIANG_STEP_MAX_ROWS 8
 #define DIJIANG_STEP_MAX_LAYERS 128
 
-/* Which order of quantised weights this header describes: 1 had the bits of int4 by column, 2 the groups of q, k, v and
+/* Which order of quantised weights this header describes: 1 had the bits of int4 by column, and the groups of q, k, v and
  * gate in turns for all blocks. Who keeps packed weights keeps the number with them, since nothing in them tells. */
-#define DIJIANG_STEP_PACKING 3
+#define DIJIANG_STEP_PACKING 2
 
 /* Matrices of a quantised model. */
 typedef enum {

@@ -167,8 +167,7 @@ template <int R> struct Requests {
     ProjPart proj;
 };
 
-// This block's part of attention. What does not change from layer to layer is found once, where there are registers for it: of
-// float weights with one row.
+// This block's part of attention. What does not change from layer to layer is found once.
 template <typename T, int R> class Attention {
 public:
     __device__ __forceinline__ explicit Attention(const Context<T, R>& c)
@@ -248,7 +247,7 @@ private:
         const int all = R * (p.layout.head_dim + p.columns);
         Taken it = taken_;
         // Threads beyond the last look at nothing of their own either: what is not theirs may be written meanwhile.
-        if (kAsks || R > 1 || !first) it = Taken(c, at, min(static_cast<int>(kept(threadIdx.x)), all - 1));
+        if (R > 1 || !first) it = Taken(c, at, min(static_cast<int>(kept(threadIdx.x)), all - 1));
         uint2 one, other;
         const auto look_at_both = [&] {
             const uint2* const from = c.template in_sync<uint2>(p.exchange.qkvg) + it.from;

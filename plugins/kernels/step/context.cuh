@@ -54,9 +54,6 @@ struct BlockFacts {
     // Of attention's parts: how many groups other blocks before this one have, where this one's end among its groups, and what
     // is from a packed group's number to that of its rows.
     int32_t part_before[kParts], part_ends[kParts], part_shift[kParts];
-    // Has this block but the second half of its first group of the residual stream, but the first of its last one?
-    int32_t late, early;
-    uint16_t late_starts[2][2][kWarps];  // as starts, of the MLP's second product and of dense, behind half a group
     Turns turns[kMatrices][2];              // of a matrix in int4, and in int8
     uint16_t starts[kMatrices][2][kWarps];  // each warp's first unit: 256 times its group, and which of that
     uint32_t epoch;

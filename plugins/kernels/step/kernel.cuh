@@ -76,7 +76,7 @@ __device__ __forceinline__ void finish(Context<T, R>& c, Matrix matrix, Parallel
         if (there && row < p.rows && at < p.layout.vocabulary) p.logits[row * p.logits_row_stride + at] = y;
     } else if (there) {  // with parallel residual dense completes what the MLP's second product began
         const bool last = (matrix == kDown) != parallel;
-        add_to_own<kDealt>(c, row, at, y, last || matrix == kDense, last ? c.tag + 1 : c.tag);
+        add_to_own(c, row, at, y, last || matrix == kDense, last ? c.tag + 1 : c.tag);
     }
 }
 
@@ -159,15 +159,8 @@ template <bool kQuantised, typename T, int R> __device__ __forceinline__ void se
     const int matrix = static_cast<int>(threadIdx.x) - 32;
     if (matrix < 0 || matrix >= kMatrices) return;
     const Layout& layout = c.p.layout;
-    int first = layout.share(matrix, blockIdx.x), groups = layout.share(matrix, blockIdx.x + 1) - first;
+    const int first = layout.share(matrix, blockIdx.x), groups = layout.share(matrix, blockIdx.x + 1) - first;
     const int chunks = layout.chunks(matrix);
-    if (kQuantised && (matrix == kDown || matrix == kDense)) {
-        const int begin = layout.half(blockIdx.x), end = layout.half(blockIdx.x + 1);
-        first = begin / 2;
-        groups = end > begin ? (end + 1) / 2 - first : 0;
-        const_cast<BlockFacts&>(c.facts()).late = end > begin ? begin % 2 : 0;  // the same of both matrices
-        const_cast<BlockFacts&>(c.facts()).early = end > begin ? end % 2 : 0;
-    }
     BlockFacts& facts = const_cast<BlockFacts&>(c.facts());
     facts.of[matrix] = {first, groups, chunks, groups * chunks};
     if constexpr (kQuantised) {
@@ -191,9 +184,7 @@ template <typename T, int R> __device__ __forceinline__ void set_turns(Context<T
     BlockFacts& facts = const_cast<BlockFacts&>(c.facts());
     if (warp == 0)
         facts.turns[matrix][eight] = {static_cast<uint16_t>(units), static_cast<uint16_t>(kWarps / units), static_cast<uint16_t>(kWarps % units), 0};
-    const auto start = [&](int unit) { return static_cast<uint16_t>(unit / units * 256 + unit % units); };
-    facts.starts[matrix][eight][warp] = start(warp);
-    if (matrix == kDown || matrix == kDense) facts.late_starts[matrix == kDense][eight][warp] = start(units / 2 + warp);
+    facts.starts[matrix][eight][warp] = static_cast<uint16_t>(warp / units * 256 + warp % units);
 }
 
 // The walk of who copies.
@@ -252,7 +243,7 @@ template <bool kParallel, typename T, int R> __device__ __forceinline__ void wal
     Attention<T, R> attention(c);
     Requests<R> asked{};
     const auto nothing = [] {};
-    const auto hidden = [&](uint32_t tag, int64_t norm, bool both) { take_normalised<false>(c, tag, norm, both); };
+    const auto hidden = [&](uint32_t tag, int64_t norm, bool both) { take_normalised(c, tag, norm, both); };
 #pragma unroll 1
     for (int layer = 0; layer < p.layout.layers; ++layer) {
         const uint32_t before = layer == 0 ? 0 : c.tag - 1;

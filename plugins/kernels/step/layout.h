@@ -68,11 +68,6 @@ struct Layout {
     DIJIANG_BOTH int units(int matrix, int block) const {
         return (share(matrix, block + 1) - share(matrix, block)) * chunks(matrix);
     }
-    // Quantised: the residual stream's groups (dense's and the MLP's second product's) are shared out in halves of their columns,
-    // and block b has halves half(b) to half(b + 1). Who reads an element of a group that two blocks share adds their sums.
-    DIJIANG_BOTH int half(int block) const {
-        return static_cast<int>(static_cast<uint32_t>(block) * static_cast<uint32_t>(2 * groups(kDense)) / blocks);
-    }
     // Quantised: how many groups of a part are among the first so many that are dealt out, in turns (quantised/layout.h).
     DIJIANG_BOTH int dealt(int part, int groups) const {
         const int sharing = heads / kv_heads, turn = 2 * sharing + 2, whole = groups / turn;

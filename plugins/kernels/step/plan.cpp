@@ -77,8 +77,6 @@ dijiang_status check_model(const dijiang_step_model& m) {
 }
 
 int64_t most_units(const Layout& layout, int matrix) {
-    if (layout.quantised && (matrix == kDown || matrix == kDense))  // in halves
-        return (int64_t{2 * layout.groups(matrix)} + layout.blocks - 1) / layout.blocks * layout.chunks(matrix) / 2;
     return (int64_t{layout.groups(matrix)} + layout.blocks - 1) / layout.blocks * layout.chunks(matrix);
 }
 // What the slowest block streams of a layer, in units.
@@ -156,8 +154,7 @@ void place_memory(const Params& p, int rows, Memory& memory) {
     memory.gates = others.take(in_lanes ? 0 : 2 * r * width);
     Places<int32_t> rest(std::max(places.end(), others.end()));
     memory.sums = rest.take(4 * int64_t{kWarps} * kBatch * r * kGroup);
-    const int64_t shared = layout.quantised ? 1 : 0;  // groups, at the most, that a block has only half of besides
-    memory.own = rest.take(4 * r * kGroup * ((layout.groups(kDown) + layout.blocks - 1) / layout.blocks + shared));
+    memory.own = rest.take(4 * r * kGroup * ((layout.groups(kDown) + layout.blocks - 1) / layout.blocks));
     memory.statistics = rest.take(8 * r * kWarps);
     memory.means = rest.take(4 * r);
     memory.rotary = rest.take(8 * r * (layout.rotary_dim / 2));
@@ -174,7 +171,6 @@ void place_exchange(const Layout& layout, Exchange& exchange) {
     const int64_t r = DIJIANG_STEP_MAX_ROWS;
     Places<int64_t> places(128);
     exchange.hidden = places.take(8 * r * layout.hidden);
-    exchange.halves = places.take(layout.quantised ? 8 * r * layout.hidden : 0);
     exchange.qkvg = places.take(8 * r * (layout.qkv() + layout.width()));
     exchange.up = places.take(8 * r * layout.inner / 2);
     exchange.attention = places.take(16 * r * layout.width() / 2);
@@ -215,8 +211,6 @@ dijiang_status make_plan(const dijiang_step_model& m, int32_t rows, const dijian
     p.by_splits = inverse_of(p.splits);
     p.by_columns = inverse_of(p.columns);
     p.by_taken = inverse_of(m.head_dim + p.columns);
-    p.by_halves = inverse_of(2 * p.layout.groups(kDense));
-    for (int block = 1; p.layout.quantised && block < p.layout.blocks; ++block) p.halved |= p.layout.half(block) % 2;
     p.by_fours = inverse_of(m.inner / 4);
     p.embedding_format = m.embedding_format;
     p.by_sharing = inverse_of(m.num_heads / m.num_kv_heads);

@@ -121,38 +121,10 @@ template <typename T, int R> __device__ __forceinline__ Moments<R> moments(const
     return all;
 }
 
-// Quantised weights: do two blocks share that group of the residual stream? Then one's halves begin with its second.
-__device__ __forceinline__ bool is_shared(const Params& p, int group) {
-    const int halves = 2 * p.layout.groups(kDense), second = (2 * group + 1) * p.layout.blocks;
-    return divide(second + halves - 1, p.by_halves) * halves < second + p.layout.blocks;
-}
-
-// To some pairs of elements adds what a second block has of them, where one has.
-template <typename T, int R, int kCount, typename At, typename Shared>
-__device__ __forceinline__ void add_halves(const Context<T, R>& c, uint32_t tag, float2 (&e)[kCount], At at, Shared shared) {
-    constexpr int kAtOnce = R < 8 ? kCount : 4;  // as registers allow
-    const uint2* const slots = c.template in_sync<uint2>(c.p.exchange.halves);
-    bool some = false;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) some |= shared(i);
-    if (!some) return;
-#pragma unroll
-    for (int first = 0; first < kCount; first += kAtOnce) {
-        const Looks<kAtOnce, uint2> looks(slots + 2 * at(first), tag, [&](int i) { return 2 * (at(first + i) - at(first)); },
-                                          [&](int i) { return shared(first + i); });
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            if (!shared(first + i)) continue;
-            e[first + i].x += __uint_as_float(looks.of[i].x);
-            e[first + i].y += __uint_as_float(looks.of[i].z);
-        }
-    }
-}
-
 // Normalises the rows of the residual stream that come under a tag, or with tag 0 those that are in `raw`, to x1, and
 // with another affine to x2 if there is one. A thread has pairs t, t + kThreads, .. of all rows, kPairs at a time. Squares are
 // summed around the mean that the row had last: it changes little.
-template <bool kQuantised, int kPairs, typename T, int R>
+template <int kPairs, typename T, int R>
 __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, int64_t place, bool second) {
     constexpr int kRows = R <= kManyLooks / 2 ? R : kManyLooks / 2, kAtOnce = kRows * kPairs;
     constexpr int kEarly = kPairs < 2 ? 2 : kPairs;
@@ -184,8 +156,6 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
 #pragma unroll
                 for (int i = 0; i < kAtOnce; ++i)
                     e[i] = make_float2(__uint_as_float(looks.of[i].x), __uint_as_float(looks.of[i].z));
-                if (kQuantised && p.halved)
-                    add_halves(c, tag, e, at, [&](int i) { return there(i) && is_shared(p, (start + i % kPairs * kThreads) / (kGroup / 2)); });
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
@@ -230,11 +200,11 @@ __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, 
     meet();
 }
 
-template <bool kQuantised, typename T, int R>
+template <typename T, int R>
 __device__ __forceinline__ void take_normalised(Context<T, R>& c, uint32_t tag, int64_t place, bool second) {
     constexpr int kFew = R == 1 ? 2 : 1, kMany = R == 1 ? (kManyLooks == 16 ? 5 : 3) : R <= 4 ? 2 : 1;
-    if (kFew == kMany || c.p.layout.hidden <= kFew * 2 * kThreads) take_normalised<kQuantised, kFew>(c, tag, place, second);
-    else take_normalised<kQuantised, kMany>(c, tag, place, second);
+    if (kFew == kMany || c.p.layout.hidden <= kFew * 2 * kThreads) take_normalised<kFew>(c, tag, place, second);
+    else take_normalised<kMany>(c, tag, place, second);
 }
 
 // This block's rows of the residual stream begin as the embedding.
@@ -245,19 +215,18 @@ template <bool kQuantised, typename T, int R> __device__ __forceinline__ void be
     for (int v = threadIdx.x; v < total; v += kThreads) {
         const int element = first + v / (kGroup * R) * kGroup + v % kGroup;
         const float2 pair = embedded<kQuantised>(c, v / kGroup % R, element / 2);
-        own[v] = kQuantised && c.facts().late && v < kGroup * R ? 0.0f : element % 2 ? pair.y : pair.x;
+        own[v] = element % 2 ? pair.y : pair.x;
     }
 }
 
 // Adds to an element of this block's rows; all others hear of it if `tell`.
-template <bool kQuantised, typename T, int R>
+template <typename T, int R>
 __device__ __forceinline__ void add_to_own(Context<T, R>& c, int row, int element, float sum, bool tell, uint32_t tag) {
     const int mine = element - c.first_group(kDown) * kGroup;
     float* const own = c.template in_shared<float>(c.p.memory.own) + (mine / kGroup * R + row) * kGroup + mine % kGroup;
     const float value = *own + sum;
     *own = value;
-    const int64_t slots = kQuantised && mine < kGroup && c.facts().late ? c.p.exchange.halves : c.p.exchange.hidden;
-    if (tell) put(c.template in_sync<uint2>(slots) + row * c.p.layout.hidden + element, __float_as_uint(value), tag);
+    if (tell) put(c.template in_sync<uint2>(c.p.exchange.hidden) + row * c.p.layout.hidden + element, __float_as_uint(value), tag);
 }
 
 }  // namespace step

@@ -127,14 +127,12 @@ struct Cursor {
 
     // Waits for what a slot is next filled with, or was in the phase before that parity.
     template <int kPieces = step::kPieces> __device__ __forceinline__ void arrive(uint32_t which, uint32_t phase) const {
-        await([&] { return there<kPieces>(which, phase); });
-    }
-    // Is it there, or was it?
-    template <int kPieces> __device__ __forceinline__ bool there(uint32_t which, uint32_t phase) const {
-        bool all = true;
+        await([&] {
+            bool there = true;
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) all &= mbarrier_done(full + which * kPieces + piece, phase);
-        return all;
+            for (int piece = 0; piece < kPieces; ++piece) there &= mbarrier_done(full + which * kPieces + piece, phase);
+            return there;
+        });
     }
     // This lane's part of this warp's i-th unit of a slot.
     __device__ __forceinline__ uint4 read(uint32_t which, int i) const { return units[which * (kSlotBytes / 16) + i * kThreads]; }

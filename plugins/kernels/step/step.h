@@ -37,7 +37,6 @@ struct Memory {
 // written and read at once, so who sees the tag has the value. Bytes from the beginning of sync.
 struct Exchange {
     int64_t hidden;     // {float, tag} [row][h]
-    int64_t halves;     // likewise, if quantised: of groups that two blocks share the second one's
     int64_t qkvg;       // {float, tag} [row][qkv + A]
     int64_t up;         // {pair of T, tag} [row][m / 2]
     int64_t attention;  // {float, float, pair of T, tag} [row][A / 2]: two outputs and their gates
@@ -57,8 +56,6 @@ struct Params {
     int32_t norm, activation, position_rows, position_offset;
     float norm_epsilon, group_norm_epsilon, inverse_hidden, inverse_heads;
     int32_t splits, columns, sets;       // blocks that share a head, its columns that each has, threads of a column
-    int32_t halved;                      // 1: some blocks share a group of the residual stream
-    uint64_t by_halves;                  // to divide by halves of its groups
     // To divide by: splits, columns, query heads of a key/value head, pairs that an item takes of a row.
     uint64_t by_splits, by_columns, by_sharing, by_taken, by_fours;  // and fours of inner values
     int32_t entries;                     // partial sums of an output: warps, or sets of threads

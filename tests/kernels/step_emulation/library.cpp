@@ -65,7 +65,12 @@ template <int kDtype, int kCapacity> cudaError_t launch(const Plan& plan, cudaSt
 }
 template <int kDtype, int kCapacity> cudaError_t launch_quantised(const Plan& plan, cudaStream_t) {
     if constexpr (here(kDtype, kCapacity))
-        return emulate(plan, [&] { quantised_step_kernel<Element<kDtype>, kCapacity>(plan.params); });
+        return emulate(plan, [&] {
+            if constexpr (has_wide(kDtype, kCapacity))  // with EMULATED_WIDE as if all models were
+                if (is_wide(plan.params.layout) || std::getenv("EMULATED_WIDE"))
+                    return quantised_step_kernel<Element<kDtype>, kCapacity, true>(plan.params);
+            quantised_step_kernel<Element<kDtype>, kCapacity, false>(plan.params);
+        });
     return cudaErrorNotSupported;
 }
 template cudaError_t launch<DIJIANG_FLOAT16, 1>(const Plan&, cudaStream_t);

@@ -9,8 +9,6 @@
 // With bfloat16 products of subnormals would be subnormal, and integers stay as they are.
 #pragma once
 
-#include <type_traits>
-
 #include "device/widen.cuh"
 #include "step/instructions.cuh"
 #include "step/quantised/layout.h"
@@ -18,17 +16,8 @@
 namespace dijiang {
 namespace step {
 
-// May constants stay? With more rows than two the correction costs as much as it saves; for architectures before 9.0 the
-// compiler has no registers for it.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kRowsOfConstants = 0;
-#else
-constexpr int kRowsOfConstants = 2;
-#endif
-template <typename T, int kRows> constexpr bool kConstantsStay = std::is_same<T, __half>::value && kRows <= kRowsOfConstants;
-
-// A lane's eight columns of a block, as pairs of T. Sums of products with the first two pairs times kFirst, and with the others
-// times kLast, are those with q + kConstant.
+// A lane's eight columns of a block, as pairs of T. Sums of products with the first two pairs times kFirst, and with the
+// others times kLast, are those with q + kConstant.
 template <typename T, int kFormat, bool kStay> struct Integers {
     static constexpr float kFirst = 1.0f, kLast = 1.0f, kConstant = 0.0f;
 
@@ -69,34 +58,31 @@ template <> struct Integers<__half, DIJIANG_INT8, true> {
 // words of eight of its half of the blocks for the outputs 0 to 7, and two for 8 to 15, which here are the same outputs; k
 // goes over blocks, and a column of B has an element of each. Which, is no matter if each comes once: so the rows that a matrix
 // of ldmatrix has are in different banks.
-template <int R, bool kEight> class Correction {
+template <bool kEight> class Correction {
 public:
     __device__ __forceinline__ explicit Correction(int lane) {
         const int matrix = lane / 8, row = lane % 8, half = row / 4, odd = row % 2;
         const int block = half + 2 * odd + (kEight ? matrix / 2 * 4 : matrix % 2 * 8);
         const int quarter = ((kEight ? matrix % 2 : matrix / 2) * 2 + row / 2 % 2) ^ 2 * odd;
-        from_ = block * (R * kChunk) + quarter * 8;
+        from_ = block * kChunk + quarter * 8;
     }
-    // Adds a unit's: of[r] is for row r of x, over the lanes of an output. x: the first block's rows.
-    __device__ __forceinline__ void add(float (&of)[R], const __half* x, const uint32_t* scales) const {
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-            const __half* const rows = x + from_ + r * kChunk;
-            uint32_t one[4], other[4];
-            float sum[4] = {}, rest[4] = {};
-            load_transposed(one, rows);
-            if constexpr (kEight) {
-                mma<__half>(sum, {scales[0], scales[1], scales[0], scales[1]}, one[0], one[1]);
-                mma<__half>(rest, {scales[0], scales[1], scales[0], scales[1]}, one[2], one[3]);
-            } else {
-                load_transposed(other, rows + 4 * (R * kChunk));
-                mma<__half>(sum, {scales[0], scales[1], scales[2], scales[3]}, one[0], one[1]);
-                mma<__half>(rest, {scales[0], scales[1], scales[2], scales[3]}, other[0], other[1]);
-                mma<__half>(sum, {scales[0], scales[1], scales[2], scales[3]}, one[2], one[3]);
-                mma<__half>(rest, {scales[0], scales[1], scales[2], scales[3]}, other[2], other[3]);
-            }
-            of[r] += (sum[0] + sum[1]) + (rest[2] + rest[3]);
+    // Adds a unit's, over the lanes of an output. x: the first block's.
+    __device__ __forceinline__ void add(float& to, const __half* x, const uint32_t* scales) const {
+        const __half* const rows = x + from_;
+        uint32_t one[4], other[4];
+        float sum[4] = {}, rest[4] = {};
+        load_transposed(one, rows);
+        if constexpr (kEight) {
+            mma<__half>(sum, {scales[0], scales[1], scales[0], scales[1]}, one[0], one[1]);
+            mma<__half>(rest, {scales[0], scales[1], scales[0], scales[1]}, one[2], one[3]);
+        } else {
+            load_transposed(other, rows + 4 * kChunk);
+            mma<__half>(sum, {scales[0], scales[1], scales[2], scales[3]}, one[0], one[1]);
+            mma<__half>(rest, {scales[0], scales[1], scales[2], scales[3]}, other[0], other[1]);
+            mma<__half>(sum, {scales[0], scales[1], scales[2], scales[3]}, one[2], one[3]);
+            mma<__half>(rest, {scales[0], scales[1], scales[2], scales[3]}, other[2], other[3]);
         }
+        to += (sum[0] + sum[1]) + (rest[2] + rest[3]);
     }
 
 private:

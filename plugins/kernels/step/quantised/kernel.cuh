@@ -31,10 +31,7 @@ public:
                     if (facts.part_ends[of] > end && group_is_int8(layout, formats, matrix, of) != eight) break;
             }
             same = min(end - group, kBatch - group % kBatch);
-            const int each = units_of_group(part.chunks, eight);
-            const Span span(facts, matrix, group, same, each);
-            from += span.skipped * unit_bytes(eight);
-            copy_rounds(from, span.units, unit_bytes(eight));
+            copy_rounds(from, same * units_of_group(part.chunks, eight), unit_bytes(eight));
         }
     }
 
@@ -83,7 +80,7 @@ __device__ __forceinline__ uint32_t int8_groups(const Params& p, const BlockFact
 }
 
 // As product() of step/kernel.cuh, of whatever matrix.
-template <typename Matrix, typename Parallel, typename T, int R, typename Take, typename Meanwhile>
+template <bool kStay, typename Matrix, typename Parallel, typename T, int R, typename Take, typename Meanwhile>
 __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matrix, Parallel parallel, uint32_t formats, Take take,
                                                   Meanwhile meanwhile) {
     const Params& p = c.p;
@@ -94,33 +91,25 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
         take();
         c.set_waiting(false);
     };
-    const Part& part = c.facts().of[matrix];
-    QuantisedMultiplier<T, R> multiplier(c.at, part.chunks);
+    const Part part = c.facts().of[matrix];
+    QuantisedMultiplier<T, R, kStay> multiplier(c.at, part.chunks);
     const uint32_t thread = kept(threadIdx.x);
     const int mine = thread / (kGroup * R);  // this thread's first group of a batch
-    const auto biases = [&] { return c.constant(p.biases[matrix]) + part.first * kGroup + kept(threadIdx.x) % kGroup; };
-    const auto bias_of = [&](int group) {  // of a group of which this block has the second half another block adds them
-        const bool late = group == 0 && (matrix == kDown || matrix == kDense) && c.facts().late;
-        return matrix != kHead && group < part.groups && !late ? __ldg(biases() + group * kGroup) : 0.0f;
-    };
+    const float* const biases = c.constant(p.biases[matrix]) + part.first * kGroup + thread % kGroup;
+    const auto bias_of = [&](int group) { return matrix != kHead && group < part.groups ? __ldg(biases + group * kGroup) : 0.0f; };
     float bias = bias_of(mine);
-    uint32_t eights = 0;
-    if constexpr (kUnitWhileWaiting<R>) {
-        eights = int8_groups(p, c.facts(), formats, matrix, 0);
-        multiplier.look_ahead(c.facts(), matrix, min(kBatch, part.groups), eights);
-    }
     wait();
-    if constexpr (!kUnitWhileWaiting<R>) eights = int8_groups(p, c.facts(), formats, matrix, 0);
+    uint32_t eights = int8_groups(p, c.facts(), formats, matrix, 0);
     const T* const x = c.template in_shared<T>(p.inputs[matrix]);
     float* const sums = c.template in_shared<float>(p.memory.sums) + thread / 32 * kSumsOfWarp<R>;
 #pragma unroll 1
     for (int batch = 0;;) {
         const int groups = min(kBatch, part.groups - batch);
-        if (groups > 0) multiplier.run(c.facts(), matrix, batch, groups, eights, x, sums);
+        if (groups > 0) multiplier.run(c.facts(), matrix, groups, eights, x, sums);
         if (batch == 0) meanwhile();
         if (groups <= 0) break;
         meet();
-        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases() + batch * kGroup, bias);
+        finish_batch<true>(c, matrix, parallel, part.first + batch, groups, biases + batch * kGroup, bias);
         batch += kBatch;
         if (batch >= part.groups) break;
         bias = bias_of(batch + mine);
@@ -129,14 +118,21 @@ __device__ __forceinline__ void quantised_product(Context<T, R>& c, Matrix matri
     }
 }
 
-// Walks all layers and the head.
-template <typename T, int R> __device__ __forceinline__ void walk_quantised(Context<T, R>& c) {
+// Do wide models have another walk (layout.h)? With compute capability 9.0, where it was timed; on others it would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr bool kWalksDiffer = false;
+#else
+constexpr bool kWalksDiffer = true;
+#endif
+
+// Walks all layers and the head. kWide: constants stay in the weights, and attention has its loads under way at once.
+template <bool kWide, typename T, int R> __device__ __forceinline__ void walk_quantised(Context<T, R>& c) {
     const Params& p = c.p;
     Attention<T, R> attention(c);
     const bool parallel = p.layout.parallel != 0;
     const int before_attention = parallel ? 1 : 0;  // the turn that attention follows
     int layer = 0, turn = 0;
-    attention.prefetch_state(c, 0);
+    if constexpr (kWide) attention.prefetch_state(c, 0);
 #pragma unroll 1
     for (;;) {
         const bool head = layer == p.layout.layers;
@@ -152,18 +148,22 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
                 const bool up = matrix == kUp;
                 const uint32_t tag = up ? c.tag : layer == 0 ? 0 : c.tag - 1;
                 const int64_t norm = up ? p.places.mlp_norm : head ? 0 : p.places.attention_norm;
-                take_normalised<true>(c, tag, norm, parallel && !head);
+                take_normalised(c, tag, norm, parallel && !head);
             }
         };
-        quantised_product(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {
+        quantised_product<kWide>(c, matrix, parallel, formats_of(p.layout, layer), take, [&] {
             if (head || turn != 0) return;
             prefetch_constants(c, layer + 1);
-            attention.prefetch_state(c, layer + 1);
+            if constexpr (kWide) attention.prefetch_state(c, layer + 1);
         });
         if (head) return;
         if (turn == before_attention) {  // what it needs is not asked for earlier: there are no registers to keep it in
             Requests<R> asked;
-            attention.template run<true>(c, asked, layer);
+            if constexpr (!kWide) {
+                attention.request_state(c, asked, layer);
+                attention.request_proj(c, asked);
+            }
+            attention.template run<kWide>(c, asked, layer);
         }
         if (++turn < kOfLayer) continue;
         turn = 0;
@@ -173,12 +173,12 @@ template <typename T, int R> __device__ __forceinline__ void walk_quantised(Cont
     }
 }
 
-template <typename T, int R>
+template <typename T, int R, bool kWide>
 __global__ void __launch_bounds__(kThreads + 32, 1) quantised_step_kernel(const __grid_constant__ Params p) {
 #if !defined(__CUDA_ARCH__) || DIJIANG_STEP_HERE
     walk<QuantisedCut, T, R>(
         p, [](const Context<T, R>& c, const Ring<QuantisedCut>& ring) { copy_rounds(c, ring); },
-        [](Context<T, R>& c) { walk_quantised(c); });
+        [](Context<T, R>& c) { walk_quantised<kWide && kWalksDiffer>(c); });
 #else
     __trap();
 #endif

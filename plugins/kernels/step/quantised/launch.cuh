@@ -9,7 +9,10 @@ namespace step {
 
 template <int kDtype, int kCapacity> cudaError_t launch_quantised(const Plan& plan, cudaStream_t stream) {
     using T = typename Element<kDtype>::type;
-    return launch_cooperatively(reinterpret_cast<const void*>(quantised_step_kernel<T, kCapacity>), plan, stream);
+    const void* kernel = reinterpret_cast<const void*>(quantised_step_kernel<T, kCapacity, false>);
+    if constexpr (has_wide(kDtype, kCapacity))
+        if (is_wide(plan.params.layout)) kernel = reinterpret_cast<const void*>(quantised_step_kernel<T, kCapacity, true>);
+    return launch_cooperatively(kernel, plan, stream);
 }
 
 }  // namespace step

@@ -26,6 +26,7 @@ namespace step {
 
 constexpr int kLoads = 4;                // of 16 bytes, that a lane makes of a unit; half of a row's scales is 8 bytes at least
 constexpr int kMostBlocks = 4 * kLoads;  // of 32 columns in a unit
+constexpr int kMostNarrow = 1024;        // columns of the residual stream
 constexpr int kRoundBytes = kWarps * (512 * kLoads + 16 * kMostBlocks);  // at most
 
 DIJIANG_BOTH constexpr int blocks_of_unit(bool eight) { return eight ? kMostBlocks / 2 : kMostBlocks; }
@@ -93,6 +94,10 @@ DIJIANG_BOTH int64_t matrix_begin(const Layout& it, int layer, int matrix) {
     for (int turn = 0; it.at(turn) != matrix; ++turn) at += matrix_bytes(it, formats_of(it, layer), it.at(turn));
     return at;
 }
+
+// With one row and float16 wide models have a kernel of their own (kernel.cuh).
+constexpr bool has_wide(int dtype, int capacity) { return dtype == DIJIANG_FLOAT16 && capacity == 1; }
+inline bool is_wide(const Layout& it) { return it.hidden > kMostNarrow; }
 
 // What is behind the weights.
 DIJIANG_BOTH int64_t constants_begin(const Layout& it) {

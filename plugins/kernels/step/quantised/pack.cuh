@@ -64,7 +64,8 @@ __global__ void pack_quantised_matrix(Layout it, uint32_t formats, int matrix, i
             weights[0] = words[0];
             if (eight) weights[1] = words[1];
             if (lane % 4 == 0)
-                reinterpret_cast<uint16_t*>(to + 512 * kLoads)[lane / 4 * blocks + b % 2 * (blocks / 2) + b / 2] = there ? from.scales[block] : uint16_t{0};
+                reinterpret_cast<uint16_t*>(to + 512 * kLoads)[lane / 4 * blocks + b % 2 * (blocks / 2) + b / 2] =
+                    there ? from.scales[block] : uint16_t{0};
         }
     }
 }

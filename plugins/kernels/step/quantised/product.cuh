@@ -17,61 +17,34 @@ template <int R> struct QuantisedUnit {
     uint32_t scales[kMostBlocks / (R <= 4 ? 4 : 2)];  // of its row: the even blocks', the odd ones'; int8 has half as many
     const uint8_t* at;                                // where this lane's weights lie
 };
-// Are there registers enough to have all of it before it is needed? And while x is waited for?
+// Are there registers enough to have all of it before it is needed?
 template <int R> constexpr bool kUnitAhead = R < 8 || kManyLooks == 16;
-template <int R> constexpr bool kUnitWhileWaiting = R < 8 && kManyLooks == 16;
 
 // What a lane has of the sums of a group, by pairs of columns (Integers).
-template <int R> struct QuantisedSums {
+struct QuantisedSums {
     float first[4], last[4];
-    float constants[R];  // over the lanes of an output
+    float constants;  // over the lanes of an output
 };
 
-// The units that a block has of some groups of one format, from one of its groups of a matrix on: all, but where it shares the
-// first or the last with another block.
-struct Span {
-    int skipped, units;
+// kStay: weights are multiplied with a constant in them (integers.cuh), of one row.
+template <typename T, int R, bool kStay> class QuantisedMultiplier {
+    static_assert(!kStay || R == 1, "the correction is one row's");
 
-    __device__ __forceinline__ Span(const BlockFacts& facts, int matrix, int first, int groups, int each) {
-        const bool halved = matrix == kDown || matrix == kDense;
-        skipped = halved && first == 0 && facts.late ? each / 2 : 0;
-        units = groups * each - skipped;
-        if (halved && first + groups == facts.of[matrix].groups && facts.early) units -= each - each / 2;
-    }
-};
-
-template <typename T, int R> class QuantisedMultiplier {
 public:
     __device__ __forceinline__ QuantisedMultiplier(Cursor& cursor, int chunks_of_x)
         : at(cursor), thread(kept(threadIdx.x)), warp(thread / 32), lane(thread % 32), chunks(chunks_of_x),
-          of_lane((kHalves ? lane / 4 % R : lane / 4) * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? R * kChunk : 0)) {}
+          from_lane(kStay ? of_lane() : 0) {}
 
-    // Reads this warp's first unit of so many groups if it is there by now: before x is waited for. Bit i of `int8` says of which
-    // format group i is.
-    __device__ __forceinline__ void look_ahead(const BlockFacts& facts, int matrix, int groups, uint32_t int8) {
-        ahead = false;
-        if (!kUnitWhileWaiting<R> || groups <= 0) return;
-        const bool eight = int8 & 1u;
-        if (warp >= Span(facts, matrix, 0, alike(int8, groups), facts.turns[matrix][eight].units).units) return;
-        ahead = __ballot_sync(~0u, at.template there<1>(at.slot, at.parity)) == ~0u;
-        if (!ahead) return;
-        const uint8_t* const unit = at.bytes + at.slot * kRoundBytes + warp * unit_bytes(eight);
-        if (eight) load<DIJIANG_INT8>(first, unit);
-        else load<DIJIANG_INT4>(first, unit);
-    }
-    // So many groups, from one on. Each warp leaves a sum for each output, in its part of `sums`.
-    __device__ __forceinline__ void run(const BlockFacts& facts, int matrix, int number, int groups, uint32_t int8, const T* x, float* sums) {
+    // So many groups; bit i of `int8` says of which format group i is. Each warp leaves a sum for each output, in its part of
+    // `sums`.
+    __device__ __forceinline__ void run(const BlockFacts& facts, int matrix, int groups, uint32_t int8, const T* x, float* sums) {
+        if constexpr (!kStay) x += of_lane();
 #pragma unroll 1
         for (;;) {  // groups of one format that follow each other
             const bool eight = int8 & 1u;
-            const int some = alike(int8, groups);
-            const Turns turns = facts.turns[matrix][eight];
-            const Span span(facts, matrix, number, some, turns.units);
-            const uint32_t start = span.skipped > 0 ? facts.late_starts[matrix == kDense][eight][warp] : facts.starts[matrix][eight][warp];
-            if (eight) run_groups<DIJIANG_INT8>(turns, start, x, sums, some, span.units);
-            else run_groups<DIJIANG_INT4>(turns, start, x, sums, some, span.units);
-            number += some;
-            ahead = false;
+            const int others = __ffs(static_cast<int>(eight ? ~int8 : int8)) - 1, some = others < 0 ? groups : min(others, groups);
+            if (eight) run_groups<DIJIANG_INT8>(facts.turns[matrix][1], facts.starts[matrix][1][warp], x, sums, some);
+            else run_groups<DIJIANG_INT4>(facts.turns[matrix][0], facts.starts[matrix][0][warp], x, sums, some);
             groups -= some;
             if (groups == 0) break;
             sums += some * (R * kGroup);
@@ -84,15 +57,12 @@ private:
     Cursor& at;
     const uint32_t thread;
     const int warp, lane, chunks;
-    const int of_lane;  // of x, from a block's first row on: rows beyond those that there are are others again
+    const int from_lane;  // of_lane(), if the correction needs x itself
 
-    QuantisedUnit<R> first;  // of the groups that come next, if `ahead`
-    bool ahead = false;
-
-    // How many of so many groups, from the first on, have its format.
-    static __device__ __forceinline__ int alike(uint32_t int8, int groups) {
-        const int others = __ffs(static_cast<int>(int8 & 1u ? ~int8 : int8)) - 1;
-        return others < 0 ? groups : min(others, groups);
+    // What a lane reads of x, from a block's first row on: rows beyond those that there are are others again.
+    __device__ __forceinline__ int of_lane() const {
+        const int row = kHalves ? lane / 4 % R : lane / 4;
+        return row * kChunk + lane % 4 * 8 + (kHalves && lane >= 16 ? R * kChunk : 0);
     }
     // Reads this warp's unit of a round, if there are registers to have it in.
     template <int kFormat> __device__ __forceinline__ void load(QuantisedUnit<R>& to, const uint8_t* unit) const {
@@ -120,28 +90,24 @@ private:
         }
     }
     // Groups of one format: warp w takes units w, w + 8, .. of all of them.
-    template <int kFormat> __device__ __forceinline__ void run_groups(const Turns turns, uint32_t start, const T* x, float* to, int groups, int total) {
+    template <int kFormat> __device__ __forceinline__ void run_groups(const Turns turns, uint32_t start, const T* x, float* to, int groups) {
         constexpr bool kEight = kFormat == DIJIANG_INT8;
-        const int each = turns.units;
+        const int each = turns.units, total = groups * each;
         const int rounds = (total + kWarps - 1u) / kWarps, mine = (total - warp + kWarps - 1u) / kWarps;
-        if (each < kWarps || total != groups * each) {  // then some warps have nothing of some groups
+        if (each < kWarps) {  // then some warps have nothing of some groups
 #pragma unroll 1
             for (int i = lane; i < groups * R * kGroup; i += 32) to[i] = 0.0f;
             __syncwarp();
-            if (total == 0) return;  // half of a single unit is none, and behind it no round may come
         }
         int unit = start % 256;  // of the group
         const int skip = turns.skip * (R * kGroup), rest = turns.rest;
         to += lane / 4 + start / 256 * (R * kGroup);
         const uint8_t* const units = at.bytes + warp * unit_bytes(kEight);
-        QuantisedSums<R> sum{};
-        const Correction<R, kEight> correction(lane);
+        QuantisedSums sum{};
+        const Correction<kEight> correction(lane);
         QuantisedUnit<R> present;
-        if constexpr (kUnitWhileWaiting<R>) present = first;
-        if (!kUnitWhileWaiting<R> || !ahead) {
-            at.template arrive<1>(at.slot, at.parity);
-            if (mine > 0) load<kFormat>(present, units + at.slot * kRoundBytes);
-        }
+        at.template arrive<1>(at.slot, at.parity);
+        if (mine > 0) load<kFormat>(present, units + at.slot * kRoundBytes);
 #pragma unroll 1
         for (int left = mine; left > 0; --left) {
             const uint32_t slot = at.slot;
@@ -150,7 +116,7 @@ private:
             at.next();
             unit += rest;
             to += skip;
-            const bool carry = unit >= each, ends = skip > 0 || carry || left == 1;
+            const bool carry = unit >= each, ends = skip > 0 || carry;
             if (carry) unit -= each, to += R * kGroup;
             multiply<kFormat>(sum, present, of_group, x, correction);
             at.leave(slot);
@@ -167,12 +133,12 @@ private:
     }
     // Adds a unit's products. What is loaded and multiplied when is the compiler's choice: it needs registers for it.
     template <int kFormat>
-    __device__ __forceinline__ void multiply(QuantisedSums<R>& sum, const QuantisedUnit<R>& it, int unit, const T* x,
-                                             const Correction<R, kFormat == DIJIANG_INT8>& correction) const {
-        using It = Integers<T, kFormat, kConstantsStay<T, R>>;
+    __device__ __forceinline__ void multiply(QuantisedSums& sum, const QuantisedUnit<R>& it, int unit, const T* x,
+                                             const Correction<kFormat == DIJIANG_INT8>& correction) const {
+        using It = Integers<T, kFormat, kStay>;
         constexpr int kBlocks = blocks_of_unit(kFormat == DIJIANG_INT8), kWords = 4 * kLoads / kBlocks;  // of a block
         const int chunk = max(min(unit * kBlocks, chunks - kBlocks), 0);  // the last unit ends with the columns
-        const T* const from = x + of_lane + chunk * (R * kChunk);
+        const T* const from = x + from_lane + chunk * (R * kChunk);
         uint32_t words[4 * kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
@@ -231,8 +197,8 @@ private:
         for (int i = 0; i < 4; ++i)
             if (R > 1 || i % 2 == 0) sum[i] = fmaf(scale, c[i], sum[i]);
     }
-    template <int kFormat> __device__ __forceinline__ void leave_sum(QuantisedSums<R>& of, float* to) const {
-        using It = Integers<T, kFormat, kConstantsStay<T, R>>;
+    template <int kFormat> __device__ __forceinline__ void leave_sum(QuantisedSums& of, float* to) const {
+        using It = Integers<T, kFormat, kStay>;
         float sum[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[i] = It::kFirst != It::kLast ? of.first[i] * It::kFirst + of.last[i] * It::kLast : of.first[i] * It::kFirst;
@@ -241,8 +207,7 @@ private:
         if (kHalves) {
             if (lane % 4 >= 2) one = sum[2], other = sum[3];
             if constexpr (It::kConstant != 0.0f) {  // both lanes of a half have its blocks' products
-                one -= It::kConstant * (of.constants[0] + __shfl_xor_sync(~0u, of.constants[0], 1));
-                if (R > 1) other -= It::kConstant * (of.constants[R - 1] + __shfl_xor_sync(~0u, of.constants[R - 1], 1));
+                one -= It::kConstant * (of.constants + __shfl_xor_sync(~0u, of.constants, 1));
             }
             one += __shfl_xor_sync(~0u, one, 2);
             if (R > 1) other += __shfl_xor_sync(~0u, other, 2);
