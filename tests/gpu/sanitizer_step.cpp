@@ -25,6 +25,8 @@ const Shape kShapes[] = {
     {"tables", 160, 128, 60, 2, 1, 80, 20, DIJIANG_LAYER_NORM, DIJIANG_GELU_TANH, 1, 5, 0},
 };
 const Shape kLarge = {"neox, wide", 1024, 4096, 3001, 16, 16, 64, 16, DIJIANG_LAYER_NORM, DIJIANG_GELU, 1, 0, 0};
+// One row of it with quantised weights has a kernel of its own (plugins/kernels/step/quantised/layout.h).
+const Shape kWider = {"neox, wider", 1056, 1088, 101, 4, 4, 32, 8, DIJIANG_LAYER_NORM, DIJIANG_GELU, 1, 0, 0};
 
 // Which matrices are int8, layer by layer, where all are quantised.
 enum class Weights { kFloat, kInt8, kInt4, kMixed };
@@ -199,6 +201,7 @@ int main(int count, char** words) {
                 const auto weights = rows == 1 ? Weights::kMixed : rows == 3 ? Weights::kInt4 : rows == 2 ? Weights::kInt8 : Weights::kMixed;
                 if (quantised) ++calls, bad += !Model(shape, dtype, rows, 2, weights).good(2);
             }
+    if (quantised) ++calls, bad += !Model(kWider, DIJIANG_FLOAT16, 1, 2, Weights::kMixed).good(2);
     if (!quick && whole) ++calls, bad += !Model(kLarge, DIJIANG_FLOAT16, 1, 2, Weights::kFloat).good(3);
     if (!quick && quantised) ++calls, bad += !Model(kLarge, DIJIANG_FLOAT16, 1, 2, Weights::kMixed).good(3);
     std::printf("%d calls, %d bad\n", calls, bad);
