@@ -235,6 +235,16 @@ def test_more_tokens_in_a_bin_than_can_be_sorted(emulated: Any, width: float, te
         assert got == expected.tolist() or gap(logits[0], options, u[0], got[0], None) < NEAR
 
 
+@pytest.mark.parametrize("staged", [0, 2])
+def test_all_warps_look_for_the_token_of_one(emulated: Any, staged: int) -> None:
+    """Where a warp has 1,024 ids and more."""
+    logits = normal(1)(np.random.default_rng(9), 1, 18003)[0]
+    for draw, options in enumerate(
+        [SamplingOptions(1.0), SamplingOptions(1.0, top_p=0.9), SamplingOptions(3.0)]
+    ):
+        the_same(emulated, logits, options, draw + 1, staged=staged)
+
+
 def test_the_cut_does_not_change_the_token(emulated: Any) -> None:
     logits = normal(2)(np.random.default_rng(3), 1, 6001)
     for name in ("plain", "all", "few"):
