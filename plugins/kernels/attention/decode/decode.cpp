@@ -8,6 +8,7 @@
 #include "attention/decode/batch/batch.h"
 #include "attention/decode/cut.h"
 #include "host/device.h"
+#include "host/launch.h"
 
 namespace dijiang {
 namespace decode {
@@ -80,15 +81,8 @@ cudaError_t prepare(const Work& work, const dijiang_device& device, int32_t& clu
         clusters = found->second;
         return cudaSuccess;
     }
-    // The most any call of this kernel asks for, lest a smaller call lower the limit again.
-    cudaFuncAttributes attributes;
-    status = cudaFuncGetAttributes(&attributes, work.function);
+    status = allow_shared_memory(work.function, work.shared_memory);
     if (status != cudaSuccess) return status;
-    if (attributes.maxDynamicSharedSizeBytes < work.shared_memory) {
-        status = cudaFuncSetAttribute(work.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      work.shared_memory);
-        if (status != cudaSuccess) return status;
-    }
     clusters = expected_clusters(work, device);
     if (work.cluster > 1) {
         // Clusters live inside one group of multiprocessors, so that fewer may fit than blocks alone would.
@@ -169,23 +163,10 @@ cudaError_t enqueue(const Work& work, const AttentionParams& params, const void*
     int32_t clusters = 0;
     const cudaError_t status = prepare(work, device, clusters);
     if (status != cudaSuccess) return status;
-    cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(std::min(clusters, work.items) * work.cluster));
-    config.blockDim = dim3(work.threads);
-    config.dynamicSmemBytes = work.shared_memory;
-    config.stream = stream;
-    config.attrs = attributes;
-    if (work.cluster > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(work.cluster), 1, 1};
-    }
-    if (overlap) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
+    const dim3 grid(static_cast<unsigned>(std::min(clusters, work.items) * work.cluster));
+    const LaunchShape shape = {grid, work.threads, static_cast<size_t>(work.shared_memory), work.cluster, overlap};
     void* arguments[] = {const_cast<AttentionParams*>(&params), const_cast<void*>(cut)};
-    return cudaLaunchKernelExC(&config, work.function, arguments);
+    return launch_kernel(work.function, shape, arguments, stream);
 }
 
 Needs needs(const dijiang_geometry& g, int32_t max_batch, const dijiang_device& device) {

@@ -1,50 +1,10 @@
 #include "attention/decode/batch/batch.h"
 
-#include <mutex>
-#include <set>
-#include <utility>
-
 #include "host/device.h"
+#include "host/launch.h"
 
 namespace dijiang {
 namespace decode {
-namespace {
-
-// More shared memory than 48 KB must be asked for, once for a kernel and device.
-cudaError_t allow(const void* function, int32_t bytes) {
-    static std::mutex mutex;
-    static std::set<std::pair<int, const void*>> known;
-    int ordinal = 0;
-    cudaError_t status = cudaGetDevice(&ordinal);
-    if (status != cudaSuccess || bytes <= 48 * 1024) return status;
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto key = std::make_pair(ordinal, function);
-    if (known.count(key) != 0) return cudaSuccess;
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (status == cudaSuccess) known.insert(key);
-    return status;
-}
-
-cudaError_t start(const void* function, int32_t blocks, int32_t threads, int32_t memory, const AttentionParams& params,
-                  const void* cut, bool overlap, cudaStream_t stream) {
-    const cudaError_t status = allow(function, memory);
-    if (status != cudaSuccess) return status;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(memory);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = overlap ? 1 : 0;
-    void* arguments[] = {const_cast<AttentionParams*>(&params), const_cast<void*>(cut)};
-    return cudaLaunchKernelExC(&config, function, arguments);
-}
-
-}  // namespace
-
 BatchPlan plan_batch(const dijiang_geometry& g, int32_t batch, const dijiang_device& device) {
     BatchPlan plan = {};
     if (code_for(device.compute_capability) < 90) return plan;  // it has not been timed elsewhere
@@ -73,11 +33,15 @@ BatchPlan plan_batch(const dijiang_geometry& g, int32_t batch, const dijiang_dev
 }
 
 cudaError_t launch_batch(const BatchPlan& plan, const AttentionParams& params, bool overlap, cudaStream_t stream) {
+    const auto start = [&](const void* kernel, int32_t blocks, int32_t threads, int32_t memory, const void* cut) {
+        const LaunchShape shape = {dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(memory), 1, overlap};
+        void* arguments[] = {const_cast<AttentionParams*>(&params), const_cast<void*>(cut)};
+        return launch_kernel(kernel, shape, arguments, stream);
+    };
     const cudaError_t status = start(plan.kernels.features, plan.feature_blocks, plan.kernels.feature_threads,
-                                     plan.kernels.feature_memory, params, &plan.features, overlap, stream);
+                                     plan.kernels.feature_memory, &plan.features);
     if (status != cudaSuccess) return status;
-    return start(plan.kernels.states, plan.state_blocks, plan.state_threads, plan.state_memory, params, &plan.states,
-                 overlap, stream);
+    return start(plan.kernels.states, plan.state_blocks, plan.state_threads, plan.state_memory, &plan.states);
 }
 
 }  // namespace decode
