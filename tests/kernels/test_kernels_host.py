@@ -394,8 +394,8 @@ def test_sizes_suffice_for_every_smaller_call(
         assert plan.startswith(family) and "\n" not in plan
 
 
-def test_many_states_take_two_launches(kernels: Kernels) -> None:
-    """Where every head size has the kernels, GroupNorm's groups allow it, and there is enough to stream."""
+def test_heads_have_blocks_of_their_own(kernels: Kernels) -> None:
+    """Where a head size has the kernel and GroupNorm's groups allow it, with few rows and with many."""
 
     def plan(heads: int, d: int, batch: int, dtype: Any = "float16") -> str:
         return kernels.plan(Geometry(heads, heads, d, dtype=dtype), batch, 1, H200)
@@ -403,15 +403,21 @@ def test_many_states_take_two_launches(kernels: Kernels) -> None:
     if "sm_90" not in kernels.architectures:  # as a Jetson's library, compiled for 8.7 alone
         assert plan(16, 64, 256).startswith("decode stream")
         return
-    assert plan(16, 64, 256) == "decode batch splits=1 heads=1 ctas=256+4096 threads=256+128"
-    assert plan(32, 80, 64) == "decode batch splits=1 heads=2 ctas=128+1024 threads=320+320"
-    assert plan(32, 128, 64) == "decode batch splits=1 heads=1 ctas=128+2048 threads=512+256"
-    assert plan(8, 256, 64) == "decode batch splits=4 heads=1 ctas=128+2048 threads=256+256"
-    others = (plan(16, 64, 64), plan(16, 64, 256, "float32"), plan(16, 96, 256), plan(40, 128, 256))
-    assert not any(other.startswith("decode batch") for other in (*others, plan(12, 256, 256)))
-    geometry = Geometry(32, 4, 64, dtype="bfloat16")
-    assert kernels.workspace_size(geometry, 100, 1, H200) == 4 * 100 * 36 * 64
-    assert kernels.workspace_size(Geometry(8, 8, 256), 64, 1, H200) == 4 * 64 * 16 * (256 + 8)
+    of_64 = "decode heads splits=1 heads=1 ctas=4096 threads=128 memory=19456"
+    assert plan(16, 64, 256) == plan(16, 64, 256, "bfloat16") == of_64
+    assert plan(32, 80, 64) == "decode heads splits=1 heads=2 ctas=1024 threads=320 memory=64000"
+    assert plan(32, 128, 64) == "decode heads splits=2 heads=1 ctas=4096 threads=128 memory=36880"
+    assert plan(8, 256, 64) == "decode heads splits=8 heads=1 ctas=4096 threads=128 memory=35856"
+    assert plan(12, 64, 8) == "decode heads splits=1 heads=3 ctas=32 threads=384 memory=58368"
+    # Blocks that all find a place, but not twice, are kept apart: two, four, five in a multiprocessor's 228 KiB.
+    assert plan(32, 80, 16) == "decode heads splits=1 heads=2 ctas=256 threads=320 memory=115712"
+    assert plan(8, 256, 8) == "decode heads splits=8 heads=1 ctas=512 threads=128 memory=57344"
+    assert plan(16, 64, 40) == "decode heads splits=1 heads=1 ctas=640 threads=128 memory=45664"
+    assert plan(16, 64, 64).split()[-1] == plan(16, 64, 24).split()[-1] == "memory=19456"
+    others = (plan(16, 64, 256, "float32"), plan(5, 64, 8), plan(40, 128, 256), plan(12, 256, 256))
+    assert all(other.startswith("decode slice") for other in others)
+    assert plan(16, 96, 256).startswith("decode stream")
+    assert kernels.workspace_size(Geometry(32, 4, 64, dtype="bfloat16"), 100, 1, H200) == 0
 
 
 def test_hopper_s_own_prefill(kernels: Kernels) -> None:

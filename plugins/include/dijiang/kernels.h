@@ -124,9 +124,8 @@ DIJIANG_API dijiang_status dijiang_attention_plan(const dijiang_geometry* geomet
                                                   int32_t length, const dijiang_device* device, char* text,
                                                   size_t size);
 
-/* DijiangAttention for B = batch rows of L = length tokens: if L = 1 one launch, or two for many states. With
- * batch 0 nothing is looked at or done. With length 0 only the states are: past_state is copied to present_state
- * unless they are the same. */
+/* DijiangAttention for B = batch rows of L = length tokens: if L = 1 in one launch. With batch 0 nothing is looked at
+ * or done. With length 0 only the states are: past_state is copied to present_state unless they are the same. */
 DIJIANG_API dijiang_status dijiang_attention(const dijiang_geometry* geometry, int32_t batch, int32_t length,
                                              const dijiang_attention_buffers* buffers, dijiang_stream stream);
 

@@ -47,7 +47,7 @@ struct Needs {
 // Each of the two families of kernels answers the same four questions. Geometry, batch and length are valid
 // when they are called. `needs` is monotone: what it says for (B, L) is enough for every smaller B and L.
 // `launch` only enqueues; it returns what the CUDA runtime said. `describe` is for people and tests.
-namespace decode {  // length == 1: one launch, or two for many states
+namespace decode {  // length == 1, in one launch
 Needs needs(const dijiang_geometry&, int32_t max_batch, const dijiang_device&);
 std::string describe(const dijiang_geometry&, int32_t batch, const dijiang_device&);
 cudaError_t launch(int32_t dtype, const AttentionParams&, const dijiang_device&, cudaStream_t);

@@ -19,6 +19,11 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
     return __float2bfloat16_rn(x);
 }
 
+// Four neighbouring elements.
+template <typename T> struct alignas(4 * sizeof(T)) Quad {
+    T x, y, z, w;
+};
+
 template <typename T> __device__ __forceinline__ uint32_t pack(float low, float high);
 template <> __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
@@ -35,6 +40,12 @@ template <> __device__ __forceinline__ float2 unpack<__half>(uint32_t both) {
 }
 template <> __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t both) {
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both));
+}
+
+// Four numbers rounded to T.
+template <typename T> __device__ __forceinline__ float4 rounded(const float4& x) {
+    const float2 low = unpack<T>(pack<T>(x.x, x.y)), high = unpack<T>(pack<T>(x.z, x.w));
+    return {low.x, low.y, high.x, high.y};
 }
 
 // Products of pairs, and the larger magnitudes of pairs.

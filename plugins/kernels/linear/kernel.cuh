@@ -15,8 +15,8 @@
 #include "device/math.cuh"
 #include "device/mma.cuh"
 #include "device/overlap.cuh"
+#include "host/launch.h"
 #include "linear/input.cuh"
-#include "linear/start.cuh"
 
 namespace dijiang {
 namespace linear {
@@ -169,7 +169,8 @@ template <typename T> cudaError_t launch(const Launch& launch, bool overlap, cud
     void (*const kernel)(Params) =
         launch.params.rows_per_block > 8 ? linear_kernel<T, true> : linear_kernel<T, false>;
     const dim3 grid(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.row_blocks));
-    return start(kernel, launch.params, grid, launch.threads, launch.shared_memory, overlap, stream);
+    const LaunchShape shape = {grid, launch.threads, static_cast<size_t>(launch.shared_memory), 1, overlap};
+    return launch_kernel(kernel, shape, stream, launch.params);
 }
 
 }  // namespace linear

@@ -1,35 +1,30 @@
-// Decode of many states in two launches on a CPU: its own kernels, on emulated threads.
+// Decode of many states on a CPU: its own kernel, on emulated threads.
 #include "cuda_on_cpu.h"
 
-#include "attention/decode/batch/kernels.cuh"
+#include "attention/decode/heads/kernel.cuh"
 
 namespace dijiang::decode {
 namespace {
 
-alignas(128) unsigned char shared[emulator::kSharedMemory];
+constexpr int kMostBlocks = 8;  // of a cluster
+alignas(128) unsigned char shared[kMostBlocks * emulator::kSharedMemory];
 
-template <typename T, typename F, typename S> void run(const AttentionParams& p, bool backwards) {
+template <typename T, typename S> void run(const AttentionParams& p, bool backwards) {
     emulator::shared_memory = shared;
-    const int per_row = p.num_heads + p.num_kv_heads, set = S::W == S::D ? set_heads(p.num_heads, S::D) : 1;
-    const FeatureCut features = {p.batch * per_row, per_row};
-    const StateCut states = {S::D / S::W, set, p.num_heads / set, p.num_heads / p.num_kv_heads, per_row,
-                             1.0f / static_cast<float>(p.num_heads)};
-    if (set > S::kMostHeads || F::kMemory > static_cast<int>(emulator::kSharedMemory)) std::abort();
-    const int feature_blocks = (features.vectors + F::kVectors - 1) / F::kVectors * F::kSlices;
-    for (int i = 0; i < feature_blocks; ++i)
-        emulator::run_block({static_cast<unsigned>(i), 1, 1}, dim3(F::kThreads),
-                            [&] { make_features<T, F>(p, features, emulator::shared_memory); }, backwards);
-    const int state_blocks = p.batch * p.num_heads / set * states.splits;
-    for (int i = 0; i < state_blocks; ++i)
-        emulator::run_block({static_cast<unsigned>(i), 1, 1}, dim3(static_cast<unsigned>(set * S::kThreads)),
-                            [&] { stream_states<T, S>(p, states, emulator::shared_memory); }, backwards);
+    const int set = S::kSplits == 1 ? set_heads(p.num_heads, S::D) : 1, sets = p.num_heads / set;
+    if (set > S::kMostHeads || set * S::kMemory > static_cast<int>(emulator::kSharedMemory)) std::abort();
+    const HeadCut cut = {set, sets, p.num_heads / p.num_kv_heads, 1.0f / static_cast<float>(p.num_heads)};
+    for (int first = 0; first < p.batch * sets * S::kSplits; first += S::kSplits)
+        emulator::run_cluster(static_cast<unsigned>(first), S::kSplits, dim3(static_cast<unsigned>(set * S::kThreads)),
+                              shared, [&] { step_heads<T, S>(p, cut, emulator::shared_memory); }, backwards);
 }
 
 template <typename T> void run(const AttentionParams& p, bool backwards) {
     switch (p.head_dim) {
-        case 64: return run<T, FeatureShape<64, 64>, StateShape<64, 64, 128, 8, 1, 4, 0, false>>(p, backwards);
-        case 80: return run<T, FeatureShape<80, 80>, StateShape<80, 80, 160, 10, 1, 3, 0, false>>(p, backwards);
-        case 256: return run<T, FeatureShape<256, 64>, StateShape<256, 64, 256, 8, 4, 1, 3, true>>(p, backwards);
+        case 64: return run<T, HeadShape64>(p, backwards);
+        case 80: return run<T, HeadShape80>(p, backwards);
+        case 128: return run<T, HeadShape128>(p, backwards);
+        case 256: return run<T, HeadShape256>(p, backwards);
         default: std::abort();
     }
 }

@@ -72,6 +72,9 @@ struct Work {
 SliceCut cut_slices(const dijiang_geometry&, int32_t batch, const SliceKernel&);
 StreamCut cut_stream(const dijiang_geometry&, int32_t batch, const dijiang_device&);
 
+// Prepares a kernel for the current device, once, and says how many of its clusters run there at once.
+cudaError_t prepare(const Work&, const dijiang_device&, int32_t& clusters);
+
 // Enqueues as many clusters as fit the GPU, or as there are items. `overlap`: programmatic dependent launch.
 cudaError_t enqueue(const Work&, const AttentionParams&, const void* cut, const dijiang_device&, bool overlap,
                     cudaStream_t);

@@ -5,9 +5,10 @@
 #include <numeric>
 #include <tuple>
 
-#include "attention/decode/batch/batch.h"
 #include "attention/decode/cut.h"
+#include "attention/decode/heads/heads.h"
 #include "host/device.h"
+#include "host/launch.h"
 
 namespace dijiang {
 namespace decode {
@@ -66,7 +67,16 @@ int32_t expected_clusters(const Work& work, const dijiang_device& device) {
     return std::max(1, device.multiprocessors * work.blocks_per_sm / work.cluster);
 }
 
-// Prepares a kernel for the current device, once, and says how many of its clusters run there at once.
+const char* name(Norm norm) {
+    switch (norm) {
+        case Norm::block: return "block";
+        case Norm::cluster: return "cluster";
+        default: return "memory";
+    }
+}
+
+}  // namespace
+
 cudaError_t prepare(const Work& work, const dijiang_device& device, int32_t& clusters) {
     static std::mutex mutex;
     static std::map<std::tuple<int, const void*, int32_t, int32_t>, int32_t> known;
@@ -80,15 +90,8 @@ cudaError_t prepare(const Work& work, const dijiang_device& device, int32_t& clu
         clusters = found->second;
         return cudaSuccess;
     }
-    // The most any call of this kernel asks for, lest a smaller call lower the limit again.
-    cudaFuncAttributes attributes;
-    status = cudaFuncGetAttributes(&attributes, work.function);
+    status = allow_shared_memory(work.function, work.shared_memory);
     if (status != cudaSuccess) return status;
-    if (attributes.maxDynamicSharedSizeBytes < work.shared_memory) {
-        status = cudaFuncSetAttribute(work.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      work.shared_memory);
-        if (status != cudaSuccess) return status;
-    }
     clusters = expected_clusters(work, device);
     if (work.cluster > 1) {
         // Clusters live inside one group of multiprocessors, so that fewer may fit than blocks alone would.
@@ -109,16 +112,6 @@ cudaError_t prepare(const Work& work, const dijiang_device& device, int32_t& clu
     known.emplace(key, clusters);
     return cudaSuccess;
 }
-
-const char* name(Norm norm) {
-    switch (norm) {
-        case Norm::block: return "block";
-        case Norm::cluster: return "cluster";
-        default: return "memory";
-    }
-}
-
-}  // namespace
 
 int32_t set_heads(int32_t num_heads, int32_t head_dim) { return num_heads / std::gcd(num_heads, head_dim); }
 
@@ -169,27 +162,13 @@ cudaError_t enqueue(const Work& work, const AttentionParams& params, const void*
     int32_t clusters = 0;
     const cudaError_t status = prepare(work, device, clusters);
     if (status != cudaSuccess) return status;
-    cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(std::min(clusters, work.items) * work.cluster));
-    config.blockDim = dim3(work.threads);
-    config.dynamicSmemBytes = work.shared_memory;
-    config.stream = stream;
-    config.attrs = attributes;
-    if (work.cluster > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(work.cluster), 1, 1};
-    }
-    if (overlap) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
+    const dim3 grid(static_cast<unsigned>(std::min(clusters, work.items) * work.cluster));
+    const LaunchShape shape = {grid, work.threads, static_cast<size_t>(work.shared_memory), work.cluster, overlap};
     void* arguments[] = {const_cast<AttentionParams*>(&params), const_cast<void*>(cut)};
-    return cudaLaunchKernelExC(&config, work.function, arguments);
+    return launch_kernel(work.function, shape, arguments, stream);
 }
 
 Needs needs(const dijiang_geometry& g, int32_t max_batch, const dijiang_device& device) {
-    const size_t features = static_cast<size_t>(plan_batch(g, max_batch, device).workspace);
     // Who normalises depends on the batch only through the kernel for few heads or for many.
     bool in_memory = false;
     for (const int32_t batch : {1, max_batch}) {
@@ -198,19 +177,18 @@ Needs needs(const dijiang_geometry& g, int32_t max_batch, const dijiang_device& 
         const Norm norm = slices ? cut_slices(g, batch, kernel).norm : cut_stream(g, batch, device).norm;
         in_memory = in_memory || norm == Norm::memory;
     }
-    if (!in_memory) return {features, 0};
+    if (!in_memory) return {0, 0};
     const size_t rows = static_cast<size_t>(max_batch);
     const size_t sets = static_cast<size_t>(g.num_heads / set_heads(g.num_heads, g.head_dim));
-    return {std::max(features, rows * g.num_heads * g.head_dim * sizeof(float)), rows * sets * sizeof(uint32_t)};
+    return {rows * g.num_heads * g.head_dim * sizeof(float), rows * sets * sizeof(uint32_t)};
 }
 
 std::string describe(const dijiang_geometry& g, int32_t batch, const dijiang_device& device) {
-    const BatchPlan in_two = plan_batch(g, batch, device);
-    if (in_two.kernels.features != nullptr)
-        return "decode batch splits=" + std::to_string(in_two.states.splits) + " heads=" +
-               std::to_string(in_two.states.set_heads) + " ctas=" + std::to_string(in_two.feature_blocks) + "+" +
-               std::to_string(in_two.state_blocks) + " threads=" + std::to_string(in_two.kernels.feature_threads) + "+" +
-               std::to_string(in_two.state_threads);
+    const HeadPlan heads = plan_heads(g, batch, device);
+    if (heads.kernel.function != nullptr)
+        return "decode heads splits=" + std::to_string(heads.kernel.splits) + " heads=" +
+               std::to_string(heads.cut.set_heads) + " ctas=" + std::to_string(heads.blocks) +
+               " threads=" + std::to_string(heads.threads) + " memory=" + std::to_string(heads.spread_memory);
     const SliceKernel kernel = slice_kernel(g, batch, device);
     const bool slices = kernel.function != nullptr;
     Work work;
@@ -238,8 +216,8 @@ cudaError_t launch(int32_t dtype, const AttentionParams& p, const dijiang_device
     const dijiang_geometry g = {p.num_heads, p.num_kv_heads, p.head_dim, p.rotary_dim,
                                 dtype,       p.table_rows,   p.epsilon,  0};
     const bool overlap = can_overlap(device);
-    const BatchPlan in_two = plan_batch(g, p.batch, device);
-    if (in_two.kernels.features != nullptr) return launch_batch(in_two, p, overlap, stream);
+    const HeadPlan heads = plan_heads(g, p.batch, device);
+    if (heads.kernel.function != nullptr) return launch_heads(heads, p, device, overlap, stream);
     const SliceKernel kernel = slice_kernel(g, p.batch, device);
     if (kernel.function != nullptr) {
         const SliceCut cut = cut_slices(g, p.batch, kernel);

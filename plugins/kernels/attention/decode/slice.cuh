@@ -9,7 +9,7 @@
 //   the block   sums o, exchanges it if GroupNorm groups leave the slice, normalises, gates, stores.
 //
 // The next item's state is requested piece by piece as this item's is used up, and arrives while its features
-// are computed. Nothing waits for the whole cluster: blocks send to mbarriers (cluster.cuh).
+// are computed. Nothing waits for the whole cluster: blocks count what they send each other (device/cluster.cuh).
 #pragma once
 
 #include "attention/decode/slice_steps.cuh"
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
     const SliceThread<S> at(cut);
     let_next_kernel_start();
     memory.open();
-    if (at.blocks > 1) cluster_arrive();
+    if (at.blocks > 1) appear_without_arrivals();
 
     const ItemWalk walk(p, cut);
     int number = cluster_index();
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
         project(memory, at, proj, u);
         inputs.keep(memory, buffer);
         if (!met) {
-            cluster_wait();
+            wait_for_cluster();
             met = true;
         }
         __syncthreads();
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(S::kThreads, Blocks)
                 output[x] = from_float<T>(fmaf(y, line.x, line.y));
             });
     }
-    if (!met) cluster_wait();
+    if (!met) wait_for_cluster();
 #endif
 }
 

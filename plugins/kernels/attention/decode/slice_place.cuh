@@ -1,9 +1,9 @@
 // Where a block of the slice kernel is: its shared memory, its threads' rows and columns, its items and their states.
 #pragma once
 
-#include "attention/decode/cluster.cuh"
 #include "attention/decode/cut.h"
 #include "attention/decode/slice_shape.cuh"
+#include "device/cluster.cuh"
 #include "device/copies.cuh"
 
 namespace dijiang {
@@ -26,17 +26,17 @@ template <typename S> struct SliceMemory {
     __device__ __forceinline__ void open() const {
         if (threadIdx.x == 0) {
             for (int i = 0; i < 2; ++i) {
-                mbarrier_init(&logits_there[i], 1);
-                mbarrier_init(&raw_there[i], 1);
+                make_arrival(&logits_there[i]);
+                make_arrival(&raw_there[i]);
             }
-            mbarrier_publish();
+            publish_arrivals();
         }
     }
     // What other blocks will send for an item.
     __device__ __forceinline__ void expect(const SliceCut& cut, int blocks, uint32_t buffer) const {
         if (threadIdx.x == 0) {
-            if (S::kExchange) mbarrier_expect(&logits_there[buffer], S::D * sizeof(float2));
-            if (cut.norm == Norm::cluster) mbarrier_expect(&raw_there[buffer], blocks * S::W * sizeof(float));
+            if (S::kExchange) expect_arrival(&logits_there[buffer], S::D * sizeof(float2));
+            if (cut.norm == Norm::cluster) expect_arrival(&raw_there[buffer], blocks * S::W * sizeof(float));
         }
     }
 };
@@ -51,7 +51,7 @@ template <typename S> struct SliceThread {
 
     explicit __device__ __forceinline__ SliceThread(const SliceCut& cut)
         : lane(threadIdx.x % 32), warp(threadIdx.x / 32), quad(lane % S::kQuads), sub(lane / S::kQuads),
-          rank(cluster_rank()), blocks(cut.heads * S::kSplits), split(rank % S::kSplits),
+          rank(cluster_block()), blocks(cut.heads * S::kSplits), split(rank % S::kSplits),
           first_peer(rank - split), first_row(warp * S::kRows) {}
 
     // Has this lane a row in that step?

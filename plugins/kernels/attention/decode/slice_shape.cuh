@@ -68,10 +68,5 @@ template <int Quads, int Subs, int N> struct SubSum {
     }
 };
 
-// Four neighbouring elements.
-template <typename T> struct alignas(4 * sizeof(T)) Quad {
-    T x, y, z, w;
-};
-
 }  // namespace decode
 }  // namespace dijiang

@@ -143,14 +143,14 @@ __device__ __forceinline__ void meet_logits(const SliceMemory<S>& memory, const 
         }
         float2* to = &memory.logits[buffer][at.split * W + column];
         if (S::kExchange) {
-            const uint32_t peer = at.first_peer + i / W;
-            send(address_at(to, peer), sum, address_at(&memory.logits_there[buffer], peer));
+            const int peer = at.first_peer + i / W;
+            send_to(address_in_block(to, peer), sum, address_in_block(&memory.logits_there[buffer], peer));
         } else {
             *to = sum;
         }
     }
     if (S::kExchange) {
-        mbarrier_wait(&memory.logits_there[buffer], parity);
+        await_arrival(&memory.logits_there[buffer], parity);
     } else {
         __syncthreads();
     }
@@ -232,11 +232,11 @@ __device__ __forceinline__ void meet_outputs(const SliceMemory<S>& memory, const
     constexpr int W = S::W;
 #pragma unroll 1
     for (int i = threadIdx.x; i < W * at.blocks; i += S::kThreads) {
-        const uint32_t peer = i / W;
-        send(address_at(&memory.raw[buffer][at.rank * W + i % W], peer), whole_output(memory, i % W, read),
-             address_at(&memory.raw_there[buffer], peer));
+        const int peer = i / W;
+        send_to(address_in_block(&memory.raw[buffer][at.rank * W + i % W], peer), whole_output(memory, i % W, read),
+                address_in_block(&memory.raw_there[buffer], peer));
     }
-    mbarrier_wait(&memory.raw_there[buffer], parity);
+    await_arrival(&memory.raw_there[buffer], parity);
 }
 
 // This block's channels in its head set, and the groups that they belong to.

@@ -100,8 +100,7 @@ fused_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ 
 
 template <typename T, int D> cudaError_t launch_fused(const AttentionParams& p, const Schedule& schedule, cudaStream_t stream) {
     const auto kernel = fused_kernel<T, D>;
-    static SharedMemoryGrant grant;
-    const cudaError_t status = grant(reinterpret_cast<const void*>(kernel), schedule.shared);
+    const cudaError_t status = allow_shared_memory(reinterpret_cast<const void*>(kernel), schedule.shared);
     if (status != cudaSuccess) return status;
     char* workspace = static_cast<char*>(p.workspace);
     Cut cut;

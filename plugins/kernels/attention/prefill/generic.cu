@@ -5,11 +5,11 @@ namespace dijiang::prefill {
 namespace {
 
 template <typename T> cudaError_t generic(const AttentionParams& p, const Schedule& schedule, cudaStream_t stream) {
-    static SharedMemoryGrant grants[2];
     const int d = p.head_dim;
     const size_t feature_shared = feature_shared_bytes(d), scan_shared = scan_shared_bytes(d);
-    cudaError_t status = grants[0](reinterpret_cast<const void*>(features_kernel<T>), feature_shared);
-    if (status == cudaSuccess) status = grants[1](reinterpret_cast<const void*>(scan_kernel<T>), scan_shared);
+    cudaError_t status = allow_shared_memory(reinterpret_cast<const void*>(features_kernel<T>), feature_shared);
+    if (status == cudaSuccess)
+        status = allow_shared_memory(reinterpret_cast<const void*>(scan_kernel<T>), scan_shared);
     if (status != cudaSuccess) return status;
     char* workspace = static_cast<char*>(p.workspace);
     float* features = reinterpret_cast<float*>(workspace + schedule.features);

@@ -1,9 +1,8 @@
 // The kernels of prefill, one function per translation unit.
 #pragma once
 
-#include <atomic>
-
 #include "attention/prefill/schedule.h"
+#include "host/launch.h"
 
 namespace dijiang::prefill {
 
@@ -30,29 +29,5 @@ cudaError_t launch_hopper_80_f16(const AttentionParams&, const Schedule&, cudaSt
 cudaError_t launch_hopper_128_f16(const AttentionParams&, const Schedule&, cudaStream_t);
 cudaError_t launch_hopper_80_bf16(const AttentionParams&, const Schedule&, cudaStream_t);
 cudaError_t launch_hopper_128_bf16(const AttentionParams&, const Schedule&, cudaStream_t);
-
-// Lets `kernel` use as much shared memory as the device has, once per device.
-class SharedMemoryGrant {
-public:
-    cudaError_t operator()(const void* kernel, size_t bytes) {
-        if (bytes <= 48 * 1024) return cudaSuccess;
-        int device = 0;
-        const cudaError_t status = cudaGetDevice(&device);
-        if (status != cudaSuccess) return status;
-        const bool known = device < 64;
-        if (known && done_.load(std::memory_order_acquire) >> device & 1) return cudaSuccess;
-        int most = 0;
-        cudaError_t set = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        cudaFuncAttributes attributes{};
-        if (set == cudaSuccess) set = cudaFuncGetAttributes(&attributes, kernel);
-        const int room = most - static_cast<int>(attributes.sharedSizeBytes);
-        if (set == cudaSuccess) set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
-        if (set == cudaSuccess && known) done_.fetch_or(uint64_t{1} << device, std::memory_order_release);
-        return set;
-    }
-
-private:
-    std::atomic<uint64_t> done_{0};  // devices
-};
 
 }  // namespace dijiang::prefill

@@ -114,9 +114,8 @@ __global__ void __launch_bounds__(256, 1) wide_features_kernel(const __grid_cons
 template <typename T, int D>
 cudaError_t launch_wide_features(const AttentionParams& p, const Schedule& schedule, int multiprocessors, cudaStream_t stream) {
     const auto kernel = wide_features_kernel<T, D>;
-    static SharedMemoryGrant grant;
     constexpr size_t kShared = 2 * (D + 128) * Shape<D>::kPitch;
-    const cudaError_t status = grant(reinterpret_cast<const void*>(kernel), kShared);
+    const cudaError_t status = allow_shared_memory(reinterpret_cast<const void*>(kernel), kShared);
     if (status != cudaSuccess) return status;
     const int64_t work = int64_t{(p.length + 127) / 128} * (p.num_heads + p.num_kv_heads) * p.batch;
     const int blocks = static_cast<int>(work < multiprocessors ? work : multiprocessors);

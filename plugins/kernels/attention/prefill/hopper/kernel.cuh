@@ -145,22 +145,10 @@ hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
 template <auto kKernel>
 cudaError_t launch_over(int threads, size_t shared, const AttentionParams& p, const Schedule& schedule,
                         cudaStream_t stream) {
-    static SharedMemoryGrant grant;
-    const cudaError_t status = grant(reinterpret_cast<const void*>(kKernel), shared);
-    if (status != cudaSuccess) return status;
     const Cut cut = {schedule.segments, schedule.segment_chunks,
                      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + schedule.states)};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(schedule.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = schedule.overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kKernel, p, cut);
+    return launch_kernel(kKernel, {dim3(static_cast<unsigned>(schedule.blocks)), threads, shared, 1, schedule.overlap},
+                         stream, p, cut);
 }
 
 template <typename T, int D>

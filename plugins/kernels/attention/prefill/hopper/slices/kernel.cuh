@@ -149,43 +149,24 @@ slices_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__
 }
 
 #ifdef __CUDACC__
-// Launches a kernel over clusters of so many blocks.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_clusters(void (*kernel)(Parameters...), SharedMemoryGrant& grant, int cluster, int blocks,
-                            int threads, size_t shared, bool overlap, cudaStream_t stream,
-                            const Arguments&... arguments) {
-    const cudaError_t status = grant(reinterpret_cast<const void*>(kernel), shared);
-    if (status != cudaSuccess) return status;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = static_cast<unsigned>(cluster);
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = attributes;
-    config.numAttrs = overlap ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 template <typename T, int D>
 cudaError_t launch_slices(const AttentionParams& p, const Schedule& schedule, cudaStream_t stream) {
-    static SharedMemoryGrant of_features, of_slices;
     char* const workspace = static_cast<char*>(p.workspace);
     char* const items = workspace + schedule.features;
+    using F = FeatureShape<D>;
+    using S = Slice<D>;
+    const auto shape = [&](int blocks, int threads, size_t shared, int cluster) -> LaunchShape {
+        return {dim3(static_cast<unsigned>(blocks)), threads, shared, cluster, schedule.overlap};
+    };
     const cudaError_t status =
-        launch_clusters(slice_features_kernel<T, D>, of_features, FeatureShape<D>::kBlocks, schedule.feature_blocks,
-                        FeatureShape<D>::kThreads, FeatureShape<D>::kShared, schedule.overlap, stream, p, items);
+        launch_kernel(slice_features_kernel<T, D>, shape(schedule.feature_blocks, F::kThreads, F::kShared, F::kBlocks),
+                      stream, p, items);
     if (status != cudaSuccess) return status;
     const SliceCut cut = {{schedule.segments, schedule.segment_chunks,
                            reinterpret_cast<float*>(workspace + schedule.states)},
                           items};
-    return launch_clusters(slices_kernel<T, D>, of_slices, Slice<D>::kBlocks, schedule.blocks, Slice<D>::kThreads,
-                           Slice<D>::kShared, schedule.overlap, stream, p, cut);
+    return launch_kernel(slices_kernel<T, D>, shape(schedule.blocks, S::kThreads, S::kShared, S::kBlocks), stream, p,
+                         cut);
 }
 #endif
 
