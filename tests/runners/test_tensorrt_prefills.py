@@ -12,9 +12,17 @@ import pytest
 from support.fakes import cuda as fake_cuda
 from support.makers.engine_folders import Open, tokens
 
-from dijiang_engines.runners.tensorrt.prefills import KEPT_GRAPHS, RECORDED_AT, REMEMBERED
+from dijiang_engines.runners.tensorrt import prefills
+from dijiang_engines.runners.tensorrt.prefills import KEPT_GRAPHS, REMEMBERED
 
 A = np.array
+RECORDED_AT = 3
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few calls show what many would."""
+    monkeypatch.setattr(prefills, "RECORDED_AT", RECORDED_AT)
 
 
 @pytest.mark.parametrize("layout", ["one", "two"])

@@ -8,8 +8,8 @@
 
 namespace dijiang {
 
-// Lets a kernel use as much dynamic shared memory as the current device has for it, if it asks for more than 48 KB.
-// CUDA is asked once for each kernel and device.
+// Lets a kernel use as much dynamic shared memory as the current device has for it, if it uses any: unasked, CUDA grants
+// 48 KB of it together with the static memory. CUDA is asked once for each kernel and device.
 cudaError_t allow_shared_memory(const void* kernel, size_t bytes);
 
 struct LaunchShape {

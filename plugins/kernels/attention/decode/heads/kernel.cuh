@@ -126,10 +126,9 @@ __device__ __forceinline__ void step_heads(const AttentionParams& p, const HeadC
     const int kv_head = head / cut.sharing;
     let_next_kernel_start();
     if (S::kSplits > 1) {
-        if (thread == 0) {
-            make_arrival(memory.arrival);
-            expect_arrival(memory.arrival, D * sizeof(float2));
-        }
+        if (thread == 0) make_arrival(memory.arrival);
+        __syncwarp();  // the compiler lets the warp make it together
+        if (thread == 0) expect_arrival(memory.arrival, D * sizeof(float2));
         appear_in_cluster();
     }
     wait_for_previous_kernel();
