@@ -409,7 +409,7 @@ def test_heads_have_blocks_of_their_own(kernels: Kernels) -> None:
     assert plan(32, 128, 64) == "decode heads splits=2 heads=1 ctas=4096 threads=128 memory=36880"
     assert plan(8, 256, 64) == "decode heads splits=8 heads=1 ctas=4096 threads=128 memory=35856"
     assert plan(12, 64, 8) == "decode heads splits=1 heads=3 ctas=32 threads=384 memory=58368"
-    # Blocks that all find a place, but not twice, are kept apart: two, four, five in a multiprocessor's 228 KiB.
+    # Blocks that all find a place, but not twice, are kept apart: two, four, five in a multiprocessor.
     assert plan(32, 80, 16) == "decode heads splits=1 heads=2 ctas=256 threads=320 memory=115712"
     assert plan(8, 256, 8) == "decode heads splits=8 heads=1 ctas=512 threads=128 memory=57344"
     assert plan(16, 64, 40) == "decode heads splits=1 heads=1 ctas=640 threads=128 memory=45664"
