@@ -115,6 +115,27 @@ def test_few_graphs_are_kept_and_their_memory_comes_back(opened: Open) -> None:
     assert fake_cuda.DEVICE.memory == {}
 
 
+def test_more_sizes_than_are_kept_do_not_take_turns(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is recorded after as many uses again, not at every one."""
+    runner, _ = opened()
+    made: list[tuple[int, int]] = []
+    record = runner.prefills._record
+    monkeypatch.setattr(runner.prefills, "_record", lambda size: made.append(size) or record(size))
+    state, rounds = runner.new_state(1), 4 * RECORDED_AT
+    for _ in range(rounds):
+        for length in range(2, 3 + KEPT_GRAPHS):
+            runner.prefill(tokens(1, length), A([0]), A([length]), state)
+    assert len(set(made)) == KEPT_GRAPHS + 1
+    assert len(made) <= (KEPT_GRAPHS + 1) * rounds // RECORDED_AT
+    monkeypatch.setattr(
+        prefills, "REMEMBERED", 2
+    )  # others' uses are forgotten, not those of what is recorded
+    two = runner.new_state(2)
+    for length in (2, 3, 4, *[5] * RECORDED_AT):
+        runner.prefill(tokens(2, length), A([0, 0]), A([length, length]), two)
+    assert runner.prefills.sizes[-1] == (2, 5) and len(runner.prefills.sizes) == KEPT_GRAPHS
+
+
 def test_without_memory_it_goes_on_without_graphs(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, oracle = opened()
     state, expected = runner.new_state(2), oracle.new_state(2)

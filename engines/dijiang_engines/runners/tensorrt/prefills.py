@@ -110,7 +110,8 @@ class Prefills:
         found = self._graphs.pop(size, None)
         if found is None and self._pays(size):
             while len(self._graphs) >= KEPT_GRAPHS:
-                self._graphs.pop(next(iter(self._graphs)))
+                oldest = next(iter(self._graphs))
+                del self._graphs[oldest], self._uses[oldest]  # which begins anew, lest sizes take turns at it
             try:
                 found = self._record(size)
             except RunnerError:  # memory is short, or the runtime cannot: it goes on without
@@ -124,8 +125,9 @@ class Prefills:
         if not self._records:
             return False
         self._uses[size] = self._uses.pop(size, 0) + 1
-        while len(self._uses) > REMEMBERED:
-            self._uses.pop(next(iter(self._uses)))
+        forgotten = [other for other in self._uses if other not in self._graphs][:-REMEMBERED]
+        for other in forgotten:
+            del self._uses[other]
         return self._uses[size] >= RECORDED_AT
 
     def _record(self, size: Size) -> _Recorded | None:
